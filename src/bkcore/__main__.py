@@ -1,0 +1,5 @@
+"""`python -m bkcore`."""
+
+from bkcore.cli import main
+
+main()

@@ -1,0 +1,84 @@
+"""The command `bkcore`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bkcore.errors import BKCoreError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A quantized Birman-Schwinger core: small, linear-time language models in 8 or 4 bits.",
+)
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder with train.txt and valid.txt; default: an embedded corpus."),
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")]
+
+
+@app.command()
+def demo(
+    data: DataOption = None,
+    json_file: JsonOption = None,
+    output: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("runs/demo"),
+) -> None:
+    """Train a language model, quantize it in five modes, and judge what was saved."""
+    from bkcore.report import demo as report
+
+    console = Console()
+    result = report.run_demo(data, output, console)
+    console.print(report.table(result))
+    if json_file is not None:
+        report.write_json(result, json_file)
+    console.print(f"Checkpoints: {output}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    data: DataOption = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Checkpoint to compare perplexity and speed with.")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure the perplexity of a checkpoint on the validation split."""
+    from bkcore.report import evaluate as report
+
+    console = Console()
+    result = report.run_evaluation(checkpoint, data, reference, console)
+    console.print_json(data=result)
+    if json_file is not None:
+        report.write_json(result, json_file)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The ",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 60,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a text with a checkpoint."""
+    from bkcore.report.generate import continue_text
+
+    typer.echo(continue_text(checkpoint, prompt, tokens, temperature, seed))
+
+
+def main() -> None:
+    """Run the command; an error that bkcore foresaw is one sentence, not a traceback."""
+    try:
+        app()
+    except BKCoreError as error:
+        Console(stderr=True).print(f"[bold red]bkcore:[/] {error}", highlight=False)
+        sys.exit(2)

@@ -1,0 +1,191 @@
+"""What is known of a resolvent before it is computed, and of its error before it is measured.
+
+For real v every Green's function here, two-sided or left-connected, lies in one disc
+(`disc_range`, `in_disc`); a left step brings two states in that disc closer
+(`contraction_factor`); and the change that a perturbed potential makes in the diagonal is
+bounded by the Ward identity `sum_j |G_ij|^2 = Im G_ii / eta`, without perturbation theory:
+
+    |G'_ii - G_ii| <= sqrt(sum_j |G_ij|^2 |dv_j|) sqrt(sum_j |G'_ij|^2 |dv_j|)   (ward_bound)
+                   <= max|dv| sqrt(Im G_ii Im G'_ii) / eta                       (maximum_bound)
+                   <= max|dv| / eta^2                                            (uniform_bound)
+
+The first line is the second resolvent identity `G' - G = -G diag(dv) G'` and the Cauchy-Schwarz
+inequality; the others follow from Ward and from the disc. All of it is exact mathematics: the
+computed sides carry the round-off of the sweeps that produce them.
+"""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from bkcore.core.operator import weighted_row_norms
+from bkcore.errors import DTypeError, InputError
+
+__all__ = [
+    "contraction_factor",
+    "disc_range",
+    "in_disc",
+    "maximum_bound",
+    "uniform_bound",
+    "ward_bound",
+    "weighted_row_norms",
+]
+
+Number = TypeVar("Number", float, Tensor)
+
+
+def disc_range(eta: Number) -> tuple[tuple[Number, Number], tuple[Number, Number]]:
+    """The ranges of Re G and Im G that need no calibration.
+
+    Args:
+        eta: Im z > 0, a number or a tensor (one per channel, say).
+
+    Returns:
+        `((-1/(2 eta), 1/(2 eta)), (0, 1/eta))`: of the real part, then of the imaginary part;
+        numbers or tensors as eta is.
+
+    Raises:
+        InputError: eta <= 0.
+    """
+    _check_eta(eta)
+    return (-0.5 / eta, 0.5 / eta), (0.0 * eta, 1.0 / eta)
+
+
+def in_disc(G: Tensor, eta: float | Tensor, *, tolerance: float | None = None) -> Tensor:
+    """Whether each G lies in the disc `|G - i/(2 eta)| <= 1/(2 eta)`.
+
+    It is tested as `eta |G|^2 <= Im G (1 + tolerance)`, the same disc written so that round-off
+    is relative to G even near 0, where strong potentials put it. Zero is in it, NaN is not.
+
+    Args:
+        G: complex Green's functions, any shape.
+        eta: Im z > 0, a number or a tensor that broadcasts against G.
+        tolerance: relative; by default 16 units of round-off of G's dtype, since the states of a
+            single site lie on the circle itself.
+
+    Returns:
+        bool, the shape of G and eta broadcast.
+
+    Raises:
+        DTypeError: G is not complex.
+        InputError: eta <= 0.
+    """
+    if not G.is_complex():
+        raise DTypeError(f"G must be complex, got {G.dtype}")
+    _check_eta(eta)
+    allowed = 16 * torch.finfo(G.dtype).eps if tolerance is None else tolerance
+    modulus = G.abs()
+    return eta * modulus * modulus <= G.imag * (1 + allowed)
+
+
+def contraction_factor(hopping: Number, eta: Number) -> Number:
+    """`t^2 / (t^2 + eta^2)`: by how much, at least, one left step shrinks hyperbolic distance.
+
+    The step `g -> 1 / (a - z - t^2 g)` is a dilation by t^2, a real shift, a shift up by eta, and
+    `w -> -1/w`, in the upper half-plane. All but the shift by eta are isometries of the metric
+    `|dw| / Im w`, and that one shrinks it by `y / (y + eta)` at height y, which is at most
+    `t^2 / eta` for states in the disc (the disc is geodesically convex, being a horodisc).
+
+    Args:
+        hopping: the bond t crossed by the step.
+        eta: Im z > 0.
+
+    Returns:
+        A factor in [0, 1), number or tensor as the arguments are.
+
+    Raises:
+        InputError: eta <= 0.
+    """
+    _check_eta(eta)
+    return hopping**2 / (hopping**2 + eta**2)
+
+
+def ward_bound(
+    v: Tensor,
+    v_perturbed: Tensor,
+    z: complex | Tensor,
+    *,
+    hopping: float | Tensor = 1.0,
+    onsite: float | Tensor = -2.0,
+    causal: bool = False,
+) -> Tensor:
+    """A certified bound on `|G'_ii - G_ii|` (causal: on `|g'_i - g_i|`), in O(N).
+
+    `sqrt(sum_j |G_ij|^2 |dv_j|) sqrt(sum_j |G'_ij|^2 |dv_j|)` with `dv = v' - v`; for the
+    causal form G is the resolvent of the first i+1 sites, so only dv_0..dv_i enter. It grants each
+    site's perturbation its own reach, hence stays close to the error when a few dv_j are much
+    larger than the rest, which the max-forms do not; it is an equality when one dv_j alone differs
+    from 0.
+
+    Args:
+        v: real potential (..., N); N >= 1.
+        v_perturbed: the potential after quantization, say; its shape broadcasts against that of v.
+        z: complex number, or tensor (..., 1) or (..., N); Im z > 0. Of these bounds, this one alone
+            does not need the same eta for all sites.
+        hopping: number, or real tensor (..., N-1) or (..., 1), the same for both potentials.
+        onsite: diagonal of H0, number or real tensor (..., N) or (..., 1).
+        causal: bound the left-connected Green's function instead of the two-sided diagonal.
+
+    Returns:
+        Real (..., N).
+
+    Raises:
+        DTypeError: v or v_perturbed is complex.
+        InputError: Im z <= 0.
+        ShapeError: N = 0, or the shapes do not broadcast.
+    """
+    size = (v_perturbed - v).abs()
+    before, after = (
+        weighted_row_norms(potential, z, size, hopping=hopping, onsite=onsite, causal=causal)
+        for potential in (v, v_perturbed)
+    )
+    return before.sqrt() * after.sqrt()
+
+
+def maximum_bound(dv: Tensor, G: Tensor, G_perturbed: Tensor, eta: float | Tensor) -> Tensor:
+    """`max_j |dv_j| sqrt(Im G_ii Im G'_ii) / eta`: the Ward bound without a sweep of its own.
+
+    It needs only diagonals that are already there. For left-connected Green's functions the maximum
+    over j <= i would do; the one over all j taken here is never smaller.
+
+    Args:
+        dv: real perturbation (..., N).
+        G: complex diagonal, two-sided or left-connected, (..., N).
+        G_perturbed: the same of the perturbed potential, (..., N).
+        eta: Im z > 0, a number or a tensor that broadcasts against G.
+
+    Returns:
+        Real (..., N).
+
+    Raises:
+        DTypeError: G or G_perturbed is not complex.
+        InputError: eta <= 0.
+    """
+    if not (G.is_complex() and G_perturbed.is_complex()):
+        raise DTypeError(f"diagonals must be complex, got {G.dtype} and {G_perturbed.dtype}")
+    _check_eta(eta)
+    spread = G.imag.sqrt() * G_perturbed.imag.sqrt()
+    return dv.abs().amax(-1, keepdim=True) * spread / eta
+
+
+def uniform_bound(dv: Tensor, eta: float | Tensor) -> Tensor:
+    """`max_j |dv_j| / eta^2`, which no site's error exceeds, whatever the potential.
+
+    Args:
+        dv: real perturbation (..., N).
+        eta: Im z > 0, a number or a tensor that broadcasts against dv.
+
+    Returns:
+        Real (..., 1).
+
+    Raises:
+        InputError: eta <= 0.
+    """
+    _check_eta(eta)
+    return dv.abs().amax(-1, keepdim=True) / eta**2
+
+
+def _check_eta(eta: float | Tensor) -> None:
+    if not bool(torch.as_tensor(eta > 0).all()):
+        raise InputError(f"eta must be positive, got {eta}")

@@ -1,0 +1,37 @@
+"""Exceptions that bkcore raises. Each also derives from the built-in type a caller would expect."""
+
+
+class BKCoreError(Exception):
+    """Base class of every error that bkcore raises on purpose."""
+
+
+class InputError(BKCoreError, ValueError):
+    """An argument has an impossible value; the message names it and says what is allowed."""
+
+
+class ShapeError(InputError):
+    """A tensor's shape does not fit the other arguments or the module that received it."""
+
+
+class DTypeError(BKCoreError, TypeError):
+    """A tensor's dtype does not fit, such as a complex tensor where a real one is needed."""
+
+
+class BackendError(BKCoreError, RuntimeError):
+    """A kernel backend was asked for that is absent or cannot take these tensors."""
+
+
+class LifecycleError(BKCoreError, RuntimeError):
+    """A quantization step came out of order; the message names the step that is missing."""
+
+
+class CalibrationError(BKCoreError, ValueError):
+    """Calibration saw no data, or data from which no range can be taken."""
+
+
+class CheckpointError(BKCoreError, RuntimeError):
+    """A checkpoint is missing, truncated, altered, or of a format this version cannot read."""
+
+
+class DataError(BKCoreError, ValueError):
+    """A text corpus is missing, unreadable, empty or too small."""

@@ -1,0 +1,253 @@
+"""The operator `bkcore::sweep`: its schema, checks, shapes and exact derivative, in one place.
+
+Layout
+------
+    v, source  (B, N, H)   real, float32 or float64, all tensors of one dtype and device
+    energy     (H,)        E, from which callers have subtracted the on-site energy
+    eta        (R, H)      R = 1, or N for one per site; positive
+    hopping    (R, H)      R = 1, or N - 1 for one per bond; row i couples sites i and i + 1
+    parts      (B, N, C, H)  C = 2: Re, Im of g (or of G_ii); C = 4: Re g, Im g, Re psi, Im psi
+
+Every lane (b, h) is one chain with the diagonal A_i = v_i - E - i eta_i of H - z:
+
+    g_i   = 1 / (A_i - t_{i-1}^2 g_{i-1})               left-connected Green's function
+    psi_i = g_i (b_i + t_{i-1} psi_{i-1})               propagated source
+    r_i   = 1 / (A_i - t_i^2 r_{i+1})                   right-connected Green's function
+    G_ii  = 1 / (A_i - t_{i-1}^2 g_{i-1} - t_i^2 r_{i+1})          two_sided=True
+
+For eta > 0 every denominator has an imaginary part of at most -eta, so that nothing needs to be
+clamped or rescaled. NaN goes through. Denominators are squared: their moduli have to lie between
+1e-18 and 1e18 in float32 (1e-150 and 1e150 in float64).
+
+Derivative
+----------
+Write the cotangent of a complex output w as c = dL/dRe w - i dL/dIm w, so that dL = Re(sum c dw).
+For holomorphic w this c follows the ordinary chain rule, with no conjugation.
+
+Causal. With u_i = b_i + t_{i-1} psi_{i-1}, dpsi_i = u_i dg_i + g_i (db_i + d(t_{i-1} psi_{i-1}))
+and dg_i = g_i^2 (-dA_i + d(t_{i-1}^2 g_{i-1})). Hence, from the last site to the first,
+
+    mu_i     = c^psi_i + t_i Q_{i+1},                    Q_i = mu_i g_i
+    lambda_i = c^g_i + mu_i u_i + t_i^2 P_{i+1},         P_i = lambda_i g_i^2
+
+    db_i = Re Q_i,    dt_{i-1} = Re(2 t_{i-1} P_i g_{i-1} + Q_i psi_{i-1})
+
+and dL = -Re(P_i dA_i). Neither v, E nor eta is needed, so they are not kept for the backward pass.
+
+Two-sided. G is symmetric and dG = -G dH G, so dG_ii/dA_j = -G_ij^2, and G_ij = -t_i g_i G_{i+1,j}
+for i < j (mirrored with r for i > j). The sum over i is therefore a recurrence:
+
+    S_j  = t_{j-1}^2 g_{j-1}^2 (S_{j-1} + c_{j-1}),     S'_j = t_j^2 r_{j+1}^2 (S'_{j+1} + c_{j+1})
+    W_j  = sum_i c_i G_ij^2 = G_jj^2 (c_j + S_j + S'_j),          dL = -Re(W_j dA_j)
+
+A bond enters twice: dG_ii/dt_k = -2 G_{i,k} G_{i,k+1}. With G_{i,k+1} = -t_k r_{k+1} G_{i,k} for
+i <= k and G_{i,k} = -t_k g_k G_{i,k+1} for i > k,
+
+    dt_k = 2 t_k Re(r_{k+1} G_kk^2 (c_k + S_k) + g_k G_{k+1,k+1}^2 (c_{k+1} + S'_{k+1}))
+
+In both forms dA = dv - dE - i deta, so with X for P or W:
+
+    dv_i = -Re X_i,    dE = sum_i Re X_i,    deta_i = -Im X_i
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from bkcore.errors import BackendError, DTypeError, InputError, ShapeError
+from bkcore.kernels.selection import current_choice, select, use_backend
+
+_library = torch.library.Library("bkcore", "FRAGMENT")
+_library.define(
+    "sweep(Tensor v, Tensor? source, Tensor energy, Tensor eta, Tensor hopping, bool two_sided)"
+    " -> Tensor"
+)
+_library.define(
+    "sweep_backward(Tensor grad, Tensor parts, Tensor? v, Tensor? source, Tensor energy,"
+    " Tensor eta, Tensor hopping, bool two_sided) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+_FLOATS = (torch.float32, torch.float64)
+
+
+def sweep(
+    v: Tensor,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+    two_sided: bool = False,
+) -> Tensor:
+    """Sweep every lane once; layout, formulas and range are those of this module's docstring.
+
+    Differentiable once in every tensor. Runs on the backend that `bkcore.kernels` chooses.
+
+    Returns:
+        (B, N, C, H), contiguous; C = 2, or 4 with a source.
+
+    Raises:
+        ShapeError, DTypeError, InputError: the tensors do not fit together.
+        BackendError: a forced backend is absent or cannot take the tensors, or somebody asks for
+            a second derivative.
+    """
+    parts: Tensor = torch.ops.bkcore.sweep.default(v, source, energy, eta, hopping, two_sided)
+    return parts
+
+
+def _check(
+    v: Tensor,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+    two_sided: bool,
+) -> None:
+    if v.dtype not in _FLOATS:
+        raise DTypeError(f"v must be float32 or float64, got {v.dtype}")
+    if v.ndim != 3 or v.shape[1] < 1:
+        raise ShapeError(f"v must be (B, N, H) with N >= 1, got {tuple(v.shape)}")
+    if two_sided and source is not None:
+        raise InputError("two_sided=True takes no source: only the causal sweep propagates one")
+    _, sites, lanes = v.shape
+    _check_like("energy", energy, v, (lanes,))
+    _check_rows("eta", eta, v, sites)
+    _check_rows("hopping", hopping, v, max(sites - 1, 1))
+    if source is not None:
+        _check_like("source", source, v, v.shape)
+
+
+def _check_rows(name: str, value: Tensor, v: Tensor, rows: int) -> None:
+    lanes = v.shape[2]
+    if value.ndim != 2 or value.shape[1] != lanes or value.shape[0] not in (1, rows):
+        raise ShapeError(
+            f"{name} must be (1, {lanes}) or ({rows}, {lanes}) for v of shape {tuple(v.shape)}, "
+            f"got {tuple(value.shape)}"
+        )
+    _check_like(name, value, v, value.shape)
+
+
+def _check_like(name: str, value: Tensor, v: Tensor, shape: tuple[int, ...]) -> None:
+    if value.shape != shape:
+        raise ShapeError(
+            f"{name} must have shape {tuple(shape)} for v of shape {tuple(v.shape)}, "
+            f"got {tuple(value.shape)}"
+        )
+    if value.dtype != v.dtype:
+        raise DTypeError(f"{name} must have the dtype of v, {v.dtype}, got {value.dtype}")
+    if value.device != v.device:
+        raise InputError(f"{name} is on {value.device} but v is on {v.device}; move one of them")
+
+
+def _sweep(
+    v: Tensor,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+    two_sided: bool,
+) -> Tensor:
+    _check(v, source, energy, eta, hopping, two_sided)
+    return select(v).sweep(
+        v.contiguous(),
+        None if source is None else source.contiguous(),
+        energy.contiguous(),
+        eta.contiguous(),
+        hopping.contiguous(),
+        two_sided,
+    )
+
+
+def _sweep_backward(
+    grad: Tensor,
+    parts: Tensor,
+    v: Tensor | None,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+    two_sided: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dv, dsource, *parameters = select(parts).sweep_backward(
+        grad.contiguous(),
+        parts.contiguous(),
+        None if v is None else v.contiguous(),
+        None if source is None else source.contiguous(),
+        energy.contiguous(),
+        eta.contiguous(),
+        hopping.contiguous(),
+        two_sided,
+    )
+    denergy, deta, dhopping = parameters
+    return dv, parts.new_empty(0) if dsource is None else dsource, denergy, deta, dhopping
+
+
+def _sweep_fake(
+    v: Tensor,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+    two_sided: bool,
+) -> Tensor:
+    _check(v, source, energy, eta, hopping, two_sided)
+    batch, sites, lanes = v.shape
+    return v.new_empty(batch, sites, 2 if source is None else 4, lanes)
+
+
+def _sweep_backward_fake(
+    grad: Tensor,
+    parts: Tensor,
+    v: Tensor | None,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+    two_sided: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, sites, _, lanes = parts.shape
+    shapes = [
+        (batch, sites, lanes),
+        (0,) if source is None else (batch, sites, lanes),
+        energy.shape,
+        eta.shape,
+        hopping.shape,
+    ]
+    dv, dsource, denergy, deta, dhopping = (parts.new_empty(shape) for shape in shapes)
+    return dv, dsource, denergy, deta, dhopping
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    v, source, energy, eta, hopping, two_sided = inputs
+    ctx.save_for_backward(output, v if two_sided else None, source, energy, eta, hopping)
+    ctx.two_sided = two_sided
+    # Autograd may run the backward pass in a thread of its own, which sees no context variable.
+    ctx.choice = current_choice()
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    parts, v, source, energy, eta, hopping = ctx.saved_tensors
+    with use_backend(ctx.choice):
+        dv, dsource, *parameters = torch.ops.bkcore.sweep_backward.default(
+            grad, parts, v, source, energy, eta, hopping, ctx.two_sided
+        )
+    return dv, None if source is None else dsource, *parameters, None
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise BackendError(
+        "bkcore::sweep can be differentiated once only; a second derivative was asked for "
+        "(create_graph=True, a gradient penalty or a Hessian), and it is not implemented"
+    )
+
+
+_library.impl("sweep", _sweep, "CompositeExplicitAutograd")
+_library.impl("sweep_backward", _sweep_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("bkcore::sweep", _sweep_fake, lib=_library)
+torch.library.register_fake("bkcore::sweep_backward", _sweep_backward_fake, lib=_library)
+torch.library.register_autograd(
+    "bkcore::sweep", _backward, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd("bkcore::sweep_backward", _no_second_derivative, lib=_library)

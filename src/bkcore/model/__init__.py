@@ -1,0 +1,11 @@
+"""The ResNet-BK language model."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bkcore.model.config import ResNetBKConfig
+from bkcore.model.language_model import LanguageModel, ResNetBKForCausalLM
+
+AutoConfig.register(ResNetBKConfig.model_type, ResNetBKConfig, exist_ok=True)
+AutoModelForCausalLM.register(ResNetBKConfig, ResNetBKForCausalLM, exist_ok=True)
+
+__all__ = ["LanguageModel", "ResNetBKConfig", "ResNetBKForCausalLM"]

@@ -1,0 +1,95 @@
+"""Checkpoint folders that are written whole and checked before they are read.
+
+A folder holds safetensors and JSON, and `bkcore.json`: the format version and the SHA-256 of every
+file the model wrote. A file that was cut short or changed is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bkcore.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST = "bkcore.json"
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to write in; on success its files move into `folder`.
+
+    Files are complete on disk before the first is renamed into place, and the manifest comes last.
+    If anything fails before that, `folder` is left as it was.
+
+    Raises:
+        CheckpointError: if `folder` is a file or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; name a folder for the checkpoint")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = tempfile.TemporaryDirectory(prefix=".saving-", dir=folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot write a checkpoint to {folder}: {error}") from error
+    with staging as name:
+        staged = Path(name)
+        yield staged
+        files = sorted(path.name for path in staged.iterdir())
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "sha256": {file: _sha256(staged / file) for file in files},
+        }
+        (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        for file in [*files, MANIFEST]:
+            os.replace(staged / file, folder / file)
+
+
+def verify(folder: Path) -> None:
+    """Check a checkpoint folder against its manifest.
+
+    Raises:
+        CheckpointError: if a file is missing, truncated or altered, or the format is newer than
+            this version reads.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        version, digests = int(manifest["format_version"]), dict(manifest["sha256"])
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} is not a bkcore checkpoint: it has no {MANIFEST}"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {version}; this bkcore reads up to {FORMAT_VERSION}. "
+            "Install a newer bkcore"
+        )
+    for file, digest in digests.items():
+        if not (folder / file).is_file():
+            raise CheckpointError(f"the checkpoint {folder} lacks its file {file}")
+        if _sha256(folder / file) != digest:
+            raise CheckpointError(
+                f"{folder / file} was truncated or altered since it was saved "
+                "(its SHA-256 differs); restore it or save the model again"
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def model_bytes(folder: Path) -> int:
+    """Bytes on disk of the files the model wrote, tokenizer and manifest apart."""
+    files = json.loads((folder / MANIFEST).read_text())["sha256"]
+    return sum((folder / file).stat().st_size for file in files)

@@ -1,0 +1,59 @@
+"""Configuration of the ResNet-BK language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from bkcore.errors import InputError
+
+
+class ResNetBKConfig(PreTrainedConfig):
+    """Sizes of a `ResNetBKForCausalLM` and, if it has one, the state of its quantization.
+
+    Attributes:
+        vocab_size: tokens; the embedding is tied to the output head.
+        d_model: width D of the residual stream; also the number of core channels H.
+        n_layers: layers, each a mixer (the core) and a mixture of experts.
+        n_seq: length of the training windows. The model takes any length.
+        num_experts, experts_per_token: experts E of a layer and how many serve a token.
+        expert_size: hidden units of one expert.
+        conv_width: taps of the causal depthwise convolution.
+        eta_min: smallest imaginary part of the energy that a channel can learn.
+        load_balancing: weight of the auxiliary loss that spreads tokens over experts.
+        quantization: None, or the fields of a `QuantizationConfig` and its `state`.
+    """
+
+    model_type = "resnet_bk"
+    attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layers"}  # noqa: RUF012
+
+    vocab_size: int = 2048
+    d_model: int = 128
+    n_layers: int = 3
+    n_seq: int = 256
+    num_experts: int = 8
+    experts_per_token: int = 2
+    expert_size: int = 256
+    conv_width: int = 4
+    eta_min: float = 1e-3
+    load_balancing: float = 0.01
+    norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    quantization: dict[str, Any] | None = None
+    use_cache: bool = False
+    tie_word_embeddings: bool = False  # one module serves both, so there is nothing to tie
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        sizes = ("vocab_size", "d_model", "n_layers", "n_seq", "num_experts", "expert_size")
+        for name in (*sizes, "experts_per_token", "conv_width"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} must be a positive integer, not {value!r}")
+        if self.experts_per_token > self.num_experts:
+            raise InputError(
+                f"experts_per_token={self.experts_per_token} exceeds num_experts={self.num_experts}"
+            )
+        if not self.eta_min > 0:
+            raise InputError(f"eta_min must be positive, not {self.eta_min!r}")

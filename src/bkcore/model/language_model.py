@@ -1,0 +1,320 @@
+"""ResNet-BK: a causal language model of resolvent mixers and mixtures of experts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutput
+
+from bkcore.errors import CheckpointError, DTypeError, InputError, LifecycleError, ShapeError
+from bkcore.model import checkpoint, quantized
+from bkcore.model.config import ResNetBKConfig
+from bkcore.model.mixer import ResolventMixer
+from bkcore.model.moe import MixtureOfExperts
+from bkcore.quantization.config import QuantizationConfig
+from bkcore.quantization.lifecycle import QuantizationLifecycle, QuantizationState
+from bkcore.quantization.linear import QuantizedEmbedding
+
+
+class TokenEmbedding(nn.Embedding):
+    """Token embedding (V, D) whose rows also are the output head."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores (..., V) of hidden states (..., D)."""
+        return F.linear(hidden, self.weight)
+
+
+class ResNetBKLayer(nn.Module):
+    """Mixer and experts, each behind a norm and around a residual."""
+
+    def __init__(self, config: ResNetBKConfig) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mixer = ResolventMixer(config)
+        self.experts_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.experts = MixtureOfExperts(config)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (B, N, D) -> (B, N, D), and the load-balancing loss of this layer."""
+        hidden = hidden + self.mixer(self.mixer_norm(hidden))
+        update, balance = self.experts(self.experts_norm(hidden))
+        return hidden + update, balance
+
+
+class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixin):
+    """Causal language model; position i of the logits depends on tokens up to i only.
+
+    It takes any sequence length. `config.quantization` says how far it is quantized;
+    `save_pretrained` and `from_pretrained` keep that state and every bit of the logits.
+    """
+
+    config_class = ResNetBKConfig
+    config: ResNetBKConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["ResNetBKLayer"]  # noqa: RUF012
+
+    def __init__(self, config: ResNetBKConfig) -> None:
+        super().__init__(config)
+        self.embedding: TokenEmbedding | QuantizedEmbedding = TokenEmbedding(
+            config.vocab_size, config.d_model
+        )
+        self.layers = nn.ModuleList(ResNetBKLayer(config) for _ in range(config.n_layers))
+        self.final_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.post_init()
+        if config.quantization is not None:
+            self._take_form(dict(config.quantization))
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any
+    ) -> CausalLMOutput:
+        """Next-token logits of token ids.
+
+        Args:
+            input_ids: integers in [0, vocab_size), (B, N), any N >= 1.
+            labels: (B, N), usually the same ids; they are shifted here, -100 is ignored. With
+                labels the output's `loss` is the mean negative log likelihood in nats, plus the
+                weighted load-balancing loss while training.
+
+        Returns:
+            `CausalLMOutput` with `logits` (B, N, vocab_size).
+
+        Raises:
+            ShapeError, DTypeError: if `input_ids` is not an integer tensor (B, N).
+        """
+        _check_ids(input_ids)
+        hidden = self.embedding(input_ids)
+        balance = hidden.new_zeros(())
+        for layer in self.layers:
+            hidden, layer_balance = layer(hidden)
+            balance = balance + layer_balance
+        logits = self.embedding.logits(self.final_norm(hidden))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            if self.training:
+                loss = loss + self.config.load_balancing * balance / len(self.layers)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    # ---- quantization ----------------------------------------------------------------------
+
+    def configure_quantization(self, config: QuantizationConfig | str) -> None:
+        """Choose how a float model is going to be quantized.
+
+        Raises:
+            InputError: for an unknown mode.
+            LifecycleError: if the model is past the float state.
+        """
+        self._require("configure_quantization", {QuantizationState.FLOAT})
+        config = QuantizationConfig(config) if isinstance(config, str) else config
+        self._quant_config = config
+        self._set_state(QuantizationState.FLOAT)
+
+    def calibrate_quantization(self, batches: Iterable[Tensor | dict[str, Tensor]]) -> None:
+        """Calibrate on token ids, then quantize (PTQ modes) or make ready to train (QAT modes).
+
+        Args:
+            batches: token ids (B, N), or dictionaries with `input_ids`.
+
+        Raises:
+            LifecycleError: without a quantization mode, or past the float state.
+            CalibrationError: if there is no batch, or an activation is not finite. The model is
+                float again then.
+        """
+        config = self._require_config("calibrate_quantization")
+        was_training = self.training
+        self.start_calibration()
+        try:
+            self.eval()
+            with torch.no_grad():
+                for batch in batches:
+                    self(batch["input_ids"] if isinstance(batch, dict) else batch)
+            self.end_calibration()
+        except BaseException:
+            self._abandon_calibration()
+            raise
+        finally:
+            self.train(was_training)
+        if config.is_qat:
+            self.enable_qat()
+        else:
+            self.apply_ptq()
+
+    def estimate_model_size(self) -> dict[str, Any]:
+        """Bytes of the parameters and buffers.
+
+        Returns:
+            `fp32_bytes`, `quantized_bytes` (once quantized, at any state), `current_bytes` (now),
+            `compression_ratio` (the first over the second) and `bits` (of the core).
+
+        Raises:
+            LifecycleError: without a quantization mode.
+        """
+        config = self._require_config("estimate_model_size")
+        plain = copy.deepcopy(self.config)
+        plain.quantization = None
+        with torch.device("meta"):
+            float_model = type(self)(plain)
+        fp32_bytes = quantized.storage_bytes(float_model)
+        quantized.attach_core_quantizers(float_model, config, learnable=False)
+        quantized.make_empty(float_model, config, trainable=False)
+        quantized_bytes = quantized.storage_bytes(float_model)
+        return {
+            "fp32_bytes": fp32_bytes,
+            "quantized_bytes": quantized_bytes,
+            "current_bytes": quantized.storage_bytes(self),
+            "compression_ratio": fp32_bytes / quantized_bytes,
+            "bits": config.bits,
+        }
+
+    def _take_form(self, fields: dict[str, Any]) -> None:
+        """Give a freshly built float model the modules of the state that `fields` names."""
+        state = QuantizationState(fields.pop("state", QuantizationState.FLOAT.value))
+        config = self._quant_config = QuantizationConfig(**fields)
+        if state is not QuantizationState.FLOAT:
+            learnable = config.is_qat and state is not QuantizationState.QUANTIZED
+            quantized.attach_core_quantizers(self, config, learnable=learnable)
+        if state in (QuantizationState.TRAINING, QuantizationState.QUANTIZED):
+            quantized.make_empty(self, config, trainable=state is QuantizationState.TRAINING)
+            quantized.set_phase(self, "quantize")
+        self._set_state(state)
+
+    def _set_state(self, state: QuantizationState) -> None:
+        super()._set_state(state)
+        assert self._quant_config is not None
+        self.config.quantization = {**self._quant_config.to_dict(), "state": state.value}
+
+    def _on_start_calibration(self) -> None:
+        config = self._require_config("start_calibration")
+        quantized.attach_core_quantizers(self, config, learnable=config.is_qat)
+        quantized.set_phase(self, "observe")
+
+    def _on_end_calibration(self) -> None:
+        for quantizers in quantized.core_quantizers(self):
+            for quantizer in quantizers.parts():
+                quantizer.end_calibration()
+        quantized.set_phase(self, "idle")
+
+    def _on_enable_qat(self) -> None:
+        quantized.make_trainable(self, self._require_config("enable_qat"))
+        quantized.set_phase(self, "quantize")
+
+    def _on_quantize(self) -> None:
+        quantized.make_packed(self, self._require_config("apply_ptq"))
+        for quantizers in quantized.core_quantizers(self):
+            for quantizer in quantizers.parts():
+                quantizer.freeze()
+        quantized.set_phase(self, "quantize")
+
+    def _abandon_calibration(self) -> None:
+        if self._state is QuantizationState.CALIBRATING:
+            for module in self.modules():
+                if isinstance(module, ResolventMixer):
+                    module.quantizers = None
+            self._set_state(QuantizationState.FLOAT)
+
+    # ---- transformers ----------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Save the model and its quantization state to a folder: safetensors, JSON, checksums.
+
+        Files are complete before the first is renamed into place.
+
+        Raises:
+            LifecycleError: during calibration, whose histograms are not saved.
+            CheckpointError: if the folder cannot be written.
+        """
+        if self._state is QuantizationState.CALIBRATING:
+            raise LifecycleError("cannot save during calibration: call end_calibration() first")
+        with checkpoint.writing(Path(save_directory)) as staged:
+            super().save_pretrained(staged, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Load what `save_pretrained` wrote, bit for bit; arguments as in transformers.
+
+        Raises:
+            CheckpointError: if the checkpoint is missing, truncated, altered or incomplete.
+        """
+        if not Path(path).is_dir():
+            raise CheckpointError(f"there is no checkpoint folder {path}")
+        checkpoint.verify(Path(path))
+        want_info = kwargs.pop("output_loading_info", False)
+        kwargs["output_loading_info"] = True
+        loaded: Any = super().from_pretrained(path, *args, **kwargs)
+        model, info = loaded
+        wrong = {name: keys for name, keys in info.items() if keys}
+        if wrong:
+            raise CheckpointError(f"the checkpoint {path} does not fit its configuration: {wrong}")
+        return (model, info) if want_info else model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding, which also is the output head."""
+        return self.embedding
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """The whole text at every step."""
+        return {"input_ids": input_ids}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, ResolventMixer):
+            module.reset_channels()
+            init.normal_(module.conv.weight, std=self.config.conv_width**-0.5)
+            init.zeros_(module.out_proj.get_parameter("weight"))
+
+
+def _check_ids(input_ids: Tensor) -> None:
+    if input_ids.is_floating_point() or input_ids.is_complex():
+        raise DTypeError(f"input_ids must be integers, not {input_ids.dtype}")
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ShapeError(f"input_ids must be (B, N) with N >= 1, not {tuple(input_ids.shape)}")
+
+
+def LanguageModel(
+    vocab_size: int,
+    d_model: int = 128,
+    n_layers: int = 3,
+    n_seq: int = 256,
+    use_quantized_bk_core: bool = False,
+    quantization_mode: str | QuantizationConfig | None = None,
+    **options: Any,
+) -> ResNetBKForCausalLM:
+    """Build a `ResNetBKForCausalLM` with random weights.
+
+    Args:
+        vocab_size, d_model, n_layers, n_seq: as in `ResNetBKConfig`.
+        use_quantized_bk_core: make ready to quantize; the model is float until
+            `calibrate_quantization`.
+        quantization_mode: a mode or a `QuantizationConfig`; "ptq_int8" if not given.
+        options: other fields of `ResNetBKConfig`.
+
+    Raises:
+        InputError: for an impossible size, an unknown mode, or a mode without
+            `use_quantized_bk_core`.
+    """
+    if quantization_mode is not None and not use_quantized_bk_core:
+        raise InputError("quantization_mode needs use_quantized_bk_core=True")
+    config = ResNetBKConfig(
+        vocab_size=vocab_size, d_model=d_model, n_layers=n_layers, n_seq=n_seq, **options
+    )
+    model = ResNetBKForCausalLM(config)
+    if use_quantized_bk_core:
+        model.configure_quantization(quantization_mode or "ptq_int8")
+    return model

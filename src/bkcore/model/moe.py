@@ -1,0 +1,78 @@
+"""Mixture of experts: every token is served by its top-k experts, none is dropped.
+
+Routing and the load-balancing loss follow Fedus et al., "Switch Transformers", JMLR 2022, eqs. 4-6,
+with the top-k weights normalized to sum to one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bkcore.model.config import ResNetBKConfig
+from bkcore.quantization.linear import QuantizedLinear
+
+_BLOCK = 128
+
+
+class Expert(nn.Module):
+    """A two-layer perceptron D -> F -> D with SiLU."""
+
+    def __init__(self, config: ResNetBKConfig) -> None:
+        super().__init__()
+        self.up: nn.Linear | QuantizedLinear = nn.Linear(
+            config.d_model, config.expert_size, bias=False
+        )
+        self.down: nn.Linear | QuantizedLinear = nn.Linear(
+            config.expert_size, config.d_model, bias=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (M, D) -> (M, D)."""
+        if self.training or isinstance(self.up, QuantizedLinear):
+            return self._perceptron(x)
+        return torch.cat([self._padded(block) for block in x.split(_BLOCK)])
+
+    def _perceptron(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.up(x)))
+
+    def _padded(self, block: Tensor) -> Tensor:
+        # How many tokens an expert serves depends on tokens to come, and a float product may round
+        # a row differently when the number of rows changes. Blocks of one size keep causality
+        # bit for bit. (Integer products are exact, so quantized experts need none of this.)
+        rows = block.shape[0]
+        return self._perceptron(F.pad(block, (0, 0, 0, _BLOCK - rows)))[:rows]
+
+
+class MixtureOfExperts(nn.Module):
+    """Route each token to `experts_per_token` of `num_experts` experts."""
+
+    def __init__(self, config: ResNetBKConfig) -> None:
+        super().__init__()
+        self.experts_per_token = config.experts_per_token
+        self.router = nn.Linear(config.d_model, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, N, D) -> (B, N, D), and the load-balancing loss, 1 when the load is even."""
+        tokens = x.reshape(-1, x.shape[-1])
+        probabilities = self.router(tokens).float().softmax(-1)
+        weights, chosen = probabilities.topk(self.experts_per_token)
+        weights = weights / weights.sum(-1, keepdim=True)
+        load = torch.bincount(chosen.flatten(), minlength=len(self.experts))
+        served = self._serve(tokens, chosen, load)
+        out = (served * weights[..., None].to(served.dtype)).sum(1)
+        share = load / chosen.numel()
+        balance = len(self.experts) * (share * probabilities.mean(0)).sum()
+        return out.view_as(x), balance
+
+    def _serve(self, tokens: Tensor, chosen: Tensor, load: Tensor) -> Tensor:
+        """Outputs of the chosen experts: tokens (T, D), chosen (T, k) -> (T, k, D)."""
+        order = chosen.flatten().argsort(stable=True)
+        batches = tokens[order // self.experts_per_token].split(load.tolist())
+        outputs = [
+            expert(batch) for expert, batch in zip(self.experts, batches, strict=True) if len(batch)
+        ]
+        served = torch.cat(outputs)[order.argsort()]
+        return served.view(*chosen.shape, -1)

@@ -1,0 +1,21 @@
+"""INT8 and INT4 quantization of complex-valued cores and of linear layers."""
+
+from bkcore.quantization.config import QuantizationConfig
+from bkcore.quantization.core import (
+    QuantizedBirmanSchwingerCore,
+    create_quantized_birman_schwinger,
+)
+from bkcore.quantization.lifecycle import QuantizationState
+from bkcore.quantization.packing import pack_int4, unpack_int4
+from bkcore.quantization.quantizers import ComplexQuantizer, GroupWiseQuantizer
+
+__all__ = [
+    "ComplexQuantizer",
+    "GroupWiseQuantizer",
+    "QuantizationConfig",
+    "QuantizationState",
+    "QuantizedBirmanSchwingerCore",
+    "create_quantized_birman_schwinger",
+    "pack_int4",
+    "unpack_int4",
+]

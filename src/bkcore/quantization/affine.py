@@ -1,0 +1,86 @@
+"""The one rounding function, shared by fake quantization, PTQ, QAT and the integer kernels.
+
+A real x becomes the code  q = clamp(round(x / scale) + zero_point, qmin, qmax)  and comes back as
+scale * (q - zero_point); ties round to even. Jacob et al., "Quantization and training of neural
+networks for efficient integer-arithmetic-only inference", CVPR 2018, eqs. 1-2.
+
+Codes are computed as integer-valued floats: they are exact (|q| <= 128), NaN stays NaN instead of
+becoming some integer, and converting them to int8 changes no value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCALE_DTYPE = torch.bfloat16
+"""How scales are stored: two bytes, with float32's range, so |v| = 1e6 or eta = 1e6 still fit.
+
+float16 would overflow at |v| = 5e5 in 4 bits. The coarser mantissa costs nothing in exactness,
+because codes are computed with the stored scale; it only moves the range by at most 0.4 %.
+"""
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest signed code: (-128, 127) at 8 bits, (-8, 7) at 4."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+class _StraightThroughRound(torch.autograd.Function):
+    """Round to nearest even; the gradient passes as if it were the identity (Bengio 2013)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class _StraightThroughCast(torch.autograd.Function):
+    """Round float32 to the values that `SCALE_DTYPE` holds; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.to(SCALE_DTYPE).to(torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def storable(scale: Tensor) -> Tensor:
+    """Round positive float scales to values that survive storage, as float32; differentiable."""
+    return _StraightThroughCast.apply(scale)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, bits: int) -> Tensor:
+    """Codes of x as integer-valued floats; out-of-range values saturate, NaN stays NaN.
+
+    Args:
+        x: real floating tensor, any shape.
+        scale: positive float32, broadcastable to x.
+        zero_point: integers (any dtype), broadcastable to x; 0 for a symmetric scheme.
+        bits: 4 or 8.
+
+    The gradient is straight through inside the range and zero where x saturates.
+    """
+    qmin, qmax = code_range(bits)
+    return torch.clamp(_StraightThroughRound.apply(x / scale) + zero_point, qmin, qmax)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | int) -> Tensor:
+    """Real values of the codes, float32: scale * (codes - zero_point)."""
+    return scale * (codes - zero_point)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, bits: int) -> Tensor:
+    """`dequantize(quantize(x))`: what storing x would make of it, with its shape and gradient.
+
+    Differentiable in x (straight through, zero where it saturates) and in scale. With respect to
+    the scale this is the gradient of learned step sizes (LSQ, Esser et al., ICLR 2020, eq. 3).
+    """
+    return dequantize(quantize(x, scale, zero_point, bits), scale, zero_point)

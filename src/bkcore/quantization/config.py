@@ -1,0 +1,97 @@
+"""What to quantize and how: a frozen, validated choice."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from bkcore.errors import InputError
+from bkcore.quantization.affine import code_range
+
+Part = Literal["core", "expert", "head"]
+"""A part of the language model: the mixer around the core, the experts, the tied output head."""
+
+MODES = ("ptq_int8", "qat_int8", "ptq_int4", "qat_int4", "mixed_precision")
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """Quantization mode and granularity.
+
+    Attributes:
+        mode: "ptq_int8", "qat_int8", "ptq_int4", "qat_int4" or "mixed_precision" (language model:
+            INT4 experts, INT8 core, FP16 head; a standalone core is INT8 in that mode).
+        group_size: channels that share a scale, at least 1; in a standalone core 1 means a scale
+            per sequence position. In the language model it groups the inputs of INT4 weights,
+            and the core's activations have a scale per channel whatever the group size.
+        per_channel: False puts one scale on the whole tensor instead.
+        symmetric: None (default) lets the range decide: potentials and real parts symmetric,
+            imaginary parts asymmetric, because Im G >= 0. True or False forces every quantizer of
+            the core. Weights are always symmetric.
+
+    Raises:
+        InputError: for an unknown mode, a group size below 1 or a flag that is not a bool.
+    """
+
+    mode: str = "ptq_int8"
+    group_size: int = 128
+    per_channel: bool = True
+    symmetric: bool | None = None
+
+    PTQ_INT8: ClassVar[str] = "ptq_int8"
+    QAT_INT8: ClassVar[str] = "qat_int8"
+    PTQ_INT4: ClassVar[str] = "ptq_int4"
+    QAT_INT4: ClassVar[str] = "qat_int4"
+    MIXED_PRECISION: ClassVar[str] = "mixed_precision"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise InputError(f"unknown quantization mode {self.mode!r}; choose one of {MODES}")
+        check_group_size(self.group_size)
+        if not isinstance(self.per_channel, bool):
+            raise InputError(f"per_channel must be True or False, not {self.per_channel!r}")
+        if self.symmetric is not None and not isinstance(self.symmetric, bool):
+            raise InputError(f"symmetric must be None, True or False, not {self.symmetric!r}")
+
+    @property
+    def bits(self) -> int:
+        """Bits of the core's codes: 4 or 8."""
+        return 4 if self.mode.endswith("int4") else 8
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code of the core: -128 or -8."""
+        return code_range(self.bits)[0]
+
+    @property
+    def qmax(self) -> int:
+        """Largest code of the core: 127 or 7."""
+        return code_range(self.bits)[1]
+
+    @property
+    def is_qat(self) -> bool:
+        """True for the modes that train with fake quantization."""
+        return self.mode.startswith("qat")
+
+    def weight_bits(self, part: Part) -> int:
+        """Bits of the weights in a part of the language model: 4, 8 or 16 (float16)."""
+        if self.mode == self.MIXED_PRECISION:
+            return {"expert": 4, "core": 8, "head": 16}[part]
+        return self.bits
+
+    def core_group_size(self, num_channels: int) -> int:
+        """Channels per scale of a standalone core with this many positions."""
+        return self.group_size if self.per_channel else num_channels
+
+    def to_dict(self) -> dict[str, Any]:
+        """The four fields, ready for JSON."""
+        return asdict(self)
+
+
+def check_group_size(group_size: int) -> None:
+    """Raise `InputError` unless `group_size` is an integer of at least 1."""
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+        raise InputError(
+            f"group_size must be an integer >= 1, not {group_size!r}; "
+            "1 gives every channel its own scale"
+        )

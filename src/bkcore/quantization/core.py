@@ -1,0 +1,231 @@
+"""The Birman-Schwinger core with quantized potentials and features."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bkcore.core.module import BirmanSchwingerCore
+from bkcore.errors import CheckpointError
+from bkcore.quantization.config import QuantizationConfig
+from bkcore.quantization.lifecycle import QuantizationLifecycle, QuantizationState
+from bkcore.quantization.metrics import error_metrics
+from bkcore.quantization.quantizers import ComplexQuantizer, GroupWiseQuantizer
+
+_HISTORY = 1000
+
+
+class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
+    """`BirmanSchwingerCore` whose potentials and features pass through INT8 or INT4 codes.
+
+    Build it, calibrate it on potentials like those it will see, then `apply_ptq()` (PTQ modes) or
+    `enable_qat()`, train and `convert()` (QAT modes). Until then its forward pass is float, and
+    the diagnostics say so. The core has no weights, so what QAT trains here are the step sizes,
+    and whatever model stands in front of the core.
+
+    Args:
+        n_seq: sequence length N; scales belong to positions (in groups), so N is fixed.
+        config: a `QuantizationConfig`, or a mode as a string.
+        epsilon, core_options: as in `BirmanSchwingerCore`.
+
+    Attributes:
+        core: the float core.
+        v_quantizer: quantizer of the potentials (`GroupWiseQuantizer`).
+        G_quantizer: quantizer of the resolvent diagonal (`ComplexQuantizer`).
+    """
+
+    _recalibrates_when_quantized = True  # it has no weights that quantization would have changed
+    quant_config: QuantizationConfig
+
+    def __init__(
+        self,
+        n_seq: int,
+        config: QuantizationConfig | str = "ptq_int8",
+        epsilon: float = 1.0,
+        **core_options: Any,
+    ) -> None:
+        super().__init__()
+        config = QuantizationConfig(config) if isinstance(config, str) else config
+        self._quant_config = config
+        self.core = BirmanSchwingerCore(n_seq, epsilon, **core_options)
+        group_size = config.core_group_size(n_seq)
+        self.v_quantizer = GroupWiseQuantizer(
+            n_seq,
+            group_size,
+            config.bits,
+            symmetric=config.symmetric is not False,
+            learnable=config.is_qat,
+        )
+        self.G_quantizer = ComplexQuantizer(
+            n_seq,
+            bits=config.bits,
+            group_size=group_size,
+            symmetric=config.symmetric,
+            learnable=config.is_qat,
+        )
+        self._history: deque[dict[str, float]] = deque(maxlen=_HISTORY)
+
+    @property
+    def n_seq(self) -> int:
+        """Sequence length N."""
+        return self.core.n_seq
+
+    def forward(
+        self, v: Tensor, return_diagnostics: bool = False
+    ) -> Tensor | tuple[Tensor, dict[str, Any]]:
+        """Features [Re G, Im G] of potentials v.
+
+        Args:
+            v: real potentials (B, N), or (..., N).
+            return_diagnostics: also return what ran and the quantization errors; this costs a
+                second, float, sweep and is remembered for `get_quantization_statistics`.
+
+        Returns:
+            Real features (..., N, 2), or (features, diagnostics).
+
+        Raises:
+            ShapeError: if v does not end in N.
+            DTypeError: if v is not real floating.
+            CalibrationError: while calibrating, if v is not finite.
+        """
+        if self._state is QuantizationState.CALIBRATING:
+            features = self._observe(v)
+        elif self._quantizes:
+            features = self._quantized_features(v)
+        else:
+            features = self.core(v)
+        if not return_diagnostics:
+            return features
+        return features, self._diagnose(v, features)
+
+    def estimate_model_size(self) -> dict[str, Any]:
+        """Bytes of one sequence: its N potentials, 2 N features and the quantization parameters.
+
+        Returns:
+            `fp32_bytes`; `quantized_bytes` (what they take once quantized, at any state);
+            `current_bytes` (what they take now); `compression_ratio` (the first over the second);
+            `bits`; `parts`, the quantized bytes of `potentials`, `features` and `parameters`.
+        """
+        code_bytes = (self.n_seq * self.quant_config.bits + 7) // 8
+        parts = {
+            "potentials": code_bytes,
+            "features": 2 * code_bytes,
+            "parameters": self.v_quantizer.storage_bytes + self.G_quantizer.storage_bytes,
+        }
+        fp32_bytes = 3 * self.n_seq * 4
+        quantized_bytes = sum(parts.values())
+        is_quantized = self._state is QuantizationState.QUANTIZED
+        return {
+            "fp32_bytes": fp32_bytes,
+            "quantized_bytes": quantized_bytes,
+            "current_bytes": quantized_bytes if is_quantized else fp32_bytes,
+            "compression_ratio": fp32_bytes / quantized_bytes,
+            "bits": self.quant_config.bits,
+            "parts": parts,
+        }
+
+    def get_quantization_statistics(self) -> dict[str, Any]:
+        """Mode, bits, `calibrated`, and the errors of the forward passes that were diagnosed.
+
+        `error_history` lists the mean absolute errors `v_mae`, `G_real_mae`, `G_imag_mae` of the
+        last 1,000 quantized forward passes with `return_diagnostics=True`; `avg_v_mae`,
+        `avg_G_real_mae` and `avg_G_imag_mae` are their averages, 0.0 while there are none.
+        """
+        history = list(self._history)
+        averages = {
+            f"avg_{key}": sum(entry[key] for entry in history) / max(len(history), 1)
+            for key in ("v_mae", "G_real_mae", "G_imag_mae")
+        }
+        return {
+            "mode": self.quant_config.mode,
+            "bits": self.quant_config.bits,
+            "calibrated": self.calibrated,
+            "error_history": history,
+            **averages,
+        }
+
+    def get_extra_state(self) -> Tensor:
+        """The lifecycle state as a tensor, so that it lives in the state dict."""
+        return torch.tensor(list(QuantizationState).index(self._state), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the lifecycle state from a state dict."""
+        states = list(QuantizationState)
+        if not 0 <= int(state) < len(states):
+            raise CheckpointError(f"unknown quantization state {int(state)} in the state dict")
+        self._state = states[int(state)]
+
+    @property
+    def _quantizes(self) -> bool:
+        return self._state in (QuantizationState.TRAINING, QuantizationState.QUANTIZED)
+
+    def _quantized_features(self, v: Tensor) -> Tensor:
+        features = self.core(self.v_quantizer.fake_quantize(v))
+        real = self.G_quantizer.real.fake_quantize(features[..., 0])
+        imag = self.G_quantizer.imag.fake_quantize(features[..., 1])
+        return torch.stack((real, imag), dim=-1)
+
+    def _observe(self, v: Tensor) -> Tensor:
+        self.v_quantizer.observe(v)
+        features = self.core(v)
+        self.G_quantizer.real.observe(features[..., 0])
+        self.G_quantizer.imag.observe(features[..., 1])
+        return features
+
+    def _diagnose(self, v: Tensor, features: Tensor) -> dict[str, Any]:
+        with torch.no_grad():
+            quantizes = self._quantizes
+            exact = self.core(v) if quantizes else features
+            used = self.v_quantizer.fake_quantize(v) if quantizes else v
+            errors = {
+                "v": error_metrics(v, used),
+                "G_real": error_metrics(exact[..., 0], features[..., 0]),
+                "G_imag": error_metrics(exact[..., 1], features[..., 1]),
+            }
+        if quantizes:
+            self._history.append({f"{name}_mae": e["mae"] for name, e in errors.items()})
+        return {
+            "quantization_mode": self.quant_config.mode,
+            "bits": self.quant_config.bits,
+            "group_size": self.quant_config.group_size,
+            "state": self._state.value,
+            "executed": f"int{self.quant_config.bits}" if quantizes else "float",
+            "calibrated": self.calibrated,
+            "qat_enabled": self._state is QuantizationState.TRAINING,
+            **{f"{name}_quantization_error": e for name, e in errors.items()},
+        }
+
+    def _on_start_calibration(self) -> None:
+        self.v_quantizer.start_calibration()
+        self.G_quantizer.start_calibration()
+
+    def _on_end_calibration(self) -> None:
+        self.v_quantizer.end_calibration()
+        self.G_quantizer.end_calibration()
+
+    def _on_enable_qat(self) -> None:
+        """The fake quantizers are already in place."""
+
+    def _on_quantize(self) -> None:
+        self.v_quantizer.freeze()
+        self.G_quantizer.freeze()
+
+
+def create_quantized_birman_schwinger(
+    n_seq: int, mode: str = "ptq_int8", epsilon: float = 1.0, group_size: int = 128
+) -> QuantizedBirmanSchwingerCore:
+    """Build a `QuantizedBirmanSchwingerCore` for sequences of `n_seq` potentials at z = i epsilon.
+
+    Args:
+        n_seq: sequence length, at least 1.
+        mode: "ptq_int8", "qat_int8", "ptq_int4", "qat_int4" or "mixed_precision".
+        epsilon: imaginary part of z, positive.
+        group_size: positions that share a scale; 1 is a scale per position.
+
+    Raises:
+        InputError: for an unknown mode or a value out of range.
+    """
+    return QuantizedBirmanSchwingerCore(n_seq, QuantizationConfig(mode, group_size), epsilon)

@@ -1,0 +1,140 @@
+"""The steps of quantization as an explicit state, shared by the core and the language model.
+
+    float -> calibrating -> calibrated -> quantized                (post-training, PTQ)
+                                       -> training -> quantized    (quantization-aware, QAT)
+
+A step out of order raises `LifecycleError` and names the missing one; nothing is repaired or
+skipped silently.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from bkcore.errors import LifecycleError
+from bkcore.quantization.config import QuantizationConfig
+
+
+class QuantizationState(str, Enum):
+    """Where a model stands between float and quantized."""
+
+    FLOAT = "float"
+    CALIBRATING = "calibrating"
+    CALIBRATED = "calibrated"
+    TRAINING = "training"
+    QUANTIZED = "quantized"
+
+
+_NEXT_STEP = {
+    QuantizationState.FLOAT: "start_calibration()",
+    QuantizationState.CALIBRATING: "end_calibration()",
+    QuantizationState.CALIBRATED: "apply_ptq() in a PTQ mode, enable_qat() in a QAT mode",
+    QuantizationState.TRAINING: "convert()",
+    QuantizationState.QUANTIZED: "nothing: it is quantized; start again from the float model",
+}
+
+
+class QuantizationLifecycle:
+    """Mixin with the public steps. A subclass does the work in the `_on_...` methods."""
+
+    _state: QuantizationState = QuantizationState.FLOAT
+    _quant_config: QuantizationConfig | None = None
+    _recalibrates_when_quantized = False
+
+    @property
+    def quantization_state(self) -> QuantizationState:
+        """The current state."""
+        return self._state
+
+    @property
+    def quant_config(self) -> QuantizationConfig | None:
+        """The configuration, or None for a model that was built without quantization."""
+        return self._quant_config
+
+    @property
+    def calibrated(self) -> bool:
+        """True once calibration has ended."""
+        return self._state not in (QuantizationState.FLOAT, QuantizationState.CALIBRATING)
+
+    def start_calibration(self) -> None:
+        """Begin to observe ranges; forward passes stay float. Calibrated models start afresh."""
+        self._require_config("start_calibration")
+        allowed = {QuantizationState.FLOAT, QuantizationState.CALIBRATED}
+        if self._recalibrates_when_quantized:
+            allowed.add(QuantizationState.QUANTIZED)
+        self._require("start_calibration", allowed)
+        self._on_start_calibration()
+        self._set_state(QuantizationState.CALIBRATING)
+
+    def end_calibration(self) -> None:
+        """Turn what was observed into scales and zero points.
+
+        Raises:
+            CalibrationError: if no data was seen; the model stays in calibration.
+        """
+        self._require("end_calibration", {QuantizationState.CALIBRATING})
+        self._on_end_calibration()
+        self._set_state(QuantizationState.CALIBRATED)
+
+    def apply_ptq(self) -> None:
+        """Quantize a calibrated model of a PTQ mode; does nothing if that is done already."""
+        config = self._require_config("apply_ptq")
+        if config.is_qat:
+            raise LifecycleError(
+                f"apply_ptq() is not a step of mode {config.mode!r}: call enable_qat(), train, "
+                "then convert(); or build the model with a 'ptq_...' mode"
+            )
+        if self._state is QuantizationState.QUANTIZED:
+            return
+        self._require("apply_ptq", {QuantizationState.CALIBRATED})
+        self._on_quantize()
+        self._set_state(QuantizationState.QUANTIZED)
+
+    def enable_qat(self) -> None:
+        """Fake-quantize a calibrated model of a QAT mode; does nothing if that is done already."""
+        config = self._require_config("enable_qat")
+        if not config.is_qat:
+            raise LifecycleError(
+                f"enable_qat() is not a step of mode {config.mode!r}: call apply_ptq(), or build "
+                "the model with a 'qat_...' mode"
+            )
+        if self._state is QuantizationState.TRAINING:
+            return
+        self._require("enable_qat", {QuantizationState.CALIBRATED})
+        self._on_enable_qat()
+        self._set_state(QuantizationState.TRAINING)
+
+    def convert(self) -> None:
+        """End quantization-aware training: freeze scales and weights into codes, bit for bit."""
+        self._require("convert", {QuantizationState.TRAINING})
+        self._on_quantize()
+        self._set_state(QuantizationState.QUANTIZED)
+
+    def _require_config(self, step: str) -> QuantizationConfig:
+        if self._quant_config is None:
+            raise LifecycleError(f"{step}() needs a quantization mode, and this model has none")
+        return self._quant_config
+
+    def _require(self, step: str, allowed: set[QuantizationState]) -> None:
+        if self._state in allowed:
+            return
+        needed = " or ".join(sorted(state.value for state in allowed))
+        raise LifecycleError(
+            f"{step}() needs a model that is {needed}, and this one is {self._state.value}; "
+            f"the next step from here is {_NEXT_STEP[self._state]}"
+        )
+
+    def _set_state(self, state: QuantizationState) -> None:
+        self._state = state
+
+    def _on_start_calibration(self) -> None:
+        raise NotImplementedError
+
+    def _on_end_calibration(self) -> None:
+        raise NotImplementedError
+
+    def _on_enable_qat(self) -> None:
+        raise NotImplementedError
+
+    def _on_quantize(self) -> None:
+        raise NotImplementedError

@@ -1,0 +1,346 @@
+"""Quantizers of activations: one for real channels, and a pair of them for complex channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bkcore.errors import CalibrationError, DTypeError, InputError, LifecycleError, ShapeError
+from bkcore.quantization import affine
+from bkcore.quantization.config import check_group_size
+from bkcore.quantization.observers import HistogramObserver
+
+
+class GroupWiseQuantizer(nn.Module):
+    """Affine quantizer of real (..., num_channels) tensors, a scale and zero point per group.
+
+    Args:
+        num_channels: size of the last axis.
+        group_size: neighbouring channels that share a scale; the last group may be smaller.
+            1 is per channel, `num_channels` per tensor.
+        bits: 4 or 8.
+        symmetric: True puts the zero point at 0; False fits it to the data.
+        learnable: make the scales a parameter, kept positive as exp(log_scales), that trains with
+            the model (learned step sizes).
+        norm: the range is chosen to minimize the mean |error|^norm over the calibration data:
+            1 (mean absolute error) or 2 (mean squared error).
+
+    Attributes:
+        scales: (num_groups,) float32; NaN before calibration.
+        zero_points: (num_groups,) int8.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        group_size: int = 128,
+        bits: int = 4,
+        *,
+        symmetric: bool = True,
+        learnable: bool = False,
+        norm: int = 1,
+    ) -> None:
+        super().__init__()
+        check_group_size(group_size)
+        if num_channels < 1:
+            raise InputError(f"num_channels must be at least 1, not {num_channels}")
+        if bits not in (4, 8):
+            raise InputError(f"bits must be 4 or 8, not {bits}")
+        self.num_channels = num_channels
+        self.group_size = group_size
+        self.bits = bits
+        self.symmetric = symmetric
+        self.norm = norm
+        self._observer: HistogramObserver | None = None
+        unknown = torch.full((self.num_groups,), torch.nan)
+        self.register_buffer("zero_points", torch.zeros(self.num_groups, dtype=torch.int8))
+        self.zero_points: Tensor
+        self.stored_scales: Tensor
+        self.log_scales: Tensor
+        if learnable:
+            self.log_scales = nn.Parameter(unknown)
+        else:
+            self.register_buffer("stored_scales", unknown.to(affine.SCALE_DTYPE))
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups, the ragged last one included."""
+        return -(-self.num_channels // self.group_size)
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return affine.code_range(self.bits)[0]
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return affine.code_range(self.bits)[1]
+
+    @property
+    def learnable(self) -> bool:
+        """True while the scales are a parameter."""
+        return "log_scales" in self._parameters
+
+    @property
+    def scales(self) -> Tensor:
+        """Scales in use, (num_groups,) float32, each a value that storage keeps."""
+        if self.learnable:
+            return affine.storable(self.log_scales.exp())
+        return self.stored_scales.float()
+
+    @property
+    def calibrated(self) -> bool:
+        """True once the scales are known; it travels with them in the state dict."""
+        return not bool(self.scales.isnan().any())
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of the quantization parameters: two per scale, one per zero point if fitted."""
+        return self.num_groups * (2 if self.symmetric else 3)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        scheme = "symmetric" if self.symmetric else "asymmetric"
+        return f"{self.num_channels}, group_size={self.group_size}, bits={self.bits}, {scheme}"
+
+    def observe(self, x: Tensor) -> None:
+        """Add x (..., num_channels) to the calibration data.
+
+        Raises:
+            CalibrationError: if x is not finite.
+            DTypeError, ShapeError: if x is not real floating, or has another last axis.
+        """
+        self._check(x)
+        if self._observer is None:
+            self._observer = HistogramObserver(self.num_groups)
+        groups = torch.arange(self.num_channels) // self.group_size
+        self._observer.observe(x, groups)
+
+    def start_calibration(self) -> None:
+        """Forget what was observed."""
+        self._observer = None
+
+    def end_calibration(self) -> None:
+        """Choose the scales and zero points from what was observed.
+
+        Raises:
+            CalibrationError: if nothing was observed.
+        """
+        if self._observer is None:
+            raise CalibrationError(
+                "calibration saw no data: pass at least one non-empty batch before it ends"
+            )
+        scales, zero_points = self._observer.search(self.bits, self.symmetric, self.norm)
+        with torch.no_grad():
+            target = self.log_scales if self.learnable else self.stored_scales
+            target.copy_(scales.log() if self.learnable else scales)
+            self.zero_points.copy_(zero_points)
+        self._observer = None
+
+    def calibrate(self, x: Tensor) -> None:
+        """Choose the scales from one tensor (..., num_channels)."""
+        self.start_calibration()
+        self.observe(x)
+        self.end_calibration()
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """int8 codes of x, same shape; 4-bit codes lie in [-8, 7].
+
+        Raises:
+            InputError: if x is not finite, because no code stands for NaN or infinity.
+            LifecycleError: before calibration.
+        """
+        self._check(x, calibrated=True)
+        if not bool(torch.isfinite(x).all()):
+            raise InputError("cannot quantize NaN or infinity to integer codes; check the input")
+        scale, zero_point = self._per_channel()
+        return affine.quantize(x, scale, zero_point, self.bits).to(torch.int8)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """float32 values of int8 codes (..., num_channels).
+
+        Raises:
+            LifecycleError: before calibration.
+        """
+        if codes.dtype != torch.int8:
+            raise DTypeError(f"dequantize takes int8 codes, not {codes.dtype}")
+        self._check(codes.float(), calibrated=True)
+        return affine.dequantize(codes, *self._per_channel())
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """`dequantize(quantize(x))` with a straight-through gradient; NaN stays NaN.
+
+        Raises:
+            LifecycleError: before calibration.
+        """
+        self._check(x, calibrated=True)
+        return affine.fake_quantize(x, *self._per_channel(), self.bits)
+
+    def freeze(self) -> None:
+        """Turn learned scales into stored ones of the same value."""
+        if self.learnable:
+            scales = self.scales.detach().to(affine.SCALE_DTYPE)
+            del self.log_scales
+            self.register_buffer("stored_scales", scales)
+
+    def _per_channel(self) -> tuple[Tensor, Tensor]:
+        if self.num_groups == 1:
+            return self.scales, self.zero_points
+        groups = torch.arange(self.num_channels, device=self.zero_points.device)
+        groups = groups // self.group_size
+        return self.scales[groups], self.zero_points[groups]
+
+    def _check(self, x: Tensor, *, calibrated: bool = False) -> None:
+        if x.is_complex():
+            raise DTypeError(
+                f"a real quantizer was given {x.dtype} values, whose imaginary part it would "
+                "lose; use ComplexQuantizer"
+            )
+        if not x.is_floating_point():
+            raise DTypeError(f"a quantizer takes floating-point values, not {x.dtype}")
+        if x.dim() == 0 or x.shape[-1] != self.num_channels:
+            raise ShapeError(
+                f"expected (..., {self.num_channels}) for num_channels={self.num_channels}, "
+                f"got {tuple(x.shape)}"
+            )
+        if calibrated and not self.calibrated:
+            raise LifecycleError("the quantizer has no scales yet: calibrate() it first")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A state dict saved after conversion holds stored scales where this module may still
+        # have learned ones; take its form, so that a converted model loads into a fresh one.
+        if self.learnable and prefix + "stored_scales" in state_dict:
+            self.freeze()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ComplexQuantizer(nn.Module):
+    """Separate quantizers for the real and the imaginary part of (..., num_channels) tensors.
+
+    Args:
+        num_channels: size of the last axis.
+        per_channel: a scale per group of `group_size` channels; False is one scale per tensor.
+        bits: 4 or 8.
+        group_size: channels that share a scale.
+        symmetric: None makes the real part symmetric and the imaginary part asymmetric, the right
+            choice for a resolvent, where Im G >= 0; True or False forces both.
+        learnable, norm: as in `GroupWiseQuantizer`.
+
+    Attributes:
+        real, imag: the two `GroupWiseQuantizer`s.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        per_channel: bool = True,
+        bits: int = 8,
+        *,
+        group_size: int = 1,
+        symmetric: bool | None = None,
+        learnable: bool = False,
+        norm: int = 1,
+    ) -> None:
+        super().__init__()
+        check_group_size(group_size)
+        size = group_size if per_channel else num_channels
+
+        def part(default_symmetric: bool) -> GroupWiseQuantizer:
+            return GroupWiseQuantizer(
+                num_channels,
+                size,
+                bits,
+                symmetric=default_symmetric if symmetric is None else symmetric,
+                learnable=learnable,
+                norm=norm,
+            )
+
+        self.real = part(default_symmetric=True)
+        self.imag = part(default_symmetric=False)
+
+    @property
+    def num_channels(self) -> int:
+        """Size of the last axis."""
+        return self.real.num_channels
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of each part."""
+        return self.real.num_groups
+
+    @property
+    def bits(self) -> int:
+        """Bits of each part's codes."""
+        return self.real.bits
+
+    @property
+    def scales(self) -> Tensor:
+        """(2, num_groups) float32: scales of the real part, then of the imaginary part."""
+        return torch.stack((self.real.scales, self.imag.scales))
+
+    @property
+    def calibrated(self) -> bool:
+        """True once both parts are."""
+        return self.real.calibrated and self.imag.calibrated
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of the quantization parameters of both parts."""
+        return self.real.storage_bytes + self.imag.storage_bytes
+
+    def start_calibration(self) -> None:
+        """Forget what was observed."""
+        self.real.start_calibration()
+        self.imag.start_calibration()
+
+    def observe(self, x: Tensor) -> None:
+        """Add complex x (..., num_channels) to the calibration data; errors as in `calibrate`."""
+        _check_complex(x)
+        self.real.observe(x.real)
+        self.imag.observe(x.imag)
+
+    def end_calibration(self) -> None:
+        """Choose the scales of both parts; `CalibrationError` if nothing was observed."""
+        self.real.end_calibration()
+        self.imag.end_calibration()
+
+    def calibrate(self, x: Tensor) -> None:
+        """Choose the scales from one complex tensor (..., num_channels).
+
+        Raises:
+            DTypeError: if x is not complex.
+            CalibrationError: if it is empty or not finite.
+        """
+        self.start_calibration()
+        self.observe(x)
+        self.end_calibration()
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """int8 codes of the real and of the imaginary part of complex x."""
+        _check_complex(x)
+        return self.real.quantize(x.real), self.imag.quantize(x.imag)
+
+    def dequantize(self, real: Tensor, imag: Tensor) -> Tensor:
+        """complex64 values of two int8 code tensors."""
+        return torch.complex(self.real.dequantize(real), self.imag.dequantize(imag))
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """`dequantize(*quantize(x))` with a straight-through gradient."""
+        _check_complex(x)
+        return torch.complex(self.real.fake_quantize(x.real), self.imag.fake_quantize(x.imag))
+
+    def freeze(self) -> None:
+        """Turn learned scales into stored ones of the same value."""
+        self.real.freeze()
+        self.imag.freeze()
+
+
+def _check_complex(x: Tensor) -> None:
+    if not x.is_complex():
+        raise DTypeError(
+            f"ComplexQuantizer takes complex values, not {x.dtype}; "
+            "use GroupWiseQuantizer for real ones"
+        )

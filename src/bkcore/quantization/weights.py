@@ -1,0 +1,186 @@
+"""Weight matrices as codes: packed for inference, or trained behind the same codes.
+
+Both kinds answer `codes()` and `scales()`, so one integer product serves them. A weight (O, K) has
+a scale per row and per group of K, the group size along K; INT8 uses one group per row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bkcore.errors import CalibrationError
+from bkcore.quantization import affine
+from bkcore.quantization.packing import pack_int4, unpack_int4
+
+_FRACTIONS = 24
+
+
+def _grouped(x: Tensor, group_size: int) -> Tensor:
+    """(O, K) as (O, G, group_size), a ragged last group padded with zeros."""
+    padding = -x.shape[1] % group_size
+    return nn.functional.pad(x, (0, padding)).unflatten(1, (-1, group_size))
+
+
+def _codes_and_values(
+    weight: Tensor, scales: Tensor, group_size: int, bits: int
+) -> tuple[Tensor, Tensor]:
+    """int8 codes (O, K) of a weight, and the values they stand for, differentiable."""
+    columns = weight.shape[1]
+    codes = affine.quantize(_grouped(weight, group_size), scales[..., None], 0, bits)
+    values = affine.dequantize(codes, scales[..., None], 0)
+    int_codes = codes.detach().flatten(1)[:, :columns].to(torch.int8)
+    return int_codes, values.flatten(1)[:, :columns]
+
+
+def search_weight_scales(
+    weight: Tensor, bits: int, group_size: int, per_tensor: bool = False
+) -> Tensor:
+    """Storable scales (O, G) that minimize the squared error of a weight (O, K).
+
+    Args:
+        per_tensor: choose one scale for the whole matrix; it is repeated to (O, G).
+
+    Raises:
+        CalibrationError: if the weight holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise CalibrationError("a weight holds NaN or infinity and cannot be quantized")
+    grouped = _grouped(weight.detach().float(), group_size)
+    largest = grouped.abs().amax(-1)
+    if per_tensor:
+        largest = largest.amax().expand_as(largest)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    best_scale, best_error = largest, torch.full_like(largest, torch.inf)
+    for fraction in torch.linspace(1.0, 0.5 if bits == 4 else 0.8, _FRACTIONS).tolist():
+        scale = affine.storable(largest * (fraction / affine.code_range(bits)[1]))
+        error = (affine.fake_quantize(grouped, scale[..., None], 0, bits) - grouped).square()
+        error = error.sum(-1)
+        if per_tensor:
+            error = error.sum().expand_as(error)
+        better = error < best_error
+        best_scale = torch.where(better, scale, best_scale)
+        best_error = torch.where(better, error, best_error)
+    return best_scale
+
+
+class PackedWeight(nn.Module):
+    """A quantized weight (O, K): int8 codes, or two INT4 codes a byte, and bfloat16 scales.
+
+    Attributes:
+        packed: int8 (O, K) at 8 bits, uint8 (O, ceil(K / 2)) at 4.
+        stored_scales: bfloat16 (O, G).
+    """
+
+    def __init__(self, shape: tuple[int, int], bits: int, group_size: int) -> None:
+        super().__init__()
+        rows, columns = shape
+        self.shape, self.bits, self.group_size = shape, bits, group_size
+        width, dtype = (columns, torch.int8) if bits == 8 else ((columns + 1) // 2, torch.uint8)
+        groups = -(-columns // group_size)
+        self.register_buffer("packed", torch.zeros(rows, width, dtype=dtype))
+        self.register_buffer("stored_scales", torch.ones(rows, groups, dtype=affine.SCALE_DTYPE))
+        self.packed: Tensor
+        self.stored_scales: Tensor
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, scales: Tensor, bits: int, group_size: int) -> PackedWeight:
+        """Store int8 codes (O, K) and float32 scales (O, G)."""
+        weight = cls((codes.shape[0], codes.shape[1]), bits, group_size)
+        weight.packed = codes if bits == 8 else pack_int4(codes)
+        weight.stored_scales = scales.to(affine.SCALE_DTYPE)
+        return weight
+
+    def codes(self) -> Tensor:
+        """int8 codes (O, K)."""
+        return self.packed if self.bits == 8 else unpack_int4(self.packed, self.shape[1])
+
+    def scales(self) -> Tensor:
+        """float32 scales (O, G)."""
+        return self.stored_scales.float()
+
+    def rows(self, index: Tensor) -> Tensor:
+        """float32 values of the rows at an integer index (...): (..., K)."""
+        packed = self.packed[index]
+        codes = packed if self.bits == 8 else unpack_int4(packed, self.shape[1])
+        scales = self.scales()[index].repeat_interleave(self.group_size, dim=-1)
+        return codes * scales[..., : self.shape[1]]
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.shape[0]}, {self.shape[1]}, bits={self.bits}, group_size={self.group_size}"
+
+
+class TrainableWeight(nn.Module):
+    """A float weight (O, K) that is used through its codes, with learned scales (O, G)."""
+
+    def __init__(self, shape: tuple[int, int], bits: int, group_size: int) -> None:
+        super().__init__()
+        self.bits, self.group_size = bits, group_size
+        groups = -(-shape[1] // group_size)
+        self.weight = nn.Parameter(torch.zeros(shape))
+        self.log_scales = nn.Parameter(torch.zeros(shape[0], groups))
+
+    @classmethod
+    def from_float(
+        cls, weight: Tensor, scales: Tensor, bits: int, group_size: int
+    ) -> TrainableWeight:
+        """Start from a trained weight (O, K) and scales (O, G)."""
+        trainable = cls((weight.shape[0], weight.shape[1]), bits, group_size)
+        with torch.no_grad():
+            trainable.weight.copy_(weight)
+            trainable.log_scales.copy_(scales.log())
+        return trainable
+
+    def scales(self) -> Tensor:
+        """float32 scales (O, G) in use, storable and differentiable."""
+        return affine.storable(self.log_scales.exp())
+
+    def codes_and_values(self) -> tuple[Tensor, Tensor]:
+        """int8 codes (O, K), and the float32 values they stand for, differentiable."""
+        return _codes_and_values(self.weight, self.scales(), self.group_size, self.bits)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """float32 values of the rows at an integer index (...): (..., K), differentiable."""
+        return nn.functional.embedding(index, self.codes_and_values()[1])
+
+    def pack(self) -> PackedWeight:
+        """The codes that this weight is used through, for inference; bit for bit the same."""
+        with torch.no_grad():
+            codes, _ = self.codes_and_values()
+            return PackedWeight.from_codes(codes, self.scales(), self.bits, self.group_size)
+
+
+class HalfWeight(nn.Module):
+    """A weight (O, K) stored in float16 and used in float32."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.register_buffer("packed", torch.zeros(shape, dtype=torch.float16))
+        self.packed: Tensor
+
+    @classmethod
+    def from_float(cls, weight: Tensor) -> HalfWeight:
+        """Round a float weight (O, K) to float16.
+
+        Raises:
+            CalibrationError: if a value leaves float16's range.
+        """
+        half = cls((weight.shape[0], weight.shape[1]))
+        half.packed = weight.detach().to(torch.float16)
+        if not bool(torch.isfinite(half.packed).all()):
+            raise CalibrationError("a weight exceeds float16's range, 65,504")
+        return half
+
+    def rows(self, index: Tensor) -> Tensor:
+        """float32 values of the rows at an integer index (...): (..., K)."""
+        return self.packed[index].float()
+
+
+def pack_weight(
+    weight: Tensor, bits: int, group_size: int, per_tensor: bool = False
+) -> PackedWeight:
+    """Quantize a float weight (O, K) after training."""
+    scales = search_weight_scales(weight, bits, group_size, per_tensor)
+    codes, _ = _codes_and_values(weight.detach().float(), scales, group_size, bits)
+    return PackedWeight.from_codes(codes, scales, bits, group_size)

@@ -1,0 +1,271 @@
+"""The main job: train a language model on text, quantize it in every mode, judge what was saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from bkcore.errors import DataError
+from bkcore.evaluation.checkpoints import Evaluation, Setting, evaluate_in_new_process
+from bkcore.evaluation.perplexity import (
+    paired_change,
+    perplexity_per_token,
+    perplexity_per_word,
+)
+from bkcore.model import LanguageModel, ResNetBKForCausalLM
+from bkcore.quantization.config import MODES
+from bkcore.report.progress import Plan
+from bkcore.text import Corpus, TokenWindows, encode, load_corpus, train_tokenizer
+from bkcore.training import Schedule, train
+
+_CALIBRATION_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Sizes and lengths of the demo.
+
+    The vocabulary is small and the experts are many, so that the float16 head of mixed precision
+    stays near a twentieth of the parameters.
+    """
+
+    vocab_size: int = 2048
+    window: int = 256
+    batch_size: int = 16
+    seed: int = 0
+    model: dict[str, Any] = field(
+        default_factory=lambda: {
+            "d_model": 128,
+            "n_layers": 3,
+            "num_experts": 16,
+            "experts_per_token": 2,
+            "expert_size": 384,
+        }
+    )
+    training: Schedule = field(
+        default_factory=lambda: Schedule(steps=600, batch_size=16, learning_rate=4e-3)
+    )
+    qat: Schedule = field(
+        default_factory=lambda: Schedule(
+            steps=60, batch_size=16, learning_rate=4e-4, warmup_fraction=0.1, weight_decay=0.0
+        )
+    )
+
+    @property
+    def training_tokens(self) -> int:
+        """Tokens that the float model is trained on."""
+        return self.training.steps * self.training.batch_size * self.window
+
+
+def run_demo(
+    data: Path | None,
+    output: Path,
+    console: Console,
+    settings: DemoSettings | None = None,
+) -> dict[str, Any]:
+    """Train, calibrate, quantize, save, load in a new process and judge, in every mode.
+
+    Args:
+        data: folder with train.txt and valid.txt; None takes the embedded corpus.
+        output: folder for the checkpoints, one folder each: float32 and the modes.
+        console: where progress is drawn.
+        settings: sizes and lengths.
+
+    Returns:
+        `rows`, one for float32 and one for each mode, and the `protocol`.
+
+    Raises:
+        DataError: if the text is missing, unreadable or too small; before any training.
+    """
+    settings = settings or DemoSettings()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    corpus = load_corpus(data)
+    with Plan(_stages(settings, corpus), console) as plan:
+        return _Demo(settings, corpus, output, plan).run()
+
+
+def _stages(settings: DemoSettings, corpus: Corpus) -> dict[str, float]:
+    """Stages and about how long each takes, in seconds on two cores."""
+    step = 0.45
+    judge = 8 + len(corpus.valid) / 60_000
+    stages = {
+        "train tokenizer": 3 + len(corpus.train) / 2e6,
+        "train float32": step * settings.training.steps,
+        "judge float32": judge,
+    }
+    for mode in MODES:
+        stages[f"quantize {mode}"] = 6.0
+        if mode.startswith("qat"):
+            stages[f"train {mode}"] = 1.4 * step * settings.qat.steps
+        stages[f"judge {mode}"] = judge
+    return stages
+
+
+class _Demo:
+    """The run: what its stages share."""
+
+    def __init__(self, settings: DemoSettings, corpus: Corpus, output: Path, plan: Plan) -> None:
+        self.settings = settings
+        self.corpus = corpus
+        self.output = output
+        self.plan = plan
+        self.setting = Setting(
+            corpus.valid, "valid", settings.window, settings.batch_size, torch.get_num_threads()
+        )
+
+    def run(self) -> dict[str, Any]:
+        with self.plan.stage("train tokenizer"):
+            self.tokenizer = train_tokenizer(self.corpus.train, self.settings.vocab_size)
+            self.windows = self._windows()
+        self._train_float()
+        reference = self._judge("float32")
+        rows = [row("float32", reference, reference)]
+        for mode in MODES:
+            self._quantize(mode)
+            rows.append(row(mode, self._judge(mode), reference))
+        return {"rows": rows, "protocol": self._protocol(reference)}
+
+    def _windows(self) -> TokenWindows:
+        tokens = encode(self.tokenizer, self.corpus.train)
+        needed = self.settings.window * max(self.settings.batch_size, _CALIBRATION_BATCHES)
+        if len(tokens) < needed:
+            raise DataError(
+                f"the training text has {len(tokens)} tokens; the demo needs at least {needed}"
+            )
+        return TokenWindows(tokens, self.settings.window)
+
+    def _train_float(self) -> None:
+        torch.manual_seed(self.settings.seed)
+        model = LanguageModel(
+            vocab_size=len(self.tokenizer), n_seq=self.settings.window, **self.settings.model
+        )
+        self._train(model, self.settings.training, "float32")
+        self._save(model, "float32")
+
+    def _train(self, model: ResNetBKForCausalLM, schedule: Schedule, name: str) -> None:
+        with self.plan.stage(f"train {name}") as advance:
+            train(
+                model,
+                self.windows,
+                schedule,
+                seed=self.settings.seed,
+                on_step=lambda step: advance(step / schedule.steps),
+            )
+
+    def _quantize(self, mode: str) -> None:
+        with self.plan.stage(f"quantize {mode}"):
+            model = ResNetBKForCausalLM.from_pretrained(self.output / "float32")
+            model.configure_quantization(mode)
+            model.calibrate_quantization(self._calibration_batches())
+        if mode.startswith("qat"):
+            self._train(model, self.settings.qat, mode)
+            model.convert()
+        self._save(model, mode)
+
+    def _calibration_batches(self) -> list[Tensor]:
+        """Windows spread evenly over the training text."""
+        count = min(_CALIBRATION_BATCHES * self.settings.batch_size, len(self.windows))
+        picks = torch.linspace(0, len(self.windows) - 1, count).long().tolist()
+        windows = torch.stack([self.windows[pick]["input_ids"] for pick in picks])
+        return list(windows.split(self.settings.batch_size))
+
+    def _save(self, model: ResNetBKForCausalLM, name: str) -> None:
+        model.save_pretrained(self.output / name)
+        self.tokenizer.save_pretrained(self.output / name)
+
+    def _judge(self, name: str) -> Evaluation:
+        reference = None if name == "float32" else self.output / "float32"
+        with self.plan.stage(f"judge {name}") as advance:
+            return evaluate_in_new_process(self.output / name, self.setting, reference, advance)
+
+    def _protocol(self, reference: Evaluation) -> dict[str, Any]:
+        return {
+            **reference.protocol.as_dict(),
+            "corpus": self.corpus.name,
+            "training_tokens": self.settings.training_tokens,
+            "threads": self.setting.threads,
+            "settings": asdict(self.settings),
+            "parameters": parameter_shares(self.output / "float32"),
+            "bytes": "files of the model on disk, tokenizer apart",
+            "speed": "forward passes, batches of batch_size windows; speedup is the median ratio "
+            "of pairs timed in alternation with float32",
+        }
+
+    tokenizer: PreTrainedTokenizerFast
+    windows: TokenWindows
+
+
+def parameter_shares(folder: Path) -> dict[str, float]:
+    """Number of parameters of a float checkpoint, and the shares of its head and its experts."""
+    model = ResNetBKForCausalLM.from_pretrained(folder)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    total = sum(sizes.values())
+    experts = sum(size for name, size in sizes.items() if ".experts.experts." in name)
+    return {
+        "total": total,
+        "head_share": model.embedding.weight.numel() / total,
+        "expert_share": experts / total,
+    }
+
+
+def row(mode: str, evaluation: Evaluation, reference: Evaluation) -> dict[str, Any]:
+    """One line of the table, as it stands in the JSON file."""
+    change = paired_change(reference.scores, evaluation.scores)
+    return {
+        "mode": mode,
+        "ppl_token": perplexity_per_token(evaluation.scores),
+        "ppl_word": perplexity_per_word(evaluation.scores, evaluation.protocol.words),
+        "delta_pct": change.delta_pct,
+        "ci_low_pct": change.low_pct,
+        "ci_high_pct": change.high_pct,
+        "bytes": evaluation.bytes,
+        "size_ratio": reference.bytes / evaluation.bytes,
+        "tokens_per_second": evaluation.tokens_per_second,
+        "speedup": evaluation.speedup,
+    }
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The rows of a demo's report for the terminal."""
+    protocol = report["protocol"]
+    title = f"{protocol['corpus']}, {protocol['split']}: {protocol['tokens']:,} tokens scored"
+    result = Table(title=title)
+    for heading in ("mode", "ppl/token", "ppl/word", "change", "95 % interval", "bytes", "smaller"):
+        result.add_column(heading, justify="left" if heading == "mode" else "right")
+    result.add_column("tokens/s", justify="right")
+    result.add_column("speed", justify="right")
+    for entry in report["rows"]:
+        is_float = entry["mode"] == "float32"
+        result.add_row(
+            entry["mode"],
+            f"{entry['ppl_token']:.2f}",
+            f"{entry['ppl_word']:.1f}",
+            "" if is_float else f"{entry['delta_pct']:+.2f} %",
+            "" if is_float else f"{entry['ci_low_pct']:+.2f} to {entry['ci_high_pct']:+.2f}",
+            f"{entry['bytes']:,}",
+            f"{entry['size_ratio']:.2f}x",
+            f"{entry['tokens_per_second']:,.0f}",
+            f"{entry['speedup']:.2f}x",
+        )
+    return result
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write a report whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(report, file, indent=2)
+        file.write("\n")
+    os.replace(file.name, path)

@@ -1,0 +1,71 @@
+"""One progress bar over a plan of stages: what is running, how far, and how long is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Plan:
+    """Stages with weights, about proportional to the time they take, behind one bar.
+
+    Args:
+        stages: weight of each stage, in order.
+        console: where to draw. Each finished stage leaves a line, so a log file is readable too.
+    """
+
+    def __init__(self, stages: dict[str, float], console: Console) -> None:
+        self._stages = stages
+        self._done = 0.0
+        self._count = 0
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            # The average over minutes: stages differ in speed, and the weights even that out.
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            speed_estimate_period=120,
+            transient=True,
+        )
+        self._task = self._progress.add_task("starting", total=sum(stages.values()))
+
+    def __enter__(self) -> Plan:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[float], None]]:
+        """Run a stage; yields a function to call with the fraction of it that is done."""
+        self._count += 1
+        weight = self._stages[name]
+        title = f"[{self._count}/{len(self._stages)}] {name}"
+        self._progress.update(self._task, description=title)
+        start = time.perf_counter()
+
+        def advance(fraction: float) -> None:
+            self._progress.update(self._task, completed=self._done + fraction * weight)
+
+        yield advance
+        self._done += weight
+        self._progress.update(self._task, completed=self._done)
+        seconds = time.perf_counter() - start
+        self._progress.console.print(f"{title}: {seconds:.0f} s", highlight=False, markup=False)

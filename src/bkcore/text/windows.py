@@ -1,0 +1,85 @@
+"""Token ids cut into windows: one way to train on them, one way to score every one of them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bkcore.errors import DTypeError, InputError, ShapeError
+
+
+class TokenWindows(Dataset[dict[str, Tensor]]):
+    """Contiguous windows of equal length that do not overlap; what is left at the end is dropped.
+
+    An item holds ``input_ids`` and ``labels``, int64 of shape (length,) and equal to each other:
+    a transformers model shifts the labels by itself.
+
+    Args:
+        tokens: integer token ids of shape (tokens,).
+        length: tokens in a window, at least 2, since the first of them is no target.
+
+    Raises:
+        InputError: ``length`` is too small, or there are fewer tokens than one window.
+        ShapeError: ``tokens`` is not one-dimensional.
+        DTypeError: ``tokens`` is not of an integer dtype.
+    """
+
+    def __init__(self, tokens: Tensor, length: int) -> None:
+        _check_tokens(tokens)
+        if length < 2:
+            raise InputError(f"The window length is {length}, but must be at least 2.")
+        if len(tokens) < length:
+            raise InputError(
+                f"There are {len(tokens)} tokens, fewer than one window of {length}. "
+                "Give more text or a shorter window."
+            )
+        count = len(tokens) // length
+        self._windows = tokens[: count * length].long().view(count, length)
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        window = self._windows[index]
+        return {"input_ids": window, "labels": window}
+
+
+def scored_windows(tokens: Tensor, length: int, bos_id: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut a split into windows in which every token is a target exactly once, the tail included.
+
+    In the stream that is ``bos_id`` followed by the tokens, window k takes the inputs
+    ``stream[k * length : (k + 1) * length]`` and as targets the same moved on by one. Only the
+    last window may be shorter.
+
+    Args:
+        tokens: integer token ids of shape (tokens,), at least one.
+        length: targets in a window, at least 1.
+        bos_id: the token that stands before the first one; it is never a target.
+
+    Yields:
+        Inputs and targets, both int64 of the same shape (n,), 1 <= n <= length.
+
+    Raises:
+        InputError: there is no token, ``length`` is below 1, or ``bos_id`` is negative. It comes
+            with the call, not with the first window.
+        ShapeError: ``tokens`` is not one-dimensional.
+        DTypeError: ``tokens`` is not of an integer dtype.
+    """
+    _check_tokens(tokens)
+    if len(tokens) == 0:
+        raise InputError("There is no token to score.")
+    if length < 1:
+        raise InputError(f"The window length is {length}, but must be at least 1.")
+    if bos_id < 0:
+        raise InputError(f"bos_id is {bos_id}, but a token id is not negative.")
+    targets = tokens.long()
+    inputs = torch.cat([targets.new_tensor([bos_id]), targets[:-1]])
+    return zip(inputs.split(length), targets.split(length), strict=True)
+
+
+def _check_tokens(tokens: Tensor) -> None:
+    if tokens.ndim != 1:
+        raise ShapeError(f"tokens has the shape {tuple(tokens.shape)}, but must be (tokens,).")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise DTypeError(f"tokens is of {tokens.dtype}, but token ids are integers.")

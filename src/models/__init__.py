@@ -1,0 +1,1 @@
+"""Import paths of the first interface; everything lives in `bkcore`."""

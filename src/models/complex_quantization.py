@@ -1,0 +1,3 @@
+"""The complex quantizer under its first import path."""
+
+from bkcore.quantization import ComplexQuantizer  # noqa: F401

@@ -1,0 +1,149 @@
+"""Corpora: what is read, how it is split, and every way a folder can be wrong."""
+
+import platform
+from pathlib import Path
+
+import pytest
+
+from bkcore.errors import DataError
+from bkcore.text import Corpus, count_words, load_corpus
+
+ENOUGH = "Some words of a text, one line.\n" * 1000
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Corpus:
+    return load_corpus(None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "train.txt").write_text(ENOUGH, encoding="utf-8")
+    (tmp_path / "valid.txt").write_text(ENOUGH, encoding="utf-8")
+    return tmp_path
+
+
+def test_a_folder_is_read_as_it_is(folder: Path) -> None:
+    (folder / "valid.txt").write_text("Grüße, мир, 世界 \n\n" * 200, encoding="utf-8")
+    corpus = load_corpus(folder)
+    assert corpus == Corpus(folder.name, ENOUGH, "Grüße, мир, 世界 \n\n" * 200)
+    assert load_corpus(str(folder)) == corpus
+
+
+def test_a_byte_order_mark_and_windows_line_ends_do_not_show(folder: Path) -> None:
+    content = b"\xef\xbb\xbf" + ENOUGH.replace("\n", "\r\n").encode()
+    (folder / "train.txt").write_bytes(content)
+    assert load_corpus(folder).train == ENOUGH
+
+
+def test_the_embedded_corpus_is_large_and_split_by_document(embedded: Corpus) -> None:
+    assert platform.python_version() in embedded.name
+    assert len(embedded.train) > 1_000_000
+    share = len(embedded.valid) / (len(embedded.train) + len(embedded.valid))
+    assert 0.04 < share < 0.13
+
+
+def test_the_embedded_corpus_repeats_no_paragraph(embedded: Corpus) -> None:
+    train, valid = (
+        [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
+        for text in (embedded.train, embedded.valid)
+    )
+    assert len(set(train)) == len(train)
+    assert len(set(valid)) == len(valid)
+    assert set(train).isdisjoint(valid)
+
+
+def test_the_embedded_corpus_has_topics_and_docstrings(embedded: Corpus) -> None:
+    text = embedded.train + embedded.valid
+    assert "The `if` statement" in text or 'The "if" statement' in text
+    assert "Compute the hash" in text or "Pretty-print" in text or "JSON" in text
+
+
+def test_the_embedded_corpus_is_the_same_every_time(embedded: Corpus) -> None:
+    assert load_corpus() == embedded
+
+
+def test_the_embedded_corpus_imports_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "lib"
+    library.mkdir()
+    for number in range(300):
+        docstring = f"Explain the part number {number} at length. " * 20
+        body = f'"""{docstring}"""\nraise RuntimeError("imported")\n'
+        (library / f"part_{number:03}.py").write_text(body, encoding="utf-8")
+    (library / "broken.py").write_text("this is not Python", encoding="utf-8")
+    (library / "test").mkdir()
+    (library / "test" / "junk.py").write_text('"""Left out."""', encoding="utf-8")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(library))
+    corpus = load_corpus()
+    text = corpus.train + corpus.valid
+    assert all(f"number {number} at" in text for number in range(300))
+    assert "Left out" not in text
+
+
+def test_a_library_without_sources_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(DataError, match="no text in the train part of 'python-"):
+        load_corpus()
+
+
+def test_words_are_what_stands_between_blanks_and_the_line_ends() -> None:
+    assert count_words("") == 0
+    assert count_words("one  two\tthree") == 3
+    assert count_words(" one two \n\n = three = \n") == 2 + 3 + 3
+
+
+def test_words_of_wikitext_are_the_published_ones(wikitext_dir: Path) -> None:
+    corpus = load_corpus(wikitext_dir)
+    assert count_words(corpus.valid) == 217_646
+    assert count_words(corpus.train) == 2_051_910 + 36_718
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no folder .*absent.*train\.txt"):
+        load_corpus(tmp_path / "absent")
+
+
+def test_a_file_is_no_folder(folder: Path) -> None:
+    with pytest.raises(DataError, match="is not a folder"):
+        load_corpus(folder / "train.txt")
+
+
+@pytest.mark.parametrize("name", ["train.txt", "valid.txt"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(DataError, match=f"no file .*{name}"):
+        load_corpus(folder)
+
+
+def test_a_folder_in_place_of_a_file_cannot_be_read(folder: Path) -> None:
+    (folder / "valid.txt").unlink()
+    (folder / "valid.txt").mkdir()
+    with pytest.raises(DataError, match=r"valid\.txt' cannot be read"):
+        load_corpus(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "no text in the valid part"),
+        (b" \n" * 5000, "no text in the valid part"),
+        (b"short", "only 5 characters in the valid part"),
+        (b"caf\xe9 " * 1000, "not UTF-8: byte 3"),
+        (b"text\0" * 1000, "NUL bytes"),
+        (ENOUGH.encode("utf-16"), "NUL bytes"),
+    ],
+)
+def test_a_file_that_is_no_text_or_too_little(folder: Path, content: bytes, complaint: str) -> None:
+    (folder / "valid.txt").write_bytes(content)
+    with pytest.raises(DataError, match=complaint):
+        load_corpus(folder)
+
+
+def test_too_little_to_train_on(folder: Path) -> None:
+    (folder / "train.txt").write_text("x" * 19_999, encoding="utf-8")
+    with pytest.raises(DataError, match="only 19,999 characters in the train part"):
+        load_corpus(folder)

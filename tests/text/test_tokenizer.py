@@ -1,0 +1,157 @@
+"""The tokenizer: lossless, repeatable, quiet; encoding in pieces equals encoding in one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from bkcore.errors import InputError
+from bkcore.text import END_OF_TEXT, encode, tokenizer, tokenizer_hash, train_tokenizer
+
+TEXT = "The resolvent of a chain, said the chain's owner, isn't what it was in 1961.\n\n \n" * 40
+BLANKS = st.text(alphabet=" \n\t\r\x0b\x1c\x85\xa0\u2003\u200b\u3000abz'.1é世", max_size=300)
+
+TRAIN_AND_HASH = """
+from bkcore.text import tokenizer_hash, train_tokenizer
+text = " ".join(f"word{i % 97} {i * i % 1013}" for i in range(4000))
+print(tokenizer_hash(train_tokenizer(text, 700)))
+"""
+
+
+@pytest.fixture(scope="module")
+def small() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TEXT, 320)
+
+
+@given(st.text(max_size=200) | BLANKS)
+@settings(deadline=None)
+def test_any_text_comes_back(small: PreTrainedTokenizerFast, text: str) -> None:
+    assert small.decode(encode(small, text)) == text
+
+
+@given(BLANKS)
+@settings(deadline=None)
+def test_cuts_do_not_show(small: PreTrainedTokenizerFast, text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "_CHUNK_CHARACTERS", 1)
+        ids = encode(small, text).tolist()
+    assert ids == small.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@given(BLANKS)
+@settings(deadline=None)
+def test_cuts_split_no_word(small: PreTrainedTokenizerFast, text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "_CHUNK_CHARACTERS", 1)
+        chunks = list(tokenizer._chunks(text))
+    assert "".join(chunks) == text
+    split = small.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    assert [word for chunk in chunks for word, _ in split(chunk)] == [
+        word for word, _ in split(text)
+    ]
+
+
+def test_cuts_do_not_show_in_a_long_text(small: PreTrainedTokenizerFast) -> None:
+    text = TEXT * 30
+    assert len(text) > 2 * tokenizer._CHUNK_CHARACTERS
+    assert encode(small, text).tolist() == small(text, verbose=False)["input_ids"]
+
+
+def test_a_text_without_any_blank_is_one_piece(small: PreTrainedTokenizerFast) -> None:
+    text = "x" * 50_000
+    assert small.decode(encode(small, text)) == text
+
+
+def test_ids_are_a_flat_int64_tensor_in_range(small: PreTrainedTokenizerFast) -> None:
+    ids = encode(small, TEXT)
+    assert ids.dtype == torch.int64
+    assert ids.ndim == 1
+    assert int(ids.min()) > 0
+    assert int(ids.max()) < len(small) <= 320
+    assert len(ids) < len(TEXT.encode()) / 2
+    assert encode(small, "").shape == (0,)
+    assert encode(small, "").dtype == torch.int64
+
+
+def test_the_special_token_begins_and_ends_a_text(small: PreTrainedTokenizerFast) -> None:
+    assert small.bos_token == small.eos_token == END_OF_TEXT
+    assert small.bos_token_id == small.eos_token_id == 0
+    assert small(END_OF_TEXT)["input_ids"] == [0]
+
+
+def test_a_literal_special_token_is_text(small: PreTrainedTokenizerFast) -> None:
+    ids = encode(small, f"a{END_OF_TEXT}b")
+    assert 0 not in ids
+    assert small.decode(ids, skip_special_tokens=True) == f"a{END_OF_TEXT}b"
+
+
+def test_padding_and_truncation_of_earlier_calls_change_nothing() -> None:
+    trained = train_tokenizer(TEXT, 300)
+    before, name = encode(trained, TEXT), tokenizer_hash(trained)
+    trained.pad_token = END_OF_TEXT
+    trained(["a", "b c d"], padding=True, truncation=True, max_length=3)
+    assert torch.equal(encode(trained, TEXT), before)
+    assert tokenizer_hash(trained) == name
+
+
+def test_saving_and_loading_keeps_the_hash(small: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    small.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer_hash(loaded) == tokenizer_hash(small)
+    assert torch.equal(encode(loaded, TEXT), encode(small, TEXT))
+    assert loaded.decode(encode(loaded, "a . b , c ' s\n")) == "a . b , c ' s\n"
+
+
+def test_training_is_repeatable_and_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    other = subprocess.run(
+        [sys.executable, "-c", TRAIN_AND_HASH], capture_output=True, text=True, check=True
+    )
+    assert len(other.stdout.strip()) == 16
+    assert other.stderr == ""
+    exec(TRAIN_AND_HASH, {})
+    assert capfd.readouterr() == (other.stdout, "")
+
+
+def test_another_text_or_size_has_another_hash(small: PreTrainedTokenizerFast) -> None:
+    names = {
+        tokenizer_hash(train_tokenizer(text, size))
+        for text in (TEXT, "ab " * 99)
+        for size in (258, 300)
+    }
+    assert len(names - {tokenizer_hash(small)}) >= 3
+
+
+def test_a_short_text_runs_out_of_pairs() -> None:
+    assert len(train_tokenizer("", 1000)) == 257
+    assert len(train_tokenizer("abab", 1000)) < 270
+
+
+@pytest.mark.parametrize("size", [-1, 0, 256])
+def test_too_small_a_vocabulary(size: int) -> None:
+    with pytest.raises(InputError, match=f"vocab_size is {size}, .* at least 257"):
+        train_tokenizer(TEXT, size)
+
+
+def test_an_impossible_frequency() -> None:
+    with pytest.raises(InputError, match="min_frequency is 0"):
+        train_tokenizer(TEXT, 300, min_frequency=0)
+
+
+def test_a_lone_surrogate_is_no_text(small: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match="lone surrogate at character 2"):
+        encode(small, "ab\ud800")
+    with pytest.raises(InputError, match="lone surrogate at character 0"):
+        train_tokenizer("\udfff", 300)
+
+
+def test_wikitext_comes_back(wikitext_dir: Path) -> None:
+    text = (wikitext_dir / "valid.txt").read_text(encoding="utf-8")[:300_000]
+    trained = train_tokenizer(text, 1024)
+    ids = encode(trained, text)
+    assert trained.decode(ids) == text
+    assert ids.tolist() == trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
