@@ -1,6 +1,15 @@
 """Resolvents of tridiagonal Hamiltonians as differentiable, linear-time functions and modules."""
 
 from bkcore.core.module import BirmanSchwingerCore
+from bkcore.core.operator import BirmanSchwingerOperator, resolvent_apply, spectral_shift
 from bkcore.core.resolvent import causal_sweep, causal_sweep_parts, resolvent_diagonal
 
-__all__ = ["BirmanSchwingerCore", "causal_sweep", "causal_sweep_parts", "resolvent_diagonal"]
+__all__ = [
+    "BirmanSchwingerCore",
+    "BirmanSchwingerOperator",
+    "causal_sweep",
+    "causal_sweep_parts",
+    "resolvent_apply",
+    "resolvent_diagonal",
+    "spectral_shift",
+]

@@ -45,7 +45,7 @@ def sweep_backward(
     if two_sided:
         assert v is not None
         diagonal = torch.complex(v - energy, (-eta).expand_as(v))
-        site, bond = _two_sided_adjoint(diagonal, t, _join(parts, 0), _join(grad, 0).conj())
+        site, bond = _two_sided_adjoint(diagonal, t, _join(parts, 0), _cotangent(grad, 0))
     else:
         site, bond, dsource = _causal_adjoint(parts, grad, source, t)
     return (
@@ -94,15 +94,15 @@ def _causal_adjoint(
     parts: Tensor, grad: Tensor, source: Tensor | None, t: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """P_i for every site, the gradient of every bond, and the gradient of the source."""
-    g, c_g = _join(parts, 0), _join(grad, 0).conj()
+    g, c_g = _join(parts, 0), _cotangent(grad, 0)
     bond = g.real.new_zeros(g.shape[0], g.shape[1] - 1, g.shape[2])
     dsource = None
     if source is not None:
-        psi, c_psi = _join(parts, 2), _join(grad, 2).conj()
+        psi, c_psi = _join(parts, 2), _cotangent(grad, 2)
         mu = _accumulate(c_psi, t * torch.ones_like(g), g)
         driven = source + _after(t * psi)
         c_g = c_g + mu * driven
-        dsource = (mu * g).real
+        dsource = (mu * g).real.contiguous()
         bond = bond + ((mu * g)[:, 1:] * psi[:, :-1]).real
     site = _accumulate(c_g, t.square() * torch.ones_like(g), g.square()) * g.square()
     bond = bond + 2 * t[:-1] * (site[:, 1:] * g[:, :-1]).real
@@ -143,6 +143,12 @@ def _after(x: Tensor) -> Tensor:
 
 def _join(parts: Tensor, first: int) -> Tensor:
     return torch.complex(parts[:, :, first], parts[:, :, first + 1])
+
+
+def _cotangent(grad: Tensor, first: int) -> Tensor:
+    """dL/dRe - i dL/dIm, negated in memory: a lazily conjugated tensor is misread when the
+    operator is called from a compiled graph."""
+    return torch.complex(grad[:, :, first], -grad[:, :, first + 1])
 
 
 def _split(x: Tensor) -> Tensor:

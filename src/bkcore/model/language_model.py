@@ -245,7 +245,10 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             CheckpointError: if the checkpoint is missing, truncated, altered or incomplete.
         """
         if not Path(path).is_dir():
-            raise CheckpointError(f"there is no checkpoint folder {path}")
+            raise CheckpointError(
+                f"there is no checkpoint folder {path}; from a hub, download it first with "
+                "huggingface_hub.snapshot_download()"
+            )
         checkpoint.verify(Path(path))
         want_info = kwargs.pop("output_loading_info", False)
         kwargs["output_loading_info"] = True

@@ -28,6 +28,10 @@ def code_range(bits: int) -> tuple[int, int]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
+_LARGEST_LOG_SCALE = 88.0
+"""e^88 = 1.7e38 is still finite in float32 and in `SCALE_DTYPE`."""
+
+
 class _StraightThroughRound(torch.autograd.Function):
     """Round to nearest even; the gradient passes as if it were the identity (Bengio 2013)."""
 
@@ -53,8 +57,16 @@ class _StraightThroughCast(torch.autograd.Function):
 
 
 def storable(scale: Tensor) -> Tensor:
-    """Round positive float scales to values that survive storage, as float32; differentiable."""
-    return _StraightThroughCast.apply(scale)
+    """Round positive float scales to values that survive storage, as float32; differentiable.
+
+    What would round to zero becomes the smallest normal number: a scale of zero makes NaN.
+    """
+    return _StraightThroughCast.apply(scale).clamp(min=torch.finfo(SCALE_DTYPE).tiny)
+
+
+def scale_from_log(log_scale: Tensor) -> Tensor:
+    """Storable scales exp(log_scale): positive and finite whatever an optimizer made of it."""
+    return storable(log_scale.clamp(max=_LARGEST_LOG_SCALE).exp())
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, bits: int) -> Tensor:

@@ -20,6 +20,8 @@ from bkcore.quantization import affine
 BINS = 2048
 _CANDIDATES = 32
 _GROUPS_AT_ONCE = 64
+_LARGEST = 2.0**125
+"""Beyond it (4e37) the width of a range, or the power of two that holds it, is no float32."""
 
 
 class HistogramObserver:
@@ -40,16 +42,18 @@ class HistogramObserver:
         """Count the values of x (..., C); channel c belongs to group `group_of_channel[c]`.
 
         Raises:
-            CalibrationError: if x holds NaN or infinity; nothing of it is counted then.
+            CalibrationError: if x holds NaN, infinity or values near float32's limit; nothing of
+                it is counted then.
         """
         values = x.detach().reshape(-1, x.shape[-1]).float().cpu()
         if values.shape[0] == 0:
             return
-        if not bool(torch.isfinite(values).all()):
-            bad = int((~torch.isfinite(values)).sum())
+        usable = values.abs() <= _LARGEST
+        if not bool(usable.all()):
+            bad = values.numel() - int(usable.sum())
             raise CalibrationError(
-                f"{bad} of {values.numel()} calibration values are NaN or infinite; "
-                "check the data, or the model that made them"
+                f"{bad} of {values.numel()} calibration values are NaN, infinite or beyond "
+                f"{_LARGEST:.0e}; check the data, or the model that made them"
             )
         groups = group_of_channel.cpu()
         self.low.scatter_reduce_(0, groups, values.amin(0), "amin")
@@ -103,18 +107,19 @@ def affine_from_range(
 ) -> tuple[Tensor, Tensor]:
     """Storable float32 scale and float zero point of the code range [low, high], elementwise.
 
-    A range of zero width (constant data) gets the scale that keeps its value, or 1 for zero.
+    An asymmetric range is first widened toward zero until a zero point of one byte can place it:
+    until it holds zero at 8 bits, and up to 8/9 of the way at 4. A range that is only zero gets
+    the scale 1.
     """
     qmin, qmax = affine.code_range(bits)
     if symmetric:
         width = torch.maximum(-low, high) / qmax
         zero_point = torch.zeros_like(low)
     else:
+        nearest = (qmin + 128) / (qmax + 128)
+        low, high = torch.minimum(low, nearest * high), torch.maximum(high, nearest * low)
         width = (high - low) / (qmax - qmin)
-        width = torch.where(width > 0, width, high.abs() / qmax)
     scale = affine.storable(torch.where(width > 0, width, torch.ones_like(width)))
-    # Only a width below bfloat16's range can round to zero.
-    scale = scale.clamp(min=torch.finfo(affine.SCALE_DTYPE).tiny)
     if not symmetric:
         zero_point = torch.round(qmin - low / scale).clamp(-128, 127)
     return scale, zero_point
@@ -129,7 +134,8 @@ def _search_group_ranges(
     first, last = int(used[0]), int(used[-1]) + 1
     weights = counts[:, first:last].float()
     centers = (torch.arange(first, last) + 0.5) * (2 / BINS) - 1
-    values = centers * observer.half_range[groups].float()[:, None]
+    half = observer.half_range[groups].float()[:, None]
+    values = centers * half
 
     def error(low: Tensor, high: Tensor) -> Tensor:
         """Summed |error|^norm of candidate ranges: (G, C) -> (G, C)."""
@@ -137,7 +143,9 @@ def _search_group_ranges(
         columns = []
         for s, z in zip(scale.unbind(1), zero.unbind(1), strict=True):
             restored = affine.fake_quantize(values, s[:, None], z[:, None], bits)
-            columns.append(((restored - values).abs() ** norm * weights).sum(1))
+            # Relative to the range, so that no power of it leaves float32.
+            errors = ((restored - values) / half).abs()
+            columns.append((errors**norm * weights).sum(1))
         return torch.stack(columns, dim=1)
 
     # A group without data (possible only beside groups with data) gets the scale 1.

@@ -88,7 +88,7 @@ class GroupWiseQuantizer(nn.Module):
     def scales(self) -> Tensor:
         """Scales in use, (num_groups,) float32, each a value that storage keeps."""
         if self.learnable:
-            return affine.storable(self.log_scales.exp())
+            return affine.scale_from_log(self.log_scales)
         return self.stored_scales.float()
 
     @property
@@ -167,7 +167,9 @@ class GroupWiseQuantizer(nn.Module):
         """
         if codes.dtype != torch.int8:
             raise DTypeError(f"dequantize takes int8 codes, not {codes.dtype}")
-        self._check(codes.float(), calibrated=True)
+        # Differences of int8 codes and int8 zero points would wrap around.
+        codes = codes.float()
+        self._check(codes, calibrated=True)
         return affine.dequantize(codes, *self._per_channel())
 
     def fake_quantize(self, x: Tensor) -> Tensor:

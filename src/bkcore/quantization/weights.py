@@ -101,9 +101,9 @@ class PackedWeight(nn.Module):
 
     def rows(self, index: Tensor) -> Tensor:
         """float32 values of the rows at an integer index (...): (..., K)."""
-        packed = self.packed[index]
+        packed = nn.functional.embedding(index, self.packed)
         codes = packed if self.bits == 8 else unpack_int4(packed, self.shape[1])
-        scales = self.scales()[index].repeat_interleave(self.group_size, dim=-1)
+        scales = nn.functional.embedding(index, self.scales()).repeat_interleave(self.group_size, dim=-1)
         return codes * scales[..., : self.shape[1]]
 
     def extra_repr(self) -> str:
@@ -134,7 +134,7 @@ class TrainableWeight(nn.Module):
 
     def scales(self) -> Tensor:
         """float32 scales (O, G) in use, storable and differentiable."""
-        return affine.storable(self.log_scales.exp())
+        return affine.scale_from_log(self.log_scales)
 
     def codes_and_values(self) -> tuple[Tensor, Tensor]:
         """int8 codes (O, K), and the float32 values they stand for, differentiable."""
@@ -174,7 +174,7 @@ class HalfWeight(nn.Module):
 
     def rows(self, index: Tensor) -> Tensor:
         """float32 values of the rows at an integer index (...): (..., K)."""
-        return self.packed[index].float()
+        return nn.functional.embedding(index, self.packed).float()
 
 
 def pack_weight(

@@ -54,7 +54,7 @@ class DemoSettings:
         }
     )
     training: Schedule = field(
-        default_factory=lambda: Schedule(steps=600, batch_size=16, learning_rate=4e-3)
+        default_factory=lambda: Schedule(steps=600, batch_size=16, learning_rate=5e-3)
     )
     qat: Schedule = field(
         default_factory=lambda: Schedule(

@@ -1,0 +1,75 @@
+"""QuantizationConfig: what it accepts, what it derives."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from bkcore.errors import InputError
+from bkcore.quantization import QuantizationConfig
+
+MODES = {
+    "PTQ_INT8": ("ptq_int8", 8, False),
+    "QAT_INT8": ("qat_int8", 8, True),
+    "PTQ_INT4": ("ptq_int4", 4, False),
+    "QAT_INT4": ("qat_int4", 4, True),
+    "MIXED_PRECISION": ("mixed_precision", 8, False),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_modes(name):
+    mode, bits, is_qat = MODES[name]
+    assert getattr(QuantizationConfig, name) == mode
+    config = QuantizationConfig(mode)
+    assert (config.bits, config.is_qat) == (bits, is_qat)
+    assert (config.qmin, config.qmax) == {8: (-128, 127), 4: (-8, 7)}[bits]
+
+
+def test_defaults_are_the_documented_ones():
+    config = QuantizationConfig()
+    assert config.to_dict() == {
+        "mode": "ptq_int8",
+        "group_size": 128,
+        "per_channel": True,
+        "symmetric": None,
+    }
+    assert QuantizationConfig(**config.to_dict()) == config
+
+
+@pytest.mark.parametrize("mode", MODES.values())
+def test_weight_bits(mode):
+    name, bits, _ = mode
+    parts = {part: QuantizationConfig(name).weight_bits(part) for part in ("core", "expert", "head")}
+    mixed = {"core": 8, "expert": 4, "head": 16}
+    assert parts == (mixed if name == "mixed_precision" else dict.fromkeys(parts, bits))
+
+
+def test_per_tensor_is_one_group():
+    assert QuantizationConfig(group_size=16).core_group_size(100) == 16
+    assert QuantizationConfig(group_size=16, per_channel=False).core_group_size(100) == 100
+
+
+def test_it_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        QuantizationConfig().mode = "qat_int8"
+
+
+@pytest.mark.parametrize("mode", ["int8", "ptq_int3", "", None])
+def test_unknown_mode_lists_the_choices(mode):
+    with pytest.raises(InputError, match=r"unknown quantization mode .*ptq_int8.*mixed_precision"):
+        QuantizationConfig(mode)
+
+
+@pytest.mark.parametrize("group_size", [0, -1, True, 128.0, "128", None])
+def test_group_size_is_a_positive_integer(group_size):
+    with pytest.raises(InputError, match="group_size must be an integer >= 1"):
+        QuantizationConfig(group_size=group_size)
+
+
+@pytest.mark.parametrize("field", ["per_channel", "symmetric"])
+@pytest.mark.parametrize("value", [1, "yes"])
+def test_flags_are_bools(field, value):
+    with pytest.raises(InputError, match=field):
+        QuantizationConfig(**{field: value})
