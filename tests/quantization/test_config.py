@@ -41,7 +41,9 @@ def test_defaults_are_the_documented_ones():
 @pytest.mark.parametrize("mode", MODES.values())
 def test_weight_bits(mode):
     name, bits, _ = mode
-    parts = {part: QuantizationConfig(name).weight_bits(part) for part in ("core", "expert", "head")}
+    parts = {
+        part: QuantizationConfig(name).weight_bits(part) for part in ("core", "expert", "head")
+    }
     mixed = {"core": 8, "expert": 4, "head": 16}
     assert parts == (mixed if name == "mixed_precision" else dict.fromkeys(parts, bits))
 

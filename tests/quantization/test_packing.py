@@ -45,11 +45,11 @@ def test_packing_leaves_its_input_alone():
 
 
 def test_errors():
-    with pytest.raises(DTypeError, match="int8 codes, not torch.int32"):
+    with pytest.raises(DTypeError, match=r"int8 codes, not torch\.int32"):
         pack_int4(torch.zeros(4, dtype=torch.int32))
     with pytest.raises(ShapeError, match="at least one axis"):
         pack_int4(torch.tensor(1, dtype=torch.int8))
-    with pytest.raises(DTypeError, match="uint8 bytes, not torch.int8"):
+    with pytest.raises(DTypeError, match=r"uint8 bytes, not torch\.int8"):
         unpack_int4(torch.zeros(4, dtype=torch.int8), 8)
     for length in (6, 9):
         with pytest.raises(ShapeError, match=f"{length} codes of 4 bits take"):

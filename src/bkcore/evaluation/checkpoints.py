@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from bkcore.errors import BKCoreError, CheckpointError
 from bkcore.evaluation.perplexity import Protocol, Scores, score
@@ -145,7 +147,7 @@ def evaluate_in_new_process(
     sender.close()
     try:
         while True:
-            message: Any = receiver.recv()
+            message: Any = pickle.loads(receiver.recv_bytes())
             if isinstance(message, BKCoreError):
                 raise message
             if isinstance(message, Evaluation):
@@ -163,10 +165,17 @@ def evaluate_in_new_process(
 
 
 def _work(sender: Connection, folder: Path, setting: Setting, reference: Path | None) -> None:
+    transformers_logging.disable_progress_bar()  # the parent process shows the progress
+
+    def send(message: float | Evaluation | BKCoreError) -> None:
+        # By value: torch would have Connection.send share tensors through a server in this
+        # process, which ends before they are read.
+        sender.send_bytes(pickle.dumps(message))
+
     try:
-        sender.send(evaluate_checkpoint(folder, setting, reference, sender.send))
+        send(evaluate_checkpoint(folder, setting, reference, send))
     except BKCoreError as error:
-        sender.send(error)
+        send(error)
 
 
 def _full_batches(tokens: Tensor, setting: Setting) -> list[Tensor]:

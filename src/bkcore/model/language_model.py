@@ -79,7 +79,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         """Next-token logits of token ids.
 
         Args:
-            input_ids: integers in [0, vocab_size), (B, N), any N >= 1.
+            input_ids: integers in [0, vocab_size), (B, N), any B, N >= 1.
             labels: (B, N), usually the same ids; they are shifted here, -100 is ignored. With
                 labels the output's `loss` is the mean negative log likelihood in nats, plus the
                 weighted load-balancing loss while training.
@@ -286,8 +286,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
 def _check_ids(input_ids: Tensor) -> None:
     if input_ids.is_floating_point() or input_ids.is_complex():
         raise DTypeError(f"input_ids must be integers, not {input_ids.dtype}")
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ShapeError(f"input_ids must be (B, N) with N >= 1, not {tuple(input_ids.shape)}")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ShapeError(f"input_ids must be (B, N), B, N >= 1, not {tuple(input_ids.shape)}")
 
 
 def LanguageModel(

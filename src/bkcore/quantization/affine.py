@@ -28,20 +28,27 @@ def code_range(bits: int) -> tuple[int, int]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
-_LARGEST_LOG_SCALE = 88.0
-"""e^88 = 1.7e38 is still finite in float32 and in `SCALE_DTYPE`."""
+_LARGEST_LOG_SCALE = 80.0
+"""e^80 = 5.5e34: more than any calibration gives, and its gradients still are float32."""
 
 
-class _StraightThroughRound(torch.autograd.Function):
-    """Round to nearest even; the gradient passes as if it were the identity (Bengio 2013)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round()
+class _RoundedRatio(torch.autograd.Function):
+    """round(x / scale), to nearest even; the gradient is that of x / scale (Bengio 2013)."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ratio = x / scale
+        ctx.save_for_backward(ratio, scale)
+        ctx.shape = x.shape
+        return ratio.round()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        ratio, scale = ctx.saved_tensors
+        grad = grads[0] / scale
+        # Where x saturates grad is 0 and the ratio may be infinite; elsewhere |ratio| < 256.
+        by_scale = -grad * ratio.clamp(-256, 256)
+        return grad.sum_to_size(ctx.shape), by_scale.sum_to_size(scale.shape)
 
 
 class _StraightThroughCast(torch.autograd.Function):
@@ -81,7 +88,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, bits: int) -> T
     The gradient is straight through inside the range and zero where x saturates.
     """
     qmin, qmax = code_range(bits)
-    return torch.clamp(_StraightThroughRound.apply(x / scale) + zero_point, qmin, qmax)
+    return torch.clamp(_RoundedRatio.apply(x, scale) + zero_point, qmin, qmax)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | int) -> Tensor:

@@ -45,6 +45,8 @@ def integer_product(
     Returns:
         float32 (M, O).
     """
+    if codes.shape[1] == 1:  # torch._int_mm reads beyond a matrix of one column (2.13)
+        codes, weight_codes = F.pad(codes, (0, 1)), F.pad(weight_codes, (0, 1))
     total: Tensor | None = None
     for group, scale in enumerate(weight_scales.unbind(1)):
         columns = slice(group * group_size, (group + 1) * group_size)

@@ -20,8 +20,8 @@ from bkcore.quantization import affine
 BINS = 2048
 _CANDIDATES = 32
 _GROUPS_AT_ONCE = 64
-_LARGEST = 2.0**125
-"""Beyond it (4e37) the width of a range, or the power of two that holds it, is no float32."""
+_LARGEST = 2.0**115
+"""4e34: what is computed from larger values, such as the width of a range, may not be a float32."""
 
 
 class HistogramObserver:

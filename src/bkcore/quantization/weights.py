@@ -103,7 +103,9 @@ class PackedWeight(nn.Module):
         """float32 values of the rows at an integer index (...): (..., K)."""
         packed = nn.functional.embedding(index, self.packed)
         codes = packed if self.bits == 8 else unpack_int4(packed, self.shape[1])
-        scales = nn.functional.embedding(index, self.scales()).repeat_interleave(self.group_size, dim=-1)
+        scales = nn.functional.embedding(index, self.scales()).repeat_interleave(
+            self.group_size, dim=-1
+        )
         return codes * scales[..., : self.shape[1]]
 
     def extra_repr(self) -> str:

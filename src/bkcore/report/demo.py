@@ -31,6 +31,9 @@ from bkcore.training import Schedule, train
 
 _CALIBRATION_BATCHES = 8
 
+CONTROL = "float32 with QAT's extra steps"
+"""What QAT has to be compared with: the same extra training without the quantization."""
+
 
 @dataclass(frozen=True)
 class DemoSettings:
@@ -83,7 +86,8 @@ def run_demo(
         settings: sizes and lengths.
 
     Returns:
-        `rows`, one for float32 and one for each mode, and the `protocol`.
+        `rows`, one for float32 and one for each mode; `control`, the float model after the extra
+        training that QAT had; and the `protocol`.
 
     Raises:
         DataError: if the text is missing, unreadable or too small; before any training.
@@ -110,6 +114,8 @@ def _stages(settings: DemoSettings, corpus: Corpus) -> dict[str, float]:
         if mode.startswith("qat"):
             stages[f"train {mode}"] = 1.4 * step * settings.qat.steps
         stages[f"judge {mode}"] = judge
+    stages[f"train {CONTROL}"] = step * settings.qat.steps
+    stages[f"judge {CONTROL}"] = judge
     return stages
 
 
@@ -135,7 +141,9 @@ class _Demo:
         for mode in MODES:
             self._quantize(mode)
             rows.append(row(mode, self._judge(mode), reference))
-        return {"rows": rows, "protocol": self._protocol(reference)}
+        self._train_control()
+        control = row(CONTROL, self._judge(CONTROL), reference)
+        return {"rows": rows, "control": control, "protocol": self._protocol(reference)}
 
     def _windows(self) -> TokenWindows:
         tokens = encode(self.tokenizer, self.corpus.train)
@@ -174,6 +182,11 @@ class _Demo:
             model.convert()
         self._save(model, mode)
 
+    def _train_control(self) -> None:
+        model = ResNetBKForCausalLM.from_pretrained(self.output / "float32")
+        self._train(model, self.settings.qat, CONTROL)
+        self._save(model, CONTROL)
+
     def _calibration_batches(self) -> list[Tensor]:
         """Windows spread evenly over the training text."""
         count = min(_CALIBRATION_BATCHES * self.settings.batch_size, len(self.windows))
@@ -182,13 +195,16 @@ class _Demo:
         return list(windows.split(self.settings.batch_size))
 
     def _save(self, model: ResNetBKForCausalLM, name: str) -> None:
-        model.save_pretrained(self.output / name)
-        self.tokenizer.save_pretrained(self.output / name)
+        model.save_pretrained(self._folder(name))
+        self.tokenizer.save_pretrained(self._folder(name))
+
+    def _folder(self, name: str) -> Path:
+        return self.output / ("float32-control" if name == CONTROL else name)
 
     def _judge(self, name: str) -> Evaluation:
-        reference = None if name == "float32" else self.output / "float32"
+        reference = None if name == "float32" else self._folder("float32")
         with self.plan.stage(f"judge {name}") as advance:
-            return evaluate_in_new_process(self.output / name, self.setting, reference, advance)
+            return evaluate_in_new_process(self._folder(name), self.setting, reference, advance)
 
     def _protocol(self, reference: Evaluation) -> dict[str, Any]:
         return {
@@ -246,7 +262,7 @@ def table(report: dict[str, Any]) -> Table:
         result.add_column(heading, justify="left" if heading == "mode" else "right")
     result.add_column("tokens/s", justify="right")
     result.add_column("speed", justify="right")
-    for entry in report["rows"]:
+    for entry in [*report["rows"], report["control"]]:
         is_float = entry["mode"] == "float32"
         result.add_row(
             entry["mode"],
@@ -264,8 +280,9 @@ def table(report: dict[str, Any]) -> Table:
 
 def write_json(report: dict[str, Any], path: Path) -> None:
     """Write a report whole or not at all."""
+    text = json.dumps(report, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(report, file, indent=2)
-        file.write("\n")
-    os.replace(file.name, path)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as folder:
+        staged = Path(folder) / path.name
+        staged.write_text(text)
+        os.replace(staged, path)

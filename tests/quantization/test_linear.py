@@ -1,0 +1,288 @@
+"""Quantized weights, and the integer products with them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bkcore.errors import CalibrationError
+from bkcore.quantization import affine
+from bkcore.quantization.linear import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    integer_product,
+    quantize_tokens,
+)
+from bkcore.quantization.weights import (
+    HalfWeight,
+    PackedWeight,
+    TrainableWeight,
+    pack_weight,
+    search_weight_scales,
+)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def trainable(weight: Tensor, bits: int, group_size: int) -> TrainableWeight:
+    scales = search_weight_scales(weight, bits, group_size)
+    return TrainableWeight.from_float(weight, scales, bits, group_size)
+
+
+def oracle(
+    codes: Tensor, token_scale: Tensor, weight_codes: Tensor, scales: Tensor, group_size: int
+) -> np.ndarray:
+    """int64 sums inside groups; then float32, group after group, the token's scale last."""
+    x, w = codes.numpy().astype(np.int64), weight_codes.numpy().astype(np.int64)
+    total = np.zeros((len(x), len(w)), dtype=np.float32)
+    for group in range(scales.shape[1]):
+        columns = slice(group * group_size, (group + 1) * group_size)
+        sums = (x[:, columns] @ w[:, columns].T).astype(np.float32)
+        total = total + sums * scales.numpy()[:, group]
+    return total * token_scale.numpy()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    inputs=st.integers(1, 70),
+    outputs=st.integers(1, 40),
+    group_size=st.integers(1, 80),
+    bits=st.sampled_from([4, 8]),
+    seed=st.integers(0, 2**16),
+)
+def test_integer_product_equals_an_int64_oracle(rows, inputs, outputs, group_size, bits, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    scales = search_weight_scales(weight, bits, group_size)
+    packed = pack_weight(weight, bits, group_size)
+    assert torch.equal(packed.scales(), scales)
+    x = torch.randn(rows, inputs, generator=generator)
+    codes, token_scale = quantize_tokens(x)
+    product = integer_product(codes, token_scale, packed.codes(), scales, group_size)
+    expected = oracle(codes, token_scale, packed.codes(), scales, group_size)
+    assert product.dtype == torch.float32
+    assert np.array_equal(product.numpy(), expected)
+    assert torch.equal(QuantizedLinear(packed)(x), product)
+
+
+def test_sums_beyond_float32_are_exact_integers_first():
+    """2,001 products of 127 * 127 exceed 2^24, where adding float32 would start to round."""
+    inputs = 2001
+    codes = torch.full((2, inputs), 127, dtype=torch.int8)
+    weight = torch.full((3, inputs), 127, dtype=torch.int8)
+    weight[1, ::2] = 126
+    weight[2] = -128
+    one = torch.ones(3, 1)
+    product = integer_product(codes, torch.ones(2, 1), weight, one, inputs)
+    exact = codes.long() @ weight.long().t()
+    assert exact.abs().max() > 2**24
+    assert torch.equal(product, exact.float())
+
+
+def test_tokens_are_quantized_each_with_its_own_scale():
+    x = torch.randn(50, 9) * 10 ** torch.empty(50, 1).uniform_(-6, 6)
+    codes, scale = quantize_tokens(x)
+    assert codes.dtype == torch.int8
+    assert (codes.abs().amax(1) == 127).all()
+    # Half a step, and float32 roundings of codes below 2^7.
+    assert ((codes * scale - x).abs() <= scale * (0.5 + 2.0**-16)).all()
+
+
+def test_a_row_does_not_depend_on_the_others():
+    layer = QuantizedLinear(pack_weight(torch.randn(33, 70), 4, 32))
+    x = torch.randn(300, 70)
+    whole = layer(x)
+    for rows in (slice(0, 1), slice(5, 8), slice(17, 200)):
+        assert torch.equal(layer(x[rows]), whole[rows])
+
+
+def test_rows_of_zeros_and_of_nan():
+    layer = QuantizedLinear(pack_weight(torch.randn(5, 6), 8, 6))
+    x = torch.randn(4, 6)
+    x[1] = 0
+    x[2, 3] = torch.nan
+    x[3, 0] = torch.inf
+    out = layer(x)
+    assert torch.isfinite(out[0]).all()
+    assert (out[1] == 0).all()
+    assert not torch.isfinite(out[2]).any()
+    assert not torch.isfinite(out[3]).any()
+
+
+@pytest.mark.parametrize("lead", [(1,), (4,), (2, 3)])
+def test_any_leading_shape(lead):
+    layer = QuantizedLinear(pack_weight(torch.randn(5, 6), 8, 6))
+    x = torch.randn(*lead, 6)
+    assert torch.equal(layer(x), layer(x.view(-1, 6)).view(*lead, 5))
+
+
+# ---- weights -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "columns", "groups"), [(8, 11, 11, 1), (4, 4, 11, 3), (4, 11, 11, 1)]
+)
+def test_packed_weight(bits, group_size, columns, groups):
+    weight = torch.randn(7, columns)
+    packed = pack_weight(weight, bits, group_size)
+    assert packed.packed.dtype == {8: torch.int8, 4: torch.uint8}[bits]
+    assert packed.packed.shape == (7, columns if bits == 8 else (columns + 1) // 2)
+    assert packed.stored_scales.dtype == torch.bfloat16
+    assert packed.scales().shape == (7, groups)
+    scale = packed.scales().repeat_interleave(group_size, 1)[:, :columns]
+    codes = packed.codes()
+    qmin, qmax = affine.code_range(bits)
+    assert codes.min() >= qmin
+    assert codes.max() <= qmax
+    error = (codes * scale - weight).abs()
+    inside = (codes > qmin) & (codes < qmax)
+    assert (error <= scale * (0.5 + 2.0**-16))[inside].all()
+    assert torch.equal(packed.rows(torch.arange(7)), codes * scale)
+
+
+@pytest.mark.parametrize(("bits", "gain"), [(4, 0.9), (8, 1.0)])
+def test_searched_weight_scales_beat_min_max(bits, gain):
+    weight = torch.distributions.Laplace(0.0, 1.0).sample((50, 128))
+    packed = pack_weight(weight, bits, 128)
+    searched = (packed.rows(torch.arange(50)) - weight).square().mean()
+    scale = affine.storable(weight.abs().amax(1, keepdim=True) / affine.code_range(bits)[1])
+    min_max = (affine.fake_quantize(weight, scale, 0, bits) - weight).square().mean()
+    assert searched <= gain * min_max
+
+
+def test_groups_of_a_weight_have_their_own_scales():
+    weight = torch.randn(3, 12)
+    weight[:, 8:] *= 1000
+    scales = search_weight_scales(weight, 4, 8)
+    assert scales.shape == (3, 2)
+    for columns, group in ((slice(0, 8), 0), (slice(8, 12), 1)):
+        alone = search_weight_scales(weight[:, columns], 4, 8)
+        assert torch.equal(scales[:, group : group + 1], alone)
+
+
+def test_per_tensor_is_one_scale():
+    scales = search_weight_scales(torch.randn(4, 10), 8, 10, per_tensor=True)
+    assert scales.shape == (4, 1)
+    assert len(scales.unique()) == 1
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e-42, 1e30])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_extreme_weights(value, bits):
+    packed = pack_weight(torch.full((2, 6), value), bits, 6)
+    assert (packed.scales() > 0).all()
+    rows = packed.rows(torch.arange(2))
+    # bfloat16 scales: 2^-9; the smallest of all round to zero.
+    assert torch.allclose(rows, torch.full((2, 6), value), rtol=2.0**-8, atol=1e-38)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    for bad in (torch.nan, torch.inf):
+        weight = torch.randn(2, 6)
+        weight[1, 1] = bad
+        with pytest.raises(CalibrationError, match="NaN or infinity"):
+            pack_weight(weight, 8, 6)
+        with pytest.raises(CalibrationError, match="float16's range"):
+            HalfWeight.from_float(weight)
+    with pytest.raises(CalibrationError, match="float16's range"):
+        HalfWeight.from_float(torch.full((1, 1), 7e4))
+
+
+# ---- training through codes ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 20), (4, 8)])
+def test_training_forward_is_the_integer_forward(bits, group_size):
+    weight, x = torch.randn(9, 20), torch.randn(15, 20)
+    training = trainable(weight, bits, group_size)
+    with torch.no_grad():
+        training.weight.add_(0.1 * torch.randn_like(weight))
+        training.log_scales.add_(0.05 * torch.randn_like(training.log_scales))
+    packed = training.pack()
+    assert isinstance(packed, PackedWeight)
+    assert torch.equal(QuantizedLinear(training)(x), QuantizedLinear(packed)(x))
+    index = torch.tensor([[0, 8], [3, 3]])
+    assert torch.equal(training.rows(index), packed.rows(index))
+    untrained, direct = trainable(weight, bits, group_size), pack_weight(weight, bits, group_size)
+    assert torch.equal(untrained.pack().packed, direct.packed)
+    assert torch.equal(untrained.scales(), direct.scales())
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 20), (4, 8)])
+def test_training_backward_is_that_of_the_dequantized_product(bits, group_size):
+    training = trainable(torch.randn(9, 20), bits, group_size)
+    x, cotangent = torch.randn(15, 20, requires_grad=True), torch.randn(15, 9)
+    QuantizedLinear(training)(x).backward(cotangent)
+    found = (x.grad.clone(), training.weight.grad.clone(), training.log_scales.grad.clone())
+
+    training.zero_grad()
+    codes, token_scale = quantize_tokens(x.detach())
+    used = (codes * token_scale).requires_grad_()
+    (used @ training.codes_and_values()[1].t()).backward(cotangent)
+    expected = (used.grad, training.weight.grad, training.log_scales.grad)
+    for one, other in zip(found, expected, strict=True):
+        assert one.abs().max() > 0
+        # The same sums of 15 or 20 products in another order.
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_wild_steps_leave_trainable_weights_usable():
+    training = trainable(torch.randn(9, 20), 4, 8)
+    x = torch.randn(5, 20)
+    for log_scale in (-1e4, -100.0, -87.0, -60.0, 79.9, 1e4):
+        with torch.no_grad():
+            training.log_scales.fill_(log_scale)
+        training.zero_grad()
+        out = QuantizedLinear(training)(x)
+        out.sum().backward()
+        assert (training.scales() > 0).all()
+        assert torch.isfinite(out).all()
+        assert all(torch.isfinite(parameter.grad).all() for parameter in training.parameters())
+
+
+# ---- embedding -----------------------------------------------------------------------------
+
+
+def embeddings() -> dict[str, QuantizedEmbedding]:
+    weight = torch.randn(10, 6)
+    kinds = {
+        "int8": pack_weight(weight, 8, 6),
+        "int4": pack_weight(weight, 4, 4),
+        "half": HalfWeight.from_float(weight),
+        "training": trainable(weight, 4, 4),
+    }
+    return {name: QuantizedEmbedding(kind) for name, kind in kinds.items()}
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "half", "training"])
+def test_rows_and_logits_share_one_weight(kind):
+    embedding = embeddings()[kind]
+    rows = embedding(torch.arange(10))
+    assert rows.dtype == torch.float32
+    index = torch.tensor([[3, 0], [9, 3]])
+    assert torch.equal(embedding(index), rows[index])
+    assert torch.equal(embedding(index.int()), rows[index])
+    hidden = torch.randn(4, 6)
+    if kind == "half":
+        assert torch.equal(embedding.logits(hidden), torch.nn.functional.linear(hidden, rows))
+        return
+    codes, scale = quantize_tokens(hidden)
+    # Six products: the order of the float sums may differ.
+    torch.testing.assert_close(
+        embedding.logits(hidden), (codes * scale) @ rows.t(), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "half", "training"])
+@pytest.mark.parametrize("token", [-1, 10])
+def test_an_unknown_token_raises_as_in_a_float_embedding(kind, token):
+    with pytest.raises(IndexError):
+        embeddings()[kind](torch.tensor([token]))
