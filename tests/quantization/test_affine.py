@@ -94,6 +94,15 @@ def test_gradient_of_the_scale_is_that_of_learned_step_sizes(bits, zero_point):
         assert abs(grad - wanted) < 2.0**-15
 
 
+def test_a_tiny_scale_does_not_make_nan_of_the_gradients():
+    """x / scale overflows; both gradients are those of any value that saturates."""
+    x = torch.tensor([1e3, -1e3, torch.inf], requires_grad=True)
+    scale = torch.tensor(1e-37, requires_grad=True)
+    affine.fake_quantize(x, scale, 0, 8).sum().backward()
+    assert x.grad.tolist() == [0, 0, 0]
+    assert scale.grad == 127 - 128 + 127
+
+
 def test_quantize_broadcasts_scales_and_zero_points():
     x = torch.tensor([[1.0, 1.0], [2.0, 2.0]])
     codes = affine.quantize(x, torch.tensor([1.0, 0.5]), torch.tensor([0, -1]), 8)

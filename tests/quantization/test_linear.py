@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -58,6 +58,7 @@ def oracle(
     bits=st.sampled_from([4, 8]),
     seed=st.integers(0, 2**16),
 )
+@example(rows=2, inputs=1, outputs=3, group_size=1, bits=8, seed=0)
 def test_integer_product_equals_an_int64_oracle(rows, inputs, outputs, group_size, bits, seed):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, inputs, generator=generator)

@@ -251,6 +251,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             )
         checkpoint.verify(Path(path))
         want_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # they are refused below, with all else
         kwargs["output_loading_info"] = True
         loaded: Any = super().from_pretrained(path, *args, **kwargs)
         model, info = loaded

@@ -44,7 +44,8 @@ def attach_core_quantizers(
     for mixer in _mixers(model):
         device = mixer.energy.device
         channels = mixer.energy.numel()
-        mixer.quantizers = CoreQuantizers(channels, config, learnable=learnable).to(device)
+        quantizers = CoreQuantizers(channels, config, learnable=learnable).to(device)
+        mixer.quantizers = quantizers.train(mixer.training)
 
 
 def set_phase(model: nn.Module, phase: Phase) -> None:
@@ -107,12 +108,14 @@ def _replace(
 ) -> None:
     is_embedding = isinstance(getattr(owner, name), nn.Embedding | QuantizedEmbedding)
     device = next(getattr(owner, name).parameters()).device
+    layer: QuantizedEmbedding | QuantizedLinear
     if is_embedding:
-        setattr(owner, name, QuantizedEmbedding(weight).to(device))
-        return
-    if isinstance(weight, HalfWeight):
+        layer = QuantizedEmbedding(weight)
+    elif isinstance(weight, HalfWeight):
         raise TypeError("only the embedding can be stored in float16")
-    setattr(owner, name, QuantizedLinear(weight).to(device))
+    else:
+        layer = QuantizedLinear(weight)
+    setattr(owner, name, layer.to(device).train(owner.training))
 
 
 def _mixers(model: nn.Module) -> Iterator[ResolventMixer]:

@@ -1,0 +1,180 @@
+"""The language model as a model: shapes, loss, generation, training, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.model import LanguageModel, ResNetBKConfig, ResNetBKForCausalLM
+from bkcore.training import Schedule, train
+
+
+def test_it_is_built_from_keywords():
+    model = LanguageModel(vocab_size=100, d_model=16, n_layers=1, n_seq=20, num_experts=3)
+    assert isinstance(model, ResNetBKForCausalLM)
+    config = model.config
+    assert (config.vocab_size, config.d_model, config.n_layers, config.n_seq) == (100, 16, 1, 20)
+    assert config.num_experts == len(model.layers[0].experts.experts) == 3
+    assert model.quant_config is None
+
+
+def test_a_new_model_knows_nothing():
+    model = LanguageModel(50, 16, 2)
+    ids = torch.randint(50, (4, 30))
+    loss = model.eval()(ids, labels=ids).loss
+    # Small random embeddings: the logits are nearly even.
+    assert loss.item() == pytest.approx(torch.tensor(50.0).log().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (1, 200)])
+@torch.no_grad()
+def test_logits_of_any_length(build, tokens, executed_form, shape):
+    output = build(*executed_form)(tokens(*shape))
+    assert output.logits.shape == (*shape, 61)
+    assert output.logits.dtype == torch.float32
+    assert torch.isfinite(output.logits).all()
+    assert output.loss is None
+
+
+@pytest.mark.parametrize("size", [{"expert_size": 1}, {"d_model": 1}, {"num_experts": 1}])
+@torch.no_grad()
+def test_the_smallest_sizes(tokens, size, mode):
+    """One column is where an integer product once read beyond its matrix."""
+    options = {"d_model": 8, "num_experts": 2, "experts_per_token": 1, "expert_size": 6, **size}
+    model = LanguageModel(61, n_layers=1, **options).eval()
+    ids = tokens(2, 40)
+    exact = model(ids).logits
+    model.configure_quantization(mode)
+    model.calibrate_quantization([ids])
+    logits = model(ids).logits
+    assert torch.isfinite(logits).all()
+    assert (logits - exact).norm() < 0.7 * exact.norm()
+
+
+def test_empty_and_misshapen_ids(build):
+    model = build()
+    for shape in ((0,), (3,), (), (1, 0), (0, 4), (1, 2, 3)):
+        with pytest.raises(ShapeError, match=r"input_ids must be \(B, N\)"):
+            model(torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_ids_are_integers(build, dtype):
+    with pytest.raises(DTypeError, match="input_ids must be integers"):
+        build()(torch.zeros(1, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("token", [-1, 61])
+def test_an_unknown_token_raises_in_every_form(build, executed_form, token):
+    with pytest.raises(IndexError):
+        build(*executed_form)(torch.tensor([[3, token]]))
+
+
+@torch.no_grad()
+def test_labels_are_shifted_and_may_be_ignored(build, tokens, executed_form):
+    model = build(*executed_form)
+    ids = tokens(3, 12)
+    output = model(ids, labels=ids)
+    expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    labels = ids.clone()
+    labels[:, :7] = -100
+    expected = F.cross_entropy(output.logits[:, 6:-1].flatten(0, 1), ids[:, 7:].flatten())
+    torch.testing.assert_close(model(ids, labels=labels).loss, expected)
+
+
+@torch.no_grad()
+def test_training_adds_the_balancing_loss(build, tokens):
+    model = build()
+    ids = tokens(3, 12)
+    plain = model(ids, labels=ids).loss
+    model.train()
+    balances = []
+    for layer in model.layers:
+        layer.experts.register_forward_hook(lambda _, __, output: balances.append(output[1]))
+    loss = model(ids, labels=ids).loss
+    torch.testing.assert_close(loss, plain + 0.01 * sum(balances) / 2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vocab_size", 0),
+        ("d_model", -1),
+        ("n_layers", 1.5),
+        ("conv_width", 0),
+        ("experts_per_token", 0),
+        ("eta_min", 0.0),
+        ("eta_min", float("nan")),
+    ],
+)
+def test_impossible_sizes(field, value):
+    with pytest.raises(InputError, match=field):
+        ResNetBKConfig(**{field: value})
+
+
+def test_more_experts_per_token_than_experts():
+    with pytest.raises(InputError, match="experts_per_token=3 exceeds num_experts=2"):
+        ResNetBKConfig(num_experts=2, experts_per_token=3)
+
+
+def test_config_survives_json(tmp_path):
+    config = ResNetBKConfig(vocab_size=7, eta_min=0.01, quantization={"mode": "ptq_int8"})
+    config.save_pretrained(tmp_path)
+    assert ResNetBKConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+@torch.no_grad()
+def test_generation_is_greedy_decoding(build, tokens, executed_form):
+    model = build(*executed_form)
+    prompt = tokens(2, 5)
+    generated = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    ids = prompt
+    for _ in range(6):
+        ids = torch.cat((ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(generated, ids)
+
+
+def test_sampling_repeats_with_its_seed(build, tokens):
+    model, prompt = build("ptq_int8", "quantized"), tokens(1, 3)
+    texts = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        texts.append(model.generate(prompt, max_new_tokens=12, do_sample=True, pad_token_id=0))
+    assert torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[0], texts[2])
+
+
+# ---- training ------------------------------------------------------------------------------
+
+
+def test_gradients_reach_every_parameter(build, tokens):
+    model = build().train()
+    ids = tokens(8, 32)
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("form", [(None, "float"), ("qat_int4", "training")])
+def test_the_trainer_changes_weights_and_repeats_with_its_seed(build, tokens, form):
+    ids = tokens(12, 16)
+    items = [{"input_ids": row, "labels": row} for row in ids]
+    schedule = Schedule(steps=3, batch_size=4, learning_rate=1e-2)
+    start = build(*form).state_dict()
+    results, steps = [], []
+    for seed in (0, 0, 1):
+        model = build(*form)
+        log = train(model, items, schedule, seed=seed, on_step=steps.append)
+        assert all(entry["loss"] > 0 for entry in log)
+        results.append({name: value.detach() for name, value in model.named_parameters()})
+    assert steps == [1, 2, 3] * 3
+    one, same, other = results
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+    # bfloat16 cannot hide it: parameters are float32.
+    assert all(not torch.equal(one[name], start[name]) for name in one)

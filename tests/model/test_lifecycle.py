@@ -1,0 +1,324 @@
+"""Calibration and quantization of the language model: its steps, its errors, its weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from bkcore.errors import CalibrationError, InputError, LifecycleError
+from bkcore.model import LanguageModel, quantized
+from bkcore.quantization import QuantizationConfig, QuantizationState
+from bkcore.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from bkcore.quantization.weights import HalfWeight, PackedWeight, TrainableWeight
+
+
+def floats(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+# ---- steps ---------------------------------------------------------------------------------
+
+
+def test_a_new_model_is_float(mode):
+    model = LanguageModel(61, 16, 1, use_quantized_bk_core=True, quantization_mode=mode)
+    assert model.quantization_state is QuantizationState.FLOAT
+    assert model.quant_config == QuantizationConfig(mode)
+    assert not model.calibrated
+    assert model.config.quantization == {**QuantizationConfig(mode).to_dict(), "state": "float"}
+
+
+def test_the_default_mode_is_ptq_int8():
+    model = LanguageModel(61, 16, 1, use_quantized_bk_core=True)
+    assert model.quant_config.mode == "ptq_int8"
+
+
+def test_a_config_may_stand_for_the_mode():
+    config = QuantizationConfig("ptq_int4", group_size=8, symmetric=True)
+    model = LanguageModel(61, 16, 1, use_quantized_bk_core=True, quantization_mode=config)
+    assert model.quant_config == config
+
+
+def test_a_mode_without_quantization_is_refused():
+    with pytest.raises(InputError, match="needs use_quantized_bk_core=True"):
+        LanguageModel(61, 16, 1, quantization_mode="ptq_int8")
+    with pytest.raises(InputError, match="unknown quantization mode 'int8'"):
+        LanguageModel(61, 16, 1, use_quantized_bk_core=True, quantization_mode="int8")
+    with pytest.raises(InputError, match="unknown quantization mode 'int8'"):
+        LanguageModel(61, 16, 1).configure_quantization("int8")
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        "start_calibration",
+        "apply_ptq",
+        "enable_qat",
+        "estimate_model_size",
+        "calibrate_quantization",
+    ],
+)
+def test_a_model_without_a_mode_has_no_steps(build, step):
+    arguments = [[]] if step == "calibrate_quantization" else []
+    with pytest.raises(LifecycleError, match=rf"{step}\(\) needs a quantization mode"):
+        getattr(build(), step)(*arguments)
+
+
+def test_steps_out_of_order_name_the_missing_one(build, tokens, mode):
+    model = build(mode)
+    is_qat = mode.startswith("qat")
+    finish = model.enable_qat if is_qat else model.apply_ptq
+    with pytest.raises(LifecycleError, match=r"next step from here is start_calibration\(\)"):
+        finish()
+    model.start_calibration()
+    with pytest.raises(LifecycleError, match=r"next step from here is end_calibration\(\)"):
+        finish()
+    with pytest.raises(LifecycleError, match=r"next step from here is end_calibration\(\)"):
+        model.calibrate_quantization([tokens(1, 8)])
+    with pytest.raises(LifecycleError, match=r"configure_quantization\(\) needs a model that is"):
+        model.configure_quantization("ptq_int8")
+    model(tokens(2, 8))
+    model.end_calibration()
+    with pytest.raises(LifecycleError, match="convert"):
+        model.convert()
+    wrong = model.apply_ptq if is_qat else model.enable_qat
+    with pytest.raises(LifecycleError, match="is not a step of mode"):
+        wrong()
+    finish()
+    finish()  # done already
+    if is_qat:
+        assert model.quantization_state is QuantizationState.TRAINING
+        model.convert()
+    assert model.quantization_state is QuantizationState.QUANTIZED
+    for step in (model.start_calibration, model.convert):
+        with pytest.raises(LifecycleError, match="start again from the float model"):
+            step()
+    with pytest.raises(LifecycleError, match="start again from the float model"):
+        model.calibrate_quantization([tokens(1, 8)])
+
+
+@torch.no_grad()
+def test_until_it_is_quantized_its_logits_are_the_float_ones(build, tokens, mode):
+    ids = tokens(2, 20)
+    expected = build()(ids).logits
+    model = build(mode)
+    assert torch.equal(model(ids).logits, expected)
+    model.start_calibration()
+    assert torch.equal(model(ids).logits, expected)
+    model.end_calibration()
+    assert torch.equal(model(ids).logits, expected)
+    model.enable_qat() if mode.startswith("qat") else model.apply_ptq()
+    assert not torch.equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_calibrating_with_tensors_with_dictionaries_and_by_hand_is_the_same(build, tokens, mode):
+    batches = [tokens(3, 20), tokens(2, 7)]
+    models = [build(mode) for _ in range(3)]
+    models[0].calibrate_quantization(batches)
+    models[1].calibrate_quantization({"input_ids": batch, "labels": batch} for batch in batches)
+    models[2].start_calibration()
+    for batch in batches:
+        models[2](batch)
+    models[2].end_calibration()
+    models[2].enable_qat() if mode.startswith("qat") else models[2].apply_ptq()
+    ids = tokens(2, 30)
+    logits = [model(ids).logits for model in models]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_calibration_keeps_the_training_flag_and_leaves_no_gradient(build, tokens, mode, training):
+    model = build(mode).train(training)
+    model.calibrate_quantization([tokens(2, 8)])
+    assert all(module.training == training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("start", ["float", "calibrated"])
+def test_calibration_without_data_leaves_a_float_model(build, tokens, mode, start):
+    model = build(mode, start)
+    before = floats(build(mode))
+    with pytest.raises(CalibrationError, match="saw no data"):
+        model.calibrate_quantization(iter(()))
+    assert model.quantization_state is QuantizationState.FLOAT
+    assert model.config.quantization["state"] == "float"
+    assert dict.fromkeys(before, True) == {
+        name: torch.equal(value, before[name]) for name, value in floats(model).items()
+    }
+    model.calibrate_quantization([tokens(2, 8)])
+    assert model.calibrated
+
+
+def test_calibration_on_activations_that_are_not_finite(build, tokens, mode):
+    model = build(mode)
+    with torch.no_grad():
+        model.layers[1].mixer.in_proj.weight[0, 0] = torch.nan
+    with pytest.raises(CalibrationError, match="NaN"):
+        model.calibrate_quantization([tokens(2, 8)])
+    assert model.quantization_state is QuantizationState.FLOAT
+
+
+def test_an_error_of_the_data_passes_and_leaves_a_float_model(build, tokens, mode):
+    def broken():
+        yield tokens(2, 8)
+        raise OSError("the disk is gone")
+
+    model = build(mode).train()
+    with pytest.raises(OSError, match="the disk is gone"):
+        model.calibrate_quantization(broken())
+    assert model.quantization_state is QuantizationState.FLOAT
+    assert model.training
+    model.calibrate_quantization([tokens(2, 8)])
+
+
+def test_memory_of_calibration_does_not_grow(build, tokens):
+    model = build("ptq_int8", n_layers=1)
+
+    def held() -> int:
+        parts = quantized.core_quantizers(model)[0].parts()
+        tensors = [tensor for part in parts for tensor in vars(part._observer).values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    model.start_calibration()
+    with torch.no_grad():
+        model(tokens(1, 4))
+        first = held()
+        for _ in range(50):
+            model(tokens(2, 9))
+    assert held() == first
+
+
+# ---- weights -------------------------------------------------------------------------------
+
+
+def expected_bits(mode: str, part: str) -> int:
+    if mode == "mixed_precision":
+        return {"core": 8, "expert": 4, "head": 16}[part]
+    return 4 if mode.endswith("int4") else 8
+
+
+def test_nothing_stays_float_in_silence(build, mode):
+    model = build(mode, "quantized")
+    found = list(quantized.quantizable(model))
+    # Two matrices in every mixer and in every expert, and the embedding.
+    assert [part for *_, part in found].count("core") == 2 * 2
+    assert [part for *_, part in found].count("expert") == 2 * 4 * 2
+    assert [part for *_, part in found].count("head") == 1
+    for owner, name, part in found:
+        layer = getattr(owner, name)
+        assert isinstance(layer, QuantizedEmbedding if part == "head" else QuantizedLinear)
+        bits = expected_bits(mode, part)
+        if bits == 16:
+            assert type(layer.weight) is HalfWeight
+            assert layer.weight.packed.dtype == torch.float16
+        else:
+            assert type(layer.weight) is PackedWeight
+            assert layer.weight.bits == bits
+            assert layer.weight.packed.dtype == {8: torch.int8, 4: torch.uint8}[bits]
+            assert layer.weight.group_size == (16 if bits == 4 else layer.weight.shape[1])
+    matrices = {name for name, p in model.named_parameters() if p.dim() == 2}
+    assert matrices == {f"layers.{i}.experts.router.weight" for i in range(2)}
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    assert len(linears) == 2  # the routers
+    for quantizers in quantized.core_quantizers(model):
+        assert quantizers.phase == "quantize"
+        assert len(quantizers.parts()) == 6
+        for quantizer in quantizers.parts():
+            assert quantizer.calibrated
+            assert not quantizer.learnable
+            assert quantizer.bits == expected_bits(mode, "core")
+            assert quantizer.num_groups == 24  # a scale per channel
+    assert len(quantized.core_quantizers(model)) == 2
+
+
+@pytest.mark.parametrize("mode", ["qat_int8", "qat_int4"])
+def test_training_replaces_every_matrix_by_a_trainable_one(build, mode):
+    model = build(mode, "training")
+    for owner, name, part in quantized.quantizable(model):
+        weight = getattr(owner, name).weight
+        assert type(weight) is TrainableWeight
+        assert weight.bits == expected_bits(mode, part)
+    assert all(q.learnable for c in quantized.core_quantizers(model) for q in c.parts())
+
+
+@torch.no_grad()
+def test_every_quantizer_of_the_core_is_used(build, tokens, mode):
+    """A quantizer with another scale must change the logits: none is skipped."""
+    model = build(mode, "quantized")
+    ids = tokens(1, 12)
+    expected = model(ids).logits
+    count = len(quantized.core_quantizers(model)[0].parts())
+    for layer in range(2):
+        for index in range(count):
+            other = copy.deepcopy(model)
+            quantizer = quantized.core_quantizers(other)[layer].parts()[index]
+            quantizer.stored_scales.mul_(1.5)
+            assert not torch.equal(other(ids).logits, expected), (layer, index)
+
+
+def test_per_tensor_has_one_scale(build, tokens):
+    model = build()
+    model.configure_quantization(QuantizationConfig("ptq_int8", per_channel=False))
+    model.calibrate_quantization([tokens(2, 20)])
+    for quantizers in quantized.core_quantizers(model):
+        assert [quantizer.num_groups for quantizer in quantizers.parts()] == [1] * 6
+    for owner, name, _ in quantized.quantizable(model):
+        assert len(getattr(owner, name).weight.scales().unique()) == 1
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "expected"),
+    [
+        (None, [True, True, True, False, True, True]),
+        (True, [True] * 6),
+        (False, [False] * 6),
+    ],
+)
+def test_symmetric_rules_every_quantizer_of_the_core(build, tokens, symmetric, expected):
+    model = build()
+    model.configure_quantization(QuantizationConfig("ptq_int8", symmetric=symmetric))
+    model.calibrate_quantization([tokens(2, 20)])
+    parts = quantized.core_quantizers(model)[0].parts()
+    assert [quantizer.symmetric for quantizer in parts] == expected
+
+
+@torch.no_grad()
+def test_more_bits_are_nearer_to_the_float_model(build, tokens):
+    ids = tokens(4, 32)
+    exact = build()(ids).logits
+    errors = {}
+    for mode in ("ptq_int8", "mixed_precision", "ptq_int4"):
+        logits = build(mode, "quantized")(ids).logits
+        noise = (logits - exact).square().mean(-1) / exact.square().mean(-1)
+        # The median: with random weights, a token routed to another expert is wholly different.
+        errors[mode] = noise.median().item()
+    # Steps sixteen times longer have 256 times the noise, until the noise saturates.
+    assert errors["ptq_int8"] < 0.1 * errors["ptq_int4"]
+    assert errors["ptq_int8"] < errors["mixed_precision"] < errors["ptq_int4"]
+    assert errors["ptq_int8"] < 0.02
+
+
+@torch.no_grad()
+def test_nan_is_not_hidden(build, tokens, executed_form):
+    model = build(*executed_form)
+    model.layers[0].mixer_norm.weight[3] = torch.nan
+    assert model(tokens(1, 9)).logits.isnan().all()
+
+
+def test_size_at_every_state(build, quantizing_form):
+    mode, state = quantizing_form
+    model = build(mode, state)
+    size = model.estimate_model_size()
+    held = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    assert size["current_bytes"] == held
+    plain = build()
+    assert size["fp32_bytes"] == 4 * sum(p.numel() for p in plain.parameters())
+    done = build(mode, "quantized")
+    expected = sum(t.numel() * t.element_size() for t in done.state_dict().values())
+    assert size["quantized_bytes"] == expected
+    assert size["compression_ratio"] == size["fp32_bytes"] / expected
+    assert size["bits"] == expected_bits(mode, "core")

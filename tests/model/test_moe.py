@@ -1,0 +1,120 @@
+"""The mixture of experts: no token dropped, exact sums, a balancing loss that is 1 when even."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bkcore.model import ResNetBKConfig
+from bkcore.model.moe import MixtureOfExperts
+
+
+def mixture(**options) -> MixtureOfExperts:
+    sizes = {"d_model": 12, "num_experts": 5, "experts_per_token": 2, "expert_size": 20}
+    return MixtureOfExperts(ResNetBKConfig(**{**sizes, **options})).eval()
+
+
+def dense(layer: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
+    """Token by token, in float64, with no batching at all."""
+    layer = layer.double()
+    out = torch.empty_like(x, dtype=torch.float64)
+    for index, token in enumerate(x.double().flatten(0, 1)):
+        probabilities = F.linear(token, layer.router.weight).softmax(-1)
+        chosen = probabilities.argsort(descending=True)[: layer.experts_per_token]
+        weights = probabilities[chosen] / probabilities[chosen].sum()
+        total = torch.zeros_like(token)
+        for weight, expert in zip(weights, chosen, strict=True):
+            up, down = layer.experts[expert].up.weight, layer.experts[expert].down.weight
+            total += weight * F.linear(F.silu(F.linear(token, up)), down)
+        out.view(-1, x.shape[-1])[index] = total
+    return out
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("experts_per_token", [1, 2, 5])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 7), (3, 150)])
+@torch.no_grad()
+def test_output_is_the_dense_reference(shape, experts_per_token, training):
+    layer = mixture(experts_per_token=experts_per_token).train(training)
+    x = torch.randn(*shape, 12)
+    out, _ = layer(x)
+    assert out.shape == x.shape
+    # Sums of 12 and 20 products of order 1 in float32.
+    torch.testing.assert_close(out.double(), dense(layer, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@torch.no_grad()
+def test_no_token_is_dropped(training):
+    layer = mixture().train(training)
+    served = []
+    for expert in layer.experts:
+        expert.register_forward_hook(lambda _, inputs, __: served.append(len(inputs[0])))
+    layer(torch.randn(4, 101, 12))
+    assert sum(served) == 4 * 101 * 2
+    assert len(served) == 5
+
+
+@torch.no_grad()
+def test_all_tokens_at_one_expert_are_served_too():
+    layer = mixture(experts_per_token=1)
+    layer.router.weight.zero_()
+    layer.router.weight[3, 0] = 100.0
+    x = torch.randn(2, 300, 12)
+    x[..., 0] = 1
+    out, balance = layer(x)
+    torch.testing.assert_close(
+        out.view(-1, 12), layer.experts[3](x.view(-1, 12)), rtol=0.0, atol=0.0
+    )
+    assert balance == pytest.approx(5.0)
+
+
+@torch.no_grad()
+def test_an_even_load_has_the_loss_one():
+    layer = mixture(d_model=5, experts_per_token=1)
+    layer.router.weight.copy_(30 * torch.eye(5))
+    x = torch.eye(5).repeat(4, 1)[None]
+    _, balance = layer(x)
+    assert balance == pytest.approx(1.0)
+    layer.router.weight.zero_()
+    assert layer(x)[1] == pytest.approx(1.0)  # even probabilities
+
+
+@torch.no_grad()
+def test_the_loss_by_hand():
+    layer = mixture()
+    x = torch.randn(3, 40, 12)
+    probabilities = layer.router(x.view(-1, 12)).softmax(-1)
+    chosen = probabilities.argsort(descending=True)[:, :2]
+    share = torch.stack([(chosen == e).sum() for e in range(5)]) / 240
+    expected = 5 * (share * probabilities.mean(0)).sum()
+    assert layer(x)[1].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_loss_pulls_the_load_apart():
+    """Its gradient lowers the probability of the expert that has more than its share."""
+    layer = mixture(experts_per_token=1)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[2, 0] = 1.0
+    x = torch.randn(1, 50, 12)
+    x[..., 0] = 1
+    layer(x)[1].backward()
+    assert layer.router.weight.grad[2, 0] > 0
+
+
+def test_gradients_reach_the_router_and_every_expert_that_served():
+    layer = mixture().train()
+    x = torch.randn(4, 30, 12, requires_grad=True)
+    layer(x)[0].square().sum().backward()
+    assert (x.grad.abs().sum(-1) > 0).all()
+    assert all(parameter.grad.any() for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 127, 128, 129, 300])
+@torch.no_grad()
+def test_a_float_row_does_not_depend_on_how_many_there_are(rows):
+    expert = mixture(d_model=64, expert_size=96).experts[0]
+    x = torch.randn(300, 64)
+    assert torch.equal(expert(x[:rows]), expert(x)[:rows])
