@@ -606,12 +606,20 @@ def test_save_and_load(mode, state, file, tmp_path):
         assert torch.equal(fresh(v), core(v))
 
 
-def test_an_unknown_state_is_refused():
+@pytest.mark.parametrize("content", [b"{}", b"[1]", b'{"state": "melted"}', b"\xff"])
+def test_an_unknown_state_is_refused(content):
     core = build("ptq_int8", "quantized")
     loaded = core.state_dict()
-    loaded["_extra_state"] = torch.tensor(77, dtype=torch.uint8)
-    with pytest.raises(CheckpointError, match="unknown quantization state 77"):
+    loaded["_extra_state"] = torch.tensor(list(content), dtype=torch.uint8)
+    with pytest.raises(CheckpointError, match="holds no quantization state"):
         core.load_state_dict(loaded)
+
+
+def test_a_state_of_another_configuration_is_refused():
+    """Both have one group a tensor, so that nothing but the configuration tells them apart."""
+    loaded = build("ptq_int8", "quantized").state_dict()
+    with pytest.raises(CheckpointError, match="same QuantizationConfig"):
+        build("ptq_int4", "quantized").load_state_dict(loaded)
 
 
 @pytest.mark.parametrize(("mode", "state"), FORMS)

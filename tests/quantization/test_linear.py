@@ -287,3 +287,17 @@ def test_rows_and_logits_share_one_weight(kind):
 def test_an_unknown_token_raises_as_in_a_float_embedding(kind, token):
     with pytest.raises(IndexError):
         embeddings()[kind](torch.tensor([token]))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_scales_keep_their_dtype_when_a_module_is_cast(bits, dtype):
+    """3e5 is no float16 and 1/3 rounds differently in it: the codes would get other scales."""
+    torch.manual_seed(0)
+    weight = torch.randn(6, 32)
+    weight[0] *= 3e6
+    layer = QuantizedLinear(pack_weight(weight, bits, 16))
+    x = torch.randn(3, 32)
+    expected = layer(x)
+    assert torch.equal(layer.to(dtype)(x), expected)
+    assert layer.weight.stored_scales.dtype == torch.bfloat16

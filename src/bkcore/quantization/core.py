@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from typing import Any
 
@@ -148,15 +149,27 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
         }
 
     def get_extra_state(self) -> Tensor:
-        """The lifecycle state as a tensor, so that it lives in the state dict."""
-        return torch.tensor(list(QuantizationState).index(self._state), dtype=torch.uint8)
+        """Lifecycle state and configuration as JSON bytes, uint8, for the state dict."""
+        fields = {"state": self._state.value, **self.quant_config.to_dict()}
+        return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the lifecycle state from a state dict."""
-        states = list(QuantizationState)
-        if not 0 <= int(state) < len(states):
-            raise CheckpointError(f"unknown quantization state {int(state)} in the state dict")
-        self._state = states[int(state)]
+        """Restore the lifecycle state from a state dict.
+
+        Raises:
+            CheckpointError: if the state dict is of a core with another configuration.
+        """
+        try:
+            fields = json.loads(bytes(state.tolist()))
+            restored = QuantizationState(fields.pop("state"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"the state dict holds no quantization state: {error}") from error
+        if fields != self.quant_config.to_dict():
+            raise CheckpointError(
+                f"the state dict is of a core with {fields}, and this one has "
+                f"{self.quant_config.to_dict()}; build it with the same QuantizationConfig"
+            )
+        self._state = restored
 
     @property
     def _quantizes(self) -> bool:

@@ -148,10 +148,8 @@ def _search_group_ranges(
             columns.append((errors**norm * weights).sum(1))
         return torch.stack(columns, dim=1)
 
-    # A group without data (possible only beside groups with data) gets the scale 1.
-    seen = torch.isfinite(observer.low[groups])
-    low = observer.low[groups].where(seen, 0.0)
-    high = observer.high[groups].where(seen, 0.0)
+    # Every batch reaches every group, so that none is without data.
+    low, high = observer.low[groups], observer.high[groups]
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high

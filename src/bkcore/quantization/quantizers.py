@@ -11,9 +11,10 @@ from bkcore.errors import CalibrationError, DTypeError, InputError, LifecycleErr
 from bkcore.quantization import affine
 from bkcore.quantization.config import check_group_size
 from bkcore.quantization.observers import HistogramObserver
+from bkcore.quantization.storage import StoredDtypes
 
 
-class GroupWiseQuantizer(nn.Module):
+class GroupWiseQuantizer(StoredDtypes):
     """Affine quantizer of real (..., num_channels) tensors, a scale and zero point per group.
 
     Args:
@@ -31,6 +32,8 @@ class GroupWiseQuantizer(nn.Module):
         scales: (num_groups,) float32; NaN before calibration.
         zero_points: (num_groups,) int8.
     """
+
+    stored = ("stored_scales",)
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bkcore.errors import CalibrationError
 from bkcore.quantization import affine
 from bkcore.quantization.packing import pack_int4, unpack_int4
+from bkcore.quantization.storage import StoredDtypes
 
 _FRACTIONS = 24
 
@@ -64,13 +65,15 @@ def search_weight_scales(
     return best_scale
 
 
-class PackedWeight(nn.Module):
+class PackedWeight(StoredDtypes):
     """A quantized weight (O, K): int8 codes, or two INT4 codes a byte, and bfloat16 scales.
 
     Attributes:
         packed: int8 (O, K) at 8 bits, uint8 (O, ceil(K / 2)) at 4.
         stored_scales: bfloat16 (O, G).
     """
+
+    stored = ("stored_scales",)
 
     def __init__(self, shape: tuple[int, int], bits: int, group_size: int) -> None:
         super().__init__()
@@ -153,8 +156,10 @@ class TrainableWeight(nn.Module):
             return PackedWeight.from_codes(codes, self.scales(), self.bits, self.group_size)
 
 
-class HalfWeight(nn.Module):
+class HalfWeight(StoredDtypes):
     """A weight (O, K) stored in float16 and used in float32."""
+
+    stored = ("packed",)
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -31,8 +32,8 @@ from bkcore.training import Schedule, train
 
 _CALIBRATION_BATCHES = 8
 
-CONTROL = "float32 with QAT's extra steps"
-"""What QAT has to be compared with: the same extra training without the quantization."""
+CONTROL = "float32 control"
+"""What QAT has to be compared with: float32 after the same extra training."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ class DemoSettings:
         }
     )
     training: Schedule = field(
-        default_factory=lambda: Schedule(steps=600, batch_size=16, learning_rate=5e-3)
+        default_factory=lambda: Schedule(steps=450, batch_size=16, learning_rate=5e-3)
     )
     qat: Schedule = field(
         default_factory=lambda: Schedule(
-            steps=60, batch_size=16, learning_rate=4e-4, warmup_fraction=0.1, weight_decay=0.0
+            steps=45, batch_size=16, learning_rate=4e-4, warmup_fraction=0.1, weight_decay=0.0
         )
     )
 
@@ -199,7 +200,7 @@ class _Demo:
         self.tokenizer.save_pretrained(self._folder(name))
 
     def _folder(self, name: str) -> Path:
-        return self.output / ("float32-control" if name == CONTROL else name)
+        return self.output / name.replace(" ", "-")
 
     def _judge(self, name: str) -> Evaluation:
         reference = None if name == "float32" else self._folder("float32")
@@ -254,26 +255,32 @@ def row(mode: str, evaluation: Evaluation, reference: Evaluation) -> dict[str, A
 
 
 def table(report: dict[str, Any]) -> Table:
-    """The rows of a demo's report for the terminal."""
+    """The rows of a demo's report for a terminal of 80 columns."""
     protocol = report["protocol"]
-    title = f"{protocol['corpus']}, {protocol['split']}: {protocol['tokens']:,} tokens scored"
-    result = Table(title=title)
-    for heading in ("mode", "ppl/token", "ppl/word", "change", "95 % interval", "bytes", "smaller"):
-        result.add_column(heading, justify="left" if heading == "mode" else "right")
-    result.add_column("tokens/s", justify="right")
-    result.add_column("speed", justify="right")
+    result = Table(
+        title=f"{protocol['corpus']}, {protocol['split']}: {protocol['tokens']:,} tokens scored",
+        caption=f"{CONTROL}: float32 after the extra training that the QAT modes had",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+    )
+    result.add_column("mode")
+    for heading in ("ppl per\ntoken", "per\nword", "change\n%", "95 %\ninterval"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("size\nMB", "size\nratio", "tokens\nper s", "speed\nratio"):
+        result.add_column(heading, justify="right", no_wrap=True)
     for entry in [*report["rows"], report["control"]]:
         is_float = entry["mode"] == "float32"
         result.add_row(
             entry["mode"],
             f"{entry['ppl_token']:.2f}",
             f"{entry['ppl_word']:.1f}",
-            "" if is_float else f"{entry['delta_pct']:+.2f} %",
+            "" if is_float else f"{entry['delta_pct']:+.2f}",
             "" if is_float else f"{entry['ci_low_pct']:+.2f} to {entry['ci_high_pct']:+.2f}",
-            f"{entry['bytes']:,}",
-            f"{entry['size_ratio']:.2f}x",
+            f"{entry['bytes'] / 1e6:.2f}",
+            f"{entry['size_ratio']:.2f}",
             f"{entry['tokens_per_second']:,.0f}",
-            f"{entry['speedup']:.2f}x",
+            f"{entry['speedup']:.2f}",
         )
     return result
 
