@@ -39,7 +39,8 @@ class CoreQuantizers(nn.Module):
         }
         symmetric = config.symmetric is not False
         self.potential = GroupWiseQuantizer(channels, symmetric=symmetric, **common)
-        self.source = GroupWiseQuantizer(channels, symmetric=symmetric, **common)
+        # The source comes out of SiLU, which is never below -0.28.
+        self.source = GroupWiseQuantizer(channels, symmetric=config.symmetric is True, **common)
         self.g = ComplexQuantizer(channels, symmetric=config.symmetric, **common)
         # Unlike Im g, neither part of psi has a sign.
         self.psi = ComplexQuantizer(channels, symmetric=symmetric, **common)

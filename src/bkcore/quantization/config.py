@@ -26,8 +26,9 @@ class QuantizationConfig:
             and the core's activations have a scale per channel whatever the group size.
         per_channel: False puts one scale on the whole tensor instead.
         symmetric: None (default) lets the range decide: potentials and real parts symmetric,
-            imaginary parts asymmetric, because Im G >= 0. True or False forces every quantizer of
-            the core. Weights are always symmetric.
+            imaginary parts asymmetric, because Im G >= 0, and so the language model's sources,
+            which come out of SiLU. True or False forces every quantizer of the core. Weights are
+            always symmetric.
 
     Raises:
         InputError: for an unknown mode, a group size below 1 or a flag that is not a bool.
