@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from bkcore.errors import BKCoreError
+from bkcore.memory import keep_freed_memory
 
 app = typer.Typer(
     add_completion=False,
@@ -77,6 +78,7 @@ def generate(
 
 def main() -> None:
     """Run the command; an error that bkcore foresaw is one sentence, not a traceback."""
+    keep_freed_memory()
     try:
         app()
     except BKCoreError as error:

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from bkcore.errors import BKCoreError, CheckpointError
 from bkcore.evaluation.perplexity import Protocol, Scores, score
+from bkcore.memory import keep_freed_memory
 from bkcore.model import ResNetBKForCausalLM
 from bkcore.model.checkpoint import model_bytes
 from bkcore.text import count_words, encode, tokenizer_hash
@@ -165,6 +166,7 @@ def evaluate_in_new_process(
 
 
 def _work(sender: Connection, folder: Path, setting: Setting, reference: Path | None) -> None:
+    keep_freed_memory()
     transformers_logging.disable_progress_bar()  # the parent process shows the progress
 
     def send(message: float | Evaluation | BKCoreError) -> None:
