@@ -178,3 +178,30 @@ def test_the_trainer_changes_weights_and_repeats_with_its_seed(build, tokens, fo
     assert not all(torch.equal(one[name], other[name]) for name in one)
     # bfloat16 cannot hide it: parameters are float32.
     assert all(not torch.equal(one[name], start[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_model_can_be_cast(build, tokens, executed_form, dtype):
+    """The residual stream follows the dtype; the sweep, codes and scales stay in float32 or better.
+
+    Two layers of about five roundings each at the residual's unit round-off u, with room in it.
+    Where u is that of a half, a value beside a tie gets the next code, one step further: a step is
+    1/127 or 1/7 of the range. The median leaves out the tokens that go to other experts.
+    """
+    model, ids = build(*executed_form), tokens(2, 30)
+    expected = model(ids).logits
+    logits = model.to(dtype)(ids).logits
+    assert logits.dtype == dtype
+    error = (logits - expected).abs().median() / expected.abs().median()
+    u = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    mode = executed_form[0]
+    step = 0.0 if mode is None or dtype == torch.float64 else 1 / 7 if "int4" in mode else 1 / 127
+    assert error < 30 * u + 2 * step
+
+
+def test_autocast_runs_in_every_form(build, tokens, executed_form):
+    model, ids = build(*executed_form), tokens(2, 30)
+    expected = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids).logits
+    assert (logits - expected).abs().median() < 0.3 * expected.abs().median()

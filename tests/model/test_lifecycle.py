@@ -273,7 +273,7 @@ def test_per_tensor_has_one_scale(build, tokens):
 @pytest.mark.parametrize(
     ("symmetric", "expected"),
     [
-        (None, [True, True, True, False, True, True]),
+        (None, [True, False, True, False, True, True]),
         (True, [True] * 6),
         (False, [False] * 6),
     ],

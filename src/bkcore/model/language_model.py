@@ -91,7 +91,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             ShapeError, DTypeError: if `input_ids` is not an integer tensor (B, N).
         """
         _check_ids(input_ids)
-        hidden = self.embedding(input_ids)
+        hidden = self.embedding(input_ids).to(self.final_norm.weight.dtype)
         balance = hidden.new_zeros(())
         for layer in self.layers:
             hidden, layer_balance = layer(hidden)

@@ -104,7 +104,8 @@ class ResolventMixer(nn.Module):
         potential = self._quantized("potential", _POTENTIAL_SCALE * potential)
         source = self._quantized("source", F.silu(source))
         features = torch.cat((self._features(potential, source), source[:, :, None]), dim=2)
-        features = features * F.silu(gate)[:, :, None]
+        # The sweep and the quantizers work in float32 at least, whatever the model is cast to.
+        features = features.to(gate.dtype) * F.silu(gate)[:, :, None]
         return self.out_proj(features.flatten(2))
 
     def _convolve(self, x: Tensor) -> Tensor:

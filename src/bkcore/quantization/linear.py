@@ -76,7 +76,10 @@ class _StraightThroughProduct(torch.autograd.Function):
 
 
 def project(x: Tensor, weight: PackedWeight | TrainableWeight | HalfWeight) -> Tensor:
-    """x (..., K) times a quantized weight (O, K), transposed: float32 (..., O)."""
+    """x (..., K) times a quantized weight (O, K), transposed: (..., O) in the dtype of x.
+
+    Whatever that dtype is, the product and its scales are those of float32.
+    """
     rows = x.reshape(-1, x.shape[-1]).float()
     if isinstance(weight, HalfWeight):
         out = F.linear(rows, weight.packed.float())
@@ -89,7 +92,7 @@ def project(x: Tensor, weight: PackedWeight | TrainableWeight | HalfWeight) -> T
         weight_codes, values = weight.codes_and_values()
         scales = weight.scales().detach()
         out = _StraightThroughProduct.apply(rows, values, weight_codes, scales, weight.group_size)
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], -1).to(x.dtype)
 
 
 class QuantizedLinear(nn.Module):
@@ -100,7 +103,7 @@ class QuantizedLinear(nn.Module):
         self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x real (..., K) -> float32 (..., O)."""
+        """x real (..., K) -> (..., O) in the dtype of x."""
         return project(x, self.weight)
 
 
@@ -116,5 +119,5 @@ class QuantizedEmbedding(nn.Module):
         return self.weight.rows(input_ids)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores float32 (..., V) of hidden states (..., K)."""
+        """Scores (..., V) of hidden states (..., K), in their dtype."""
         return project(hidden, self.weight)
