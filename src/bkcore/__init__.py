@@ -39,6 +39,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name in ("LanguageModel", "ResNetBKConfig", "ResNetBKForCausalLM"):
         import bkcore.model

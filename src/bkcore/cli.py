@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,24 @@ DataOption = Annotated[
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"bkcore {version('bkcore')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
 @app.command()
 def demo(
     data: DataOption = None,
@@ -33,13 +52,16 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("runs/demo"),
 ) -> None:
     """Train a language model, quantize it in five modes, and judge what was saved."""
-    from bkcore.report import demo as report
+    from bkcore.report import files
+    from bkcore.report.demo import run_demo, table
 
     console = Console()
-    result = report.run_demo(data, output, console)
-    console.print(report.table(result))
     if json_file is not None:
-        report.write_json(result, json_file)
+        files.prepare_file(json_file)
+    result = run_demo(data, output, console)
+    console.print(table(result))
+    if json_file is not None:
+        files.write_json(result, json_file)
     console.print(f"Checkpoints: {output}", highlight=False)
 
 
@@ -53,13 +75,16 @@ def evaluate(
     json_file: JsonOption = None,
 ) -> None:
     """Measure the perplexity of a checkpoint on the validation split."""
-    from bkcore.report import evaluate as report
+    from bkcore.report import files
+    from bkcore.report.evaluate import run_evaluation
 
     console = Console()
-    result = report.run_evaluation(checkpoint, data, reference, console)
+    if json_file is not None:
+        files.prepare_file(json_file)
+    result = run_evaluation(checkpoint, data, reference, console)
     console.print_json(data=result)
     if json_file is not None:
-        report.write_json(result, json_file)
+        files.write_json(result, json_file)
 
 
 @app.command()

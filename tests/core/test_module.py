@@ -59,5 +59,5 @@ def test_epsilon_must_be_positive(epsilon):
 
 
 def test_n_seq_must_be_positive():
-    with pytest.raises(InputError, match="n_seq must be at least 1"):
+    with pytest.raises(InputError, match="n_seq must be an integer"):
         BirmanSchwingerCore(0)

@@ -8,9 +8,12 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bkcore.errors import CheckpointError, DataError
+import bkcore
+from bkcore.cli import app
+from bkcore.errors import CheckpointError, DataError, InputError
 from bkcore.evaluation import checkpoints
-from bkcore.report import demo
+from bkcore.model import LanguageModel
+from bkcore.report import demo, files
 from bkcore.report.demo import DemoSettings, run_demo
 from bkcore.training import Schedule
 
@@ -104,9 +107,9 @@ def test_bad_data_stops_before_training(tmp_path: Path) -> None:
 
 def test_failed_json_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    demo.write_json({"rows": []}, path)
+    files.write_json({"rows": []}, path)
     with pytest.raises(TypeError):
-        demo.write_json({"rows": object()}, path)
+        files.write_json({"rows": object()}, path)
     assert json.loads(path.read_text()) == {"rows": []}
     assert list(tmp_path.iterdir()) == [path]
 
@@ -124,7 +127,38 @@ def test_command_line_says_what_is_wrong(
 
 
 def test_command_line_lists_its_commands() -> None:
-    from bkcore.cli import app
-
     output = CliRunner().invoke(app, ["--help"]).output
     assert all(command in output for command in ("demo", "evaluate", "generate"))
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_generate_continues_a_text(text: Path, tmp_path: Path) -> None:
+    run(text, tmp_path / "demo")
+    for mode in ("float32", "qat_int4"):
+        result = CliRunner().invoke(
+            app,
+            ["generate", str(tmp_path / "demo" / mode), "--prompt", "the slow", "--tokens=8"],
+        )
+        assert result.exit_code == 0, result.output
+        assert result.output.startswith("the slow")
+        assert len(result.output) > len("the slow\n")
+
+
+def test_a_checkpoint_without_tokenizer_says_so(tmp_path: Path) -> None:
+    LanguageModel(300, 16, 1, 16, num_experts=2, expert_size=8).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        checkpoints.load_checkpoint(tmp_path)
+
+
+def test_names_that_cannot_be_written_stop_before_training(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be a folder"):
+        run(text, tmp_path / "file")
+    with pytest.raises(InputError, match="is a folder"):
+        files.prepare_file(tmp_path)
+    with pytest.raises(InputError, match="cannot be a folder"):
+        files.prepare_file(tmp_path / "file" / "report.json")
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output == f"bkcore {bkcore.__version__}\n"

@@ -36,8 +36,8 @@ class BirmanSchwingerCore(nn.Module):
         causal: bool = False,
     ) -> None:
         super().__init__()
-        if n_seq < 1:
-            raise InputError(f"n_seq must be at least 1, got {n_seq}")
+        if not isinstance(n_seq, int) or n_seq < 1:
+            raise InputError(f"n_seq must be an integer of at least 1, got {n_seq}")
         if not epsilon > 0:
             raise InputError(f"epsilon must be > 0, got {epsilon}: it is the imaginary part of z")
         self.n_seq = n_seq

@@ -171,6 +171,10 @@ def _compute_dtype(v: Tensor) -> torch.dtype:
 
 
 def _require_real_float(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise DTypeError(
+            f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor()"
+        )
     if value.is_complex():
         raise DTypeError(f"{name} must be real, got {value.dtype}; a potential is real: use .real")
     if not value.is_floating_point():
@@ -226,6 +230,8 @@ def _leading_shape(arguments: dict[str, float | Tensor]) -> torch.Size:
 def _rows(name: str, value: float | Tensor, lead: torch.Size, sites: int, like: Tensor) -> Tensor:
     """(..., sites) or (..., 1) as (sites, lanes) or (1, lanes), in the dtype to compute in."""
     dtype, lanes = _compute_dtype(like), math.prod(lead)
+    if isinstance(value, complex):
+        raise DTypeError(f"{name} must be real, got {value}")
     if not isinstance(value, Tensor):
         return torch.full((1, lanes), value, dtype=dtype, device=like.device)
     if value.is_complex():

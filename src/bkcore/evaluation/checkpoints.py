@@ -122,6 +122,11 @@ def load_checkpoint(folder: Path) -> tuple[ResNetBKForCausalLM, PreTrainedTokeni
         CheckpointError: if either is missing or damaged.
     """
     model = ResNetBKForCausalLM.from_pretrained(folder).eval()
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds no tokenizer.json; save the tokenizer into the model's folder: "
+            "tokenizer.save_pretrained(folder)"
+        )
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except (OSError, ValueError) as error:

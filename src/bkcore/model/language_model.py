@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
     config: ResNetBKConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = False
+    accepts_loss_kwargs = True  # num_items_in_batch
     _no_split_modules = ["ResNetBKLayer"]  # noqa: RUF012
 
     def __init__(self, config: ResNetBKConfig) -> None:
@@ -74,23 +75,36 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             self._take_form(dict(config.quantization))
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any
-    ) -> CausalLMOutput:
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutput | tuple[Tensor, ...]:
         """Next-token logits of token ids.
 
         Args:
             input_ids: integers in [0, vocab_size), (B, N), any B, N >= 1.
+            attention_mask: (B, N), 0 for padding, which must come last in its row: what comes
+                first enters the state of all that follows. The logits of padding mean nothing.
             labels: (B, N), usually the same ids; they are shifted here, -100 is ignored. With
                 labels the output's `loss` is the mean negative log likelihood in nats, plus the
                 weighted load-balancing loss while training.
+            num_items_in_batch: divide the summed loss by this instead of the number of labels;
+                given by `Trainer` when it accumulates gradients.
+            return_dict: False gives a tuple.
 
         Returns:
             `CausalLMOutput` with `logits` (B, N, vocab_size).
 
         Raises:
             ShapeError, DTypeError: if `input_ids` is not an integer tensor (B, N).
+            InputError: if a token follows padding.
         """
         _check_ids(input_ids)
+        if attention_mask is not None:
+            _check_padding(attention_mask, input_ids)
         hidden = self.embedding(input_ids).to(self.final_norm.weight.dtype)
         balance = hidden.new_zeros(())
         for layer in self.layers:
@@ -99,10 +113,13 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         logits = self.embedding.logits(self.final_norm(hidden))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
             if self.training:
                 loss = loss + self.config.load_balancing * balance / len(self.layers)
-        return CausalLMOutput(loss=loss, logits=logits)
+        output = CausalLMOutput(loss=loss, logits=logits)
+        return output.to_tuple() if return_dict is False else output
 
     # ---- quantization ----------------------------------------------------------------------
 
@@ -130,6 +147,11 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
                 float again then.
         """
         config = self._require_config("calibrate_quantization")
+        if isinstance(batches, Tensor):
+            raise InputError(
+                "calibrate_quantization takes an iterable of batches, not a tensor; "
+                "for one batch of token ids give [ids]"
+            )
         was_training = self.training
         self.start_calibration()
         try:
@@ -232,6 +254,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             LifecycleError: during calibration, whose histograms are not saved.
             CheckpointError: if the folder cannot be written.
         """
+        if kwargs.get("safe_serialization") is False:
+            raise InputError("checkpoints are safetensors only; drop safe_serialization=False")
         if self._state is QuantizationState.CALIBRATING:
             raise LifecycleError("cannot save during calibration: call end_calibration() first")
         with checkpoint.writing(Path(save_directory)) as staged:
@@ -244,6 +268,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         Raises:
             CheckpointError: if the checkpoint is missing, truncated, altered or incomplete.
         """
+        if Path(path).is_file():
+            raise CheckpointError(f"{path} is a file; name the checkpoint's folder")
         if not Path(path).is_dir():
             raise CheckpointError(
                 f"there is no checkpoint folder {path}; from a hub, download it first with "
@@ -260,14 +286,36 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             raise CheckpointError(f"the checkpoint {path} does not fit its configuration: {wrong}")
         return (model, info) if want_info else model
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in PyTorch, for a model of the same quantization state.
+
+        Raises:
+            CheckpointError: if the state dict is of another state, whose tensors differ.
+        """
+        if _quantized_keys(state_dict) != _quantized_keys(self.state_dict()):
+            raise CheckpointError(
+                "the state dict is of a model in another quantization state than this one, which "
+                f"is {self._state.value}; save_pretrained() and from_pretrained() keep the state"
+            )
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding, which also is the output head."""
         return self.embedding
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, **kwargs: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """The whole text at every step."""
+        """The whole text at every step.
+
+        Raises:
+            InputError: if the prompts are padded: each row has to end in its last token.
+        """
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise InputError(
+                "generate() takes prompts of one length, without padding; "
+                "group them by length, or generate one at a time"
+            )
         return {"input_ids": input_ids}
 
     @torch.no_grad()
@@ -282,6 +330,26 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             module.reset_channels()
             init.normal_(module.conv.weight, std=self.config.conv_width**-0.5)
             init.zeros_(module.out_proj.get_parameter("weight"))
+
+
+def _quantized_keys(state_dict: Mapping[str, Any]) -> set[str]:
+    """The keys that a float model does not have."""
+    names = ("packed", "stored_scales", "log_scales", "zero_points")
+    return {key for key in state_dict if key.rpartition(".")[2] in names}
+
+
+def _check_padding(attention_mask: Tensor, input_ids: Tensor) -> None:
+    if attention_mask.shape != input_ids.shape:
+        raise ShapeError(
+            f"attention_mask must be {tuple(input_ids.shape)} like input_ids, "
+            f"not {tuple(attention_mask.shape)}"
+        )
+    real = attention_mask != 0
+    if bool((real[:, 1:] & ~real[:, :-1]).any()):
+        raise InputError(
+            "a token follows padding in attention_mask, and padding enters the state of what "
+            "follows; pad on the right (tokenizer.padding_side = 'right')"
+        )
 
 
 def _check_ids(input_ids: Tensor) -> None:
@@ -310,9 +378,12 @@ def LanguageModel(
         options: other fields of `ResNetBKConfig`.
 
     Raises:
-        InputError: for an impossible size, an unknown mode, or a mode without
+        InputError: for an impossible size, an unknown option or mode, or a mode without
             `use_quantized_bk_core`.
     """
+    unknown = sorted(set(options) - set(ResNetBKConfig.__dataclass_fields__))
+    if unknown:
+        raise InputError(f"ResNetBKConfig has no fields {unknown}")
     if quantization_mode is not None and not use_quantized_bk_core:
         raise InputError("quantization_mode needs use_quantized_bk_core=True")
     config = ResNetBKConfig(

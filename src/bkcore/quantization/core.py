@@ -149,25 +149,32 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
         }
 
     def get_extra_state(self) -> Tensor:
-        """Lifecycle state and configuration as JSON bytes, uint8, for the state dict."""
-        fields = {"state": self._state.value, **self.quant_config.to_dict()}
+        """Lifecycle state, configuration and core as JSON bytes, uint8, for the state dict."""
+        fields = {"state": self._state.value, **self._identity()}
         return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for scales to mean the same."""
+        names = ("n_seq", "epsilon", "energy", "hopping", "onsite", "causal")
+        return self.quant_config.to_dict() | {name: getattr(self.core, name) for name in names}
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the lifecycle state from a state dict.
 
         Raises:
-            CheckpointError: if the state dict is of a core with another configuration.
+            CheckpointError: if the state dict is of another core or configuration.
         """
         try:
             fields = json.loads(bytes(state.tolist()))
             restored = QuantizationState(fields.pop("state"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"the state dict holds no quantization state: {error}") from error
-        if fields != self.quant_config.to_dict():
+        own = self._identity()
+        differing = {key: fields.get(key) for key in own if fields.get(key) != own[key]}
+        if differing:
             raise CheckpointError(
-                f"the state dict is of a core with {fields}, and this one has "
-                f"{self.quant_config.to_dict()}; build it with the same QuantizationConfig"
+                f"the state dict is of a core with {differing}, and this one has "
+                f"{ ({key: own[key] for key in differing}) }; build it the same"
             )
         self._state = restored
 

@@ -30,7 +30,7 @@ _NEXT_STEP = {
     QuantizationState.CALIBRATING: "end_calibration()",
     QuantizationState.CALIBRATED: "apply_ptq() in a PTQ mode, enable_qat() in a QAT mode",
     QuantizationState.TRAINING: "convert()",
-    QuantizationState.QUANTIZED: "nothing: it is quantized; start again from the float model",
+    QuantizationState.QUANTIZED: "none: to quantize again, start again from the float model",
 }
 
 
@@ -106,13 +106,22 @@ class QuantizationLifecycle:
 
     def convert(self) -> None:
         """End quantization-aware training: freeze scales and weights into codes, bit for bit."""
+        config = self._require_config("convert")
+        if not config.is_qat:
+            raise LifecycleError(
+                f"convert() is not a step of mode {config.mode!r}: call apply_ptq(), or build the "
+                "model with a 'qat_...' mode"
+            )
         self._require("convert", {QuantizationState.TRAINING})
         self._on_quantize()
         self._set_state(QuantizationState.QUANTIZED)
 
     def _require_config(self, step: str) -> QuantizationConfig:
         if self._quant_config is None:
-            raise LifecycleError(f"{step}() needs a quantization mode, and this model has none")
+            raise LifecycleError(
+                f"{step}() needs a quantization mode, and this model has none; choose one with "
+                'configure_quantization("ptq_int8")'
+            )
         return self._quant_config
 
     def _require(self, step: str, allowed: set[QuantizationState]) -> None:

@@ -199,6 +199,8 @@ class GroupWiseQuantizer(StoredDtypes):
         return self.scales[groups], self.zero_points[groups]
 
     def _check(self, x: Tensor, *, calibrated: bool = False) -> None:
+        if not isinstance(x, Tensor):
+            raise DTypeError(f"a quantizer takes a torch.Tensor, not {type(x).__name__}")
         if x.is_complex():
             raise DTypeError(
                 f"a real quantizer was given {x.dtype} values, whose imaginary part it would "
@@ -344,8 +346,9 @@ class ComplexQuantizer(nn.Module):
 
 
 def _check_complex(x: Tensor) -> None:
-    if not x.is_complex():
+    if not isinstance(x, Tensor) or not x.is_complex():
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise DTypeError(
-            f"ComplexQuantizer takes complex values, not {x.dtype}; "
+            f"ComplexQuantizer takes complex values, not {given}; "
             "use GroupWiseQuantizer for real ones"
         )

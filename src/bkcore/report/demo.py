@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from bkcore.evaluation.perplexity import (
 )
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
 from bkcore.quantization.config import MODES
+from bkcore.report.files import prepare_folder
 from bkcore.report.progress import Plan
 from bkcore.text import Corpus, TokenWindows, encode, load_corpus, train_tokenizer
 from bkcore.training import Schedule, train
@@ -92,11 +90,13 @@ def run_demo(
 
     Raises:
         DataError: if the text is missing, unreadable or too small; before any training.
+        InputError: if `output` cannot be written; likewise.
     """
     settings = settings or DemoSettings()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     corpus = load_corpus(data)
+    prepare_folder(output)
     with Plan(_stages(settings, corpus), console) as plan:
         return _Demo(settings, corpus, output, plan).run()
 
@@ -283,13 +283,3 @@ def table(report: dict[str, Any]) -> Table:
             f"{entry['speedup']:.2f}",
         )
     return result
-
-
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write a report whole or not at all."""
-    text = json.dumps(report, indent=2) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as folder:
-        staged = Path(folder) / path.name
-        staged.write_text(text)
-        os.replace(staged, path)

@@ -11,11 +11,9 @@ from transformers.utils import logging as transformers_logging
 
 from bkcore.evaluation.checkpoints import Setting, evaluate_in_new_process
 from bkcore.evaluation.perplexity import standard_error
-from bkcore.report.demo import DemoSettings, row, write_json
+from bkcore.report.demo import DemoSettings, row
 from bkcore.report.progress import Plan
 from bkcore.text import load_corpus
-
-__all__ = ["run_evaluation", "write_json"]
 
 
 def run_evaluation(

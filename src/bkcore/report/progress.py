@@ -49,8 +49,11 @@ class Plan:
         self._progress.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._progress.stop()
+        if kind is KeyboardInterrupt:
+            title = self._progress.tasks[0].description
+            self._progress.console.print(f"interrupted in {title}", markup=False)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[float], None]]:

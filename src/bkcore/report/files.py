@@ -1,0 +1,45 @@
+"""Where reports go: checked before the work begins, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bkcore.errors import InputError
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make a folder, so that hours of work do not end at a name that cannot be written.
+
+    Raises:
+        InputError: if it is a file, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be a folder to write in ({error.strerror}); name another one"
+        ) from error
+
+
+def prepare_file(path: Path) -> None:
+    """Make sure that a file can be written later.
+
+    Raises:
+        InputError: if it is a folder, or its folder cannot be made.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file in it")
+    prepare_folder(path.parent)
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write a report whole or not at all."""
+    text = json.dumps(report, indent=2) + "\n"
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as folder:
+        staged = Path(folder) / path.name
+        staged.write_text(text)
+        os.replace(staged, path)
