@@ -36,7 +36,7 @@ def train_step_sizes(model, batches: list[torch.Tensor]) -> None:
 
 def main() -> None:
     """Print a table, a line per mode."""
-    table = Table("mode", "bits", "Re G error", "Im G error", "SNR", "compression", "state")
+    table = Table("mode", "bits", "Re G error", "Im G error", "SNR", "smaller", "state")
     for mode in MODES:
         model = create_quantized_birman_schwinger(n_seq=N_SEQ, mode=mode, group_size=128)
         model.start_calibration()
