@@ -4,6 +4,17 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says more about the machine than about the code. In CI the examples are
+# the same every time, so that a change is judged by what it changes.
+settings.register_profile(
+    "bkcore",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=bool(os.environ.get("CI")),
+)
+settings.load_profile("bkcore")
 
 WIKITEXT = Path(__file__).resolve().parents[2] / "shared" / "wikitext-2"
 

@@ -374,7 +374,7 @@ def test_a_sequence_does_not_depend_on_the_others():
     assert torch.equal(core(v)[2], core(v[2:3])[0])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     n_seq=st.integers(1, 20),
     group_size=st.integers(1, 25),

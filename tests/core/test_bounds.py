@@ -28,7 +28,7 @@ from bkcore.errors import DTypeError, InputError
 
 U = torch.finfo(torch.float64).eps / 2
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 sizes = st.integers(1, 32)
 seeds = st.integers(0, 2**31)
 etas = st.floats(0.05, 3.0)

@@ -27,7 +27,7 @@ from bkcore.errors import DTypeError, InputError, ShapeError
 U = torch.finfo(torch.float64).eps / 2
 FEW = 64.0
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 sizes = st.integers(1, 24)
 seeds = st.integers(0, 2**31)
 etas = st.floats(0.05, 3.0)

@@ -178,7 +178,7 @@ potentials = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12).map(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(potentials, st.floats(-3, 3), st.floats(0.01, 10), st.floats(0, 3), st.booleans())
 def test_values_lie_in_the_disc(v, energy, eta, hopping, causal):
     g = resolvent_diagonal(v, complex(energy, eta), hopping=hopping, causal=causal)
@@ -187,7 +187,7 @@ def test_values_lie_in_the_disc(v, energy, eta, hopping, causal):
     assert (g.imag > 0).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(potentials, st.floats(-3, 3), st.floats(0.05, 10), st.floats(0, 3))
 def test_ward_identity(v, energy, eta, hopping):
     """sum_j |G_ij|^2 = Im G_ii / eta."""

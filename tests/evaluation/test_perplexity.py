@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
@@ -78,7 +78,6 @@ def test_uniform_logits_have_the_perplexity_of_the_vocabulary() -> None:
     batch_size=st.integers(1, 9),
     chunk=st.sampled_from([1, 30, 1 << 22]),
 )
-@settings(deadline=None)
 def test_a_bigram_is_scored_exactly(count: int, window: int, batch_size: int, chunk: int) -> None:
     model, tokens = random_bigram(), random_tokens(count)
     with pytest.MonkeyPatch.context() as patch:

@@ -130,7 +130,7 @@ log_v = st.floats(-6, 6)
 hop = st.floats(0, 10, width=32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(log_eta, log_v, hop, st.sampled_from(DTYPES), st.sampled_from(BACKENDS), st.integers(0, 99))
 def test_backward_error_in_hostile_settings(log_eta, log_v, hop, dtype, name, seed):
     v, source, energy, eta, hopping, _ = arguments("psi", 1, 24, 2, dtype, seed=seed)
@@ -143,7 +143,7 @@ def test_backward_error_in_hostile_settings(log_eta, log_v, hop, dtype, name, se
         assert error.max().item() <= BACKWARD_CONSTANT * torch.finfo(dtype).eps
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(log_eta, log_v, hop, st.sampled_from(DTYPES), st.sampled_from(BACKENDS), st.integers(0, 99))
 def test_two_sided_backward_error_in_hostile_settings(log_eta, log_v, hop, dtype, name, seed):
     v, _, energy, eta, hopping, _ = arguments("g", 1, 24, 2, dtype, seed=seed)

@@ -49,7 +49,7 @@ def oracle(
     return total * token_scale.numpy()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 40),
     inputs=st.integers(1, 70),

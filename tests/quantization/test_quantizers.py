@@ -36,7 +36,7 @@ shapes = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**shapes)
 def test_any_grouping(num_channels, group_size, bits, symmetric, learnable, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -388,7 +388,7 @@ def test_repr():
 # ---- complex -------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num_channels=shapes["num_channels"],
     group_size=shapes["group_size"],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -29,13 +29,11 @@ def small() -> PreTrainedTokenizerFast:
 
 
 @given(st.text(max_size=200) | BLANKS)
-@settings(deadline=None)
 def test_any_text_comes_back(small: PreTrainedTokenizerFast, text: str) -> None:
     assert small.decode(encode(small, text)) == text
 
 
 @given(BLANKS)
-@settings(deadline=None)
 def test_cuts_do_not_show(small: PreTrainedTokenizerFast, text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "_CHUNK_CHARACTERS", 1)
@@ -44,7 +42,6 @@ def test_cuts_do_not_show(small: PreTrainedTokenizerFast, text: str) -> None:
 
 
 @given(BLANKS)
-@settings(deadline=None)
 def test_cuts_split_no_word(small: PreTrainedTokenizerFast, text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "_CHUNK_CHARACTERS", 1)
