@@ -1,14 +1,18 @@
 # make demo   set up .venv and run the main job
+# make bench  set up .venv and time the kernels
 # make test   set up .venv and run lint, types and all tests
 
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test setup clean
+.PHONY: demo bench test setup clean
 
 demo: setup
 	$(BIN)/bkcore demo $(ARGS)
+
+bench: setup
+	$(BIN)/bkcore bench kernels $(ARGS)
 
 test: setup
 	$(BIN)/ruff check .

@@ -22,7 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"model", "text"},
     "training": {"model", "text"},
     "report": {"evaluation", "training", "model", "text", "quantization"},
-    "cli": {"report"},
+    "bench": {"report", "core", "kernels"},
+    "cli": {"report", "bench"},
 }
 
 

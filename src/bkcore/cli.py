@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bkcore.errors import BKCoreError
+from bkcore.errors import BenchmarkError, BKCoreError
 from bkcore.memory import keep_freed_memory
 
 app = typer.Typer(
@@ -19,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A quantized Birman-Schwinger core: small, linear-time language models in 8 or 4 bits.",
 )
+
+bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+app.add_typer(bench, name="bench")
 
 DataOption = Annotated[
     Path | None,
@@ -101,11 +104,43 @@ def generate(
     typer.echo(continue_text(checkpoint, prompt, tokens, temperature, seed))
 
 
+@bench.command("kernels")
+def bench_kernels(
+    json_file: JsonOption = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a Markdown table here, too.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a picture: .png or .svg.")] = None,
+    only: Annotated[str, typer.Option(help="Only cases whose names begin so.")] = "",
+) -> None:
+    """Time the kernels against copies, limits and other ways to the same result."""
+    from bkcore.bench.kernels import run_kernels
+    from bkcore.bench.plot import draw, require_matplotlib
+    from bkcore.bench.result import markdown_table, report, table
+    from bkcore.report import files
+
+    console = Console()
+    if plot is not None:
+        require_matplotlib(plot)
+    for path in (json_file, markdown, plot):
+        if path is not None:
+            files.prepare_file(path)
+    results = run_kernels(console, only)
+    console.print(table(results))
+    if json_file is not None:
+        files.write_json(report(results), json_file)
+    if markdown is not None:
+        markdown.write_text(markdown_table(results))
+    if plot is not None:
+        draw(results, plot)
+
+
 def main() -> None:
-    """Run the command; an error that bkcore foresaw is one sentence, not a traceback."""
+    """Run the command; an error that bkcore foresaw is one sentence, not a traceback.
+
+    The exit code is 1 where a benchmark found a wrong result, and 2 for all other such errors.
+    """
     keep_freed_memory()
     try:
         app()
     except BKCoreError as error:
         Console(stderr=True).print(f"[bold red]bkcore:[/] {error}", highlight=False)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, BenchmarkError) else 2)

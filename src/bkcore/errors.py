@@ -35,3 +35,7 @@ class CheckpointError(BKCoreError, RuntimeError):
 
 class DataError(BKCoreError, ValueError):
     """A text corpus is missing, unreadable, empty or too small."""
+
+
+class BenchmarkError(BKCoreError, ArithmeticError):
+    """A benchmark found a wrong result, and did not time it."""

@@ -1,0 +1,320 @@
+"""The cases of `bkcore bench kernels`.
+
+A case is a function from the thread counts to measure with, to results; to add one, write it and
+list it in `CASES`. It checks what it times first, on the very shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from bkcore.bench.comparison import comparison, missing_rivals
+from bkcore.bench.machine import last_level_cache_bytes, usable_cores
+from bkcore.bench.problem import (
+    FORMS,
+    Problem,
+    check_gradients,
+    check_parts,
+    random_problem,
+    repeat_channels,
+    true_gradients,
+    true_parts,
+)
+from bkcore.bench.result import Result
+from bkcore.bench.timing import Call, interleaved, torch_threads
+from bkcore.core.resolvent import resolvent_diagonal_parts
+from bkcore.errors import BackendError, InputError
+from bkcore.kernels import backends, cpu
+from bkcore.report.progress import Plan
+
+Shape = tuple[int, int, int]
+
+LARGE: tuple[Shape, ...] = ((8, 4096, 256), (4, 4096, 1024))
+IN_CACHE: Shape = (1, 1024, 256)
+ONE_LANE: Shape = (1, 1_000_000, 1)
+SHORT: Shape = (256, 4096, 64)
+LONG: Shape = (1, 1_048_576, 64)
+ONE_TOKEN: Shape = (1, 1, 1024)
+LAYOUT_ELEMENTS = 2**22
+LAYOUT_LANES = (1, 3, 16, 17, 64, 100, 256, 1024)
+LAYOUT_BATCHES = (16, 64, 1000)
+LEAST_CHAINS = 16
+
+COPY_FRACTION = 0.65
+NANOSECONDS = {"g": 0.35, "two-sided": 0.8}  # per element and core, AVX-512, data in cache
+MOST_BACKWARD = 2.5
+LEAST_ONE_LANE_SPEEDUP = 8.0
+MOST_LAYOUT_SPREAD = 3.0
+MOST_GROWTH = 1.3
+STEP_SECONDS = 6e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """A group of measurements.
+
+    Attributes:
+        name: its rows' names begin with it.
+        measure: gives the results for some thread counts.
+        seconds: about how long it takes, for the progress bar.
+    """
+
+    name: str
+    measure: Callable[[Sequence[int]], Iterator[Result]]
+    seconds: float
+
+
+def run_kernels(
+    console: Console, only: str = "", on_result: Callable[[Result], None] = lambda result: None
+) -> list[Result]:
+    """Measure the cases whose names begin with `only`.
+
+    Raises:
+        InputError: if there is no such case.
+        BackendError: if the native kernels are not in use.
+        BenchmarkError: if a result is wrong.
+    """
+    cases = [case for case in CASES if case.name.startswith(only)]
+    if not cases:
+        names = ", ".join(case.name for case in CASES)
+        raise InputError(f"there is no case {only!r}; there are: {names}")
+    _require_native()
+    if any(case.measure is comparison for case in cases):
+        for name, reason in missing_rivals().items():
+            console.print(f"left out of the comparison: {name}, {reason}", highlight=False)
+    counts = thread_counts()
+    results = []
+    with Plan({case.name: case.seconds for case in cases}, console) as plan:
+        for case in cases:
+            with plan.stage(case.name) as advance:
+                start = time.perf_counter()
+                for result in case.measure(counts):
+                    results.append(result)
+                    on_result(result)
+                    advance(min(1.0, (time.perf_counter() - start) / case.seconds))
+    return results
+
+
+def thread_counts() -> tuple[int, ...]:
+    """1, and 2 where there are two cores."""
+    return (1, 2) if usable_cores() > 1 else (1,)
+
+
+def _require_native() -> None:
+    info = backends()["cpu"]
+    if "cpu" not in info.used_for:
+        reason = info.reason or "another backend is forced"
+        raise BackendError(f"this measures the native kernels, but {reason}")
+
+
+def large(counts: Sequence[int]) -> Iterator[Result]:
+    """Arrays beyond the last-level cache, against a copy that moves as many bytes."""
+    for shape in large_shapes():
+        for form in FORMS:
+            problem = random_problem(form, shape)
+            truth = true_parts(problem)
+            old, new = _buffer(problem), _buffer(problem)
+            for count in counts:
+                own, copy = _time_forward(problem, truth, count, partial(new.copy_, old))
+                yield Result(f"large/{form}", shape, count, own, copy, "copy", COPY_FRACTION)
+
+
+def large_shapes() -> list[Shape]:
+    """`LARGE`, with the batch grown until the bytes to move exceed the last-level cache thrice."""
+    cache = last_level_cache_bytes() or 0
+    return [(max(b, math.ceil(3 * cache / (12 * n * h))), n, h) for b, n, h in LARGE]
+
+
+def fresh_memory(counts: Sequence[int]) -> Iterator[Result]:
+    """As `large`, but every result gets new memory from the system: page faults and all."""
+    shape = large_shapes()[0]
+    context = multiprocessing.get_context("spawn")
+    for count in counts:
+        with ProcessPoolExecutor(1, mp_context=context) as process:
+            own, clone = process.submit(_time_with_fresh_memory, shape, count).result()
+        note = "both allocate, in a process that hands freed memory back"
+        yield Result("fresh memory/g", shape, count, own, clone, "clone", note=note)
+
+
+def _time_with_fresh_memory(shape: Shape, count: int) -> Sequence[float]:
+    problem = random_problem("g", shape)
+    return _time_forward(problem, true_parts(problem), count, _buffer(problem).clone)
+
+
+def _buffer(problem: Problem) -> Tensor:
+    """Half the compulsory bytes of a problem: to copy it moves them all."""
+    return torch.ones(problem.compulsory_bytes // 8)
+
+
+def in_cache(counts: Sequence[int]) -> Iterator[Result]:
+    """A small array, against a limit in nanoseconds per element and core."""
+    for form, limit in NANOSECONDS.items():
+        problem = random_problem(form, IN_CACHE)
+        truth = true_parts(problem)
+        for count in counts:
+            (seconds,) = _time_forward(problem, truth, count)
+            allowed = limit * 1e-9 * problem.elements / count
+            target = 1.0 if cpu.isa() == "avx512" else None
+            baseline = f"limit {limit} ns"
+            yield Result(f"cache/{form}", IN_CACHE, count, seconds, allowed, baseline, target)
+
+
+def backward(counts: Sequence[int]) -> Iterator[Result]:
+    """The derivative of the sweep, against the sweep itself."""
+    shapes = [("large", shape) for shape in large_shapes()]
+    for size, shape in [*shapes, ("cache", IN_CACHE)]:
+        for form in FORMS:
+            gradient = Gradient(random_problem(form, shape))
+            for count in counts:
+                with torch_threads(count):
+                    gradient.check()
+                    own, forward = interleaved(gradient.backward, gradient.forward)
+                name = f"backward/{size}/{form}"
+                yield Result(name, shape, count, own, forward, "forward", 1 / MOST_BACKWARD)
+
+
+class Gradient:
+    """A sweep whose graph is kept, so that the backward pass can be timed alone.
+
+    Args:
+        problem: what to sweep; gradients reach all of its tensors.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem.with_gradients()
+        self._inputs = self._problem.inputs()
+        self._parts = self.forward()
+        batch, sites, kinds, lanes = self._parts.shape
+        generator = torch.Generator().manual_seed(1)
+        distinct = torch.randn(batch, sites, kinds, problem.period, generator=generator)
+        self._cotangent = repeat_channels(distinct, lanes)
+        self._truth = true_gradients(problem, self._cotangent)
+
+    def forward(self) -> Tensor:
+        return self._problem.run()
+
+    def backward(self) -> Sequence[Tensor]:
+        return torch.autograd.grad(self._parts, self._inputs, self._cotangent, retain_graph=True)
+
+    def check(self) -> None:
+        check_gradients(self._problem, self.backward(), self._truth)
+
+
+def one_lane(counts: Sequence[int]) -> Iterator[Result]:
+    """A single long chain, against one site after the other."""
+    for form in FORMS:
+        problem = random_problem(form, ONE_LANE)
+        truth = true_parts(problem)
+        for count in counts:
+            sequential = partial(sequential_one_lane, problem)
+            own, slow = _time_forward(problem, truth, count, sequential)
+            target = LEAST_ONE_LANE_SPEEDUP if count > 1 else None
+            yield Result(f"one lane/{form}", ONE_LANE, count, own, slow, "sequential", target)
+
+
+def sequential_one_lane(problem: Problem) -> Tensor:
+    """The sweep one site after the other, whatever the kernel would choose."""
+    with getattr(cpu, "sequential", contextlib.nullcontext)():
+        return problem.run()
+
+
+def layouts(counts: Sequence[int]) -> Iterator[Result]:
+    """Shapes of about equal volume, against the best of them per element."""
+    for form in ("g", "two-sided"):
+        problems = [random_problem(form, shape) for shape in _layout_shapes()]
+        runs = [problem.run for problem in problems]
+        chains = [random_problem(form, (b, LAYOUT_ELEMENTS // b, 1)) for b in LAYOUT_BATCHES]
+        runs += [partial(_run_chains, problem) for problem in chains]
+        names = [f"layout/{form}"] * len(problems) + [f"layout (B, N)/{form}"] * len(chains)
+        problems += chains
+        truths = [true_parts(problem) for problem in problems]
+        for count in counts:
+            with torch_threads(count), torch.inference_mode():
+                for problem, run, truth in zip(problems, runs, truths, strict=True):
+                    check_parts(problem, run(), truth)
+                times = interleaved(*runs)
+            pairs = list(zip(problems, times, strict=True))
+            best = min(seconds / problem.elements for problem, seconds in pairs)
+            for name, (problem, seconds) in zip(names, pairs, strict=True):
+                allowed = best * problem.elements
+                target = 1 / MOST_LAYOUT_SPREAD
+                yield Result(name, problem.shape, count, seconds, allowed, "best", target)
+
+
+def _layout_shapes() -> list[Shape]:
+    batches = [(math.ceil(LEAST_CHAINS / lanes), lanes) for lanes in LAYOUT_LANES]
+    return [(batch, LAYOUT_ELEMENTS // (batch * lanes), lanes) for batch, lanes in batches]
+
+
+def _run_chains(problem: Problem) -> Tensor:
+    """A problem of one channel with the public function for chains (B, N), as (B, N, 2, 1)."""
+    z = complex(problem.energy.item(), problem.eta.item())
+    causal = problem.form != "two-sided"
+    parts = resolvent_diagonal_parts(problem.v.squeeze(2), z, onsite=0.0, causal=causal)
+    return parts.unsqueeze(3)
+
+
+def growth(counts: Sequence[int]) -> Iterator[Result]:
+    """Long chains, against short ones of the same volume: linear in N."""
+    for form in ("g", "two-sided"):
+        long, short = random_problem(form, LONG), random_problem(form, SHORT)
+        truths = true_parts(long), true_parts(short)
+        for count in counts:
+            with torch_threads(count), torch.inference_mode():
+                check_parts(long, long.run(), truths[0])
+                check_parts(short, short.run(), truths[1])
+                pair = interleaved(long.run, short.run)
+            yield _growth_result(f"growth/{form}", count, pair)
+        slopes = Gradient(long), Gradient(short)
+        for count in counts:
+            with torch_threads(count):
+                for slope in slopes:
+                    slope.check()
+                pair = interleaved(*(slope.backward for slope in slopes))
+            yield _growth_result(f"growth/backward/{form}", count, pair)
+
+
+def _growth_result(name: str, count: int, pair: Sequence[float]) -> Result:
+    own, short = pair
+    baseline = f"N={SHORT[1]:,}"
+    return Result(name, LONG, count, own, short, baseline, 1 / MOST_GROWTH)
+
+
+def one_token(counts: Sequence[int]) -> Iterator[Result]:
+    """The sweep of one token: a call from Python, start to end."""
+    problem = random_problem("g+psi", ONE_TOKEN)
+    truth = true_parts(problem)
+    for count in counts:
+        (seconds,) = _time_forward(problem, truth, count)
+        yield Result("one token/g+psi", ONE_TOKEN, count, seconds, STEP_SECONDS, "limit 6 us", 1.0)
+
+
+def _time_forward(problem: Problem, truth: Tensor, count: int, *baselines: Call) -> Sequence[float]:
+    """Seconds of the sweep, its result checked before, and of the baselines."""
+    with torch_threads(count), torch.inference_mode():
+        check_parts(problem, problem.run(), truth)
+        return interleaved(problem.run, *baselines)
+
+
+CASES = [
+    Case("large", large, 30),
+    Case("fresh memory", fresh_memory, 20),
+    Case("cache", in_cache, 3),
+    Case("backward", backward, 60),
+    Case("one lane", one_lane, 10),
+    Case("layout", layouts, 30),
+    Case("growth", growth, 60),
+    Case("one token", one_token, 2),
+    Case("comparison", comparison, 120),
+]

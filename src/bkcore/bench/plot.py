@@ -1,0 +1,66 @@
+"""The figures as a picture."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bkcore.bench.result import Result
+from bkcore.errors import InputError
+
+
+def require_matplotlib(path: Path) -> None:
+    """Find out before anything is timed that a plot can be drawn.
+
+    Raises:
+        InputError: if matplotlib is missing, or the file is neither .png nor .svg.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise InputError(f"the plot must be a .png or .svg file, got {path}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("a plot needs matplotlib: pip install 'bkcore[plot]'")
+
+
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Time against N beside the rivals, and each group's worst ratio over its target."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_series(left, [result for result in results if result.name == "comparison"])
+    _draw_targets(right, [result for result in results if result.target is not None])
+    figure.savefig(path, dpi=150)
+
+
+def _draw_series(axes: Any, results: Sequence[Result]) -> None:
+    lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for result in results:
+        sites = result.shape[-1]
+        lines[result.baseline].append((sites, result.baseline_seconds * 1e3))
+    ours = {result.shape[-1]: result.seconds * 1e3 for result in results}
+    lines["bkcore"] = sorted(ours.items())
+    for name, points in lines.items():
+        if points:
+            axes.loglog(*zip(*points, strict=True), "o-", label=name)
+    axes.set(xlabel="sites N", ylabel="ms a call", title="two-sided diagonal, 16 chains")
+    if results:
+        axes.legend()
+
+
+def _draw_targets(axes: Any, results: Sequence[Result]) -> None:
+    worst: dict[str, float] = {}
+    for result in results:
+        assert result.target is not None
+        name = f"{result.name}, {result.threads} threads"
+        worst[name] = min(result.ratio / result.target, worst.get(name, float("inf")))
+    names = list(worst)[::-1]
+    colors = ["tab:green" if worst[name] >= 1 else "tab:red" for name in names]
+    axes.barh(names, [worst[name] for name in names], color=colors)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.tick_params(axis="y", labelsize=6)
+    axes.set(
+        xscale="log", xlabel="ratio / target (1 or more: met)", title="worst shape of each case"
+    )

@@ -1,0 +1,72 @@
+"""How long calls take: functions timed in alternation, so that they share whatever else happens."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+
+import torch
+
+Call = Callable[[], object]
+
+SECONDS = 0.3  # timed for every pair of functions, at least
+_ROUNDS = 7
+_ROUNDS_IF_SLOW = 3
+_SLOW_SECONDS = 0.5
+
+
+def interleaved(*functions: Call) -> tuple[float, ...]:
+    """Seconds a call of each function: the median over rounds that time one after the other.
+
+    Every function is called twice before, to warm up. A round calls a fast function many times
+    in a row and takes the mean. The garbage collector is off.
+    """
+    with _without_collection():
+        once = [_warm(function) for function in functions]
+        rounds = _ROUNDS if sum(once) < _SLOW_SECONDS else _ROUNDS_IF_SLOW
+        share = SECONDS / (2 * rounds)
+        counts = [max(1, math.ceil(share / seconds)) for seconds in once]
+        found: list[list[float]] = [[] for _ in functions]
+        for _ in range(rounds):
+            for function, count, times in zip(functions, counts, found, strict=True):
+                times.append(_mean_seconds(function, count))
+    return tuple(median(times) for times in found)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let PyTorch, and bkcore with it, use `count` threads inside a with block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _warm(function: Call) -> float:
+    function()
+    return _mean_seconds(function, 1)
+
+
+def _mean_seconds(function: Call, count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        function()
+    return (time.perf_counter() - start) / count
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
