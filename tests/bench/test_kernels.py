@@ -29,6 +29,7 @@ QUICK = [case.name for case in CASES if case.name not in ("comparison", "fresh m
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SECONDS", 0.0)
     monkeypatch.setattr(kernels, "last_level_cache_bytes", lambda: 1000)
+    monkeypatch.setattr(kernels, "usable_cores", lambda: 2)
     shapes = {"LARGE": ((2, 30, 17),), "IN_CACHE": (1, 20, 5), "ONE_LANE": (1, 50, 1)}
     lengths = {"SHORT": (8, 10, 4), "LONG": (1, 80, 4), "ONE_TOKEN": (1, 1, 9)}
     layouts = {"LAYOUT_ELEMENTS": 2**10, "LAYOUT_LANES": (1, 3, 17), "LAYOUT_BATCHES": (16,)}
@@ -58,6 +59,7 @@ def test_rows(case: kernels.Case) -> None:
     results = run_kernels(quiet(), case.name, seen.append)
     assert results
     assert seen == results
+    assert {result.threads for result in results} == ({2} if case.name == "comparison" else {1, 2})
     for result in results:
         row = result.as_dict()
         assert set(row) - {"note"} == FIELDS

@@ -41,7 +41,7 @@ class Rival:
     name: str
     diagonal: Callable[[Tensor], Tensor]
     order: int
-    sites: tuple[int, ...] = SITES
+    sites: tuple[int, ...]
 
 
 def comparison(counts: Sequence[int]) -> Iterator[Result]:
@@ -54,10 +54,10 @@ def comparison(counts: Sequence[int]) -> Iterator[Result]:
 def rivals() -> list[Rival]:
     """The rivals that can run here."""
     found = [
-        Rival("eager loop", eager_loop, 1),
-        Rival("dense inverse", dense_inverse, 3),
+        Rival("eager loop", eager_loop, 1, SITES),
+        Rival("dense inverse", dense_inverse, 3, SITES),
         Rival("compiled scan", _compiled_scan(), 1, SCAN_SITES),
-        Rival("banded solver", banded_solve, 2),
+        Rival("banded solver", banded_solve, 2, SITES),
     ]
     missing = missing_rivals()
     return [rival for rival in found if rival.name not in missing]

@@ -28,7 +28,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     """Time against N beside the rivals, and each group's worst ratio over its target."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_series(left, [result for result in results if result.name == "comparison"])
     _draw_targets(right, [result for result in results if result.target is not None])
@@ -47,20 +47,21 @@ def _draw_series(axes: Any, results: Sequence[Result]) -> None:
             axes.loglog(*zip(*points, strict=True), "o-", label=name)
     axes.set(xlabel="sites N", ylabel="ms a call", title="two-sided diagonal, 16 chains")
     if results:
-        axes.legend()
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
 
 
 def _draw_targets(axes: Any, results: Sequence[Result]) -> None:
     worst: dict[str, float] = {}
     for result in results:
         assert result.target is not None
-        name = f"{result.name}, {result.threads} threads"
+        name = f"{result.name} ({result.threads})"
         worst[name] = min(result.ratio / result.target, worst.get(name, float("inf")))
     names = list(worst)[::-1]
     colors = ["tab:green" if worst[name] >= 1 else "tab:red" for name in names]
-    axes.barh(names, [worst[name] for name in names], color=colors)
-    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.barh(names, [worst[name] - 1 for name in names], left=1, color=colors)
+    ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10]
+    axes.set_xticks(ticks, labels=map(str, ticks))
+    axes.minorticks_off()
     axes.tick_params(axis="y", labelsize=6)
-    axes.set(
-        xscale="log", xlabel="ratio / target (1 or more: met)", title="worst shape of each case"
-    )
+    axes.set(xlabel="ratio / target, 1 or more: met", title="worst shape of each case (threads)")
