@@ -7,16 +7,13 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "sweep.h"
 
@@ -32,6 +29,8 @@ using Address = std::uintptr_t;
 constexpr Index kElementsPerThread = 4096;
 // Lanes of one unit of work are whole cache lines, so that no two threads write to the same one.
 constexpr Index kLaneStep = 16;
+// Chains are cut into blocks if there are at most so many, and blocks have at least so many sites.
+constexpr Index kFewChains = 8, kSitesPerBlock = 64, kBlocks = 1024;
 
 struct Isa {
   std::string name;
@@ -70,109 +69,181 @@ const Kernels<T> &kernels(const std::string &isa) {
   throw std::invalid_argument("this processor or build has no instruction set " + isa);
 }
 
-// Batch elements times chunks of lanes, as the units that threads share.
-struct Plan {
-  Index threads, chunk, chunks, units;
+// Memory of the calling thread, kept for its next call: fresh pages cost more than a sweep.
+void *scratch(std::size_t bytes) {
+  static thread_local std::vector<std::byte> memory;
+  constexpr std::size_t kLine = 64;
+  if (memory.size() < bytes + kLine) memory.resize(bytes + kLine);
+  const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
+  return memory.data() + (kLine - address % kLine) % kLine;
+}
 
-  Plan(Index batch, Index sites, Index lanes, Index allowed) {
-    const Index worth = batch * sites * lanes / kElementsPerThread;
-    threads = std::max<Index>(1, std::min(allowed, worth));
-#ifndef _OPENMP
-    threads = 1;
+Index ceil_divide(Index a, Index b) { return (a + b - 1) / b; }
+Index round_up(Index a, Index b) { return ceil_divide(a, b) * b; }
+
+Index worthwhile_threads(Index elements, Index allowed) {
+#ifdef _OPENMP
+  return std::max<Index>(1, std::min(allowed, elements / kElementsPerThread));
+#else
+  return 1;
 #endif
-    // A batch that divides evenly, or is long, needs no split along the lanes.
-    const Index splits = batch % threads == 0 || batch >= 4 * threads ? 1 : 2 * threads;
-    const Index even = (lanes + splits - 1) / splits;
-    const Index rounded = (even + kLaneStep - 1) / kLaneStep * kLaneStep;
-    chunk = std::max(kLaneStep, std::min(rounded, kMaxLanes));
-    chunks = (lanes + chunk - 1) / chunk;
-    units = batch * chunks;
-  }
-};
+}
 
-// Calls work(batch, first lane, last lane, thread) for every unit.
+// Calls work(i) for i in [0, count), the threads taking turns.
 template <class Work>
-void for_each_unit(const Plan &plan, Index lanes, const Work &work) {
-  const auto run = [&](Index unit, Index thread) {
-    const Index first = unit % plan.chunks * plan.chunk;
-    work(unit / plan.chunks, first, std::min(first + plan.chunk, lanes), thread);
-  };
+void parallel_for(Index count, Index threads, const Work &work) {
 #ifdef _OPENMP
   // Not even a region of one thread: a forked process must not touch its parent's thread pool.
-  if (plan.threads > 1) {
-#pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(plan.threads))
-    for (Index unit = 0; unit < plan.units; ++unit) run(unit, omp_get_thread_num());
+  if (threads > 1) {
+#pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(threads))
+    for (Index i = 0; i < count; ++i) work(i);
     return;
   }
 #endif
-  for (Index unit = 0; unit < plan.units; ++unit) run(unit, 0);
+  for (Index i = 0; i < count; ++i) work(i);
 }
 
-using Shape = std::tuple<Index, Index, Index>;  // batch, sites, lanes
-using RowCounts = std::tuple<Index, Index>;     // rows of eta, rows of hopping
-
-template <class T>
-Sweep<T> describe(Shape shape, RowCounts rows, Address v, Address source, Address energy,
-                  Address eta, Address hopping, Address parts) {
-  const auto [batch, sites, lanes] = shape;
-  const auto [eta_rows, hopping_rows] = rows;
-  return {sites,
-          lanes,
-          eta_rows > 1 ? lanes : 0,
-          hopping_rows > 1 ? lanes : 0,
-          reinterpret_cast<const T *>(v),
-          reinterpret_cast<const T *>(source),
-          reinterpret_cast<const T *>(energy),
-          reinterpret_cast<const T *>(eta),
-          reinterpret_cast<const T *>(hopping),
-          reinterpret_cast<T *>(parts)};
-}
-
-template <class T>
-void run_forward(const std::string &isa, Index threads, bool two_sided, Shape shape,
-                 const Sweep<T> &sweep) {
-  const auto [batch, sites, lanes] = shape;
-  const auto kernel = two_sided ? kernels<T>(isa).two_sided : kernels<T>(isa).causal;
-  for_each_unit(Plan(batch, sites, lanes, threads), lanes,
-                [&](Index b, Index first, Index last, Index) { kernel(sweep, b, first, last); });
+// Units of work. How they are cut changes no result: lanes do not depend on each other.
+std::vector<Unit> units(Index batch, Index lanes, bool gathered, Index threads) {
+  std::vector<Unit> list;
+  if (gathered) {
+    const Index chains = batch * lanes;
+    const Index share = round_up(ceil_divide(chains, threads), kLaneStep);
+    const Index count = std::min(share, kGatheredLanes);
+    for (Index first = 0; first < chains; first += count)
+      list.push_back({0, first, std::min(count, chains - first), true});
+    return list;
+  }
+  // A batch that divides evenly, or is long, needs no split along the lanes.
+  const Index splits = batch % threads == 0 || batch >= 4 * threads ? 1 : 2 * threads;
+  const Index chunk = std::min(round_up(ceil_divide(lanes, splits), kLaneStep), kMaxLanes);
+  for (Index b = 0; b < batch; ++b)
+    for (Index first = 0; first < lanes; first += chunk)
+      list.push_back({b, first, std::min(chunk, lanes - first), false});
+  return list;
 }
 
 template <class T>
-void run_backward(const std::string &isa, Index threads, bool two_sided, Shape shape,
-                  const Adjoint<T> &adjoint) {
-  const auto [batch, sites, lanes] = shape;
-  const Kernels<T> &set = kernels<T>(isa);
-  const auto kernel = two_sided ? set.two_sided_backward : set.causal_backward;
-  const Plan plan(batch, sites, lanes, threads);
-  const Index share = two_sided ? 4 * sites * std::min(plan.chunk, lanes) : 0;
-  const std::unique_ptr<T[]> workspace(new T[static_cast<std::size_t>(share * plan.threads)]);
-  for_each_unit(plan, lanes, [&](Index b, Index first, Index last, Index thread) {
-    kernel(adjoint, b, first, last, workspace.get() + thread * share);
+bool contiguous_lanes(const Sweep<T> &s) {
+  const bool source = !s.source.data || s.source.lane == 1;
+  return s.lanes >= kLaneStep && (!s.v.data || s.v.lane == 1) && source && s.parts.lane == 1 &&
+         s.energy.lane == 1 && s.eta.lane == 1 && s.hopping.lane == 1;
+}
+
+template <class T>
+bool contiguous_lanes(const Adjoint<T> &a) {
+  const bool source = !a.dsource.data || a.dsource.lane == 1;
+  return contiguous_lanes(a.forward) && source && a.grad.lane == 1 && a.dv.lane == 1;
+}
+
+// Equal blocks of every chain but for the last, chosen from the shape alone.
+std::vector<Chain> blocks(Index batch, Index sites, Index lanes) {
+  const Index wanted = std::min(kBlocks / (batch * lanes), sites / kSitesPerBlock);
+  const Index length = ceil_divide(sites, wanted);
+  std::vector<Chain> list;
+  for (Index b = 0; b < batch; ++b)
+    for (Index h = 0; h < lanes; ++h)
+      for (Index start = 0; start < sites; start += length)
+        list.push_back({b, h, start, std::min(length, sites - start)});
+  return list;
+}
+
+template <class T>
+void sweep_in_blocks(const Kernels<T> &kernels, const Sweep<T> &s, bool two_sided, Index threads) {
+  const std::vector<Chain> list = blocks(s.batch, s.sites, s.lanes);
+  std::vector<BlockEnds> ends(list.size());
+  const Index count = static_cast<Index>(list.size()), groups = ceil_divide(count, kGatheredLanes);
+  const auto size = [&](Index first) { return std::min(kGatheredLanes, count - first); };
+  parallel_for(groups, threads, [&](Index group) {
+    const Index first = group * kGatheredLanes;
+    kernels.block_maps(s, &list[first], size(first), &ends[first], scratch);
+  });
+  const Index per_chain = count / (s.batch * s.lanes);
+  for (Index first = 0; first < count; first += per_chain)
+    kernels.compose_blocks(s, two_sided, &list[first], per_chain, &ends[first]);
+  parallel_for(groups, threads, [&](Index group) {
+    const Index first = group * kGatheredLanes;
+    kernels.forward_blocks(s, two_sided, &list[first], size(first), &ends[first], scratch);
   });
 }
 
-void forward(const std::string &isa, Index threads, bool is_double, bool two_sided, Shape shape,
-             RowCounts rows, Address v, Address source, Address energy, Address eta,
-             Address hopping, Address parts) {
+template <class T>
+void run_forward(const std::string &isa, Index threads, bool two_sided, bool sequential,
+                 const Sweep<T> &s) {
+  const Index chains = s.batch * s.lanes;
+  if (chains == 0) return;
+  threads = worthwhile_threads(chains * s.sites, threads);
+  const bool few = chains <= kFewChains && s.sites >= 16 * kSitesPerBlock && !sequential;
+  if (few) return sweep_in_blocks(kernels<T>(isa), s, two_sided, threads);
+  const std::vector<Unit> list = units(s.batch, s.lanes, !contiguous_lanes(s), threads);
+  const auto kernel = kernels<T>(isa).forward;
+  parallel_for(list.size(), threads, [&](Index i) { kernel(s, two_sided, list[i], scratch); });
+}
+
+template <class T>
+void run_backward(const std::string &isa, Index threads, bool two_sided, const Adjoint<T> &a) {
+  const Sweep<T> &s = a.forward;
+  threads = worthwhile_threads(s.batch * s.lanes * s.sites, threads);
+  const std::vector<Unit> list = units(s.batch, s.lanes, !contiguous_lanes(a), threads);
+  const auto kernel = kernels<T>(isa).backward;
+  parallel_for(list.size(), threads, [&](Index i) { kernel(a, two_sided, list[i], scratch); });
+}
+
+// Address and strides: batch, site, part, lane; as Python passes a tensor.
+using Layout = std::tuple<Address, Index, Index, Index, Index>;
+using Shape = std::tuple<Index, Index, Index>;  // batch, sites, lanes
+
+template <class T>
+Strided<T> strided(const Layout &x) {
+  const auto [address, batch, site, part, lane] = x;
+  return {reinterpret_cast<T *>(address), batch, site, part, lane};
+}
+
+// An output that the caches cannot hold anyway is written past them. Aligned, whole lines only.
+template <class T>
+bool should_stream(const Strided<T> &parts, Index bytes, Index cache_bytes) {
+  constexpr Index kLine = 64 / sizeof(T);
+  const bool aligned = reinterpret_cast<Address>(parts.data) % 64 == 0 &&
+                       parts.batch % kLine == 0 && parts.site % kLine == 0 &&
+                       parts.part % kLine == 0;
+  return parts.lane == 1 && aligned && bytes > cache_bytes;
+}
+
+template <class T>
+Sweep<T> describe(Shape shape, const Layout &v, const Layout &source, const Layout &energy,
+                  const Layout &eta, const Layout &hopping, const Layout &parts) {
+  const auto [batch, sites, lanes] = shape;
+  return {batch, sites, lanes, strided<const T>(v), strided<const T>(source),
+          strided<const T>(energy), strided<const T>(eta), strided<const T>(hopping),
+          strided<T>(parts), false};
+}
+
+void forward(const std::string &isa, Index threads, bool is_double, bool two_sided, bool sequential,
+             Index cache_bytes, Shape shape, Layout v, Layout source, Layout energy, Layout eta,
+             Layout hopping, Layout parts) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    run_forward<T>(isa, threads, two_sided, shape,
-                   describe<T>(shape, rows, v, source, energy, eta, hopping, parts));
+    Sweep<T> s = describe<T>(shape, v, source, energy, eta, hopping, parts);
+    const Index channels = s.source.data ? 4 : 2, elements = s.batch * s.sites * s.lanes;
+    s.stream = should_stream(s.parts, elements * channels * Index{sizeof(T)}, cache_bytes);
+    run_forward<T>(isa, threads, two_sided, sequential, s);
   };
   is_double ? run(double()) : run(float());
 }
 
-void backward(const std::string &isa, Index threads, bool is_double, bool two_sided, Shape shape,
-              RowCounts rows, Address v, Address source, Address energy, Address eta,
-              Address hopping, Address parts, Address grad, Address dv, Address dsource,
-              Address denergy, Address deta, Address dhopping) {
+void backward(const std::string &isa, Index threads, bool is_double, bool two_sided,
+              Index cache_bytes, Shape shape, Layout v, Layout source, Layout energy, Layout eta,
+              Layout hopping, Layout parts, Layout grad, Layout dv, Layout dsource, Layout denergy,
+              Layout deta, Layout dhopping) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    run_backward<T>(isa, threads, two_sided, shape,
-                    {describe<T>(shape, rows, v, source, energy, eta, hopping, parts),
-                     reinterpret_cast<const T *>(grad), reinterpret_cast<T *>(dv),
-                     reinterpret_cast<T *>(dsource), reinterpret_cast<T *>(denergy),
-                     reinterpret_cast<T *>(deta), reinterpret_cast<T *>(dhopping)});
+    Adjoint<T> a = {describe<T>(shape, v, source, energy, eta, hopping, parts),
+                    strided<const T>(grad), strided<T>(dv), strided<T>(dsource),
+                    strided<T>(denergy), strided<T>(deta), strided<T>(dhopping)};
+    const Index channels = a.forward.source.data ? 4 : 2;
+    const Index elements = a.forward.batch * a.forward.sites * a.forward.lanes;
+    a.forward.stream = should_stream(a.dv, elements * channels * Index{sizeof(T)}, cache_bytes);
+    run_backward<T>(isa, threads, two_sided, a);
   };
   is_double ? run(double()) : run(float());
 }

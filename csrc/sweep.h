@@ -2,40 +2,70 @@
 // src/bkcore/kernels/ops.py.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace bkcore {
 
-// The most lanes one call may take; it bounds the rows of state that a call keeps on its stack.
-constexpr std::int64_t kMaxLanes = 256;
+// The most lanes of one unit: contiguous ones, whose state has to stay in the innermost caches, and
+// gathered ones.
+constexpr std::int64_t kMaxLanes = 1024, kGatheredLanes = 64;
+
+// A tensor (batch, sites, parts, lanes) by the address of its first element and its strides in
+// elements; 0 for an axis that it lacks or that is expanded.
+template <class T>
+struct Strided {
+  T *data;
+  std::int64_t batch, site, part, lane;
+};
 
 template <class T>
 struct Sweep {
-  std::int64_t sites, lanes;
-  // Elements from one row to the next: 0 if all sites share a row.
-  std::int64_t eta_stride, hopping_stride;
-  const T *v, *source, *energy, *eta, *hopping;  // source may be null
-  T *parts;
+  std::int64_t batch, sites, lanes;
+  Strided<const T> v, source, energy, eta, hopping;  // source.data may be null
+  Strided<T> parts;
+  bool stream;  // write past the caches: the output will not fit into them
 };
 
 template <class T>
 struct Adjoint {
-  Sweep<T> forward;  // v may be null in the causal form; forward.parts is only read
-  const T *grad;
-  T *dv, *dsource;                 // dsource is null if there is no source
-  T *denergy, *deta, *dhopping;    // one partial sum per batch element, zero at the start
+  Sweep<T> forward;  // v.data may be null in the causal form; forward.parts is only read
+  Strided<const T> grad;
+  Strided<T> dv, dsource;  // dsource.data is null if there is no source
+  // One partial sum per batch element; zero at the start where all sites share a row.
+  Strided<T> denergy, deta, dhopping;
 };
 
-// Every kernel works on the lanes [first, last) of one batch element.
+// A piece of work: lanes of one batch element that are contiguous in memory, or some of all chains
+// (b, h), counted in that order, which are gathered.
+struct Unit {
+  std::int64_t batch, first, count;
+  bool gathered;
+};
+
+// A stretch of a chain (batch, lane).
+struct Chain {
+  std::int64_t batch, lane, start, sites;
+};
+
+// What a block of a chain does to what enters it, and what does enter it (blocks.h).
+struct BlockEnds {
+  double map[10], left[4], right[2];
+};
+
 template <class T>
 struct Kernels {
-  using Forward = void (*)(const Sweep<T> &, std::int64_t batch, std::int64_t first,
-                           std::int64_t last);
-  // The two-sided adjoint needs a workspace of 4 * sites * (last - first).
-  using Backward = void (*)(const Adjoint<T> &, std::int64_t batch, std::int64_t first,
-                            std::int64_t last, T *workspace);
-  Forward causal, two_sided;
-  Backward causal_backward, two_sided_backward;
+  // Returns memory, aligned to cache lines, that is the calling thread's own until its next call.
+  using Scratch = void *(*)(std::size_t bytes);
+  void (*forward)(const Sweep<T> &, bool two_sided, Unit, Scratch);
+  void (*backward)(const Adjoint<T> &, bool two_sided, Unit, Scratch);
+  // The three steps of a sweep over blocks: all blocks, then each chain's, then all again.
+  void (*block_maps)(const Sweep<T> &, const Chain *blocks, std::int64_t count, BlockEnds *,
+                     Scratch);
+  void (*compose_blocks)(const Sweep<T> &, bool two_sided, const Chain *blocks, std::int64_t count,
+                         BlockEnds *);
+  void (*forward_blocks)(const Sweep<T> &, bool two_sided, const Chain *blocks, std::int64_t count,
+                         const BlockEnds *, Scratch);
 };
 
 struct KernelTable {

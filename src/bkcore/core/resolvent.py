@@ -87,8 +87,11 @@ def resolvent_diagonal_parts(
         _rows("hopping", hopping, lead, sites - 1, v),
         two_sided=not causal,
     )
-    chains_first = parts[0].permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
-    return chains_first.view(*lead, sites, 2)
+    # Already in this order in memory, if there is anything, since v was passed chain by chain.
+    chains = parts[0].permute(2, 0, 1)
+    if not chains.numel():  # PyTorch calls any empty tensor contiguous, whatever its strides
+        chains = chains.clone(memory_format=torch.contiguous_format)
+    return chains.contiguous().view(*lead, sites, 2)
 
 
 def causal_sweep(
@@ -245,7 +248,10 @@ def _rows(name: str, value: float | Tensor, lead: torch.Size, sites: int, like: 
         raise ShapeError(
             f"the last dimension of {name} must be {sites} or 1, got {tuple(value.shape)}"
         )
-    return value.to(dtype).expand(*lead, last).reshape(lanes, last).t().contiguous()
+    value = value.to(dtype)
+    if value.numel() == last:  # shared by all chains: no need to write it out for each
+        return value.reshape(last, 1).expand(last, lanes)
+    return value.expand(*lead, last).reshape(lanes, last).t()
 
 
 def _channels(name: str, value: float | Tensor, v: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
 
 
 class SweepFunction(Protocol):
-    """The forward sweep on checked, contiguous tensors; see `bkcore.kernels.ops` for the layout."""
+    """The forward sweep on checked tensors; see `bkcore.kernels.ops` for shapes and strides."""
 
     def __call__(
         self,
@@ -27,7 +27,7 @@ class SweepFunction(Protocol):
 
 
 class SweepBackwardFunction(Protocol):
-    """The adjoint of the sweep on checked, contiguous tensors; v is given only if two-sided."""
+    """The adjoint of the sweep on checked tensors; v is given only if two-sided."""
 
     def __call__(
         self,
@@ -57,6 +57,29 @@ class Backend:
     describe: Callable[[], tuple[str | None, int | None]]
     sweep: SweepFunction
     sweep_backward: SweepBackwardFunction
+
+
+def sites_last(x: Tensor) -> bool:
+    """True if x (B, N, ..., H) lies in memory as one sequence after the other: (B, H, N, ...)."""
+    return x.shape[1] > 1 and x.shape[-1] > 1 and x.stride(-1) != 1 and x.stride(1) < x.stride(-1)
+
+
+def empty_parts(v: Tensor, components: int) -> Tensor:
+    """Room for the parts (B, N, C, H) of v (B, N, H), with v's order of sites and lanes in memory:
+    contiguous, or (B, H, N, C), where the parts of a site are complex numbers, if v has its
+    sites last."""
+    batch, sites, lanes = v.shape
+    if sites_last(v):
+        return v.new_empty(batch, lanes, sites, components).permute(0, 2, 3, 1)
+    return v.new_empty(batch, sites, components, lanes)
+
+
+def empty_like_sites(parts: Tensor) -> Tensor:
+    """Room for (B, N, H) in the order in memory of parts (B, N, C, H)."""
+    batch, sites, _, lanes = parts.shape
+    if sites_last(parts):
+        return parts.new_empty(batch, lanes, sites).transpose(1, 2)
+    return parts.new_empty(batch, sites, lanes)
 
 
 def ordered_sum(terms: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The sweep in C++ for CPU tensors: vectorized over lanes, parallel over batch and lanes.
 
-The extension takes raw addresses. `bkcore.kernels.ops` has checked shapes, dtypes and devices and
-made everything contiguous before a tensor comes here.
+The extension takes raw addresses and strides. `bkcore.kernels.ops` has checked shapes, dtypes and
+devices before a tensor comes here.
 """
 
 from __future__ import annotations
@@ -10,13 +10,20 @@ import contextlib
 import importlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bkcore.errors import BackendError
-from bkcore.kernels.backend import Backend, Gradients, ordered_sum
+from bkcore.kernels.backend import (
+    Backend,
+    Gradients,
+    empty_like_sites,
+    empty_parts,
+    ordered_sum,
+)
 
 _native: Any = None
 _import_error = ""
@@ -25,8 +32,19 @@ try:
 except ImportError as error:
     _import_error = str(error)
 
+
+def last_level_cache() -> int:
+    """Bytes of the last-level cache; 32 MiB where the system does not tell."""
+    folder = Path("/sys/devices/system/cpu/cpu0/cache")
+    sizes = [path.read_text().strip() for path in folder.glob("index*/size")]
+    return max((int(s[:-1]) << {"K": 10, "M": 20}[s[-1]] for s in sizes), default=32 << 20)
+
+
 _supported: tuple[str, ...] = () if _native is None else tuple(_native.supported_isas())
 _forced_isa = os.environ.get("BKCORE_CPU_ISA")
+# Outputs beyond this size are written past the caches.
+_cache_bytes = last_level_cache()
+_sequential = False
 
 
 def absent() -> str | None:
@@ -83,6 +101,18 @@ def _describe() -> tuple[str | None, int | None]:
     return isa(), torch.get_num_threads() if has_openmp() else 1
 
 
+@contextlib.contextmanager
+def sequential() -> Iterator[None]:
+    """Sweep few, long chains site by site in every thread, instead of cut into blocks: for tests
+    and measurements."""
+    global _sequential
+    before, _sequential = _sequential, True
+    try:
+        yield
+    finally:
+        _sequential = before
+
+
 def sweep(
     v: Tensor,
     source: Tensor | None,
@@ -91,21 +121,21 @@ def sweep(
     hopping: Tensor,
     two_sided: bool,
 ) -> Tensor:
-    batch, sites, lanes = v.shape
-    parts = v.new_empty(batch, sites, 2 if source is None else 4, lanes)
+    parts = empty_parts(v, 2 if source is None else 4)
     _native.sweep(
         isa(),
         torch.get_num_threads(),
         v.dtype == torch.float64,
         two_sided,
-        (batch, sites, lanes),
-        (eta.shape[0], hopping.shape[0]),
-        v.data_ptr(),
-        _address(source),
-        energy.data_ptr(),
-        eta.data_ptr(),
-        hopping.data_ptr(),
-        parts.data_ptr(),
+        _sequential,
+        _cache_bytes,
+        tuple(v.shape),
+        _sequence(v),
+        _sequence(source),
+        (energy.data_ptr(), 0, 0, 0, energy.stride(0)),
+        _parameter(eta),
+        _parameter(hopping),
+        _parts(parts),
     )
     return parts
 
@@ -121,11 +151,11 @@ def sweep_backward(
     two_sided: bool,
 ) -> Gradients:
     batch, sites, _, lanes = parts.shape
-    dv = parts.new_empty(batch, sites, lanes)
-    dsource = None if source is None else torch.empty_like(dv)
-    # The kernel adds to these, one partial sum for each batch element, so that the result does
-    # not depend on which thread worked on which element.
-    denergy = parts.new_zeros(batch, lanes)
+    dv = empty_like_sites(parts)
+    dsource = None if source is None else empty_like_sites(parts)
+    # One partial sum for each batch element, so that the result does not depend on which thread
+    # worked on which element. The kernel adds to the ones that all sites share.
+    denergy = parts.new_zeros(batch, 1, lanes)
     deta = parts.new_zeros(batch, *eta.shape)
     dhopping = parts.new_zeros(batch, *hopping.shape)
     _native.sweep_backward(
@@ -133,26 +163,41 @@ def sweep_backward(
         torch.get_num_threads(),
         parts.dtype == torch.float64,
         two_sided,
+        _cache_bytes,
         (batch, sites, lanes),
-        (eta.shape[0], hopping.shape[0]),
-        _address(v),
-        _address(source),
-        energy.data_ptr(),
-        eta.data_ptr(),
-        hopping.data_ptr(),
-        parts.data_ptr(),
-        grad.data_ptr(),
-        dv.data_ptr(),
-        _address(dsource),
-        denergy.data_ptr(),
-        deta.data_ptr(),
-        dhopping.data_ptr(),
+        _sequence(v),
+        _sequence(source),
+        (energy.data_ptr(), 0, 0, 0, energy.stride(0)),
+        _parameter(eta),
+        _parameter(hopping),
+        _parts(parts),
+        _parts(grad),
+        _sequence(dv),
+        _sequence(dsource),
+        _sequence(denergy),
+        _sequence(deta),
+        _sequence(dhopping),
     )
-    return dv, dsource, ordered_sum(denergy), ordered_sum(deta), ordered_sum(dhopping)
+    return dv, dsource, ordered_sum(denergy)[0], ordered_sum(deta), ordered_sum(dhopping)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+# What the extension takes for a tensor: (address, strides of batch, site, part and lane).
+
+
+def _sequence(x: Tensor | None) -> tuple[int, ...]:
+    if x is None:
+        return (0, 0, 0, 0, 0)
+    batch, site, lane = x.stride()
+    return (x.data_ptr(), batch, site, 0, lane)
+
+
+def _parameter(x: Tensor) -> tuple[int, ...]:
+    site, lane = x.stride()
+    return (x.data_ptr(), 0, site if x.shape[0] > 1 else 0, 0, lane)
+
+
+def _parts(x: Tensor) -> tuple[int, ...]:
+    return (x.data_ptr(), *x.stride())
 
 
 BACKEND = Backend(

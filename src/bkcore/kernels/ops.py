@@ -8,6 +8,11 @@ Layout
     hopping    (R, H)      R = 1, or N - 1 for one per bond; row i couples sites i and i + 1
     parts      (B, N, C, H)  C = 2: Re, Im of g (or of G_ii); C = 4: Re g, Im g, Re psi, Im psi
 
+Tensors may have any strides, and are copied only if neither the lanes nor the sites of v are
+contiguous. The output keeps v's order in memory: contiguous if v's lanes are; if its sites are
+(one sequence after the other, as in a transposed (H, N) tensor), it is laid out as (B, H, N, C),
+and the parts of a site are a complex number.
+
 Every lane (b, h) is one chain with the diagonal A_i = v_i - E - i eta_i of H - z:
 
     g_i   = 1 / (A_i - t_{i-1}^2 g_{i-1})               left-connected Green's function
@@ -58,6 +63,7 @@ import torch
 from torch import Tensor
 
 from bkcore.errors import BackendError, DTypeError, InputError, ShapeError
+from bkcore.kernels.backend import empty_like_sites, empty_parts, sites_last
 from bkcore.kernels.selection import current_choice, select, use_backend
 
 _library = torch.library.Library("bkcore", "FRAGMENT")
@@ -86,7 +92,7 @@ def sweep(
     Differentiable once in every tensor. Runs on the backend that `bkcore.kernels` chooses.
 
     Returns:
-        (B, N, C, H), contiguous; C = 2, or 4 with a source.
+        (B, N, C, H), in v's order in memory; C = 2, or 4 with a source.
 
     Raises:
         ShapeError, DTypeError, InputError: the tensors do not fit together.
@@ -150,12 +156,13 @@ def _sweep(
     two_sided: bool,
 ) -> Tensor:
     _check(v, source, energy, eta, hopping, two_sided)
+    v = _dense(v)
     return select(v).sweep(
-        v.contiguous(),
-        None if source is None else source.contiguous(),
-        energy.contiguous(),
-        eta.contiguous(),
-        hopping.contiguous(),
+        v,
+        None if source is None else _ordered_like(v, source),
+        energy,
+        _parameter(eta),
+        _parameter(hopping),
         two_sided,
     )
 
@@ -170,18 +177,38 @@ def _sweep_backward(
     hopping: Tensor,
     two_sided: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dv, dsource, *parameters = select(parts).sweep_backward(
-        grad.contiguous(),
-        parts.contiguous(),
-        None if v is None else v.contiguous(),
-        None if source is None else source.contiguous(),
-        energy.contiguous(),
-        eta.contiguous(),
-        hopping.contiguous(),
+    dv, dsource, denergy, deta, dhopping = select(parts).sweep_backward(
+        _laid_out(grad, parts),
+        parts,
+        None if v is None else _dense(v),
+        None if source is None else _ordered_like(parts, source),
+        energy,
+        _parameter(eta),
+        _parameter(hopping),
         two_sided,
     )
-    denergy, deta, dhopping = parameters
     return dv, parts.new_empty(0) if dsource is None else dsource, denergy, deta, dhopping
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself if its lanes or its sites are contiguous in memory, else a contiguous copy."""
+    return x if x.stride(2) == 1 or (sites_last(x) and x.stride(1) == 1) else x.contiguous()
+
+
+def _ordered_like(x: Tensor, source: Tensor) -> Tensor:
+    """source with its lanes contiguous where those of x are."""
+    return source.contiguous() if x.stride(-1) == 1 and source.stride(-1) != 1 else source
+
+
+def _parameter(x: Tensor) -> Tensor:
+    """A row that all sites share is made contiguous; rows of sites that are all one are copied,
+    so that a stride of 0 always means shared."""
+    return x.contiguous() if x.shape[0] == 1 or x.stride(0) == 0 else x
+
+
+def _laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """x in the memory layout of `like`."""
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
 def _sweep_fake(
@@ -193,8 +220,7 @@ def _sweep_fake(
     two_sided: bool,
 ) -> Tensor:
     _check(v, source, energy, eta, hopping, two_sided)
-    batch, sites, lanes = v.shape
-    return v.new_empty(batch, sites, 2 if source is None else 4, lanes)
+    return empty_parts(_dense(v), 2 if source is None else 4)
 
 
 def _sweep_backward_fake(
@@ -207,15 +233,9 @@ def _sweep_backward_fake(
     hopping: Tensor,
     two_sided: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, sites, _, lanes = parts.shape
-    shapes = [
-        (batch, sites, lanes),
-        (0,) if source is None else (batch, sites, lanes),
-        energy.shape,
-        eta.shape,
-        hopping.shape,
-    ]
-    dv, dsource, denergy, deta, dhopping = (parts.new_empty(shape) for shape in shapes)
+    dv = empty_like_sites(parts)
+    dsource = parts.new_empty(0) if source is None else torch.empty_like(dv)
+    denergy, deta, dhopping = (parts.new_empty(x.shape) for x in (energy, eta, hopping))
     return dv, dsource, denergy, deta, dhopping
 
 

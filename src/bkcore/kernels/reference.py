@@ -9,7 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bkcore.kernels.backend import Backend, Gradients, ordered_sum
+from bkcore.kernels.backend import (
+    Backend,
+    Gradients,
+    empty_like_sites,
+    empty_parts,
+    ordered_sum,
+)
 
 
 def sweep(
@@ -24,10 +30,13 @@ def sweep(
     t = _bonds(hopping, v.shape[1])
     left = _left_connected(diagonal, t)
     if two_sided:
-        return _split(_two_sided(diagonal, t, left, _right_connected(diagonal, t)))
-    if source is None:
-        return _split(left)
-    return torch.cat((_split(left), _split(_propagate(left, source, t))), dim=2)
+        values = [_two_sided(diagonal, t, left, _right_connected(diagonal, t))]
+    elif source is None:
+        values = [left]
+    else:
+        values = [left, _propagate(left, source, t)]
+    components = [x for value in values for x in (value.real, value.imag)]
+    return empty_parts(v, len(components)).copy_(torch.stack(components, 2))
 
 
 def sweep_backward(
@@ -49,8 +58,8 @@ def sweep_backward(
     else:
         site, bond, dsource = _causal_adjoint(parts, grad, source, t)
     return (
-        -site.real,
-        dsource,
+        empty_like_sites(parts).copy_(-site.real),
+        None if dsource is None else empty_like_sites(parts).copy_(dsource),
         ordered_sum(site.real.flatten(0, 1)),
         _fold(-site.imag, eta.shape[0]),
         _fold(bond, hopping.shape[0]),
@@ -102,7 +111,7 @@ def _causal_adjoint(
         mu = _accumulate(c_psi, t * torch.ones_like(g), g)
         driven = source + _after(t * psi)
         c_g = c_g + mu * driven
-        dsource = (mu * g).real.contiguous()
+        dsource = (mu * g).real
         bond = bond + ((mu * g)[:, 1:] * psi[:, :-1]).real
     site = _accumulate(c_g, t.square() * torch.ones_like(g), g.square()) * g.square()
     bond = bond + 2 * t[:-1] * (site[:, 1:] * g[:, :-1]).real
@@ -149,10 +158,6 @@ def _cotangent(grad: Tensor, first: int) -> Tensor:
     """dL/dRe - i dL/dIm, negated in memory: a lazily conjugated tensor is misread when the
     operator is called from a compiled graph."""
     return torch.complex(grad[:, :, first], -grad[:, :, first + 1])
-
-
-def _split(x: Tensor) -> Tensor:
-    return torch.stack((x.real, x.imag), 2)
 
 
 def _fold(per_site: Tensor, rows: int) -> Tensor:

@@ -1,0 +1,184 @@
+// One vector of lanes, for the instruction set that this file is compiled for.
+//
+// Simd<T>::V is a vector of `width` numbers; GCC and Clang give it the operators + - * / by
+// themselves. Every fused multiply-add is written down (contraction by the compiler is off), so that
+// a lane's result depends neither on its place in a vector nor on how lanes are split among threads.
+// Partial loads fill the missing lanes with zeros; what is computed there is never stored.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#define BKCORE_INLINE inline __attribute__((always_inline))
+
+namespace bkcore {
+namespace {
+
+using Index = std::int64_t;
+
+template <class T>
+struct Simd;
+
+#if defined(__AVX512F__)
+
+template <>
+struct Simd<float> {
+  using V = __m512;
+  static constexpr Index width = 16;
+  static BKCORE_INLINE __mmask16 first(Index n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static BKCORE_INLINE V set(float x) { return _mm512_set1_ps(x); }
+  static BKCORE_INLINE V load(const float *p) { return _mm512_loadu_ps(p); }
+  static BKCORE_INLINE V load(const float *p, Index n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static BKCORE_INLINE void store(float *p, V x) { _mm512_storeu_ps(p, x); }
+  static BKCORE_INLINE void store(float *p, V x, Index n) { _mm512_mask_storeu_ps(p, first(n), x); }
+  static BKCORE_INLINE void stream(float *p, V x) { _mm512_stream_ps(p, x); }
+  static BKCORE_INLINE V madd(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+};
+
+template <>
+struct Simd<double> {
+  using V = __m512d;
+  static constexpr Index width = 8;
+  static BKCORE_INLINE __mmask8 first(Index n) { return static_cast<__mmask8>((1u << n) - 1); }
+  static BKCORE_INLINE V set(double x) { return _mm512_set1_pd(x); }
+  static BKCORE_INLINE V load(const double *p) { return _mm512_loadu_pd(p); }
+  static BKCORE_INLINE V load(const double *p, Index n) {
+    return _mm512_maskz_loadu_pd(first(n), p);
+  }
+  static BKCORE_INLINE void store(double *p, V x) { _mm512_storeu_pd(p, x); }
+  static BKCORE_INLINE void store(double *p, V x, Index n) {
+    _mm512_mask_storeu_pd(p, first(n), x);
+  }
+  static BKCORE_INLINE void stream(double *p, V x) { _mm512_stream_pd(p, x); }
+  static BKCORE_INLINE V madd(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
+};
+
+#else
+
+// Partial loads and stores by way of memory: one a row, at its ragged end.
+template <class T, class Vector, Index kWidth>
+struct SimdBase {
+  using V = Vector;
+  static constexpr Index width = kWidth;
+  static BKCORE_INLINE V set(T x) { return x - V{}; }
+  static BKCORE_INLINE V load(const T *p) {
+    V x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static BKCORE_INLINE V load(const T *p, Index n) {
+    T all[kWidth] = {};
+    for (Index k = 0; k < n; ++k) all[k] = p[k];
+    return load(all);
+  }
+  static BKCORE_INLINE void store(T *p, V x) { std::memcpy(p, &x, sizeof x); }
+  static BKCORE_INLINE void store(T *p, V x, Index n) {
+    T all[kWidth];
+    store(all, x);
+    for (Index k = 0; k < n; ++k) p[k] = all[k];
+  }
+  static BKCORE_INLINE void stream(T *p, V x) { store(p, x); }
+};
+
+#if defined(__AVX2__)
+using Float8 = float __attribute__((vector_size(32)));
+using Double4 = double __attribute__((vector_size(32)));
+template <>
+struct Simd<float> : SimdBase<float, Float8, 8> {
+  static BKCORE_INLINE V madd(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static BKCORE_INLINE void stream(float *p, V x) { _mm256_stream_ps(p, x); }
+};
+template <>
+struct Simd<double> : SimdBase<double, Double4, 4> {
+  static BKCORE_INLINE V madd(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
+  static BKCORE_INLINE void stream(double *p, V x) { _mm256_stream_pd(p, x); }
+};
+#else
+using Float4 = float __attribute__((vector_size(16)));
+using Double2 = double __attribute__((vector_size(16)));
+#if defined(__aarch64__)
+template <>
+struct Simd<float> : SimdBase<float, Float4, 4> {
+  static BKCORE_INLINE V madd(V a, V b, V c) { return vfmaq_f32(c, a, b); }
+};
+template <>
+struct Simd<double> : SimdBase<double, Double2, 2> {
+  static BKCORE_INLINE V madd(V a, V b, V c) { return vfmaq_f64(c, a, b); }
+};
+#else
+// Without the instruction a fused multiply-add would be a slow library call.
+template <>
+struct Simd<float> : SimdBase<float, Float4, 4> {
+  static BKCORE_INLINE V madd(V a, V b, V c) { return a * b + c; }
+};
+template <>
+struct Simd<double> : SimdBase<double, Double2, 2> {
+  static BKCORE_INLINE V madd(V a, V b, V c) { return a * b + c; }
+};
+#endif
+#endif
+#endif
+
+// A whole vector, or the first `count` lanes of one: the places that for_vectors visits.
+struct Whole {};
+struct Ragged {
+  Index count;
+};
+
+template <class T>
+BKCORE_INLINE typename Simd<T>::V load(const T *p, Whole) { return Simd<T>::load(p); }
+template <class T>
+BKCORE_INLINE typename Simd<T>::V load(const T *p, Ragged r) { return Simd<T>::load(p, r.count); }
+template <class T>
+BKCORE_INLINE void store(T *p, typename Simd<T>::V x, Whole) { Simd<T>::store(p, x); }
+template <class T>
+BKCORE_INLINE void store(T *p, typename Simd<T>::V x, Ragged r) { Simd<T>::store(p, x, r.count); }
+
+BKCORE_INLINE Index least(Index a, Index b) { return a < b ? a : b; }
+
+// Calls body(h, place) for the vectors that start at lanes h of a row.
+template <class T, class Body>
+BKCORE_INLINE void for_vectors(Index lanes, const Body &body) {
+  Index h = 0;
+  for (; h + Simd<T>::width <= lanes; h += Simd<T>::width) body(h, Whole{});
+  if (h < lanes) body(h, Ragged{lanes - h});
+}
+
+// Complex arithmetic on vectors (or scalars) of T.
+template <class T>
+struct Lanes {
+  using V = typename Simd<T>::V;
+  struct Complex {
+    V re, im;
+  };
+
+  static BKCORE_INLINE V madd(V a, V b, V c) { return Simd<T>::madd(a, b, c); }
+  static BKCORE_INLINE V set(T x) { return Simd<T>::set(x); }
+  static BKCORE_INLINE Complex mul(Complex a, Complex b) {
+    return {madd(a.re, b.re, -(a.im * b.im)), madd(a.re, b.im, a.im * b.re)};
+  }
+  static BKCORE_INLINE Complex scale(V s, Complex a) { return {s * a.re, s * a.im}; }
+  static BKCORE_INLINE Complex add(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
+  // a + s b
+  static BKCORE_INLINE Complex axpy(V s, Complex b, Complex a) {
+    return {madd(s, b.re, a.re), madd(s, b.im, a.im)};
+  }
+  // Re(a b)
+  static BKCORE_INLINE V real_product(Complex a, Complex b) {
+    return madd(a.re, b.re, -(a.im * b.im));
+  }
+  // 1 / (x - i y), in the two real numbers that the recurrences are written in.
+  static BKCORE_INLINE Complex invert(V x, V y) {
+    const V inverse = set(1) / madd(x, x, y * y);
+    return {x * inverse, y * inverse};
+  }
+};
+
+}  // namespace
+}  // namespace bkcore
