@@ -79,7 +79,7 @@ void sweep_tile(const Tile<T> &tile, T *g_re, T *g_im) {
 }
 
 template <class T, Output kOutput>
-void sweep_tile_with_source(const Tile<T> &tile, CausalState<T> &state) {
+void sweep_tile_with_source(const Tile<T> &tile, T *const state[4]) {
   using L = Lanes<T>;
   const T *row[4] = {state[0], state[1], state[2], state[3]};
   const T *energy = tile.energy[0];
@@ -112,8 +112,9 @@ void sweep_tile_with_source(const Tile<T> &tile, CausalState<T> &state) {
 template <class T>
 void causal_tile(const Tile<T> &tile, CausalState<T> &state) {
   if (tile.source.data) {
-    tile.stream ? sweep_tile_with_source<T, Output::kStreamed>(tile, state)
-                : sweep_tile_with_source<T, Output::kKept>(tile, state);
+    T *const rows[4] = {state[0], state[1], state[2], state[3]};
+    tile.stream ? sweep_tile_with_source<T, Output::kStreamed>(tile, rows)
+                : sweep_tile_with_source<T, Output::kKept>(tile, rows);
   } else {
     tile.stream ? sweep_tile<T, Output::kStreamed, true>(tile, state[0], state[1])
                 : sweep_tile<T, Output::kKept, false>(tile, state[0], state[1]);

@@ -56,17 +56,20 @@ const std::vector<Isa> &isas() {
   return found;
 }
 
+const Isa &find_isa(const std::string &name) {
+  for (const Isa &known : isas())
+    if (known.name == name) return known;
+  throw std::invalid_argument("this processor or build has no instruction set " + name);
+}
+
 template <class T>
 const Kernels<T> &kernels(const std::string &isa) {
-  for (const Isa &known : isas()) {
-    if (known.name != isa) continue;
-    if constexpr (sizeof(T) == sizeof(float)) {
-      return known.table.f32;
-    } else {
-      return known.table.f64;
-    }
+  const KernelTable &table = find_isa(isa).table;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return table.f32;
+  } else {
+    return table.f64;
   }
-  throw std::invalid_argument("this processor or build has no instruction set " + isa);
 }
 
 // Memory of the calling thread, kept for its next call: fresh pages cost more than a sweep.
@@ -248,6 +251,41 @@ void backward(const std::string &isa, Index threads, bool is_double, bool two_si
   is_double ? run(double()) : run(float());
 }
 
+void coded(const std::string &isa, Index threads, bool two_sided, Index bits, Shape shape,
+           Address v, Address source, Address out, Layout energy, Layout eta, Layout hopping,
+           Layout in_scale, Layout in_zero, Layout out_scale, Layout out_zero) {
+  const Layout none = {0, 0, 0, 0, 0};
+  const CodedSweep s = {describe<float>(shape, none, none, energy, eta, hopping, none),
+                        bits,
+                        reinterpret_cast<const std::uint8_t *>(v),
+                        reinterpret_cast<const std::uint8_t *>(source),
+                        reinterpret_cast<std::uint8_t *>(out),
+                        strided<const float>(in_scale),
+                        strided<const float>(in_zero),
+                        strided<const float>(out_scale),
+                        strided<const float>(out_zero)};
+  const auto [batch, sites, lanes] = shape;
+  threads = worthwhile_threads(batch * sites * lanes, threads);
+  const std::vector<Unit> list = units(batch, lanes, false, threads);
+  const auto kernel = find_isa(isa).table.coded;
+  parallel_for(list.size(), threads, [&](Index i) { kernel(s, two_sided, list[i], scratch); });
+}
+
+void step(const std::string &isa, bool is_double, Shape shape, Address v, Address source,
+          Address energy, Address eta, Address hopping, Address state) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const auto [batch, sites, lanes] = shape;
+    const auto row = [&](Address p, Index stride) { return Layout{p, stride, 0, 0, 1}; };
+    const Sweep<T> s = describe<T>(shape, row(v, lanes), row(source, lanes), row(energy, 0),
+                                   row(eta, 0), row(hopping, 0), {0, 0, 0, 0, 0});
+    const Index channels = source ? 4 : 2;
+    for (Index b = 0; b < batch; ++b)
+      kernels<T>(isa).step(s, b, reinterpret_cast<T *>(state) + b * channels * lanes);
+  };
+  is_double ? run(double()) : run(float());
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const Isa &isa : isas()) names.push_back(isa.name);
@@ -267,5 +305,7 @@ NB_MODULE(_native, m) {
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
   m.def("supported_isas", &bkcore::supported_isas);
   m.def("sweep", &bkcore::forward, Unlocked());
+  m.def("sweep_codes", &bkcore::coded, Unlocked());
+  m.def("step", &bkcore::step);  // shorter than letting go of the interpreter
   m.def("sweep_backward", &bkcore::backward, Unlocked());
 }

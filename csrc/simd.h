@@ -39,6 +39,23 @@ struct Simd<float> {
   static BKCORE_INLINE void store(float *p, V x, Index n) { _mm512_mask_storeu_ps(p, first(n), x); }
   static BKCORE_INLINE void stream(float *p, V x) { _mm512_stream_ps(p, x); }
   static BKCORE_INLINE V madd(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  // Into [low, high]; NaN becomes low.
+  static BKCORE_INLINE V clamp(V x, V low, V high) {
+    return _mm512_min_ps(_mm512_max_ps(x, low), high);
+  }
+  static BKCORE_INLINE V correct(V quotient, V remainder, V inverse) {
+    const __mmask16 infinite = _mm512_fpclass_ps_mask(quotient, 0x18);
+    return _mm512_mask3_fmadd_ps(remainder, inverse, quotient, _knot_mask16(infinite));
+  }
+  static BKCORE_INLINE V widen(const std::int8_t *p) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+  }
+  // Rounds x to the nearest integer, ties to even, and adds the whole number `zero`.
+  static BKCORE_INLINE void narrow(std::int8_t *p, V x, V zero) {
+    const __m512i codes = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_cvtps_epi32(zero));
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtepi32_epi8(codes));
+  }
 };
 
 template <>
@@ -93,6 +110,24 @@ template <>
 struct Simd<float> : SimdBase<float, Float8, 8> {
   static BKCORE_INLINE V madd(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static BKCORE_INLINE void stream(float *p, V x) { _mm256_stream_ps(p, x); }
+  static BKCORE_INLINE V clamp(V x, V low, V high) {
+    return _mm256_min_ps(_mm256_max_ps(x, low), high);
+  }
+  static BKCORE_INLINE V correct(V quotient, V remainder, V inverse) {
+    const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), quotient);
+    const __m256 finite = _mm256_cmp_ps(size, set(1e9f), _CMP_LT_OQ);
+    return _mm256_blendv_ps(quotient, madd(remainder, inverse, quotient), finite);
+  }
+  static BKCORE_INLINE V widen(const std::int8_t *p) {
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
+  }
+  static BKCORE_INLINE void narrow(std::int8_t *p, V x, V zero) {
+    const __m256i codes = _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_cvtps_epi32(zero));
+    const __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i *>(p), _mm_packs_epi16(words, words));
+  }
 };
 template <>
 struct Simd<double> : SimdBase<double, Double4, 4> {

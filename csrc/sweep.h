@@ -36,6 +36,16 @@ struct Adjoint {
   Strided<T> denergy, deta, dhopping;
 };
 
+// A sweep from integer codes to integer codes; sweep.v, .source and .parts are not used.
+struct CodedSweep {
+  Sweep<float> sweep;
+  std::int64_t bits;                       // 8, or 4: two codes a byte, the even lane low
+  const std::uint8_t *v, *source;          // contiguous (batch, sites, lanes); source may be null
+  std::uint8_t *out;                       // contiguous (batch, sites, parts, lanes)
+  Strided<const float> in_scale, in_zero;  // part 0: v, part 1: source
+  Strided<const float> out_scale, out_zero;
+};
+
 // A piece of work: lanes of one batch element that are contiguous in memory, or some of all chains
 // (b, h), counted in that order, which are gathered.
 struct Unit {
@@ -55,6 +65,8 @@ struct BlockEnds {
 
 template <class T>
 struct Kernels {
+  // Moves `state` (parts, lanes) of one batch element a site ahead in place; sweep.sites is 1.
+  void (*step)(const Sweep<T> &, std::int64_t batch, T *state);
   // Returns memory, aligned to cache lines, that is the calling thread's own until its next call.
   using Scratch = void *(*)(std::size_t bytes);
   void (*forward)(const Sweep<T> &, bool two_sided, Unit, Scratch);
@@ -69,6 +81,7 @@ struct Kernels {
 };
 
 struct KernelTable {
+  void (*coded)(const CodedSweep &, bool two_sided, Unit, Kernels<float>::Scratch);
   Kernels<float> f32;
   Kernels<double> f64;
 };

@@ -9,6 +9,7 @@
 
 #include "blocks.h"
 #include "causal.h"
+#include "codes.h"
 #include "gather.h"
 #include "sweep.h"
 #include "two_sided.h"
@@ -105,13 +106,32 @@ void forward_blocks(const Sweep<T> &s, bool two_sided_form, const Chain *blocks,
                static_cast<double *>(scratch(rows + GatheredTiles<T, double>::kBytes)));
 }
 
+void coded(const CodedSweep &s, bool two_sided_form, Unit unit, Scratch<float> scratch) {
+  const Index length = CodedTiles::kSites;
+  const std::size_t own = CodedTiles::bytes(unit.count);
+  const std::size_t rows =
+      two_sided_form ? two_sided_bytes<float>(s.sweep.sites, unit.count, length) : 0;
+  char *memory = static_cast<char *>(scratch(own + rows));
+  CodedTiles tiles(s, unit, memory);
+  run_forward<float>(tiles, two_sided_form, memory + own);
+}
+
+template <class T>
+void step(const Sweep<T> &s, Index batch, T *state) {
+  Tile<T> tile = DirectTiles<T>(s, {batch, 0, s.lanes, false}).load(0, 1);
+  tile.starts = false;
+  T *const rows[4] = {state, state + s.lanes, state + 2 * s.lanes, state + 3 * s.lanes};
+  tile.source.data ? sweep_tile_with_source<T, Output::kNone>(tile, rows)
+                   : sweep_tile<T, Output::kNone, false>(tile, rows[0], rows[1]);
+}
+
 template <class T>
 Kernels<T> kernels() {
-  return {forward<T>, backward<T>, maps_of_blocks<T>, compose_blocks<T>, forward_blocks<T>};
+  return {step<T>, forward<T>, backward<T>, maps_of_blocks<T>, compose_blocks<T>, forward_blocks<T>};
 }
 
 }  // namespace
 
-KernelTable BKCORE_TABLE(BKCORE_ISA)() { return {kernels<float>(), kernels<double>()}; }
+KernelTable BKCORE_TABLE(BKCORE_ISA)() { return {coded, kernels<float>(), kernels<double>()}; }
 
 }  // namespace bkcore

@@ -42,6 +42,25 @@ class SweepBackwardFunction(Protocol):
     ) -> Gradients: ...
 
 
+class SweepCodesFunction(Protocol):
+    """The sweep from codes to codes on checked tensors; see `bkcore.kernels.codes`."""
+
+    def __call__(
+        self,
+        v: Tensor,
+        source: Tensor | None,
+        energy: Tensor,
+        eta: Tensor,
+        hopping: Tensor,
+        in_scale: Tensor,
+        in_zero: Tensor,
+        out_scale: Tensor,
+        out_zero: Tensor,
+        bits: int,
+        two_sided: bool,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of the sweep.
@@ -57,6 +76,7 @@ class Backend:
     describe: Callable[[], tuple[str | None, int | None]]
     sweep: SweepFunction
     sweep_backward: SweepBackwardFunction
+    sweep_codes: SweepCodesFunction
 
 
 def sites_last(x: Tensor) -> bool:

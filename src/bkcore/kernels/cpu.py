@@ -181,6 +181,60 @@ def sweep_backward(
     return dv, dsource, ordered_sum(denergy)[0], ordered_sum(deta), ordered_sum(dhopping)
 
 
+def sweep_codes(
+    v: Tensor,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+    in_scale: Tensor,
+    in_zero: Tensor,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    bits: int,
+    two_sided: bool,
+) -> Tensor:
+    batch, sites, row = v.shape
+    codes = v.new_empty(batch, sites, out_scale.shape[0], row)
+    _native.sweep_codes(
+        isa(),
+        torch.get_num_threads(),
+        two_sided,
+        bits,
+        (batch, sites, energy.shape[0]),
+        v.data_ptr(),
+        0 if source is None else source.data_ptr(),
+        codes.data_ptr(),
+        (energy.data_ptr(), 0, 0, 0, 1),
+        _parameter(eta),
+        _parameter(hopping),
+        *(_quantizer(x) for x in (in_scale, in_zero, out_scale, out_zero)),
+    )
+    return codes
+
+
+def step(
+    state: Tensor,
+    v: Tensor,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+) -> None:
+    batch, _, lanes = state.shape
+    _native.step(
+        isa(),
+        state.dtype == torch.float64,
+        (batch, 1, lanes),
+        v.data_ptr(),
+        0 if source is None else source.data_ptr(),
+        energy.data_ptr(),
+        eta.data_ptr(),
+        hopping.data_ptr(),
+        state.data_ptr(),
+    )
+
+
 # What the extension takes for a tensor: (address, strides of batch, site, part and lane).
 
 
@@ -196,6 +250,11 @@ def _parameter(x: Tensor) -> tuple[int, ...]:
     return (x.data_ptr(), 0, site if x.shape[0] > 1 else 0, 0, lane)
 
 
+def _quantizer(x: Tensor) -> tuple[int, ...]:
+    part, site, lane = x.stride()
+    return (x.data_ptr(), 0, site if x.shape[1] > 1 else 0, part, lane)
+
+
 def _parts(x: Tensor) -> tuple[int, ...]:
     return (x.data_ptr(), *x.stride())
 
@@ -207,4 +266,5 @@ BACKEND = Backend(
     describe=_describe,
     sweep=sweep,
     sweep_backward=sweep_backward,
+    sweep_codes=sweep_codes,
 )

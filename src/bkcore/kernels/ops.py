@@ -103,7 +103,7 @@ def sweep(
     return parts
 
 
-def _check(
+def check_sweep(
     v: Tensor,
     source: Tensor | None,
     energy: Tensor,
@@ -111,6 +111,7 @@ def _check(
     hopping: Tensor,
     two_sided: bool,
 ) -> None:
+    """Raise if the tensors of a sweep do not fit together."""
     if v.dtype not in _FLOATS:
         raise DTypeError(f"v must be float32 or float64, got {v.dtype}")
     if v.ndim != 3 or v.shape[1] < 1:
@@ -155,7 +156,7 @@ def _sweep(
     hopping: Tensor,
     two_sided: bool,
 ) -> Tensor:
-    _check(v, source, energy, eta, hopping, two_sided)
+    check_sweep(v, source, energy, eta, hopping, two_sided)
     v = _dense(v)
     return select(v).sweep(
         v,
@@ -219,7 +220,7 @@ def _sweep_fake(
     hopping: Tensor,
     two_sided: bool,
 ) -> Tensor:
-    _check(v, source, energy, eta, hopping, two_sided)
+    check_sweep(v, source, energy, eta, hopping, two_sided)
     return empty_parts(_dense(v), 2 if source is None else 4)
 
 

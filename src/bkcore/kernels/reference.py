@@ -66,6 +66,44 @@ def sweep_backward(
     )
 
 
+def sweep_codes(
+    v: Tensor,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+    in_scale: Tensor,
+    in_zero: Tensor,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    bits: int,
+    two_sided: bool,
+) -> Tensor:
+    lanes = energy.shape[0]
+    inputs = [
+        in_scale[n] * (_bytes(codes, lanes, bits) - in_zero[n])
+        for n, codes in enumerate((v, source))
+        if codes is not None
+    ]
+    parts = sweep(
+        inputs[0], inputs[1] if source is not None else None, energy, eta, hopping, two_sided
+    )
+    rounded = torch.round(parts / out_scale.transpose(0, 1)) + out_zero.transpose(0, 1)
+    low = -(1 << (bits - 1))
+    codes = torch.nan_to_num(rounded.clamp(low, -low - 1), nan=low).to(torch.int8)
+    if bits == 8:
+        return codes
+    nibbles = torch.nn.functional.pad(codes, (0, lanes % 2)).view(torch.uint8) & 0xF
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def _bytes(codes: Tensor, lanes: int, bits: int) -> Tensor:
+    if bits == 8:
+        return codes
+    signed = codes.view(torch.int8)
+    return torch.stack(((signed << 4) >> 4, signed >> 4), -1).flatten(-2)[..., :lanes]
+
+
 def _bonds(hopping: Tensor, sites: int) -> Tensor:
     """Hopping with one row per site: row i couples sites i and i + 1, and the last row is 0."""
     return torch.cat((hopping.expand(sites - 1, -1), hopping.new_zeros(1, hopping.shape[1])))
@@ -174,4 +212,5 @@ BACKEND = Backend(
     describe=lambda: (None, None),
     sweep=sweep,
     sweep_backward=sweep_backward,
+    sweep_codes=sweep_codes,
 )

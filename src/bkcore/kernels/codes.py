@@ -1,0 +1,158 @@
+"""The sweep from integer codes to integer codes: the operator `bkcore::sweep_codes`.
+
+A code q stands for scale * (q - zero), and a number x becomes clamp(round(x / scale) + zero), ties
+to even. The operator gives, bit for bit, what decoding, `bkcore::sweep` in float32 and encoding
+give, without the float tensors ever being in memory. It has no derivative.
+
+Layout
+------
+    v, source   8 bits: int8 (B, N, H);  4 bits: uint8 (B, N, ceil(H / 2)), the even lane low
+    energy (H,), eta (R, H), hopping (R, H)   float32, as in `bkcore.kernels.ops`
+    in_scale, in_zero     (1 or 2, R, H)  of v and the source; R = 1, or N for one per site
+    out_scale, out_zero   (2 or 4, R, H)  of Re g, Im g (or G), Re psi, Im psi
+    result      8 bits: int8 (B, N, C, H);  4 bits: uint8 (B, N, C, ceil(H / 2))
+
+Scales are positive, normal float32 numbers. A NaN, which only NaN parameters can give, becomes the
+lowest code, and so does minus infinity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.kernels.ops import check_sweep
+from bkcore.kernels.selection import select
+
+_library = torch.library.Library("bkcore", "FRAGMENT")
+_library.define(
+    "sweep_codes(Tensor v, Tensor? source, Tensor energy, Tensor eta, Tensor hopping,"
+    " Tensor in_scale, Tensor in_zero, Tensor out_scale, Tensor out_zero, int bits,"
+    " bool two_sided) -> Tensor"
+)
+
+
+def sweep_codes(
+    v: Tensor,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+    in_scale: Tensor,
+    in_zero: Tensor,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    bits: int = 8,
+    two_sided: bool = False,
+) -> Tensor:
+    """Sweep codes to codes; layout, shapes and meaning are those of this module's docstring.
+
+    Raises:
+        ShapeError, DTypeError, InputError: the tensors do not fit together, or bits is not 4 or 8.
+        BackendError: a forced backend is absent or cannot take the tensors.
+    """
+    codes: Tensor = torch.ops.bkcore.sweep_codes.default(
+        v, source, energy, eta, hopping, in_scale, in_zero, out_scale, out_zero, bits, two_sided
+    )
+    return codes
+
+
+def _check(
+    v: Tensor,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+    in_scale: Tensor,
+    in_zero: Tensor,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    bits: int,
+    two_sided: bool,
+) -> None:
+    if bits not in (4, 8):
+        raise InputError(f"bits must be 4 or 8, not {bits}")
+    wanted = torch.int8 if bits == 8 else torch.uint8
+    if energy.ndim != 1 or v.ndim != 3 or v.shape[2] != -(-energy.shape[0] * bits // 8):
+        raise ShapeError(
+            f"v of shape {tuple(v.shape)} does not hold {bits}-bit codes (B, N, H) for energy of "
+            f"shape {tuple(energy.shape)}"
+        )
+    for name, codes in (("v", v), ("source", source)):
+        if codes is not None and codes.dtype != wanted:
+            raise DTypeError(f"{name} must be {wanted} for {bits}-bit codes, got {codes.dtype}")
+    if source is not None and source.shape != v.shape:
+        raise ShapeError(f"source must have shape {tuple(v.shape)}, got {tuple(source.shape)}")
+    batch, sites, lanes = v.shape[0], v.shape[1], energy.shape[0]
+    floats = energy.new_empty(1).expand(batch, sites, lanes)
+    if energy.dtype != torch.float32:
+        raise DTypeError(f"energy must be float32, got {energy.dtype}")
+    check_sweep(floats, None if source is None else floats, energy, eta, hopping, two_sided)
+    inputs, outputs = (1, 2) if source is None else (2, 4)
+    for name, x, parts in (
+        ("in_scale", in_scale, inputs),
+        ("in_zero", in_zero, inputs),
+        ("out_scale", out_scale, outputs),
+        ("out_zero", out_zero, outputs),
+    ):
+        if (
+            x.ndim != 3
+            or x.shape[0] != parts
+            or x.shape[1] not in (1, sites)
+            or x.shape[2] != lanes
+        ):
+            raise ShapeError(
+                f"{name} must be ({parts}, 1, {lanes}) or ({parts}, {sites}, {lanes}), got "
+                f"{tuple(x.shape)}"
+            )
+
+
+def _sweep_codes(
+    v: Tensor,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+    in_scale: Tensor,
+    in_zero: Tensor,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    bits: int,
+    two_sided: bool,
+) -> Tensor:
+    _check(v, source, energy, eta, hopping, in_scale, in_zero, out_scale, out_zero, bits, two_sided)
+    return select(v).sweep_codes(
+        v.contiguous(),
+        None if source is None else source.contiguous(),
+        energy.contiguous(),
+        eta.contiguous(),
+        hopping.contiguous(),
+        in_scale.float(),
+        in_zero.float(),
+        out_scale.float(),
+        out_zero.float(),
+        bits,
+        two_sided,
+    )
+
+
+def _sweep_codes_fake(
+    v: Tensor,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+    in_scale: Tensor,
+    in_zero: Tensor,
+    out_scale: Tensor,
+    out_zero: Tensor,
+    bits: int,
+    two_sided: bool,
+) -> Tensor:
+    _check(v, source, energy, eta, hopping, in_scale, in_zero, out_scale, out_zero, bits, two_sided)
+    return v.new_empty(v.shape[0], v.shape[1], 2 if source is None else 4, v.shape[2])
+
+
+_library.impl("sweep_codes", _sweep_codes, "CompositeExplicitAutograd")
+torch.library.register_fake("bkcore::sweep_codes", _sweep_codes_fake, lib=_library)
