@@ -6,13 +6,13 @@ list it in `CASES`. It checks what it times first, on the very shape.
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -34,8 +34,10 @@ from bkcore.bench.problem import (
 from bkcore.bench.result import Result
 from bkcore.bench.timing import Call, interleaved, torch_threads
 from bkcore.core.resolvent import resolvent_diagonal_parts
-from bkcore.errors import BackendError, InputError
-from bkcore.kernels import backends, cpu
+from bkcore.errors import BackendError, BenchmarkError, InputError
+from bkcore.kernels import backends, cpu, step, sweep_codes
+from bkcore.quantization import affine
+from bkcore.quantization.packing import pack_int4
 from bkcore.report.progress import Plan
 
 Shape = tuple[int, int, int]
@@ -58,6 +60,7 @@ LEAST_ONE_LANE_SPEEDUP = 8.0
 MOST_LAYOUT_SPREAD = 3.0
 MOST_GROWTH = 1.3
 STEP_SECONDS = 6e-6
+LEAST_CODES_SPEEDUP = 2.0
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,7 @@ def one_lane(counts: Sequence[int]) -> Iterator[Result]:
 
 def sequential_one_lane(problem: Problem) -> Tensor:
     """The sweep one site after the other, whatever the kernel would choose."""
-    with getattr(cpu, "sequential", contextlib.nullcontext)():
+    with cpu.sequential():
         return problem.run()
 
 
@@ -292,12 +295,91 @@ def _growth_result(name: str, count: int, pair: Sequence[float]) -> Result:
 
 
 def one_token(counts: Sequence[int]) -> Iterator[Result]:
-    """The sweep of one token: a call from Python, start to end."""
+    """One site of a stream: a call of `bkcore.kernels.step` from Python, start to end."""
     problem = random_problem("g+psi", ONE_TOKEN)
     truth = true_parts(problem)
+    state = torch.zeros(1, 4, ONE_TOKEN[2])
+    assert problem.source is not None
+    v, source = problem.v[:, 0], problem.source[:, 0]
+    call = partial(step, state, v, source, problem.energy, problem.eta, problem.hopping)
     for count in counts:
-        (seconds,) = _time_forward(problem, truth, count)
+        state.zero_()
+        check_parts(problem, call().unsqueeze(1), truth)
+        with torch_threads(count):
+            (seconds,) = interleaved(call)
         yield Result("one token/g+psi", ONE_TOKEN, count, seconds, STEP_SECONDS, "limit 6 us", 1.0)
+
+
+def codes(counts: Sequence[int]) -> Iterator[Result]:
+    """Integer codes to integer codes, against the float32 sweep of the numbers they stand for."""
+    sizes = [("large", shape, LEAST_CODES_SPEEDUP) for shape in large_shapes()]
+    for size, shape, target in [*sizes, ("cache", IN_CACHE, 1.0)]:
+        for form in FORMS:
+            problem = random_problem(form, shape)
+            for bits, count in itertools.product((8, 4), counts):
+                sweeps = CodedSweep(problem, bits)
+                with torch_threads(count), torch.inference_mode():
+                    sweeps.check()
+                    own, floats = interleaved(sweeps.run, sweeps.decoded.run)
+                name = f"codes/{size}/{form}/int{bits}"
+                yield Result(name, shape, count, own, floats, "float32 sweep", target)
+
+
+class CodedSweep:
+    """A problem whose potentials, sources and output are codes with scales of their channels.
+
+    Args:
+        problem: what the codes are made from.
+        bits: 8 or 4.
+    """
+
+    def __init__(self, problem: Problem, bits: int) -> None:
+        self._bits = bits
+        inputs = [x for x in (problem.v, problem.source) if x is not None]
+        outputs, lanes = 2 * len(inputs), problem.shape[2]
+        largest = 2 ** (bits - 1) - 1
+        self._in_scale = torch.full((len(inputs), 1, lanes), storable(3 / largest))
+        self._out_scale = torch.full((outputs, 1, lanes), storable(2 / largest))
+        self._zeros = torch.zeros_like(self._in_scale), torch.ones_like(self._out_scale)
+        codes = [affine.quantize(x, self._in_scale[0, 0], 0, bits) for x in inputs]
+        decoded = [affine.dequantize(q, self._in_scale[0, 0], 0) for q in codes]
+        packed = [q.to(torch.int8) if bits == 8 else pack_int4(q.to(torch.int8)) for q in codes]
+        has_source = problem.source is not None
+        self._v, self._source = packed[0], packed[1] if has_source else None
+        self.decoded = replace(problem, v=decoded[0], source=decoded[1] if has_source else None)
+
+    def run(self) -> Tensor:
+        return sweep_codes(
+            self._v,
+            self._source,
+            self.decoded.energy,
+            self.decoded.eta.unsqueeze(0),
+            self.decoded.hopping.unsqueeze(0),
+            self._in_scale,
+            self._zeros[0],
+            self._out_scale,
+            self._zeros[1],
+            self._bits,
+            self.decoded.form == "two-sided",
+        )
+
+    def check(self) -> None:
+        """The codes are those of the float32 sweep, bit for bit, and that sweep is right."""
+        parts = self.decoded.run()
+        check_parts(self.decoded, parts, true_parts(self.decoded))
+        wanted = affine.quantize(parts, self._out_scale[0, 0], 1, self._bits).to(torch.int8)
+        if self._bits == 4:
+            wanted = pack_int4(wanted)
+        if not torch.equal(self.run(), wanted):
+            raise BenchmarkError(
+                f"codes of {self._bits} bits, {self.decoded.form}, shape {self.decoded.shape}, "
+                "differ from those of the float32 sweep"
+            )
+
+
+def storable(scale: float) -> float:
+    """A scale as quantizers store it."""
+    return affine.storable(torch.tensor(scale)).item()
 
 
 def _time_forward(problem: Problem, truth: Tensor, count: int, *baselines: Call) -> Sequence[float]:
@@ -316,5 +398,6 @@ CASES = [
     Case("layout", layouts, 30),
     Case("growth", growth, 60),
     Case("one token", one_token, 2),
+    Case("codes", codes, 60),
     Case("comparison", comparison, 120),
 ]
