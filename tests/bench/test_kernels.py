@@ -88,6 +88,17 @@ def broken_backward(*args: object) -> tuple[torch.Tensor | None, ...]:
     return dv, *others
 
 
+def broken_step(state: torch.Tensor, *args: object) -> None:
+    cpu.step(state, *args)  # type: ignore[arg-type]
+    state[-1, -1, -1] *= 1.01
+
+
+def broken_codes(*args: object) -> torch.Tensor:
+    codes = cpu.sweep_codes(*args)  # type: ignore[arg-type]
+    codes[-1, -1, -1, -1] ^= 1
+    return codes
+
+
 def break_backend(monkeypatch: pytest.MonkeyPatch, **changes: Callable[..., object]) -> None:
     broken = replace(cpu.BACKEND, **changes)  # type: ignore[arg-type]
     monkeypatch.setitem(selection._BACKENDS, "cpu", broken)
@@ -95,7 +106,7 @@ def break_backend(monkeypatch: pytest.MonkeyPatch, **changes: Callable[..., obje
 
 @pytest.mark.parametrize("name", [*(name for name in QUICK if name != "backward"), "comparison"])
 def test_a_wrong_sweep_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    break_backend(monkeypatch, sweep=broken_forward)
+    break_backend(monkeypatch, sweep=broken_forward, step=broken_step)
     seen: list[Result] = []
     with pytest.raises(BenchmarkError, match="wrong result"):
         run_kernels(quiet(), name, seen.append)
@@ -109,6 +120,16 @@ def test_a_wrong_gradient_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(BenchmarkError, match=r"wrong result.*gradient 0"):
         run_kernels(quiet(), name, seen.append)
     assert not any("backward" in result.name for result in seen)
+
+
+def test_a_wrong_code_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_backend(monkeypatch, sweep_codes=broken_codes)
+    monkeypatch.setattr(kernels, "IN_CACHE", (1, 5, 18))
+    monkeypatch.setattr(kernels, "large_shapes", lambda: [])
+    seen: list[Result] = []
+    with pytest.raises(BenchmarkError, match="wrong result: codes of 8 bits"):
+        run_kernels(quiet(), "codes", seen.append)
+    assert not seen
 
 
 def test_a_wrong_sweep_ends_the_command_with_1(

@@ -372,8 +372,8 @@ class CodedSweep:
             wanted = pack_int4(wanted)
         if not torch.equal(self.run(), wanted):
             raise BenchmarkError(
-                f"codes of {self._bits} bits, {self.decoded.form}, shape {self.decoded.shape}, "
-                "differ from those of the float32 sweep"
+                f"wrong result: codes of {self._bits} bits, {self.decoded.form}, shape "
+                f"{self.decoded.shape}, differ from those of the float32 sweep"
             )
 
 

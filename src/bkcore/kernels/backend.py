@@ -61,6 +61,20 @@ class SweepCodesFunction(Protocol):
     ) -> Tensor: ...
 
 
+class StepFunction(Protocol):
+    """One site of a stream, in place, on checked tensors; see `bkcore.kernels.stream`."""
+
+    def __call__(
+        self,
+        state: Tensor,
+        v: Tensor,
+        source: Tensor | None,
+        energy: Tensor,
+        eta: Tensor,
+        hopping: Tensor,
+    ) -> None: ...
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of the sweep.
@@ -77,6 +91,7 @@ class Backend:
     sweep: SweepFunction
     sweep_backward: SweepBackwardFunction
     sweep_codes: SweepCodesFunction
+    step: StepFunction
 
 
 def sites_last(x: Tensor) -> bool:

@@ -267,4 +267,5 @@ BACKEND = Backend(
     sweep=sweep,
     sweep_backward=sweep_backward,
     sweep_codes=sweep_codes,
+    step=step,
 )

@@ -97,6 +97,23 @@ def sweep_codes(
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 
 
+def step(
+    state: Tensor,
+    v: Tensor,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+) -> None:
+    before = torch.complex(state[:, 0], state[:, 1])
+    g = 1 / (torch.complex(v - energy, (-eta).expand_as(v)) - hopping.square() * before)
+    values = [g.real, g.imag]
+    if source is not None:
+        psi = g * (source + hopping * torch.complex(state[:, 2], state[:, 3]))
+        values += [psi.real, psi.imag]
+    state.copy_(torch.stack(values, 1))
+
+
 def _bytes(codes: Tensor, lanes: int, bits: int) -> Tensor:
     if bits == 8:
         return codes
@@ -213,4 +230,5 @@ BACKEND = Backend(
     sweep=sweep,
     sweep_backward=sweep_backward,
     sweep_codes=sweep_codes,
+    step=step,
 )

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from bkcore.errors import DTypeError, ShapeError
-from bkcore.kernels import cpu
 from bkcore.kernels.selection import select
 
 
@@ -48,9 +47,7 @@ def step(
                 f"energy, eta and hopping must be contiguous ({lanes},) tensors of {state.dtype}, "
                 f"got {tuple(x.shape)} of {x.dtype}"
             )
-    if select(state) is not cpu.BACKEND:
-        return _plain_step(state, v, source, energy, eta, hopping)
-    cpu.step(state, v, source, energy, eta, hopping)
+    select(state).step(state, v, source, energy, eta, hopping)
     return state
 
 
@@ -73,20 +70,3 @@ def _check(
             f"state {tuple(state.shape)}, v {tuple(v.shape)} and source {given} do not fit: want "
             "contiguous (B, 2, H), (B, H) and no source, or (B, 4, H), (B, H) and (B, H)"
         )
-
-
-def _plain_step(
-    state: Tensor,
-    v: Tensor,
-    source: Tensor | None,
-    energy: Tensor,
-    eta: Tensor,
-    hopping: Tensor,
-) -> Tensor:
-    before = torch.complex(state[:, 0], state[:, 1])
-    g = 1 / (torch.complex(v - energy, (-eta).expand_as(v)) - hopping.square() * before)
-    values = [g.real, g.imag]
-    if source is not None:
-        psi = g * (source + hopping * torch.complex(state[:, 2], state[:, 3]))
-        values += [psi.real, psi.imag]
-    return state.copy_(torch.stack(values, 1))
