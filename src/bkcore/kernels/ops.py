@@ -264,6 +264,40 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
     )
 
 
+def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """Move a mapped dimension into the lanes, the last ones of x: (..., H) -> (..., size * H)."""
+    if x is None:
+        return None
+    mapped = x.unsqueeze(-2) if dim is None else x.movedim(dim, 0).movedim(0, -2)
+    return mapped.expand(*mapped.shape[:-2], size, mapped.shape[-1]).flatten(-2)
+
+
+def _unfold(x: Tensor, size: int) -> Tensor:
+    """Inverse of `_fold`, the mapped dimension first."""
+    return x.unflatten(-1, (size, -1)).movedim(-2, 0)
+
+
+def _folded(info: Any, in_dims: tuple[int | None, ...], tensors: list[Any]) -> list[Any]:
+    """The arguments with what is mapped among their lanes: lanes are independent of each other, and
+    every parameter has a value for each."""
+    return [_fold(x, dim, info.batch_size) for x, dim in zip(tensors, in_dims, strict=False)]
+
+
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    *tensors, two_sided = args
+    parts = torch.ops.bkcore.sweep.default(*_folded(info, in_dims, tensors), two_sided)
+    return _unfold(parts, info.batch_size), 0
+
+
+def _vmap_backward(
+    info: Any, in_dims: tuple[int | None, ...], *args: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    *tensors, two_sided = args
+    size, folded = info.batch_size, _folded(info, in_dims, tensors)
+    gradients = torch.ops.bkcore.sweep_backward.default(*folded, two_sided)
+    return tuple(_unfold(x, size) if x.numel() else x.expand(size, 0) for x in gradients), (0,) * 5
+
+
 _library.impl("sweep", _sweep, "CompositeExplicitAutograd")
 _library.impl("sweep_backward", _sweep_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("bkcore::sweep", _sweep_fake, lib=_library)
@@ -272,3 +306,5 @@ torch.library.register_autograd(
     "bkcore::sweep", _backward, setup_context=_setup_context, lib=_library
 )
 torch.library.register_autograd("bkcore::sweep_backward", _no_second_derivative, lib=_library)
+torch.library.register_vmap("bkcore::sweep", _vmap, lib=_library)
+torch.library.register_vmap("bkcore::sweep_backward", _vmap_backward, lib=_library)
