@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"model", "text"},
     "training": {"model", "text"},
     "report": {"evaluation", "training", "model", "text", "quantization"},
-    "bench": {"report", "core", "kernels"},
+    "bench": {"report", "quantization", "core", "kernels"},
     "cli": {"report", "bench"},
 }
 

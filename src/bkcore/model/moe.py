@@ -60,7 +60,7 @@ class MixtureOfExperts(nn.Module):
         probabilities = self.router(tokens).float().softmax(-1)
         weights, chosen = probabilities.topk(self.experts_per_token)
         weights = weights / weights.sum(-1, keepdim=True)
-        load = torch.bincount(chosen.flatten(), minlength=len(self.experts))
+        load = (chosen[..., None] == torch.arange(len(self.experts), device=x.device)).sum((0, 1))
         served = self._serve(tokens, chosen, load)
         out = (served * weights[..., None].to(served.dtype)).sum(1)
         share = load / chosen.numel()
@@ -69,6 +69,8 @@ class MixtureOfExperts(nn.Module):
 
     def _serve(self, tokens: Tensor, chosen: Tensor, load: Tensor) -> Tensor:
         """Outputs of the chosen experts: tokens (T, D), chosen (T, k) -> (T, k, D)."""
+        if torch.compiler.is_compiling():
+            return self._serve_densely(tokens, chosen)
         order = chosen.flatten().argsort(stable=True)
         batches = tokens[order // self.experts_per_token].split(load.tolist())
         outputs = [
@@ -76,3 +78,9 @@ class MixtureOfExperts(nn.Module):
         ]
         served = torch.cat(outputs)[order.argsort()]
         return served.view(*chosen.shape, -1)
+
+    def _serve_densely(self, tokens: Tensor, chosen: Tensor) -> Tensor:
+        # How many tokens an expert gets depends on their values, and a compiled graph cannot: there
+        # every expert serves every token, num_experts / experts_per_token times the work.
+        outputs = torch.stack([expert(tokens) for expert in self.experts], 1)
+        return outputs.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))

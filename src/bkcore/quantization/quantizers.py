@@ -213,7 +213,8 @@ class GroupWiseQuantizer(StoredDtypes):
                 f"expected (..., {self.num_channels}) for num_channels={self.num_channels}, "
                 f"got {tuple(x.shape)}"
             )
-        if calibrated and not self.calibrated:
+        # A compiled graph cannot look at values; there a quantizer without scales gives NaN.
+        if calibrated and not torch.compiler.is_compiling() and not self.calibrated:
             raise LifecycleError("the quantizer has no scales yet: calibrate() it first")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -1,0 +1,40 @@
+"""The whole model in one graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def compiled(model: Any) -> Any:
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def test_logits_in_one_graph(build, executed_form, tokens):
+    model = build(*executed_form).eval()
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        assert torch.equal(compiled(model)(ids).logits, model(ids).logits)
+
+
+def test_training_step_in_one_graph(build, tokens):
+    model = build()
+    ids = tokens(2, 20)
+
+    def gradients(run: Any) -> list[Tensor]:
+        model.zero_grad()
+        run(ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    for got, want in zip(gradients(compiled(model)), gradients(model), strict=True):
+        # The compiled step sums gradients in another order; sums of under 1e3 terms.
+        scale = want.abs().max().item() + 1e-12
+        assert (got - want).abs().max().item() <= 1e3 * torch.finfo(torch.float32).eps * scale
