@@ -1,7 +1,8 @@
 // Tiles whose potentials and sources come as integer codes and whose output leaves as such.
 //
 // A code q stands for scale * (q - zero); a number x becomes clamp(round(x / scale) + zero), ties to
-// even, as in src/bkcore/quantization/affine.py. A tile is decoded, swept by the same code as float32
+// even, as in src/bkcore/quantization/affine.py. With levels, q stands for scale * (level of q - zero),
+// and x becomes the code of the level next to x / scale + zero. A tile is decoded, swept by the same code as float32
 // tensors and encoded, all within the first-level cache: bit for bit what those three steps give.
 //
 // x / scale is rounded correctly without dividing (Markstein 1990): with y = 1 / scale rounded
@@ -33,25 +34,47 @@ struct EncoderRows {
   float *scale, *inverse, *zero, *low, *high;
 };
 
+// What codes stand for, or the bounds between them: 2 half numbers, or null for the codes themselves.
+struct Levels {
+  const float *table;
+  int half;
+  float of(std::int8_t code) const {
+    return table ? table[code + half] : static_cast<float>(code);
+  }
+  std::int8_t nearest(float x) const {
+    int count = 0;
+    for (int step = half; step > 0; step /= 2)
+      if (x > table[count + step - 1]) count += step;
+    return static_cast<std::int8_t>(count - half);
+  }
+};
+
 // `sites` rows of codes, one a byte, that share a row of scales and one of zero points. Lanes outside,
 // sites inside, so that a vector of lanes loads its scales once.
 BKCORE_INLINE void decode_bytes(Rows<const std::int8_t> codes, Index sites, Index count,
-                                const float *scale, const float *zero, Rows<float> out) {
+                                const float *scale, const float *zero, const Levels &levels,
+                                Rows<float> out) {
   Index h = 0;
 #ifdef BKCORE_VECTOR_CODES
   using S = Simd<float>;
   for (; h + S::width <= count; h += S::width) {
     const auto s = S::load(scale + h), z = S::load(zero + h);
-    for (Index k = 0; k < sites; ++k) S::store(out[k] + h, s * (S::widen(codes[k] + h) - z));
+    for (Index k = 0; k < sites; ++k) {
+      const std::int8_t *code = codes[k] + h;
+      const auto level =
+          levels.table ? S::look_up(levels.table, code, levels.half) : S::widen(code);
+      S::store(out[k] + h, s * (level - z));
+    }
   }
 #endif
   for (Index k = 0; k < sites; ++k)
     for (Index rest = h; rest < count; ++rest)
-      out[k][rest] = scale[rest] * (static_cast<float>(codes[k][rest]) - zero[rest]);
+      out[k][rest] = scale[rest] * (levels.of(codes[k][rest]) - zero[rest]);
 }
 
 BKCORE_INLINE void encode_bytes(Rows<const float> x, Index sites, Index count,
-                                const EncoderRows &rows, Rows<std::int8_t> codes) {
+                                const EncoderRows &rows, const Levels &bounds,
+                                Rows<std::int8_t> codes) {
   Index h = 0;
 #ifdef BKCORE_VECTOR_CODES
   using S = Simd<float>;
@@ -63,14 +86,22 @@ BKCORE_INLINE void encode_bytes(Rows<const float> x, Index sites, Index count,
       const auto value = S::load(x[k] + h);
       const auto rough = value * inverse;
       const auto exact = S::correct(rough, S::madd(-rough, scale, value), inverse);
-      S::narrow(codes[k] + h, S::clamp(exact, low, high), zero);
+      if (bounds.table) {
+        S::search(codes[k] + h, exact + zero, bounds.table, bounds.half);
+      } else {
+        S::narrow(codes[k] + h, S::clamp(exact, low, high), zero);
+      }
     }
   }
 #endif
   for (Index k = 0; k < sites; ++k)
-    for (Index rest = h; rest < count; ++rest)
-      codes[k][rest] = static_cast<std::int8_t>(code_of(
-          x[k][rest], rows.scale[rest], rows.low[rest], rows.high[rest], rows.zero[rest]));
+    for (Index rest = h; rest < count; ++rest) {
+      const float value = x[k][rest], zero = rows.zero[rest];
+      codes[k][rest] = bounds.table
+                           ? bounds.nearest(value / rows.scale[rest] + zero)
+                           : static_cast<std::int8_t>(code_of(value, rows.scale[rest],
+                                                              rows.low[rest], rows.high[rest], zero));
+    }
 }
 
 // Two codes a byte, the even lane in the low half.
@@ -149,9 +180,8 @@ class CodedTiles {
     const Index group = coded_.in_scale.site || coded_.in_zero.site ? 1 : tile.sites;
     for (Index k = 0; k < tile.sites; k += group) {
       if (group == 1) prepare_decoder(from + k);
-      decode(coded_.v, from + k, group, decoder_[0], decoder_[1], v_ + k * pitch_);
-      if (coded_.source)
-        decode(coded_.source, from + k, group, decoder_[2], decoder_[3], source_ + k * pitch_);
+      decode(coded_.v, 0, from + k, group, v_ + k * pitch_);
+      if (coded_.source) decode(coded_.source, 1, from + k, group, source_ + k * pitch_);
     }
     tile.v = {v_, pitch_};
     if (coded_.source) tile.source = {source_, pitch_};
@@ -177,8 +207,13 @@ class CodedTiles {
   Index row_bytes() const { return (coded_.sweep.lanes * coded_.bits + 7) / 8; }
   Index first_byte() const { return unit_.first * coded_.bits / 8; }
 
-  void decode(const std::uint8_t *codes, Index site, Index sites, const float *scale,
-              const float *zero, float *out) {
+  // The table of one part of the input or output.
+  Levels levels(const float *tables, Index part) const {
+    const int half = 1 << (coded_.bits - 1);
+    return {tables ? tables + part * 2 * half : nullptr, half};
+  }
+
+  void decode(const std::uint8_t *codes, Index part, Index site, Index sites, float *out) {
     const std::uint8_t *row =
         codes + (unit_.batch * coded_.sweep.sites + site) * row_bytes() + first_byte();
     Rows<const std::int8_t> bytes = {reinterpret_cast<const std::int8_t *>(row), row_bytes()};
@@ -187,18 +222,21 @@ class CodedTiles {
         unpack(row + k * row_bytes(), unit_.count, codes_ + k * pitch_);
       bytes = {codes_, pitch_};
     }
-    decode_bytes(bytes, sites, unit_.count, scale, zero, {out, pitch_});
+    decode_bytes(bytes, sites, unit_.count, decoder_[2 * part], decoder_[2 * part + 1],
+                 levels(coded_.in_levels, part), {out, pitch_});
   }
 
   void encode(Rows<const float> x, Index site, Index sites, Index c) {
     const Index row = (unit_.batch * coded_.sweep.sites + site) * components() + c;
     const Index step = components() * row_bytes();
     std::uint8_t *out = coded_.out + row * row_bytes() + first_byte();
+    const Levels bounds = levels(coded_.out_bounds, c);
     if (coded_.bits == 8) {
-      encode_bytes(x, sites, unit_.count, encoder_[c], {reinterpret_cast<std::int8_t *>(out), step});
+      encode_bytes(x, sites, unit_.count, encoder_[c], bounds,
+                   {reinterpret_cast<std::int8_t *>(out), step});
       return;
     }
-    encode_bytes(x, sites, unit_.count, encoder_[c], {codes_, pitch_});
+    encode_bytes(x, sites, unit_.count, encoder_[c], bounds, {codes_, pitch_});
     for (Index k = 0; k < sites; ++k) pack(codes_ + k * pitch_, unit_.count, out + k * step);
   }
 

@@ -253,7 +253,8 @@ void backward(const std::string &isa, Index threads, bool is_double, bool two_si
 
 void coded(const std::string &isa, Index threads, bool two_sided, Index bits, Shape shape,
            Address v, Address source, Address out, Layout energy, Layout eta, Layout hopping,
-           Layout in_scale, Layout in_zero, Layout out_scale, Layout out_zero) {
+           Layout in_scale, Layout in_zero, Layout out_scale, Layout out_zero, Address in_levels,
+           Address out_bounds) {
   const Layout none = {0, 0, 0, 0, 0};
   const CodedSweep s = {describe<float>(shape, none, none, energy, eta, hopping, none),
                         bits,
@@ -263,7 +264,9 @@ void coded(const std::string &isa, Index threads, bool two_sided, Index bits, Sh
                         strided<const float>(in_scale),
                         strided<const float>(in_zero),
                         strided<const float>(out_scale),
-                        strided<const float>(out_zero)};
+                        strided<const float>(out_zero),
+                        reinterpret_cast<const float *>(in_levels),
+                        reinterpret_cast<const float *>(out_bounds)};
   const auto [batch, sites, lanes] = shape;
   threads = worthwhile_threads(batch * sites * lanes, threads);
   const std::vector<Unit> list = units(batch, lanes, false, threads);

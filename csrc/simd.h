@@ -52,6 +52,27 @@ struct Simd<float> {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
   }
   // Rounds x to the nearest integer, ties to even, and adds the whole number `zero`.
+  // table[code + half] for codes from -half to half - 1.
+  static BKCORE_INLINE V look_up(const float *table, const std::int8_t *p, int half) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+    const __m512i place = _mm512_add_epi32(_mm512_cvtepi8_epi32(codes), _mm512_set1_epi32(half));
+    return at(table, place, half);
+  }
+  // How many of the 2 half bounds, ascending and the last of them infinity, x is above; less half.
+  static BKCORE_INLINE void search(std::int8_t *p, V x, const float *bounds, int half) {
+    __m512i count = _mm512_setzero_si512();
+    for (int step = half; step > 0; step /= 2) {
+      const __m512i next = _mm512_add_epi32(count, _mm512_set1_epi32(step));
+      const V bound = at(bounds, _mm512_sub_epi32(next, _mm512_set1_epi32(1)), half);
+      count = _mm512_mask_mov_epi32(count, _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), next);
+    }
+    const __m512i codes = _mm512_sub_epi32(count, _mm512_set1_epi32(half));
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtepi32_epi8(codes));
+  }
+  static BKCORE_INLINE V at(const float *table, __m512i place, int half) {
+    return half == 8 ? _mm512_permutexvar_ps(place, load(table))
+                     : _mm512_i32gather_ps(place, table, sizeof(float));
+  }
   static BKCORE_INLINE void narrow(std::int8_t *p, V x, V zero) {
     const __m512i codes = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_cvtps_epi32(zero));
     _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtepi32_epi8(codes));
@@ -122,8 +143,26 @@ struct Simd<float> : SimdBase<float, Float8, 8> {
     const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
   }
+  static BKCORE_INLINE V look_up(const float *table, const std::int8_t *p, int half) {
+    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
+    const __m256i place = _mm256_add_epi32(_mm256_cvtepi8_epi32(codes), _mm256_set1_epi32(half));
+    return _mm256_i32gather_ps(table, place, sizeof(float));
+  }
+  static BKCORE_INLINE void search(std::int8_t *p, V x, const float *bounds, int half) {
+    __m256i count = _mm256_setzero_si256();
+    for (int step = half; step > 0; step /= 2) {
+      const __m256i next = _mm256_add_epi32(count, _mm256_set1_epi32(step));
+      const V bound = _mm256_i32gather_ps(bounds - 1, next, sizeof(float));
+      const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(x, bound, _CMP_GT_OQ));
+      count = _mm256_blendv_epi8(count, next, above);
+    }
+    narrow_words(p, _mm256_sub_epi32(count, _mm256_set1_epi32(half)));
+  }
   static BKCORE_INLINE void narrow(std::int8_t *p, V x, V zero) {
     const __m256i codes = _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_cvtps_epi32(zero));
+    narrow_words(p, codes);
+  }
+  static BKCORE_INLINE void narrow_words(std::int8_t *p, __m256i codes) {
     const __m128i words =
         _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i *>(p), _mm_packs_epi16(words, words));

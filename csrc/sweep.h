@@ -44,6 +44,9 @@ struct CodedSweep {
   std::uint8_t *out;                       // contiguous (batch, sites, parts, lanes)
   Strided<const float> in_scale, in_zero;  // part 0: v, part 1: source
   Strided<const float> out_scale, out_zero;
+  // Null, or 2^bits numbers a part that the codes stand for in place of -2^(bits-1), ..., ascending;
+  // and the numbers from which on the next code is nearer, the last of them infinity.
+  const float *in_levels, *out_bounds;
 };
 
 // A piece of work: lanes of one batch element that are contiguous in memory, or some of all chains

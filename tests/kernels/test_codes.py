@@ -104,6 +104,62 @@ def test_saturation_and_extreme_scales(form, bits, log_width, sites, lanes, seed
             assert torch.equal(call(p), expected(p))
 
 
+def levels(parts: int, bits: int, seed: int) -> Tensor:
+    """Ascending levels in the range of the codes, on a grid on which their bounds are exact."""
+    low, high = affine.code_range(bits)
+    random = torch.rand(parts, 2**bits, generator=torch.Generator().manual_seed(seed))
+    sums = low + (high - low) * (0.01 + random).cumsum(1) / (2**bits * 0.51)
+    return (sums * 256).round() / 256
+
+
+def expected_with_levels(p: dict[str, object]) -> Tensor:
+    """By definition: every level is tried."""
+    low, _ = affine.code_range(p["bits"])
+    decoded = [
+        None
+        if p[k] is None
+        else p["in_scale"][n] * (p["in_levels"][n][p[k].long() - low] - p["in_zero"][n])
+        for n, k in enumerate(("v", "source"))
+    ]
+    parts = sweep(*decoded, p["energy"], p["eta"], p["hopping"], p["two_sided"])
+    ratio = parts / p["out_scale"].transpose(0, 1) + p["out_zero"].transpose(0, 1)
+    distance = (ratio.double().unsqueeze(-1) - p["out_levels"][:, None]).abs()
+    return (distance.argmin(-1) + low).to(torch.int8)
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(FORMS), st.sampled_from([4, 8]), st.integers(1, 70), st.integers(0, 999))
+def test_levels_are_looked_up_and_the_nearest_is_found(form, bits, lanes, seed):
+    p = problem(form, bits, (2, 7, lanes), seed=seed)
+    p["in_levels"] = levels(len(p["in_scale"]), bits, seed)
+    p["out_levels"] = levels(len(p["out_scale"]), bits, seed + 1)
+    wanted = expected_with_levels(p)
+    with use_backend("reference"):
+        assert torch.equal(call(p), wanted)
+    for isa in cpu.supported_isas():
+        with cpu.use_isa(isa):
+            assert torch.equal(call(p), wanted)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_uniform_levels_change_no_code(backend, bits):
+    p = problem("psi", bits, (2, 9, 37))
+    low, high = affine.code_range(bits)
+    uniform = torch.arange(low, high + 1).float()
+    table = {"in_levels": uniform.expand(2, -1), "out_levels": uniform.expand(4, -1)}
+    with_table, without = call({**p, **table}), call(p)
+    # Halfway between two codes the tables give the lower and rounding gives the even one.
+    assert (with_table != without).float().mean() < 1e-3
+    assert ((with_table.int() - without.int()).abs() <= 1).all()
+
+
+def test_nan_takes_the_lowest_level(backend):
+    p = problem("psi", 8, (1, 4, 20))
+    p["out_levels"] = levels(4, 8, 0)
+    p["eta"][0, 3] = torch.nan
+    assert (call(p)[..., 3] == -128).all()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("form", FORMS)
 def test_thread_count_changes_no_code(form, bits):
@@ -138,7 +194,9 @@ def test_nan_becomes_the_lowest_code(backend):
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(backend, form):
     p = problem(form, 8, (2, 5, 18))
-    torch.library.opcheck(torch.ops.bkcore.sweep_codes.default, tuple(p.values()))
+    p["in_levels"], p["out_levels"] = levels(len(p["in_scale"]), 8, 0), None
+    order = [argument.name for argument in torch.ops.bkcore.sweep_codes.default._schema.arguments]
+    torch.library.opcheck(torch.ops.bkcore.sweep_codes.default, tuple(p[name] for name in order))
 
 
 @pytest.mark.parametrize(
@@ -151,6 +209,12 @@ def test_opcheck(backend, form):
         ({"energy": torch.zeros(18).double()}, DTypeError, "energy must be float32"),
         ({"out_scale": torch.ones(2, 1, 18)}, ShapeError, r"out_scale must be \(4, 1, 18\)"),
         ({"in_zero": torch.zeros(2, 4, 18)}, ShapeError, "in_zero"),
+        (
+            {"in_levels": torch.arange(16.0).expand(2, -1)},
+            ShapeError,
+            r"in_levels must be \(2, 256",
+        ),
+        ({"out_levels": torch.zeros(4, 256)}, InputError, "ascending"),
     ],
 )
 def test_bad_input_raises(changes, error, message):

@@ -61,6 +61,7 @@ MOST_LAYOUT_SPREAD = 3.0
 MOST_GROWTH = 1.3
 STEP_SECONDS = 6e-6
 LEAST_CODES_SPEEDUP = 2.0
+LEAST_LEVELS_SPEED = 1 / 1.2
 
 
 @dataclass(frozen=True)
@@ -323,6 +324,21 @@ def codes(counts: Sequence[int]) -> Iterator[Result]:
                     own, floats = interleaved(sweeps.run, sweeps.decoded.run)
                 name = f"codes/{size}/{form}/int{bits}"
                 yield Result(name, shape, count, own, floats, "float32 sweep", target)
+    for bits, count in itertools.product((8, 4), counts):
+        shape = large_shapes()[0]
+        uniform = CodedSweep(random_problem("g", shape), bits)
+        levels = CodedSweep(random_problem("g", shape), bits, compand(bits))
+        with torch_threads(count), torch.inference_mode():
+            levels.check()
+            own, plain = interleaved(levels.run, uniform.run)
+        name = f"codes/levels/g/int{bits}"
+        yield Result(name, shape, count, own, plain, "uniform codes", LEAST_LEVELS_SPEED)
+
+
+def compand(bits: int) -> Tensor:
+    """Levels that lie closer together around zero."""
+    codes = torch.arange(2.0**bits) - 2 ** (bits - 1)
+    return codes.sign() * (codes / 2 ** (bits - 1)).abs() ** 1.5 * 2 ** (bits - 1)
 
 
 class CodedSweep:
@@ -331,10 +347,11 @@ class CodedSweep:
     Args:
         problem: what the codes are made from.
         bits: 8 or 4.
+        levels: (2^bits,), ascending, for inputs and outputs; None for uniform codes.
     """
 
-    def __init__(self, problem: Problem, bits: int) -> None:
-        self._bits = bits
+    def __init__(self, problem: Problem, bits: int, levels: Tensor | None = None) -> None:
+        self._bits, self._levels = bits, levels
         inputs = [x for x in (problem.v, problem.source) if x is not None]
         outputs, lanes = 2 * len(inputs), problem.shape[2]
         largest = 2 ** (bits - 1) - 1
@@ -342,13 +359,28 @@ class CodedSweep:
         self._out_scale = torch.full((outputs, 1, lanes), storable(2 / largest))
         self._zeros = torch.zeros_like(self._in_scale), torch.ones_like(self._out_scale)
         codes = [affine.quantize(x, self._in_scale[0, 0], 0, bits) for x in inputs]
-        decoded = [affine.dequantize(q, self._in_scale[0, 0], 0) for q in codes]
+        decoded = [affine.dequantize(self._level(q), self._in_scale[0, 0], 0) for q in codes]
         packed = [q.to(torch.int8) if bits == 8 else pack_int4(q.to(torch.int8)) for q in codes]
         has_source = problem.source is not None
         self._v, self._source = packed[0], packed[1] if has_source else None
         self.decoded = replace(problem, v=decoded[0], source=decoded[1] if has_source else None)
 
+    def _level(self, code: Tensor) -> Tensor:
+        if self._levels is None:
+            return code
+        return self._levels[code.long() + 2 ** (self._bits - 1)]
+
+    def _quantize(self, parts: Tensor) -> Tensor:
+        scale, zero = self._out_scale[0, 0], self._zeros[1][0, 0]
+        if self._levels is None:
+            return affine.quantize(parts, scale, zero, self._bits)
+        bounds = (self._levels[:-1] + self._levels[1:]) / 2
+        return torch.bucketize(parts / scale + zero, bounds) - 2 ** (self._bits - 1)
+
     def run(self) -> Tensor:
+        def table(parts: int) -> Tensor | None:
+            return None if self._levels is None else self._levels.expand(parts, -1)
+
         return sweep_codes(
             self._v,
             self._source,
@@ -361,13 +393,15 @@ class CodedSweep:
             self._zeros[1],
             self._bits,
             self.decoded.form == "two-sided",
+            in_levels=table(len(self._in_scale)),
+            out_levels=table(len(self._out_scale)),
         )
 
     def check(self) -> None:
         """The codes are those of the float32 sweep, bit for bit, and that sweep is right."""
         parts = self.decoded.run()
         check_parts(self.decoded, parts, true_parts(self.decoded))
-        wanted = affine.quantize(parts, self._out_scale[0, 0], 1, self._bits).to(torch.int8)
+        wanted = self._quantize(parts).to(torch.int8)
         if self._bits == 4:
             wanted = pack_int4(wanted)
         if not torch.equal(self.run(), wanted):

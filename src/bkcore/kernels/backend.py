@@ -56,6 +56,8 @@ class SweepCodesFunction(Protocol):
         in_zero: Tensor,
         out_scale: Tensor,
         out_zero: Tensor,
+        in_levels: Tensor | None,
+        out_bounds: Tensor | None,
         bits: int,
         two_sided: bool,
     ) -> Tensor: ...

@@ -10,7 +10,12 @@ Layout
     energy (H,), eta (R, H), hopping (R, H)   float32, as in `bkcore.kernels.ops`
     in_scale, in_zero     (1 or 2, R, H)  of v and the source; R = 1, or N for one per site
     out_scale, out_zero   (2 or 4, R, H)  of Re g, Im g (or G), Re psi, Im psi
+    in_levels             (1 or 2, 2^bits), ascending: non-uniform levels, optional
+    out_levels            (2 or 4, 2^bits)
     result      8 bits: int8 (B, N, C, H);  4 bits: uint8 (B, N, C, ceil(H / 2))
+
+With levels a code q stands for scale * (level of q - zero), where the lowest code has the first
+level, and x becomes the code whose level is nearest to x / scale + zero; halfway, the lower one.
 
 Scales are positive, normal float32 numbers. A NaN, which only NaN parameters can give, becomes the
 lowest code, and so does minus infinity.
@@ -28,8 +33,8 @@ from bkcore.kernels.selection import select
 _library = torch.library.Library("bkcore", "FRAGMENT")
 _library.define(
     "sweep_codes(Tensor v, Tensor? source, Tensor energy, Tensor eta, Tensor hopping,"
-    " Tensor in_scale, Tensor in_zero, Tensor out_scale, Tensor out_zero, int bits,"
-    " bool two_sided) -> Tensor"
+    " Tensor in_scale, Tensor in_zero, Tensor out_scale, Tensor out_zero, Tensor? in_levels,"
+    " Tensor? out_levels, int bits, bool two_sided) -> Tensor"
 )
 
 
@@ -45,6 +50,9 @@ def sweep_codes(
     out_zero: Tensor,
     bits: int = 8,
     two_sided: bool = False,
+    *,
+    in_levels: Tensor | None = None,
+    out_levels: Tensor | None = None,
 ) -> Tensor:
     """Sweep codes to codes; layout, shapes and meaning are those of this module's docstring.
 
@@ -53,7 +61,19 @@ def sweep_codes(
         BackendError: a forced backend is absent or cannot take the tensors.
     """
     codes: Tensor = torch.ops.bkcore.sweep_codes.default(
-        v, source, energy, eta, hopping, in_scale, in_zero, out_scale, out_zero, bits, two_sided
+        v,
+        source,
+        energy,
+        eta,
+        hopping,
+        in_scale,
+        in_zero,
+        out_scale,
+        out_zero,
+        in_levels,
+        out_levels,
+        bits,
+        two_sided,
     )
     return codes
 
@@ -68,6 +88,8 @@ def _check(
     in_zero: Tensor,
     out_scale: Tensor,
     out_zero: Tensor,
+    in_levels: Tensor | None,
+    out_levels: Tensor | None,
     bits: int,
     two_sided: bool,
 ) -> None:
@@ -106,6 +128,15 @@ def _check(
                 f"{name} must be ({parts}, 1, {lanes}) or ({parts}, {sites}, {lanes}), got "
                 f"{tuple(x.shape)}"
             )
+    for name, levels, parts in (
+        ("in_levels", in_levels, inputs),
+        ("out_levels", out_levels, outputs),
+    ):
+        if levels is not None and levels.shape != (parts, 2**bits):
+            raise ShapeError(
+                f"{name} must be ({parts}, {2**bits}), a level for every code of {bits} bits, got "
+                f"{tuple(levels.shape)}"
+            )
 
 
 def _sweep_codes(
@@ -118,10 +149,26 @@ def _sweep_codes(
     in_zero: Tensor,
     out_scale: Tensor,
     out_zero: Tensor,
+    in_levels: Tensor | None,
+    out_levels: Tensor | None,
     bits: int,
     two_sided: bool,
 ) -> Tensor:
-    _check(v, source, energy, eta, hopping, in_scale, in_zero, out_scale, out_zero, bits, two_sided)
+    _check(
+        v,
+        source,
+        energy,
+        eta,
+        hopping,
+        in_scale,
+        in_zero,
+        out_scale,
+        out_zero,
+        in_levels,
+        out_levels,
+        bits,
+        two_sided,
+    )
     return select(v).sweep_codes(
         v.contiguous(),
         None if source is None else source.contiguous(),
@@ -132,9 +179,19 @@ def _sweep_codes(
         in_zero.float(),
         out_scale.float(),
         out_zero.float(),
+        None if in_levels is None else in_levels.float().contiguous(),
+        None if out_levels is None else _bounds(out_levels.float()),
         bits,
         two_sided,
     )
+
+
+def _bounds(levels: Tensor) -> Tensor:
+    """Halfway between neighbours: above bound i a number is nearer to level i + 1. (C, L)"""
+    if not (levels.diff() > 0).all():
+        raise InputError("levels must be ascending numbers, none twice; sort them, and drop NaN")
+    between = levels[:, :-1] + (levels[:, 1:] - levels[:, :-1]) / 2
+    return torch.nn.functional.pad(between, (0, 1), value=torch.inf)
 
 
 def _sweep_codes_fake(
@@ -147,10 +204,26 @@ def _sweep_codes_fake(
     in_zero: Tensor,
     out_scale: Tensor,
     out_zero: Tensor,
+    in_levels: Tensor | None,
+    out_levels: Tensor | None,
     bits: int,
     two_sided: bool,
 ) -> Tensor:
-    _check(v, source, energy, eta, hopping, in_scale, in_zero, out_scale, out_zero, bits, two_sided)
+    _check(
+        v,
+        source,
+        energy,
+        eta,
+        hopping,
+        in_scale,
+        in_zero,
+        out_scale,
+        out_zero,
+        in_levels,
+        out_levels,
+        bits,
+        two_sided,
+    )
     return v.new_empty(v.shape[0], v.shape[1], 2 if source is None else 4, v.shape[2])
 
 

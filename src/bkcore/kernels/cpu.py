@@ -191,6 +191,8 @@ def sweep_codes(
     in_zero: Tensor,
     out_scale: Tensor,
     out_zero: Tensor,
+    in_levels: Tensor | None,
+    out_bounds: Tensor | None,
     bits: int,
     two_sided: bool,
 ) -> Tensor:
@@ -209,6 +211,8 @@ def sweep_codes(
         _parameter(eta),
         _parameter(hopping),
         *(_quantizer(x) for x in (in_scale, in_zero, out_scale, out_zero)),
+        0 if in_levels is None else in_levels.data_ptr(),
+        0 if out_bounds is None else out_bounds.data_ptr(),
     )
     return codes
 

@@ -76,21 +76,34 @@ def sweep_codes(
     in_zero: Tensor,
     out_scale: Tensor,
     out_zero: Tensor,
+    in_levels: Tensor | None,
+    out_bounds: Tensor | None,
     bits: int,
     two_sided: bool,
 ) -> Tensor:
     lanes = energy.shape[0]
-    inputs = [
-        in_scale[n] * (_bytes(codes, lanes, bits) - in_zero[n])
-        for n, codes in enumerate((v, source))
-        if codes is not None
-    ]
+    low = -(1 << (bits - 1))
+
+    def decode(codes: Tensor, n: int) -> Tensor:
+        unpacked = _bytes(codes, lanes, bits)
+        level = unpacked if in_levels is None else in_levels[n][unpacked.long() - low]
+        return in_scale[n] * (level - in_zero[n])
+
+    inputs = [decode(codes, n) for n, codes in enumerate((v, source)) if codes is not None]
     parts = sweep(
         inputs[0], inputs[1] if source is not None else None, energy, eta, hopping, two_sided
     )
-    rounded = torch.round(parts / out_scale.transpose(0, 1)) + out_zero.transpose(0, 1)
-    low = -(1 << (bits - 1))
-    codes = torch.nan_to_num(rounded.clamp(low, -low - 1), nan=low).to(torch.int8)
+    ratio, zero = parts / out_scale.transpose(0, 1), out_zero.transpose(0, 1)
+    if out_bounds is None:
+        rounded = (torch.round(ratio) + zero).clamp(low, -low - 1)
+    else:
+        pairs = zip((ratio + zero).unbind(2), out_bounds, strict=True)
+        found = [
+            torch.where(x.isnan(), 0, torch.bucketize(x.contiguous(), bounds))
+            for x, bounds in pairs
+        ]
+        rounded = (torch.stack(found, 2) + low).float()
+    codes = torch.nan_to_num(rounded, nan=low).to(torch.int8)
     if bits == 8:
         return codes
     nibbles = torch.nn.functional.pad(codes, (0, lanes % 2)).view(torch.uint8) & 0xF
