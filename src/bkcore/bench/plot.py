@@ -28,10 +28,12 @@ def draw(results: Sequence[Result], path: Path) -> None:
     """Time against N beside the rivals, and each group's worst ratio over its target."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _draw_series(left, [result for result in results if result.name == "comparison"])
-    _draw_targets(right, [result for result in results if result.target is not None])
+    worst = _worst_ratios([result for result in results if result.target is not None])
+    heights = [5.0, 1.0 + 0.17 * len(worst)]
+    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=heights)
+    _draw_series(above, [result for result in results if result.name == "comparison"])
+    _draw_targets(below, worst)
     figure.savefig(path, dpi=150)
 
 
@@ -47,15 +49,19 @@ def _draw_series(axes: Any, results: Sequence[Result]) -> None:
             axes.loglog(*zip(*points, strict=True), "o-", label=name)
     axes.set(xlabel="sites N", ylabel="ms a call", title="two-sided diagonal, 16 chains")
     if results:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+        axes.legend()
 
 
-def _draw_targets(axes: Any, results: Sequence[Result]) -> None:
+def _worst_ratios(results: Sequence[Result]) -> dict[str, float]:
     worst: dict[str, float] = {}
     for result in results:
         assert result.target is not None
         name = f"{result.name} ({result.threads})"
         worst[name] = min(result.ratio / result.target, worst.get(name, float("inf")))
+    return worst
+
+
+def _draw_targets(axes: Any, worst: dict[str, float]) -> None:
     names = list(worst)[::-1]
     colors = ["tab:green" if worst[name] >= 1 else "tab:red" for name in names]
     axes.set_xscale("log")
@@ -63,5 +69,6 @@ def _draw_targets(axes: Any, results: Sequence[Result]) -> None:
     ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10]
     axes.set_xticks(ticks, labels=map(str, ticks))
     axes.minorticks_off()
-    axes.tick_params(axis="y", labelsize=6)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.margins(y=0.01)
     axes.set(xlabel="ratio / target, 1 or more: met", title="worst shape of each case (threads)")
