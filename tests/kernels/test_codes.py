@@ -214,7 +214,15 @@ def test_opcheck(backend, form):
             ShapeError,
             r"in_levels must be \(2, 256",
         ),
-        ({"out_levels": torch.zeros(4, 256)}, InputError, "ascending"),
+        ({"out_levels": torch.zeros(4, 256)}, InputError, "out_levels must be ascending"),
+        ({"in_levels": torch.full((2, 256), torch.nan)}, InputError, "in_levels must be ascending"),
+        ({"in_scale": torch.zeros(2, 1, 18)}, InputError, "in_scale must be positive"),
+        (
+            {"out_scale": torch.full((4, 1, 18), torch.nan)},
+            InputError,
+            "out_scale must be positive",
+        ),
+        ({"in_scale": torch.ones(2, 1, 18, device="meta")}, DTypeError, "on one device"),
     ],
 )
 def test_bad_input_raises(changes, error, message):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bkcore.errors import DTypeError, ShapeError
+from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.kernels import step, sweep, use_backend
 
 
@@ -33,11 +33,34 @@ def test_bad_input_raises():
     row, state = torch.ones(2, 5), torch.zeros(2, 4, 5)
     good = (state, row, row, row[0], row[0], row[0])
     step(*good)
-    with pytest.raises(ShapeError, match="do not fit"):
+    with pytest.raises(ShapeError, match=r"\(B, 2, H\) without a source"):
         step(state, row, None, *good[3:])
-    with pytest.raises(ShapeError, match="do not fit"):
+    with pytest.raises(ShapeError, match="state must be"):
+        step(state[0], *good[1:])
+    with pytest.raises(ShapeError, match=r"v must be \(2, 5\)"):
         step(state, row[:1], *good[2:])
-    with pytest.raises(DTypeError, match="float32"):
-        step(state.double(), *good[1:])
-    with pytest.raises(ShapeError, match="contiguous"):
+    with pytest.raises(ShapeError, match="energy must be"):
         step(*good[:3], row, *good[4:])
+    with pytest.raises(DTypeError, match=r"v must be torch.float64"):
+        step(state.double(), *good[1:])
+    with pytest.raises(DTypeError, match=r"eta must be torch.float32 on cpu like the state"):
+        step(*good[:4], row[0].to("meta"), row[0])
+    with pytest.raises(ShapeError, match="v must be contiguous"):
+        step(state, torch.ones(5, 2).T, *good[2:])
+
+
+def test_one_channel_of_a_conjugate_raises():
+    eta = torch.complex(torch.ones(1), -torch.ones(1)).conj().imag
+    assert eta.is_contiguous()
+    one = torch.ones(1)
+    with pytest.raises(ShapeError, match="resolve_neg"):
+        step(torch.zeros(1, 2, 1), torch.ones(1, 1), None, one, eta, one)
+
+
+def test_a_gradient_is_not_lost():
+    row, state = torch.ones(1, 5), torch.zeros(1, 2, 5)
+    energy = torch.zeros(5, requires_grad=True)
+    with pytest.raises(InputError, match="no_grad"):
+        step(state, row, None, energy, row[0], row[0])
+    with torch.no_grad():
+        step(state, row, None, energy, row[0], row[0])

@@ -54,7 +54,20 @@ def sweep_codes(
     in_levels: Tensor | None = None,
     out_levels: Tensor | None = None,
 ) -> Tensor:
-    """Sweep codes to codes; layout, shapes and meaning are those of this module's docstring.
+    """Sweep codes to codes.
+
+    Args:
+        v, source: int8 (B, N, H), or at 4 bits uint8 (B, N, ceil(H / 2)) with the even lane low.
+        energy, eta, hopping: float32 (H,), (1 or N, H), (1 or N, H), as in `bkcore.kernels.sweep`.
+        in_scale, in_zero: (1 or 2, 1 or N, H), of v and the source.
+        out_scale, out_zero: (2 or 4, 1 or N, H), of Re g, Im g, Re psi, Im psi.
+        bits: 8 or 4.
+        two_sided: give the two-sided diagonal G instead of g.
+        in_levels, out_levels: (1 or 2, 2^bits), (2 or 4, 2^bits): what the codes stand for, if they
+            are not uniform, ascending.
+
+    Returns:
+        Codes (B, N, 2 or 4, H) as v holds them.
 
     Raises:
         ShapeError, DTypeError, InputError: the tensors do not fit together, or bits is not 4 or 8.
@@ -98,8 +111,8 @@ def _check(
     wanted = torch.int8 if bits == 8 else torch.uint8
     if energy.ndim != 1 or v.ndim != 3 or v.shape[2] != -(-energy.shape[0] * bits // 8):
         raise ShapeError(
-            f"v of shape {tuple(v.shape)} does not hold {bits}-bit codes (B, N, H) for energy of "
-            f"shape {tuple(energy.shape)}"
+            f"v of shape {tuple(v.shape)} does not hold {bits}-bit codes (B, N, "
+            f"{-(-energy.shape[-1] * bits // 8)}) for energy of shape {tuple(energy.shape)}"
         )
     for name, codes in (("v", v), ("source", source)):
         if codes is not None and codes.dtype != wanted:
@@ -107,6 +120,10 @@ def _check(
     if source is not None and source.shape != v.shape:
         raise ShapeError(f"source must have shape {tuple(v.shape)}, got {tuple(source.shape)}")
     batch, sites, lanes = v.shape[0], v.shape[1], energy.shape[0]
+    others = (v, source, in_scale, in_zero, out_scale, out_zero, in_levels, out_levels)
+    devices = {x.device for x in others if x is not None} | {energy.device}
+    if len(devices) > 1:
+        raise DTypeError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
     floats = energy.new_empty(1).expand(batch, sites, lanes)
     if energy.dtype != torch.float32:
         raise DTypeError(f"energy must be float32, got {energy.dtype}")
@@ -169,6 +186,13 @@ def _sweep_codes(
         bits,
         two_sided,
     )
+    for name, scale in (("in_scale", in_scale), ("out_scale", out_scale)):
+        if not (scale >= torch.finfo(torch.float32).tiny).all():
+            raise InputError(f"{name} must be positive, normal float32 numbers; some are not")
+    if in_levels is not None:
+        _check_levels("in_levels", in_levels)
+    if out_levels is not None:
+        _check_levels("out_levels", out_levels)
     return select(v).sweep_codes(
         v.contiguous(),
         None if source is None else source.contiguous(),
@@ -186,10 +210,13 @@ def _sweep_codes(
     )
 
 
+def _check_levels(name: str, levels: Tensor) -> None:
+    if not (levels.diff() > 0).all():
+        raise InputError(f"{name} must be ascending numbers, none twice; sort them, and drop NaN")
+
+
 def _bounds(levels: Tensor) -> Tensor:
     """Halfway between neighbours: above bound i a number is nearer to level i + 1. (C, L)"""
-    if not (levels.diff() > 0).all():
-        raise InputError("levels must be ascending numbers, none twice; sort them, and drop NaN")
     between = levels[:, :-1] + (levels[:, 1:] - levels[:, :-1]) / 2
     return torch.nn.functional.pad(between, (0, 1), value=torch.inf)
 

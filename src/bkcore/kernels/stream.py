@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bkcore.errors import DTypeError, ShapeError
+from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.kernels.selection import select
 
 
@@ -38,35 +38,56 @@ def step(
 
     Raises:
         ShapeError, DTypeError: the tensors do not fit together.
+        InputError: a tensor requires a gradient, which would be lost.
     """
-    batch, parts, lanes = state.shape
-    _check(state, v, source, parts, (batch, lanes))
-    for x in (energy, eta, hopping):
-        if x.shape != (lanes,) or x.dtype != state.dtype or not x.is_contiguous():
-            raise ShapeError(
-                f"energy, eta and hopping must be contiguous ({lanes},) tensors of {state.dtype}, "
-                f"got {tuple(x.shape)} of {x.dtype}"
-            )
+    _check(state, v, source, energy, eta, hopping)
     select(state).step(state, v, source, energy, eta, hopping)
     return state
 
 
 def _check(
-    state: Tensor, v: Tensor, source: Tensor | None, parts: int, shape: tuple[int, int]
+    state: Tensor,
+    v: Tensor,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
 ) -> None:
-    if state.dtype not in (torch.float32, torch.float64) or v.dtype != state.dtype:
-        raise DTypeError(
-            f"state and v must both be float32 or float64, got {state.dtype} and {v.dtype}"
-        )
-    fits = v.shape == shape and v.is_contiguous() and state.is_contiguous()
-    if source is None:
-        fits = fits and parts == 2
-    else:
-        fits = fits and parts == 4 and source.shape == shape and source.is_contiguous()
-        fits = fits and source.dtype == state.dtype
-    if not fits:
-        given = None if source is None else tuple(source.shape)
+    if state.ndim != 3 or state.shape[1] != (2 if source is None else 4):
         raise ShapeError(
-            f"state {tuple(state.shape)}, v {tuple(v.shape)} and source {given} do not fit: want "
-            "contiguous (B, 2, H), (B, H) and no source, or (B, 4, H), (B, H) and (B, H)"
+            "state must be (B, 2, H) without a source and (B, 4, H) with one, got "
+            f"{tuple(state.shape)}"
+        )
+    dtype, device = state.dtype, state.device
+    if dtype not in (torch.float32, torch.float64):
+        raise DTypeError(f"state must be float32 or float64, got {dtype}")
+    batch, _, lanes = state.shape
+    row, site = (lanes,), (batch, lanes)
+    _check_one("state", state, state.shape, dtype, device)
+    _check_one("v", v, site, dtype, device)
+    if source is not None:
+        _check_one("source", source, site, dtype, device)
+    _check_one("energy", energy, row, dtype, device)
+    _check_one("eta", eta, row, dtype, device)
+    _check_one("hopping", hopping, row, dtype, device)
+
+
+def _check_one(
+    name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    if x.shape != shape:
+        raise ShapeError(f"{name} must be {tuple(shape)} like the state, got {tuple(x.shape)}")
+    if x.dtype != dtype or x.device != device:
+        raise DTypeError(
+            f"{name} must be {dtype} on {device} like the state, got {x.dtype} on {x.device}"
+        )
+    if not x.is_contiguous() or x.is_neg():
+        raise ShapeError(
+            f"{name} must be contiguous in memory: pass {name}.contiguous(), or "
+            f"{name}.resolve_neg() for the imaginary part of a conjugate"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise InputError(
+            f"step has no derivative, and {name} requires one: call it under torch.no_grad(), "
+            "or use bkcore.kernels.sweep"
         )
