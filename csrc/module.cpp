@@ -289,6 +289,54 @@ void step(const std::string &isa, bool is_double, Shape shape, Address v, Addres
   is_double ? run(double()) : run(float());
 }
 
+// The sizes of a resolvent attention, and addresses in the order of the members of its structures.
+using AttentionShape = std::tuple<Index, Index, Index, Index, Index>;
+
+template <class T>
+Attention<T> describe_attention(AttentionShape shape, const std::vector<Address> &in,
+                                const std::vector<Address> &out) {
+  const auto [batch, sites, heads, keys, values] = shape;
+  const auto read = [&](int n) { return reinterpret_cast<const T *>(in[n]); };
+  const auto write = [&](int n) { return reinterpret_cast<T *>(out[n]); };
+  return {batch,   sites,   heads,    keys,     values,   read(0),  read(1), read(2), read(3),
+          read(4), read(5), read(6),  read(7),  read(8),  write(0), write(1), write(2), write(3)};
+}
+
+template <class Work>
+void for_chains(const AttentionShape &shape, Index threads, const Work &work) {
+  const auto [batch, sites, heads, keys, values] = shape;
+  threads = worthwhile_threads(batch * sites * heads * keys * values, threads);
+  const Index lanes = heads;
+  parallel_for(batch * heads, threads, [&](Index i) { work(i / lanes, i % lanes); });
+}
+
+void attention(const std::string &isa, Index threads, bool is_double, AttentionShape shape,
+               const std::vector<Address> &in, const std::vector<Address> &out) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Attention<T> a = describe_attention<T>(shape, in, out);
+    const auto kernel = kernels<T>(isa).attention;
+    for_chains(shape, threads, [&](Index b, Index h) { kernel(a, b, h); });
+  };
+  is_double ? run(double()) : run(float());
+}
+
+void attention_backward(const std::string &isa, Index threads, bool is_double, AttentionShape shape,
+                        const std::vector<Address> &in, const std::vector<Address> &out,
+                        const std::vector<Address> &grads, const std::vector<Address> &results) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const Attention<T> a = describe_attention<T>(shape, in, out);
+    const auto read = [&](int n) { return reinterpret_cast<const T *>(grads[n]); };
+    const auto write = [&](int n) { return reinterpret_cast<T *>(results[n]); };
+    const AttentionAdjoint<T> d = {read(0),  read(1),  read(2),  write(0), write(1), write(2),
+                                   write(3), write(4), write(5), write(6), write(7), write(8)};
+    const auto kernel = kernels<T>(isa).attention_adjoint;
+    for_chains(shape, threads, [&](Index b, Index h) { kernel(a, d, b, h, scratch); });
+  };
+  is_double ? run(double()) : run(float());
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const Isa &isa : isas()) names.push_back(isa.name);
@@ -309,6 +357,9 @@ NB_MODULE(_native, m) {
   m.def("supported_isas", &bkcore::supported_isas);
   m.def("sweep", &bkcore::forward, Unlocked());
   m.def("sweep_codes", &bkcore::coded, Unlocked());
+  m.attr("attention_chunk") = bkcore::kAttentionChunk;
+  m.def("attention", &bkcore::attention, Unlocked());
+  m.def("attention_backward", &bkcore::attention_backward, Unlocked());
   m.def("step", &bkcore::step);  // shorter than letting go of the interpreter
   m.def("sweep_backward", &bkcore::backward, Unlocked());
 }

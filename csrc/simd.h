@@ -39,6 +39,7 @@ struct Simd<float> {
   static BKCORE_INLINE void store(float *p, V x, Index n) { _mm512_mask_storeu_ps(p, first(n), x); }
   static BKCORE_INLINE void stream(float *p, V x) { _mm512_stream_ps(p, x); }
   static BKCORE_INLINE V madd(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static BKCORE_INLINE float sum(V x) { return _mm512_reduce_add_ps(x); }
   // Into [low, high]; NaN becomes low.
   static BKCORE_INLINE V clamp(V x, V low, V high) {
     return _mm512_min_ps(_mm512_max_ps(x, low), high);
@@ -95,6 +96,7 @@ struct Simd<double> {
   }
   static BKCORE_INLINE void stream(double *p, V x) { _mm512_stream_pd(p, x); }
   static BKCORE_INLINE V madd(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
+  static BKCORE_INLINE double sum(V x) { return _mm512_reduce_add_pd(x); }
 };
 
 #else
@@ -122,6 +124,13 @@ struct SimdBase {
     for (Index k = 0; k < n; ++k) p[k] = all[k];
   }
   static BKCORE_INLINE void stream(T *p, V x) { store(p, x); }
+  static BKCORE_INLINE T sum(V x) {
+    T all[kWidth];
+    store(all, x);
+    for (Index half = kWidth / 2; half > 0; half /= 2)
+      for (Index k = 0; k < half; ++k) all[k] += all[k + half];
+    return all[0];
+  }
 };
 
 #if defined(__AVX2__)

@@ -49,6 +49,30 @@ struct CodedSweep {
   const float *in_levels, *out_bounds;
 };
 
+// Sites between two states that the forward pass of the attention keeps for its adjoint, which
+// recomputes those between: 32 states of 32 x 32 are 256 KiB in float32.
+constexpr std::int64_t kAttentionChunk = 32;
+
+// Resolvent attention; all tensors contiguous. v, hopping: (batch, sites, heads). energy, eta:
+// (heads). query, key: (batch, sites, heads, keys). value: (batch, sites, heads, values).
+// first_g, first_psi: the state before the first site, or null for zeros.
+template <class T>
+struct Attention {
+  std::int64_t batch, sites, heads, keys, values;
+  const T *v, *hopping, *energy, *eta, *query, *key, *value, *first_g, *first_psi;
+  T *g;            // (batch, sites, heads, 2)
+  T *out;          // (batch, sites, heads, 2, values)
+  T *psi;          // (batch, heads, 2, keys, values), after the last site
+  T *checkpoints;  // (batch, heads, chunks, 2, keys, values), before each chunk; null: not kept
+};
+
+template <class T>
+struct AttentionAdjoint {
+  const T *dg, *dout, *dpsi;
+  T *dv, *dhopping, *denergy, *deta, *dquery, *dkey, *dvalue, *dfirst_g, *dfirst_psi;
+  // denergy and deta: one partial sum a chain, (batch, heads).
+};
+
 // A piece of work: lanes of one batch element that are contiguous in memory, or some of all chains
 // (b, h), counted in that order, which are gathered.
 struct Unit {
@@ -81,6 +105,10 @@ struct Kernels {
                          BlockEnds *);
   void (*forward_blocks)(const Sweep<T> &, bool two_sided, const Chain *blocks, std::int64_t count,
                          const BlockEnds *, Scratch);
+  // One chain of a resolvent attention.
+  void (*attention)(const Attention<T> &, std::int64_t batch, std::int64_t head);
+  void (*attention_adjoint)(const Attention<T> &, const AttentionAdjoint<T> &, std::int64_t batch,
+                            std::int64_t head, Scratch);
 };
 
 struct KernelTable {

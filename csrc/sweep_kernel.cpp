@@ -11,6 +11,7 @@
 #include "causal.h"
 #include "codes.h"
 #include "gather.h"
+#include "propagate.h"
 #include "sweep.h"
 #include "two_sided.h"
 
@@ -126,8 +127,15 @@ void step(const Sweep<T> &s, Index batch, T *state) {
 }
 
 template <class T>
+void attend_back(const Attention<T> &a, const AttentionAdjoint<T> &d, Index batch, Index head,
+                 Scratch<T> scratch) {
+  attention_adjoint(a, d, batch, head, static_cast<T *>(scratch(attention_adjoint_bytes(a))));
+}
+
+template <class T>
 Kernels<T> kernels() {
-  return {step<T>, forward<T>, backward<T>, maps_of_blocks<T>, compose_blocks<T>, forward_blocks<T>};
+  return {step<T>,           forward<T>,        backward<T>,  maps_of_blocks<T>,
+          compose_blocks<T>, forward_blocks<T>, attention<T>, attend_back<T>};
 }
 
 }  // namespace

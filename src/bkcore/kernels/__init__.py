@@ -1,8 +1,9 @@
 """The O(N) sweep behind every public function, and the choice of what runs it."""
 
+from bkcore.kernels.attention import attention
 from bkcore.kernels.codes import sweep_codes
 from bkcore.kernels.ops import sweep
 from bkcore.kernels.selection import BackendInfo, backends, use_backend
 from bkcore.kernels.stream import step
 
-__all__ = ["BackendInfo", "backends", "step", "sweep", "sweep_codes", "use_backend"]
+__all__ = ["attention", "BackendInfo", "backends", "step", "sweep", "sweep_codes", "use_backend"]

@@ -12,6 +12,10 @@ Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
 """Gradients of (v, source, energy, eta, hopping); None stands for a source that was not given."""
 
 
+ATTENTION_CHUNK = 32
+"""Sites between two states that the attention keeps for its adjoint (kAttentionChunk in csrc)."""
+
+
 class SweepFunction(Protocol):
     """The forward sweep on checked tensors; see `bkcore.kernels.ops` for shapes and strides."""
 
@@ -77,6 +81,45 @@ class StepFunction(Protocol):
     ) -> None: ...
 
 
+class AttentionFunction(Protocol):
+    """Resolvent attention on checked, contiguous tensors; see `bkcore.kernels.attention`."""
+
+    def __call__(
+        self,
+        v: Tensor,
+        hopping: Tensor,
+        energy: Tensor,
+        eta: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        first_g: Tensor | None,
+        first_psi: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+
+class AttentionBackwardFunction(Protocol):
+    """The adjoint of the attention on checked, contiguous tensors."""
+
+    def __call__(
+        self,
+        dg: Tensor,
+        dout: Tensor,
+        dpsi: Tensor,
+        v: Tensor,
+        hopping: Tensor,
+        energy: Tensor,
+        eta: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        first_g: Tensor | None,
+        g: Tensor,
+        checkpoints: Tensor,
+    ) -> tuple[Tensor, ...]: ...
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of the sweep.
@@ -94,6 +137,8 @@ class Backend:
     sweep_backward: SweepBackwardFunction
     sweep_codes: SweepCodesFunction
     step: StepFunction
+    attention: AttentionFunction
+    attention_backward: AttentionBackwardFunction
 
 
 def sites_last(x: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bkcore.errors import BackendError
 from bkcore.kernels.backend import (
+    ATTENTION_CHUNK,
     Backend,
     Gradients,
     empty_like_sites,
@@ -239,6 +240,77 @@ def step(
     )
 
 
+def attention(
+    v: Tensor,
+    hopping: Tensor,
+    energy: Tensor,
+    eta: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first_g: Tensor | None,
+    first_psi: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, sites, heads, keys = query.shape
+    values = value.shape[3]
+    g = v.new_empty(batch, sites, heads, 2)
+    out = v.new_empty(batch, sites, heads, 2, values)
+    psi = v.new_empty(batch, heads, 2, keys, values)
+    chunks = -(-sites // ATTENTION_CHUNK) if keep else 0
+    checkpoints = v.new_empty(batch, heads, chunks, 2, keys, values)
+    inputs = (v, hopping, energy, eta, query, key, value, first_g, first_psi)
+    _native.attention(
+        isa(),
+        torch.get_num_threads(),
+        v.dtype == torch.float64,
+        (batch, sites, heads, keys, values),
+        _addresses(*inputs),
+        _addresses(g, out, psi, checkpoints if keep else None),
+    )
+    return g, out, psi, checkpoints
+
+
+def attention_backward(
+    dg: Tensor,
+    dout: Tensor,
+    dpsi: Tensor,
+    v: Tensor,
+    hopping: Tensor,
+    energy: Tensor,
+    eta: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first_g: Tensor | None,
+    g: Tensor,
+    checkpoints: Tensor,
+) -> tuple[Tensor, ...]:
+    batch, sites, heads, keys = query.shape
+    values = value.shape[3]
+    # One partial sum for each chain, so that the result does not depend on the threads.
+    denergy, deta = v.new_empty(batch, heads), v.new_empty(batch, heads)
+    dv, dhopping = torch.empty_like(v), torch.empty_like(v)
+    dquery, dkey, dvalue = (torch.empty_like(x) for x in (query, key, value))
+    dfirst_g, dfirst_psi = v.new_empty(batch, heads, 2), torch.empty_like(dpsi)
+    _native.attention_backward(
+        isa(),
+        torch.get_num_threads(),
+        v.dtype == torch.float64,
+        (batch, sites, heads, keys, values),
+        _addresses(v, hopping, energy, eta, query, key, value, first_g, None),
+        _addresses(g, None, None, checkpoints),
+        _addresses(dg, dout, dpsi),
+        _addresses(dv, dhopping, denergy, deta, dquery, dkey, dvalue, dfirst_g, dfirst_psi),
+    )
+    denergy, deta = ordered_sum(denergy), ordered_sum(deta)
+    return dv, dhopping, denergy, deta, dquery, dkey, dvalue, dfirst_g, dfirst_psi
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
 # What the extension takes for a tensor: (address, strides of batch, site, part and lane).
 
 
@@ -272,4 +344,6 @@ BACKEND = Backend(
     sweep_backward=sweep_backward,
     sweep_codes=sweep_codes,
     step=step,
+    attention=attention,
+    attention_backward=attention_backward,
 )

@@ -66,12 +66,12 @@ from bkcore.errors import BackendError, DTypeError, InputError, ShapeError
 from bkcore.kernels.backend import empty_like_sites, empty_parts, sites_last
 from bkcore.kernels.selection import current_choice, select, use_backend
 
-_library = torch.library.Library("bkcore", "FRAGMENT")
-_library.define(
+library = torch.library.Library("bkcore", "FRAGMENT")
+library.define(
     "sweep(Tensor v, Tensor? source, Tensor energy, Tensor eta, Tensor hopping, bool two_sided)"
     " -> Tensor"
 )
-_library.define(
+library.define(
     "sweep_backward(Tensor grad, Tensor parts, Tensor? v, Tensor? source, Tensor energy,"
     " Tensor eta, Tensor hopping, bool two_sided) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -257,9 +257,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dv, None if source is None else dsource, *parameters, None
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
+def no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
     raise BackendError(
-        "bkcore::sweep can be differentiated once only; a second derivative was asked for "
+        "the operators of bkcore can be differentiated once only; a second derivative was asked for "
         "(create_graph=True, a gradient penalty or a Hessian), and it is not implemented"
     )
 
@@ -298,13 +298,13 @@ def _vmap_backward(
     return tuple(_unfold(x, size) if x.numel() else x.expand(size, 0) for x in gradients), (0,) * 5
 
 
-_library.impl("sweep", _sweep, "CompositeExplicitAutograd")
-_library.impl("sweep_backward", _sweep_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("bkcore::sweep", _sweep_fake, lib=_library)
-torch.library.register_fake("bkcore::sweep_backward", _sweep_backward_fake, lib=_library)
+library.impl("sweep", _sweep, "CompositeExplicitAutograd")
+library.impl("sweep_backward", _sweep_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("bkcore::sweep", _sweep_fake, lib=library)
+torch.library.register_fake("bkcore::sweep_backward", _sweep_backward_fake, lib=library)
 torch.library.register_autograd(
-    "bkcore::sweep", _backward, setup_context=_setup_context, lib=_library
+    "bkcore::sweep", _backward, setup_context=_setup_context, lib=library
 )
-torch.library.register_autograd("bkcore::sweep_backward", _no_second_derivative, lib=_library)
-torch.library.register_vmap("bkcore::sweep", _vmap, lib=_library)
-torch.library.register_vmap("bkcore::sweep_backward", _vmap_backward, lib=_library)
+torch.library.register_autograd("bkcore::sweep_backward", no_second_derivative, lib=library)
+torch.library.register_vmap("bkcore::sweep", _vmap, lib=library)
+torch.library.register_vmap("bkcore::sweep_backward", _vmap_backward, lib=library)

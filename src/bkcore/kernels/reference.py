@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bkcore.kernels.backend import (
+    ATTENTION_CHUNK,
     Backend,
     Gradients,
     empty_like_sites,
@@ -235,6 +236,122 @@ def _fold(per_site: Tensor, rows: int) -> Tensor:
     return ordered_sum(per_site.flatten(0, 1)).unsqueeze(0)
 
 
+def attention(
+    v: Tensor,
+    hopping: Tensor,
+    energy: Tensor,
+    eta: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first_g: Tensor | None,
+    first_psi: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, sites, heads = v.shape
+    diagonal = torch.complex(v - energy, (-eta).expand_as(v))
+    g = _first(first_g, diagonal.new_zeros(batch, heads), -1)
+    psi = _first(
+        first_psi, diagonal.new_zeros(batch, heads, query.shape[3], value.shape[3]), 2
+    )
+    all_g, outs, kept = [], [], []
+    for i in range(sites):
+        if keep and i % ATTENTION_CHUNK == 0:
+            kept.append(psi)
+        g = 1 / (diagonal[:, i] - hopping[:, i] ** 2 * g)
+        psi = _attention_step(g, hopping[:, i], key[:, i], value[:, i], psi)
+        all_g.append(g)
+        outs.append((query[:, i, :, :, None] * psi).sum(2))
+    checkpoints = torch.stack(kept, 2) if keep else psi[:, :, None][:, :, :0]
+    return (
+        _split(torch.stack(all_g, 1), 3),
+        _split(torch.stack(outs, 1), 3),
+        _split(psi, 2),
+        _split(checkpoints, 3),
+    )
+
+
+def attention_backward(
+    dg: Tensor,
+    dout: Tensor,
+    dpsi: Tensor,
+    v: Tensor,
+    hopping: Tensor,
+    energy: Tensor,
+    eta: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first_g: Tensor | None,
+    g: Tensor,
+    checkpoints: Tensor,
+) -> tuple[Tensor, ...]:
+    c_g, c_out = _complex(dg, 3).conj(), _complex(dout, 3).conj()
+    m, carry = _complex(dpsi, 2).conj(), torch.zeros_like(c_g[:, 0])
+    all_g = _complex(g, 3)
+    first = _first(first_g, torch.zeros_like(carry), -1)
+    before_g = torch.cat((first[:, None], all_g[:, :-1]), 1)
+    psis = _attention_states(all_g, hopping, key, value, _complex(checkpoints, 3))
+    rows: list[tuple[Tensor, ...]] = []
+    for i in range(v.shape[1] - 1, -1, -1):
+        t, q, k, u = hopping[:, i], query[:, i], key[:, i], value[:, i]
+        m = m + q[..., None] * c_out[:, i, :, None, :]
+        moved = (m * psis[i]).sum((-2, -1))
+        moment = (m * u[..., None, :]).sum(-1)
+        column = (m * k[..., None]).sum(-2)
+        site = all_g[:, i]
+        p = (c_g[:, i] + (moment * k).sum(-1) + t * moved + carry) * site**2
+        dt = (site * moved + 2 * t * p * before_g[:, i]).real
+        dq = (psis[i + 1] * c_out[:, i, :, None, :]).sum(-1).real
+        scale = site[..., None]
+        rows.append((p, dt, dq, (scale * moment).real, (scale * column).real))
+        carry, m = t**2 * p, (t * site)[..., None, None] * m
+    p, dt, dq, dk, du = (torch.stack(row[::-1], 1) for row in zip(*rows, strict=True))
+    denergy, deta = p.real.sum(1), -p.imag.sum(1)
+    return (
+        -p.real,
+        dt,
+        ordered_sum(denergy),
+        ordered_sum(deta),
+        dq,
+        dk,
+        du,
+        torch.view_as_real(carry.conj().resolve_conj()),
+        _split(m.conj(), 2),
+    )
+
+
+def _attention_step(g: Tensor, t: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> Tensor:
+    source = key[..., :, None] * value[..., None, :]
+    return g[..., None, None] * (source + t[..., None, None] * psi)
+
+
+def _attention_states(
+    g: Tensor, hopping: Tensor, key: Tensor, value: Tensor, checkpoints: Tensor
+) -> list[Tensor]:
+    """psi before every site, and after the last."""
+    states = []
+    for i in range(g.shape[1]):
+        if i % ATTENTION_CHUNK == 0:
+            psi = checkpoints[:, :, i // ATTENTION_CHUNK]
+        states.append(psi)
+        psi = _attention_step(g[:, i], hopping[:, i], key[:, i], value[:, i], psi)
+    return [*states, psi]
+
+
+def _complex(parts: Tensor, dim: int) -> Tensor:
+    real, imag = parts.unbind(dim)
+    return torch.complex(real, imag)
+
+
+def _split(x: Tensor, dim: int) -> Tensor:
+    return torch.stack((x.real, x.imag), dim)
+
+
+def _first(parts: Tensor | None, zeros: Tensor, dim: int) -> Tensor:
+    return zeros if parts is None else _complex(parts, dim)
+
+
 BACKEND = Backend(
     name="reference",
     absent=lambda: None,
@@ -244,4 +361,6 @@ BACKEND = Backend(
     sweep_backward=sweep_backward,
     sweep_codes=sweep_codes,
     step=step,
+    attention=attention,
+    attention_backward=attention_backward,
 )

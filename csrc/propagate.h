@@ -1,0 +1,211 @@
+// Resolvent attention: a source with a matrix for every site, read by a query. Formulas, layout and
+// derivation: src/bkcore/kernels/attention.py.
+//
+// One unit of work is one chain (batch, head). Its state psi (2, keys, values), the real parts before
+// the imaginary ones, stays in the first-level cache; vectors go along the values.
+#pragma once
+
+#include "simd.h"
+#include "sweep.h"
+
+namespace bkcore {
+namespace {
+
+template <class T>
+struct Pair {
+  T re, im;
+};
+
+template <class T>
+BKCORE_INLINE Pair<T> product(Pair<T> a, Pair<T> b) {
+  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+}
+
+// The rows of one chain.
+template <class T>
+struct ChainRows {
+  const Attention<T> &a;
+  Index batch, head;
+  BKCORE_INLINE Index site(Index i) const { return (batch * a.sites + i) * a.heads + head; }
+  BKCORE_INLINE Index chain() const { return batch * a.heads + head; }
+  BKCORE_INLINE Index state() const { return 2 * a.keys * a.values; }
+  BKCORE_INLINE const T *query(Index i) const { return a.query + site(i) * a.keys; }
+  BKCORE_INLINE const T *key(Index i) const { return a.key + site(i) * a.keys; }
+  BKCORE_INLINE const T *value(Index i) const { return a.value + site(i) * a.values; }
+  BKCORE_INLINE Pair<T> g(Index i) const { return {a.g[2 * site(i)], a.g[2 * site(i) + 1]}; }
+  BKCORE_INLINE Pair<T> g_before(Index i) const {
+    if (i > 0) return g(i - 1);
+    if (!a.first_g) return {0, 0};
+    return {a.first_g[2 * chain()], a.first_g[2 * chain() + 1]};
+  }
+};
+
+// psi := g (key value^T + t psi), from one array to another or in place, and query^T psi into `out`
+// unless that is null.
+template <class T>
+BKCORE_INLINE void propagate_site(const ChainRows<T> &rows, Index i, const T *from, T *to, T *out) {
+  using S = Simd<T>;
+  const Index keys = rows.a.keys, values = rows.a.values, plane = keys * values;
+  const T *query = rows.query(i), *key = rows.key(i), *value = rows.value(i);
+  const Pair<T> g = rows.g(i);
+  const T t = rows.a.hopping[rows.site(i)];
+  const auto p_re = S::set(g.re * t), p_im = S::set(g.im * t);
+  for_vectors<T>(values, [&](Index u, auto place) {
+    const auto source = load<T>(value + u, place);
+    auto sum_re = S::set(0), sum_im = S::set(0);
+    for (Index k = 0; k < keys; ++k) {
+      const Index at = k * values + u;
+      const auto re = load<T>(from + at, place), im = load<T>(from + plane + at, place);
+      const auto moved_re = S::madd(p_re, re, -(p_im * im));
+      const auto moved_im = S::madd(p_re, im, p_im * re);
+      const auto new_re = S::madd(S::set(g.re * key[k]), source, moved_re);
+      const auto new_im = S::madd(S::set(g.im * key[k]), source, moved_im);
+      store<T>(to + at, new_re, place);
+      store<T>(to + plane + at, new_im, place);
+      sum_re = S::madd(S::set(query[k]), new_re, sum_re);
+      sum_im = S::madd(S::set(query[k]), new_im, sum_im);
+    }
+    if (out) {
+      store<T>(out + u, sum_re, place);
+      store<T>(out + values + u, sum_im, place);
+    }
+  });
+}
+
+template <class T>
+BKCORE_INLINE void copy_row(T *to, const T *from, Index count) {
+  if (from) {
+    std::memcpy(to, from, count * sizeof(T));
+  } else {
+    std::memset(to, 0, count * sizeof(T));
+  }
+}
+
+template <class T>
+void attention(const Attention<T> &a, Index batch, Index head) {
+  const ChainRows<T> rows{a, batch, head};
+  const Index chain = rows.chain(), size = rows.state();
+  const Index chunks = (a.sites + kAttentionChunk - 1) / kAttentionChunk;
+  T *psi = a.psi + chain * size;
+  copy_row(psi, a.first_psi ? a.first_psi + chain * size : nullptr, size);
+  Pair<T> g = rows.g_before(0);
+  for (Index i = 0; i < a.sites; ++i) {
+    const Index site = rows.site(i);
+    if (a.checkpoints && i % kAttentionChunk == 0)
+      copy_row(a.checkpoints + (chain * chunks + i / kAttentionChunk) * size, psi, size);
+    const T t = a.hopping[site], tt = t * t;
+    const T x = a.v[site] - a.energy[head] - tt * g.re, y = a.eta[head] + tt * g.im;
+    const T inverse = 1 / (x * x + y * y);
+    g = {x * inverse, y * inverse};
+    a.g[2 * site] = g.re;
+    a.g[2 * site + 1] = g.im;
+    propagate_site<T>(rows, i, psi, psi, a.out + site * 2 * a.values);
+  }
+}
+
+// The part of the adjoint of one site that goes over the matrix: from M' = t' g' M of the site above,
+// in `m`, to M = query c^T + M' and then t g M, again in `m`.
+template <class T>
+struct SiteSums {
+  Pair<T> before;  // <M, psi of the site before>
+  Pair<T> source;  // key^T M value
+};
+
+template <class T>
+BKCORE_INLINE SiteSums<T> adjoint_site(const ChainRows<T> &rows, const AttentionAdjoint<T> &d,
+                                       Index i, const T *before, const T *now, T *m, T *sums) {
+  using S = Simd<T>;
+  const Index keys = rows.a.keys, values = rows.a.values, plane = keys * values;
+  const Index site = rows.site(i);
+  const T *query = rows.query(i), *key = rows.key(i), *value = rows.value(i);
+  const T *grad = d.dout + site * 2 * values;
+  const Pair<T> g = rows.g(i);
+  const T t = rows.a.hopping[site];
+  const auto p_re = S::set(g.re * t), p_im = S::set(g.im * t), none = S::set(0);
+  auto before_re = none, before_im = none;
+  Pair<T> source = {0, 0};
+  std::memset(sums, 0, 2 * values * sizeof(T));
+  for (Index k = 0; k < keys; ++k) {
+    auto query_sum = none, key_re = none, key_im = none;
+    const auto q = S::set(query[k]), kk = S::set(key[k]);
+    for_vectors<T>(values, [&](Index u, auto place) {
+      const Index at = k * values + u;
+      const auto c_re = load<T>(grad + u, place), c_im = -load<T>(grad + values + u, place);
+      const auto m_re = S::madd(q, c_re, load<T>(m + at, place));
+      const auto m_im = S::madd(q, c_im, load<T>(m + plane + at, place));
+      const auto psi_re = load<T>(now + at, place), psi_im = load<T>(now + plane + at, place);
+      query_sum = S::madd(psi_re, c_re, S::madd(-psi_im, c_im, query_sum));
+      const auto b_re = load<T>(before + at, place), b_im = load<T>(before + plane + at, place);
+      before_re = S::madd(m_re, b_re, S::madd(-m_im, b_im, before_re));
+      before_im = S::madd(m_re, b_im, S::madd(m_im, b_re, before_im));
+      const auto w = load<T>(value + u, place);
+      key_re = S::madd(m_re, w, key_re);
+      key_im = S::madd(m_im, w, key_im);
+      store<T>(sums + u, S::madd(kk, m_re, load<T>(sums + u, place)), place);
+      store<T>(sums + values + u, S::madd(kk, m_im, load<T>(sums + values + u, place)), place);
+      store<T>(m + at, S::madd(p_re, m_re, -(p_im * m_im)), place);
+      store<T>(m + plane + at, S::madd(p_re, m_im, p_im * m_re), place);
+    });
+    d.dquery[site * keys + k] = S::sum(query_sum);
+    const Pair<T> moment = {S::sum(key_re), S::sum(key_im)};
+    d.dkey[site * keys + k] = g.re * moment.re - g.im * moment.im;
+    source.re += key[k] * moment.re;
+    source.im += key[k] * moment.im;
+  }
+  T *dvalue = d.dvalue + site * values;
+  for (Index u = 0; u < values; ++u) dvalue[u] = g.re * sums[u] - g.im * sums[values + u];
+  return {{S::sum(before_re), S::sum(before_im)}, source};
+}
+
+template <class T>
+Index attention_adjoint_bytes(const Attention<T> &a) {
+  const Index state = 2 * a.keys * a.values;
+  return ((kAttentionChunk + 2) * state + 2 * a.values) * static_cast<Index>(sizeof(T));
+}
+
+template <class T>
+void attention_adjoint(const Attention<T> &a, const AttentionAdjoint<T> &d, Index batch, Index head,
+                       T *memory) {
+  const ChainRows<T> rows{a, batch, head};
+  const Index chain = rows.chain(), size = rows.state(), plane = size / 2;
+  const Index chunks = (a.sites + kAttentionChunk - 1) / kAttentionChunk;
+  T *states = memory, *m = memory + (kAttentionChunk + 1) * size, *sums = m + size;
+  copy_row(m, d.dpsi + chain * size, size);
+  for (Index j = plane; j < size; ++j) m[j] = -m[j];  // a cotangent is dL/dRe - i dL/dIm
+  Pair<T> carry = {0, 0};
+  T denergy = 0, deta = 0;
+  for (Index chunk = chunks - 1; chunk >= 0; --chunk) {
+    const Index start = chunk * kAttentionChunk, end = least(a.sites, start + kAttentionChunk);
+    copy_row<T>(states, a.checkpoints + (chain * chunks + chunk) * size, size);
+    for (Index i = start; i < end; ++i) {
+      T *from = states + (i - start) * size;
+      propagate_site<T>(rows, i, from, from + size, nullptr);
+    }
+    for (Index i = end - 1; i >= start; --i) {
+      const Index site = rows.site(i);
+      const T *before = states + (i - start) * size;
+      const SiteSums<T> s = adjoint_site<T>(rows, d, i, before, before + size, m, sums);
+      const T t = a.hopping[site];
+      const Pair<T> g = rows.g(i), last = rows.g_before(i);
+      const Pair<T> lambda = {d.dg[2 * site] + s.source.re + t * s.before.re + carry.re,
+                              -d.dg[2 * site + 1] + s.source.im + t * s.before.im + carry.im};
+      const Pair<T> p = product(product(lambda, g), g);
+      d.dv[site] = -p.re;
+      denergy += p.re;
+      deta -= p.im;
+      d.dhopping[site] = g.re * s.before.re - g.im * s.before.im +
+                         2 * t * (p.re * last.re - p.im * last.im);
+      carry = {t * t * p.re, t * t * p.im};
+    }
+  }
+  d.denergy[chain] = denergy;
+  d.deta[chain] = deta;
+  d.dfirst_g[2 * chain] = carry.re;
+  d.dfirst_g[2 * chain + 1] = -carry.im;
+  T *dfirst_psi = d.dfirst_psi + chain * size;
+  for (Index j = 0; j < plane; ++j) dfirst_psi[j] = m[j];
+  for (Index j = plane; j < size; ++j) dfirst_psi[j] = -m[j];
+}
+
+}  // namespace
+}  // namespace bkcore
