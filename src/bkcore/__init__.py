@@ -6,7 +6,7 @@ names are looked up when they are first used.
 
 from typing import TYPE_CHECKING, Any
 
-from bkcore.core import BirmanSchwingerCore, causal_sweep, resolvent_diagonal
+from bkcore.core import BirmanSchwingerCore, causal_sweep, resolvent_attention, resolvent_diagonal
 from bkcore.errors import BKCoreError
 from bkcore.quantization import (
     ComplexQuantizer,
@@ -35,6 +35,7 @@ __all__ = [
     "ResNetBKForCausalLM",
     "causal_sweep",
     "create_quantized_birman_schwinger",
+    "resolvent_attention",
     "resolvent_diagonal",
 ]
 

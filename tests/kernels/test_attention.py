@@ -98,9 +98,7 @@ def test_it_is_the_dense_resolvent(backend, sites, dtype):
     bound = 400 * torch.finfo(dtype).eps
     torch.testing.assert_close(joined(g, 3).to(exact_g), exact_g, rtol=bound, atol=bound)
     scale = exact_out.abs().max().item()
-    torch.testing.assert_close(
-        joined(out, 3).to(exact_out), exact_out, rtol=0, atol=bound * scale
-    )
+    torch.testing.assert_close(joined(out, 3).to(exact_out), exact_out, rtol=0, atol=bound * scale)
     read = torch.einsum("bhk,bhcku->bhcu", p["query"][:, -1], psi)
     torch.testing.assert_close(read, out[:, -1], rtol=0, atol=bound * scale)
 

@@ -1,5 +1,6 @@
 """Resolvents of tridiagonal Hamiltonians as differentiable, linear-time functions and modules."""
 
+from bkcore.core.attention import resolvent_attention
 from bkcore.core.module import BirmanSchwingerCore
 from bkcore.core.operator import BirmanSchwingerOperator, resolvent_apply, spectral_shift
 from bkcore.core.resolvent import causal_sweep, causal_sweep_parts, resolvent_diagonal
@@ -10,6 +11,7 @@ __all__ = [
     "causal_sweep",
     "causal_sweep_parts",
     "resolvent_apply",
+    "resolvent_attention",
     "resolvent_diagonal",
     "spectral_shift",
 ]

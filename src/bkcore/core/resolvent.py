@@ -68,7 +68,7 @@ def resolvent_diagonal_parts(
     causal: bool = False,
 ) -> Tensor:
     """`resolvent_diagonal` as a real, contiguous tensor (..., N, 2) of [Re, Im]."""
-    _require_real_float("v", v)
+    require_real_float("v", v)
     if v.ndim < 1 or v.shape[-1] < 1:
         raise ShapeError(f"v must be (..., N) with N >= 1, got {tuple(v.shape)}")
     sites = v.shape[-1]
@@ -146,19 +146,19 @@ def causal_sweep_parts(
         InputError: eta <= 0.
         ShapeError: N = 0, or the shapes do not fit.
     """
-    _require_real_float("v", v)
+    require_real_float("v", v)
     if v.ndim != 3 or v.shape[1] < 1:
         raise ShapeError(f"v must be (B, N, H) with N >= 1, got {tuple(v.shape)}")
     dtype = _compute_dtype(v)
     if source is not None:
-        _require_real_float("source", source)
+        require_real_float("source", source)
         if source.shape != v.shape:
             raise ShapeError(
                 f"source must have the shape of v, {tuple(v.shape)}, got {tuple(source.shape)}"
             )
         dtype = torch.promote_types(dtype, _compute_dtype(source))
         source = source.to(dtype)
-    _require_positive("eta", eta)
+    require_positive("eta", eta)
     v = v.to(dtype)
     return sweep(
         v,
@@ -173,7 +173,7 @@ def _compute_dtype(v: Tensor) -> torch.dtype:
     return torch.float64 if v.dtype == torch.float64 else torch.float32
 
 
-def _require_real_float(name: str, value: Tensor) -> None:
+def require_real_float(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise DTypeError(
             f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor()"
@@ -189,11 +189,11 @@ def _split_z(z: complex | Tensor) -> tuple[float | Tensor, float | Tensor]:
     if isinstance(z, Tensor) and not z.is_complex():
         raise InputError(f"z must be complex with Im z > 0, got a real tensor ({z.dtype})")
     z = z if isinstance(z, Tensor) else complex(z)
-    _require_positive("Im z", z.imag)
+    require_positive("Im z", z.imag)
     return z.real, z.imag
 
 
-def _require_positive(name: str, value: float | Tensor) -> None:
+def require_positive(name: str, value: float | Tensor) -> None:
     if not isinstance(value, Tensor):
         smallest, good = value, value > 0
     elif _is_cheap_to_read(value):

@@ -6,4 +6,4 @@ from bkcore.kernels.ops import sweep
 from bkcore.kernels.selection import BackendInfo, backends, use_backend
 from bkcore.kernels.stream import step
 
-__all__ = ["attention", "BackendInfo", "backends", "step", "sweep", "sweep_codes", "use_backend"]
+__all__ = ["BackendInfo", "attention", "backends", "step", "sweep", "sweep_codes", "use_backend"]

@@ -150,15 +150,13 @@ def _plain(x: Tensor) -> Tensor:
 
 
 def _attention(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *tensors, keep = args
-    check_attention(*tensors)
-    laid_out = [None if x is None else _plain(x) for x in tensors]
-    return select(tensors[0]).attention(*laid_out, keep)
+    check_attention(*args[:-1])
+    laid_out: list[Any] = [_plain(x) if isinstance(x, Tensor) else x for x in args]
+    return select(laid_out[0]).attention(*laid_out)
 
 
 def _attention_backward(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    laid_out = [None if x is None else _plain(x) for x in tensors]
-    assert laid_out[0] is not None
+    laid_out: list[Any] = [None if x is None else _plain(x) for x in tensors]
     return select(laid_out[0]).attention_backward(*laid_out)
 
 
@@ -191,7 +189,7 @@ def _attention_backward_fake(*tensors: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, first_g, first_psi, keep = inputs
+    *tensors, first_g, first_psi, _ = inputs
     g, _, _, checkpoints = output
     ctx.mark_non_differentiable(checkpoints)
     ctx.save_for_backward(*tensors, first_g, g, checkpoints)

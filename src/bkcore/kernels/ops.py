@@ -259,8 +259,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
     raise BackendError(
-        "the operators of bkcore can be differentiated once only; a second derivative was asked for "
-        "(create_graph=True, a gradient penalty or a Hessian), and it is not implemented"
+        "the operators of bkcore can be differentiated once only; a second derivative was asked "
+        "for (create_graph=True, a gradient penalty or a Hessian), and it is not implemented"
     )
 
 

@@ -251,9 +251,7 @@ def attention(
     batch, sites, heads = v.shape
     diagonal = torch.complex(v - energy, (-eta).expand_as(v))
     g = _first(first_g, diagonal.new_zeros(batch, heads), -1)
-    psi = _first(
-        first_psi, diagonal.new_zeros(batch, heads, query.shape[3], value.shape[3]), 2
-    )
+    psi = _first(first_psi, diagonal.new_zeros(batch, heads, query.shape[3], value.shape[3]), 2)
     all_g, outs, kept = [], [], []
     for i in range(sites):
         if keep and i % ATTENTION_CHUNK == 0:
