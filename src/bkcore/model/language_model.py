@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
 
 from bkcore.errors import CheckpointError, DTypeError, InputError, LifecycleError, ShapeError
 from bkcore.model import checkpoint, quantized
 from bkcore.model.config import ResNetBKConfig
+from bkcore.model.loss import next_token_loss
 from bkcore.model.mixer import ResolventMixer
 from bkcore.model.moe import MixtureOfExperts
 from bkcore.quantization.config import QuantizationConfig
@@ -32,8 +34,12 @@ class TokenEmbedding(nn.Embedding):
         return F.linear(hidden, self.weight)
 
 
-class ResNetBKLayer(nn.Module):
-    """Mixer and experts, each behind a norm and around a residual."""
+class ResNetBKLayer(GradientCheckpointingLayer):
+    """Mixer and experts, each behind a norm and around a residual.
+
+    With activation checkpointing, training keeps the layer's input only and computes the rest
+    again in the backward pass.
+    """
 
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__()
@@ -59,7 +65,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
     config_class = ResNetBKConfig
     config: ResNetBKConfig
     base_model_prefix = ""
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # num_items_in_batch
     _no_split_modules = ["ResNetBKLayer"]  # noqa: RUF012
 
@@ -80,6 +86,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutput | tuple[Tensor, ...]:
         """Next-token logits of token ids.
@@ -93,15 +100,52 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
                 weighted load-balancing loss while training.
             num_items_in_batch: divide the summed loss by this instead of the number of labels;
                 given by `Trainer` when it accumulates gradients.
-            return_dict: False gives a tuple.
+            return_logits: False computes the loss a chunk of positions at a time and leaves
+                `logits` None, so that memory does not grow as N * vocab_size. If not given:
+                logits are left out while training with labels, and returned otherwise.
+            return_dict: False gives a tuple, without what is None.
 
         Returns:
-            `CausalLMOutput` with `logits` (B, N, vocab_size).
+            `CausalLMOutput` with `logits` (B, N, vocab_size), and `loss` if there are labels.
 
         Raises:
             ShapeError, DTypeError: if `input_ids` is not an integer tensor (B, N).
-            InputError: if a token follows padding.
+            InputError: if a token follows padding, or neither logits nor a loss are wanted.
         """
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+        if labels is None and not return_logits:
+            raise InputError("return_logits=False leaves nothing to return without labels")
+        hidden, balance = self._hidden(input_ids, attention_mask)
+        logits = self.embedding.logits(hidden) if return_logits else None
+        loss = None
+        if labels is not None:
+            loss = self._loss(hidden, logits, labels, num_items_in_batch)
+            if self.training:
+                loss = loss + self.config.load_balancing * balance / len(self.layers)
+        output = CausalLMOutput(loss=loss, logits=logits)
+        return output.to_tuple() if return_dict is False else output
+
+    def iter_logits(self, input_ids: Tensor, positions: int) -> Iterator[Tensor]:
+        """The logits of long sequences a piece at a time, in bounded memory.
+
+        Args:
+            input_ids: integers in [0, vocab_size), (B, N), any B, N >= 1.
+            positions: rows of a piece, at least 1.
+
+        Yields:
+            (at most `positions`, vocab_size): the logits of `forward`, to rounding, flattened to
+            (B * N, vocab_size).
+
+        Raises:
+            ShapeError, DTypeError: if `input_ids` is not an integer tensor (B, N).
+        """
+        hidden, _ = self._hidden(input_ids, None)
+        for piece in hidden.flatten(0, 1).split(positions):
+            yield self.embedding.logits(piece)
+
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the head takes, (B, N, D), and the load-balancing loss summed over layers."""
         _check_ids(input_ids)
         if attention_mask is not None:
             _check_padding(attention_mask, input_ids)
@@ -110,16 +154,26 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         for layer in self.layers:
             hidden, layer_balance = layer(hidden)
             balance = balance + layer_balance
-        logits = self.embedding.logits(self.final_norm(hidden))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
+        return self.final_norm(hidden), balance
+
+    def _loss(
+        self,
+        hidden: Tensor,
+        logits: Tensor | None,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        """Mean negative log likelihood, from the logits if they are there already."""
+        if logits is None and torch.compiler.is_compiling():
+            # A graph cannot hold gradients that are made in the forward pass.
+            logits = self.embedding.logits(hidden)
+        if logits is None:
+            return next_token_loss(
+                self.embedding, hidden, labels, self.config.vocab_size, num_items_in_batch
             )
-            if self.training:
-                loss = loss + self.config.load_balancing * balance / len(self.layers)
-        output = CausalLMOutput(loss=loss, logits=logits)
-        return output.to_tuple() if return_dict is False else output
+        return self.loss_function(
+            logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
+        )
 
     # ---- quantization ----------------------------------------------------------------------
 

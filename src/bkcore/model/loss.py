@@ -1,0 +1,99 @@
+"""Cross entropy of next tokens without the logits of all positions in memory at once.
+
+Positions are taken a chunk at a time. The gradient of a chunk is computed right behind its loss,
+while its logits are there, and only the gradients of the hidden states and of the head are kept:
+no product is computed twice, and memory is O(chunk * V) beside them. (The idea is that of the fused
+linear cross entropy in Hsu et al., "Liger Kernel", 2024; here the head may be any module.)
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+IGNORED = -100
+"""Label of a position that has none."""
+
+_CHUNK_ELEMENTS = 1 << 22
+_LEAST_ROWS = 256
+
+
+class Head(Protocol):
+    """What makes logits (T, V) of hidden states (T, D)."""
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+def next_token_loss(
+    head: Head,
+    hidden: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Mean negative log likelihood of the next tokens in nats.
+
+    Equal to rounding to the loss that transformers computes from all logits. It has first
+    derivatives only.
+
+    Args:
+        head: the module that makes logits; gradients reach its parameters.
+        hidden: (B, N, D), what the head takes.
+        labels: integers (B, N), shifted here: position i predicts label i + 1; `IGNORED` is
+            left out.
+        vocab_size: V, which says how many positions make a chunk.
+        num_items_in_batch: divide the sum by this instead of the number of labels.
+
+    Returns:
+        A scalar, float32 or float64; NaN if there is no label to divide by.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().to(hidden.device)
+    rows = max(_LEAST_ROWS, _CHUNK_ELEMENTS // vocab_size)
+    total = _summed_loss(head, hidden.flatten(0, 1), targets, rows)
+    count = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+def _summed_loss(head: Head, hidden: Tensor, targets: Tensor, rows: int) -> Tensor:
+    if not torch.is_grad_enabled():
+        pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
+        return torch.stack([_chunk_loss(head, *piece) for piece in pieces]).sum()
+    parameters = [p for p in cast(nn.Module, head).parameters() if p.requires_grad]
+    return _ChunkedLoss.apply(head, rows, targets, hidden, *parameters)
+
+
+def _chunk_loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    logits = head.logits(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The summed loss; its gradients are made in the forward pass, and only scaled behind."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: Head, rows: int, targets: Tensor, hidden: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        losses, slopes = [], []
+        of_parameters = [torch.zeros_like(parameter) for parameter in parameters]
+        for piece, wanted in zip(hidden.detach().split(rows), targets.split(rows), strict=True):
+            with torch.enable_grad():
+                piece.requires_grad_()
+                loss = _chunk_loss(head, piece, wanted)
+            slope, *others = torch.autograd.grad(loss, (piece, *parameters))
+            losses.append(loss.detach())
+            slopes.append(slope)
+            for total, other in zip(of_parameters, others, strict=True):
+                total += other
+        ctx.save_for_backward(torch.cat(slopes), *of_parameters)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *(grad.to(saved.dtype) * saved for saved in ctx.saved_tensors)
