@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bkcore.errors import InputError, ShapeError
+from bkcore.model import ResNetBKForCausalLM
 from bkcore.text import scored_windows
 
 LanguageModel = Callable[[Tensor], Any]
@@ -144,7 +145,8 @@ def score(
     """Score every token of a split exactly once, in windows that do not overlap.
 
     A module is scored in evaluation mode, on the device of its parameters, and put back into the
-    mode it was in. The windows are those of `bkcore.text.scored_windows`.
+    mode it was in. The windows are those of `bkcore.text.scored_windows`. The logits of a
+    `ResNetBKForCausalLM` are made and used a piece at a time, so windows may be long.
 
     Args:
         model: see `LanguageModel`.
@@ -174,8 +176,8 @@ def score(
     start = time.perf_counter()
     with _evaluating(model), torch.inference_mode():
         for inputs, targets in _batches(windows, batch_size):
-            logits = _finite_logits(model, inputs.to(device), first_window=done)
-            nll.append(_token_nll(logits, targets.to(device)).sum(dim=1).cpu())
+            pieces = _finite_logits(model, inputs.to(device), first_window=done)
+            nll.append(_token_nll(pieces, targets.to(device)).sum(dim=1).cpu())
             counts.extend([targets.shape[1]] * len(targets))
             done += len(targets)
             if on_batch is not None:
@@ -271,11 +273,11 @@ def kl_divergence(
             stack.enter_context(_evaluating(each))
         stack.enter_context(torch.inference_mode())
         for inputs in batches:
-            logits = [
+            pieces = [
                 _finite_logits(each, inputs.to(_device(each, inputs)), first_window=windows)
                 for each in (reference_model, model)
             ]
-            total += _summed_kl(*logits)
+            total += _summed_kl(*pieces)
             positions += inputs.numel()
             windows += len(inputs)
     if positions == 0:
@@ -317,7 +319,11 @@ def _batches(
         yield tail_inputs[None], tail_targets[None]
 
 
-def _finite_logits(model: LanguageModel, inputs: Tensor, first_window: int) -> Tensor:
+def _logits(model: LanguageModel, inputs: Tensor) -> Iterator[Tensor]:
+    """Give the logits of token ids (B, N), flattened to (B * N, V), in pieces of some rows."""
+    if isinstance(model, ResNetBKForCausalLM):
+        yield from model.iter_logits(inputs, _rows(model.config.vocab_size))
+        return
     output = model(inputs)
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     if logits.ndim != 3 or logits.shape[:2] != inputs.shape:
@@ -325,14 +331,22 @@ def _finite_logits(model: LanguageModel, inputs: Tensor, first_window: int) -> T
             f"The model gave logits of shape {tuple(logits.shape)} for token ids of shape "
             f"{tuple(inputs.shape)}; it must give (B, N, V)."
         )
-    if not torch.stack(torch.aminmax(logits)).isfinite().all():
-        row, position, entry = (~logits.isfinite()).nonzero()[0].tolist()
-        raise InputError(
-            f"The model gave the logit {float(logits[row, position, entry])} in window "
-            f"{first_window + row} at position {position} for token {entry}; "
-            "logits must be finite."
-        )
-    return logits
+    yield from logits.flatten(0, 1).split(_rows(logits.shape[-1]))
+
+
+def _finite_logits(model: LanguageModel, inputs: Tensor, first_window: int) -> Iterator[Tensor]:
+    done = 0
+    for logits in _logits(model, inputs):
+        if not torch.stack(torch.aminmax(logits)).isfinite().all():
+            row, entry = (~logits.isfinite()).nonzero()[0].tolist()
+            window, position = divmod(done + row, inputs.shape[1])
+            raise InputError(
+                f"The model gave the logit {float(logits[row, entry])} in window "
+                f"{first_window + window} at position {position} for token {entry}; "
+                "logits must be finite."
+            )
+        done += len(logits)
+        yield logits
 
 
 def _check_vocabulary(ids: Tensor, vocabulary: int) -> None:
@@ -344,35 +358,33 @@ def _check_vocabulary(ids: Tensor, vocabulary: int) -> None:
         )
 
 
-def _token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Give the negative log likelihood of targets (B, N) in float64, a few rows at a time."""
-    _check_vocabulary(targets, logits.shape[-1])
-    pieces = _rows(logits)
-    targets_of_pieces = targets.flatten().split([len(piece) for piece in pieces])
-    nll = [
-        F.cross_entropy(piece.float(), target, reduction="none").double()
-        for piece, target in zip(pieces, targets_of_pieces, strict=True)
-    ]
+def _token_nll(pieces: Iterable[Tensor], targets: Tensor) -> Tensor:
+    """Give the negative log likelihood of targets (B, N) in float64, a piece at a time."""
+    nll: list[Tensor] = []
+    rest = targets.flatten()
+    for logits in pieces:
+        target, rest = rest[: len(logits)], rest[len(logits) :]
+        _check_vocabulary(target, logits.shape[-1])
+        nll.append(F.cross_entropy(logits.float(), target, reduction="none").double())
     return torch.cat(nll).view(targets.shape)
 
 
-def _summed_kl(reference: Tensor, logits: Tensor) -> float:
-    if reference.shape != logits.shape:
-        raise ShapeError(
-            f"The models gave logits of shapes {tuple(reference.shape)} and "
-            f"{tuple(logits.shape)}, which must be equal."
-        )
+def _summed_kl(reference: Iterable[Tensor], other: Iterable[Tensor]) -> float:
     total = 0.0
-    for p, q in zip(_rows(reference), _rows(logits.to(reference.device)), strict=True):
-        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    for p, q in zip(reference, other, strict=True):
+        if p.shape != q.shape:
+            raise ShapeError(
+                f"The models gave logits of shapes {tuple(p.shape)} and "
+                f"{tuple(q.shape)} for the same tokens, which must be equal."
+            )
+        log_p, log_q = p.double().log_softmax(-1), q.to(p.device).double().log_softmax(-1)
         total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
     return total
 
 
-def _rows(values: Tensor) -> tuple[Tensor, ...]:
-    """Split (B, N, V) into pieces of (rows, V) that stay small in memory."""
-    rows = max(1, _CHUNK_ELEMENTS // values.shape[-1])
-    return values.flatten(0, 1).split(rows)
+def _rows(vocabulary: int) -> int:
+    """Positions whose logits (rows, V) stay small in memory."""
+    return max(1, _CHUNK_ELEMENTS // vocabulary)
 
 
 def _mean_per_token(sums: Tensor, tokens: Tensor) -> tuple[float, float]:
