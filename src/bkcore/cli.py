@@ -79,13 +79,15 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of a checkpoint on the validation split."""
     from bkcore.report import files
-    from bkcore.report.evaluate import run_evaluation
+    from bkcore.report.evaluate import load_table, run_evaluation
 
     console = Console()
     if json_file is not None:
         files.prepare_file(json_file)
     result = run_evaluation(checkpoint, data, reference, console)
     console.print_json(data=result)
+    if result["expert_load"]:
+        console.print(load_table(result["expert_load"]))
     if json_file is not None:
         files.write_json(result, json_file)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bkcore.model import ResNetBKConfig
-from bkcore.model.moe import MixtureOfExperts
+from bkcore.model import ResNetBKConfig, ResNetBKForCausalLM
+from bkcore.model.moe import Expert, MixtureOfExperts, counting_load
 
 
 def mixture(**options) -> MixtureOfExperts:
@@ -118,3 +118,83 @@ def test_a_float_row_does_not_depend_on_how_many_there_are(rows):
     expert = mixture(d_model=64, expert_size=96).experts[0]
     x = torch.randn(300, 64)
     assert torch.equal(expert(x[:rows]), expert(x)[:rows])
+
+
+# ---- load ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "form", [(None, "float"), ("qat_int4", "training"), ("ptq_int8", "quantized")]
+)
+@torch.no_grad()
+def test_the_load_counts_the_tokens_that_each_expert_serves(build, tokens, form):
+    model = build(*form)
+    served: dict[Expert, int] = {}
+
+    def serve(expert: Expert, inputs: tuple[torch.Tensor]) -> None:
+        served[expert] = served.get(expert, 0) + len(inputs[0])
+
+    for expert in (module for module in model.modules() if isinstance(module, Expert)):
+        expert.register_forward_pre_hook(serve)
+    batches = [tokens(3, 50), tokens(1, 7)]
+    with counting_load(model) as load:
+        for batch in batches:
+            model(batch)
+    counts = [[served.get(e, 0) for e in layer.experts.experts] for layer in model.layers]
+    assert [layer.tolist() for layer in load] == counts
+    assert all(sum(layer) == (150 + 7) * 2 for layer in counts)
+    model(batches[0])
+    assert [layer.tolist() for layer in load] == counts, "counted after the block"
+
+
+# ---- one expert: a plain perceptron --------------------------------------------------------
+
+
+def test_one_expert_has_no_router(build, tokens):
+    sparse = build(num_experts=4, experts_per_token=2, expert_size=40)
+    twin = build(num_experts=1, experts_per_token=1, expert_size=80)
+    layer = twin.layers[0].experts
+    assert [name for name, _ in layer.named_parameters()] == [
+        "experts.0.up.weight",
+        "experts.0.down.weight",
+    ]
+    active = sum(p.numel() for e in sparse.layers[0].experts.experts[:2] for p in e.parameters())
+    assert sum(p.numel() for p in layer.parameters()) == active
+    x = torch.randn(2, 7, 24)
+    up, down = layer.experts[0].up.weight, layer.experts[0].down.weight
+    out, balance = layer(x)
+    assert torch.equal(out, F.linear(F.silu(F.linear(x, up)), down))
+    assert balance == 0
+    ids = tokens(2, 9)
+    assert torch.equal(
+        twin.train()(ids, labels=ids).loss, twin.eval()(ids, labels=ids, return_logits=False).loss
+    )
+    with counting_load(twin) as load:
+        twin(ids)
+    assert load == []
+
+
+@torch.no_grad()
+def test_one_expert_is_causal_and_quantized_in_every_mode(build, tokens, executed_form):
+    model, ids = build(*executed_form, num_experts=1, experts_per_token=1), tokens(2, 60)
+    is_float = executed_form[0] is None
+    assert isinstance(model.layers[0].experts.experts[0].up, torch.nn.Linear) is is_float
+    logits = model(ids).logits
+    for position in (1, 30, 59):
+        changed = ids.clone()
+        changed[0, position] = (changed[0, position] + 1) % 61
+        other = model(changed).logits
+        assert torch.equal(other[0, :position], logits[0, :position])
+        assert torch.equal(other[1], logits[1])
+        assert not torch.equal(other[0, position], logits[0, position])
+
+
+def test_one_expert_is_saved_and_trained(build, tokens, tmp_path):
+    model = build("ptq_int4", "quantized", num_experts=1, experts_per_token=1)
+    ids = tokens(2, 20)
+    model.save_pretrained(tmp_path)
+    again = ResNetBKForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    trained = build("qat_int4", "training", num_experts=1, experts_per_token=1).train()
+    trained(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in trained.layers[0].experts.parameters())

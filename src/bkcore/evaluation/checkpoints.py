@@ -22,6 +22,7 @@ from bkcore.evaluation.perplexity import Protocol, Scores, score
 from bkcore.memory import keep_freed_memory
 from bkcore.model import ResNetBKForCausalLM
 from bkcore.model.checkpoint import model_bytes
+from bkcore.model.moe import counting_load
 from bkcore.text import count_words, encode, tokenizer_hash
 
 _SPEED_BATCHES = 9
@@ -57,6 +58,8 @@ class Evaluation:
         tokens_per_second: of forward passes over full batches, median.
         speedup: how many times faster than the reference, the median of paired batches; 1 if the
             checkpoint is the reference.
+        expert_load: tokens of the split that each expert served, a list for each layer that
+            routes.
     """
 
     scores: Scores
@@ -64,6 +67,7 @@ class Evaluation:
     bytes: int
     tokens_per_second: float
     speedup: float
+    expert_load: list[list[int]]
 
 
 def evaluate_checkpoint(
@@ -94,14 +98,15 @@ def evaluate_checkpoint(
         done += scored
         on_progress(done / len(tokens))
 
-    scores = score(
-        model,
-        tokens,
-        window=setting.window,
-        batch_size=setting.batch_size,
-        bos_id=tokenizer.bos_token_id,
-        on_batch=on_batch,
-    )
+    with counting_load(model) as load:
+        scores = score(
+            model,
+            tokens,
+            window=setting.window,
+            batch_size=setting.batch_size,
+            bos_id=tokenizer.bos_token_id,
+            on_batch=on_batch,
+        )
     rival = model if reference is None else load_checkpoint(reference)[0]
     rate, speedup = _time_in_alternation(rival, model, _full_batches(tokens, setting))
     protocol = Protocol(
@@ -112,7 +117,8 @@ def evaluate_checkpoint(
         count_words(setting.text),
         setting.batch_size,
     )
-    return Evaluation(scores, protocol, model_bytes(folder), rate, speedup)
+    expert_load = [layer.tolist() for layer in load]
+    return Evaluation(scores, protocol, model_bytes(folder), rate, speedup, expert_load)
 
 
 def load_checkpoint(folder: Path) -> tuple[ResNetBKForCausalLM, PreTrainedTokenizerFast]:

@@ -17,7 +17,8 @@ class ResNetBKConfig(PreTrainedConfig):
         d_model: width D of the residual stream; also the number of core channels H.
         n_layers: layers, each a mixer (the core) and a mixture of experts.
         n_seq: length of the training windows. The model takes any length.
-        num_experts, experts_per_token: experts E of a layer and how many serve a token.
+        num_experts, experts_per_token: experts E of a layer and how many serve a token; 1 and 1
+            is a plain perceptron without a router.
         expert_size: hidden units of one expert.
         conv_width: taps of the causal depthwise convolution.
         eta_min: smallest imaginary part of the energy that a channel can learn.

@@ -6,6 +6,10 @@ with the top-k weights normalized to sum to one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,10 +35,11 @@ class Expert(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (M, D) -> (M, D)."""
         if self.training or isinstance(self.up, QuantizedLinear):
-            return self._perceptron(x)
+            return self.perceptron(x)
         return torch.cat([self._padded(block) for block in x.split(_BLOCK)])
 
-    def _perceptron(self, x: Tensor) -> Tensor:
+    def perceptron(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D), in one product whatever the number of rows."""
         return self.down(F.silu(self.up(x)))
 
     def _padded(self, block: Tensor) -> Tensor:
@@ -42,25 +47,42 @@ class Expert(nn.Module):
         # a row differently when the number of rows changes. Blocks of one size keep causality
         # bit for bit. (Integer products are exact, so quantized experts need none of this.)
         rows = block.shape[0]
-        return self._perceptron(F.pad(block, (0, 0, 0, _BLOCK - rows)))[:rows]
+        return self.perceptron(F.pad(block, (0, 0, 0, _BLOCK - rows)))[:rows]
 
 
 class MixtureOfExperts(nn.Module):
-    """Route each token to `experts_per_token` of `num_experts` experts."""
+    """Route each token to `experts_per_token` of `num_experts` experts.
+
+    A single expert has nothing to route: it is a plain perceptron, without a router.
+
+    Attributes:
+        load: None, or int64 (E,), where `counting_load` counts the tokens that each expert serves.
+    """
 
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__()
         self.experts_per_token = config.experts_per_token
-        self.router = nn.Linear(config.d_model, config.num_experts, bias=False)
         self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_experts))
+        self.router: nn.Linear | None = None
+        if config.num_experts > 1:
+            self.router = nn.Linear(config.d_model, config.num_experts, bias=False)
+        self.load: Tensor | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, N, D) -> (B, N, D), and the load-balancing loss, 1 when the load is even."""
+        """x (B, N, D) -> (B, N, D), and the load-balancing loss.
+
+        That loss is 1 when the load is even, and `num_experts` when one expert serves all; it is 0
+        where there is no router.
+        """
+        if self.router is None:
+            return cast(Expert, self.experts[0]).perceptron(x), x.new_zeros(())
         tokens = x.reshape(-1, x.shape[-1])
         probabilities = self.router(tokens).float().softmax(-1)
         weights, chosen = probabilities.topk(self.experts_per_token)
         weights = weights / weights.sum(-1, keepdim=True)
         load = (chosen[..., None] == torch.arange(len(self.experts), device=x.device)).sum((0, 1))
+        if self.load is not None:
+            self.load += load
         served = self._serve(tokens, chosen, load)
         out = (served * weights[..., None].to(served.dtype)).sum(1)
         share = load / chosen.numel()
@@ -84,3 +106,26 @@ class MixtureOfExperts(nn.Module):
         # every expert serves every token, num_experts / experts_per_token times the work.
         outputs = torch.stack([expert(tokens) for expert in self.experts], 1)
         return outputs.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+@contextmanager
+def counting_load(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Count the tokens that every expert serves inside a with block, exactly.
+
+    Yields:
+        int64 (E,) of each mixture of experts that has a router, first layer first. They grow with
+        every forward pass, one that activation checkpointing computes again included.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, MixtureOfExperts) and module.router is not None
+    ]
+    for layer in layers:
+        device = next(layer.parameters()).device
+        layer.load = torch.zeros(len(layer.experts), dtype=torch.int64, device=device)
+    try:
+        yield [layer.load for layer in layers if layer.load is not None]
+    finally:
+        for layer in layers:
+            layer.load = None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from bkcore.evaluation.checkpoints import Setting, evaluate_in_new_process
@@ -28,7 +31,8 @@ def run_evaluation(
         console: where progress is drawn.
 
     Returns:
-        The row of the checkpoint as in the demo's report, and the `protocol`.
+        The row of the checkpoint as in the demo's report, `expert_load` (see `load_summary`), and
+        the `protocol`.
     """
     transformers_logging.disable_progress_bar()
     corpus = load_corpus(data)
@@ -47,5 +51,44 @@ def run_evaluation(
     return {
         **row(checkpoint.name, found, base or found),
         "standard_error_nats": standard_error(found.scores),
+        "expert_load": [load_summary(layer) for layer in found.expert_load],
         "protocol": {**found.protocol.as_dict(), "corpus": corpus.name},
     }
+
+
+def load_summary(tokens: list[int]) -> dict[str, Any]:
+    """How evenly the experts of a layer were used.
+
+    Args:
+        tokens: served by each expert, at least one in all.
+
+    Returns:
+        `tokens`; `min_share` and `max_share` of all of them, which an even load makes 1 / E; and
+        `entropy` of the shares over its largest value log E, in [0, 1]: 1 is even.
+    """
+    shares = torch.tensor(tokens, dtype=torch.float64) / sum(tokens)
+    entropy = -torch.xlogy(shares, shares).sum() / math.log(len(tokens))
+    return {
+        "tokens": tokens,
+        "min_share": shares.min().item(),
+        "max_share": shares.max().item(),
+        "entropy": entropy.item(),
+    }
+
+
+def load_table(expert_load: list[dict[str, Any]]) -> Table:
+    """The load of the experts, a row for each layer; shares are times an even share."""
+    table = Table(title="load of the experts, 1 is even", box=box.SIMPLE_HEAD, show_edge=False)
+    for heading in ("layer", "experts", "tokens served", "least", "most", "entropy"):
+        table.add_column(heading, justify="right")
+    for index, layer in enumerate(expert_load):
+        experts = len(layer["tokens"])
+        table.add_row(
+            str(index),
+            str(experts),
+            f"{sum(layer['tokens']):,}",
+            f"{layer['min_share'] * experts:.2f}",
+            f"{layer['max_share'] * experts:.2f}",
+            f"{layer['entropy']:.3f}",
+        )
+    return table
