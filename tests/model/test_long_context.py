@@ -126,11 +126,11 @@ def test_the_model_trains_on_the_same_loss_without_logits(build, tokens, form, c
     labels[1, 4:9] = IGNORED
     given = {"input_ids": ids, "labels": labels, "num_items_in_batch": count}
     whole = model(**given, return_logits=True)
-    chunked = model(**given)
+    chunked = model(**given, return_logits=False)
     assert whole.logits.shape == (3, 17, 61)
     assert chunked.logits is None
     torch.testing.assert_close(chunked.loss, whole.loss)
-    own, true = gradients(model, **given), gradients(model, **given, return_logits=True)
+    own, true = (gradients(model, **given, return_logits=wanted) for wanted in (False, True))
     assert own.keys() == true.keys()
     for name, wanted in true.items():
         # Sums in another order. Terms up to a thousand times their sum cancel behind the core.
@@ -147,7 +147,11 @@ def test_when_logits_are_returned(build, tokens):
     torch.testing.assert_close(quiet.loss, model(ids, labels=ids).loss)
     assert len(model(ids, labels=ids, return_logits=False, return_dict=False)) == 1
     model.train()
+    assert model(ids, labels=ids).logits is not None
+    model.config.chunked_loss = True
+    assert model(ids, labels=ids).logits is None
     assert model(ids).logits is not None
+    assert model.eval()(ids, labels=ids).logits is not None
     with pytest.raises(InputError, match="nothing to return without labels"):
         model(ids, return_logits=False)
 

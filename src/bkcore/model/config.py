@@ -23,6 +23,7 @@ class ResNetBKConfig(PreTrainedConfig):
         conv_width: taps of the causal depthwise convolution.
         eta_min: smallest imaginary part of the energy that a channel can learn.
         load_balancing: weight of the auxiliary loss that spreads tokens over experts.
+        chunked_loss: train without the logits of all positions in memory; see `forward`.
         quantization: None, or the fields of a `QuantizationConfig` and its `state`.
     """
 
@@ -39,6 +40,7 @@ class ResNetBKConfig(PreTrainedConfig):
     conv_width: int = 4
     eta_min: float = 1e-3
     load_balancing: float = 0.01
+    chunked_loss: bool = False
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
     quantization: dict[str, Any] | None = None

@@ -101,8 +101,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             num_items_in_batch: divide the summed loss by this instead of the number of labels;
                 given by `Trainer` when it accumulates gradients.
             return_logits: False computes the loss a chunk of positions at a time and leaves
-                `logits` None, so that memory does not grow as N * vocab_size. If not given:
-                logits are left out while training with labels, and returned otherwise.
+                `logits` None, so that memory does not grow as N * vocab_size. If not given, they
+                are left out while training with labels if `config.chunked_loss` says so.
             return_dict: False gives a tuple, without what is None.
 
         Returns:
@@ -113,7 +113,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             InputError: if a token follows padding, or neither logits nor a loss are wanted.
         """
         if return_logits is None:
-            return_logits = labels is None or not self.training
+            return_logits = labels is None or not (self.training and self.config.chunked_loss)
         if labels is None and not return_logits:
             raise InputError("return_logits=False leaves nothing to return without labels")
         hidden, balance = self._hidden(input_ids, attention_mask)

@@ -62,10 +62,10 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__()
         self.experts_per_token = config.experts_per_token
-        self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_experts))
         self.router: nn.Linear | None = None
         if config.num_experts > 1:
             self.router = nn.Linear(config.d_model, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_experts))
         self.load: Tensor | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
