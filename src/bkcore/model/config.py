@@ -8,6 +8,8 @@ from transformers import PreTrainedConfig
 
 from bkcore.errors import InputError
 
+MIXERS = ("sweep", "attention", "convolution")
+
 
 class ResNetBKConfig(PreTrainedConfig):
     """Sizes of a `ResNetBKForCausalLM` and, if it has one, the state of its quantization.
@@ -20,6 +22,9 @@ class ResNetBKConfig(PreTrainedConfig):
         num_experts, experts_per_token: experts E of a layer and how many serve a token; 1 and 1
             is a plain perceptron without a router.
         expert_size: hidden units of one expert.
+        mixer: "sweep" (`ResolventMixer`); "attention" (`AttentionMixer`, float only so far), or
+            "convolution", which is that without its attention.
+        num_heads, key_size: heads H of the attention and the size K of their keys; H divides D.
         conv_width: taps of the causal depthwise convolution.
         eta_min: smallest imaginary part of the energy that a channel can learn.
         load_balancing: weight of the auxiliary loss that spreads tokens over experts.
@@ -37,6 +42,9 @@ class ResNetBKConfig(PreTrainedConfig):
     num_experts: int = 8
     experts_per_token: int = 2
     expert_size: int = 256
+    mixer: str = "sweep"
+    num_heads: int = 4
+    key_size: int = 32
     conv_width: int = 4
     eta_min: float = 1e-3
     load_balancing: float = 0.01
@@ -50,13 +58,19 @@ class ResNetBKConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         sizes = ("vocab_size", "d_model", "n_layers", "n_seq", "num_experts", "expert_size")
-        for name in (*sizes, "experts_per_token", "conv_width"):
+        for name in (*sizes, "experts_per_token", "num_heads", "key_size", "conv_width"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} must be a positive integer, not {value!r}")
         if self.experts_per_token > self.num_experts:
             raise InputError(
                 f"experts_per_token={self.experts_per_token} exceeds num_experts={self.num_experts}"
+            )
+        if self.mixer not in MIXERS:
+            raise InputError(f"mixer must be one of {', '.join(MIXERS)}, not {self.mixer!r}")
+        if self.mixer == "attention" and self.d_model % self.num_heads:
+            raise InputError(
+                f"num_heads={self.num_heads} must divide d_model={self.d_model} in the attention"
             )
         if not self.eta_min > 0:
             raise InputError(f"eta_min must be positive, not {self.eta_min!r}")

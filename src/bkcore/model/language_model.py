@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from bkcore.errors import CheckpointError, DTypeError, InputError, LifecycleError, ShapeError
 from bkcore.model import checkpoint, quantized
+from bkcore.model.attention_mixer import AttentionMixer
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.loss import next_token_loss
 from bkcore.model.mixer import ResolventMixer
@@ -44,7 +45,8 @@ class ResNetBKLayer(GradientCheckpointingLayer):
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.mixer = ResolventMixer(config)
+        kind = ResolventMixer if config.mixer == "sweep" else AttentionMixer
+        self.mixer = kind(config)
         self.experts_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.experts = MixtureOfExperts(config)
 
@@ -182,9 +184,14 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
 
         Raises:
             InputError: for an unknown mode.
-            LifecycleError: if the model is past the float state.
+            LifecycleError: if the model is past the float state, or its mixer cannot be quantized.
         """
         self._require("configure_quantization", {QuantizationState.FLOAT})
+        if self.config.mixer != "sweep":
+            raise LifecycleError(
+                f'a model with mixer="{self.config.mixer}" cannot be quantized yet: its inputs and '
+                'outputs have no quantizers; train one with mixer="sweep"'
+            )
         config = QuantizationConfig(config) if isinstance(config, str) else config
         self._quant_config = config
         self._set_state(QuantizationState.FLOAT)
@@ -384,6 +391,10 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             module.reset_channels()
             init.normal_(module.conv.weight, std=self.config.conv_width**-0.5)
             init.zeros_(module.out_proj.get_parameter("weight"))
+        elif isinstance(module, AttentionMixer):
+            init.normal_(module.conv.weight, std=self.config.conv_width**-0.5)
+            init.zeros_(module.out_proj.weight)
+            module.reset()
 
 
 def _quantized_keys(state_dict: Mapping[str, Any]) -> set[str]:
