@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"model", "text"},
     "training": {"model", "text"},
     "report": {"evaluation", "training", "model", "text", "quantization"},
-    "bench": {"report", "quantization", "core", "kernels"},
+    "bench": {"report", "evaluation", "model", "quantization", "core", "kernels"},
     "cli": {"report", "bench"},
 }
 

@@ -20,7 +20,7 @@ app = typer.Typer(
     help="A quantized Birman-Schwinger core: small, linear-time language models in 8 or 4 bits.",
 )
 
-bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
 app.add_typer(bench, name="bench")
 
 DataOption = Annotated[
@@ -28,6 +28,8 @@ DataOption = Annotated[
     typer.Option(help="Folder with train.txt and valid.txt; default: an embedded corpus."),
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")]
+MarkdownOption = Annotated[Path | None, typer.Option(help="Write a Markdown table here, too.")]
+PlotOption = Annotated[Path | None, typer.Option(help="Draw a picture: .png or .svg.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -109,8 +111,8 @@ def generate(
 @bench.command("kernels")
 def bench_kernels(
     json_file: JsonOption = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write a Markdown table here, too.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw a picture: .png or .svg.")] = None,
+    markdown: MarkdownOption = None,
+    plot: PlotOption = None,
     only: Annotated[str, typer.Option(help="Only cases whose names begin so.")] = "",
 ) -> None:
     """Time the kernels against copies, limits and other ways to the same result."""
@@ -133,6 +135,34 @@ def bench_kernels(
         markdown.write_text(markdown_table(results))
     if plot is not None:
         draw(results, plot)
+
+
+@bench.command("memory")
+def bench_memory(
+    json_file: JsonOption = None,
+    markdown: MarkdownOption = None,
+    plot: PlotOption = None,
+    longest: Annotated[int, typer.Option(help="Most tokens of a sequence.")] = 65_536,
+) -> None:
+    """Measure the peak memory and the time of long sequences, in training and evaluation."""
+    from bkcore.bench.memory import markdown_table, report, run_memory, table
+    from bkcore.bench.plot import draw_memory, require_matplotlib
+    from bkcore.report import files
+
+    console = Console()
+    if plot is not None:
+        require_matplotlib(plot)
+    for path in (json_file, markdown, plot):
+        if path is not None:
+            files.prepare_file(path)
+    points = run_memory(console, longest)
+    console.print(table(points))
+    if json_file is not None:
+        files.write_json(report(points), json_file)
+    if markdown is not None:
+        markdown.write_text(markdown_table(points))
+    if plot is not None:
+        draw_memory(points, plot)
 
 
 def main() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bkcore.bench.memory import Point
 from bkcore.bench.result import Result
 from bkcore.errors import InputError
 
@@ -35,6 +36,37 @@ def draw(results: Sequence[Result], path: Path) -> None:
     _draw_series(above, [result for result in results if result.name == "comparison"])
     _draw_targets(below, worst)
     figure.savefig(path, dpi=150)
+
+
+def draw_memory(points: Sequence[Point], path: Path) -> None:
+    """Peak memory and time against N, each beside a line that is linear in N."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_growth(left, points, lambda point: point.peak_bytes / 1e6, "peak memory, MB")
+    _draw_growth(right, points, lambda point: point.seconds, "seconds")
+    figure.savefig(path, dpi=150)
+
+
+def _draw_growth(
+    axes: Any, points: Sequence[Point], value: Callable[[Point], float], label: str
+) -> None:
+    lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for point in points:
+        lines[point.kind].append((point.length, value(point)))
+    for kind, line in lines.items():
+        axes.loglog(*zip(*line, strict=True), "o-", label=kind, base=2)
+    last = max((line[-1] for line in lines.values()), key=lambda end: end[1])
+    shortest = min(point.length for point in points)
+    ends = [shortest, last[0]]
+    linear = [2 * last[1] * end / last[0] for end in ends]
+    axes.loglog(ends, linear, "--", color="gray", label="linear in N", base=2)
+    lengths = sorted({point.length for point in points})
+    axes.set_xticks(lengths, labels=[f"{length // 1024}k" for length in lengths])
+    axes.set_yscale("log", base=10)
+    axes.set(xlabel="tokens N", ylabel=label)
+    axes.legend()
 
 
 def _draw_series(axes: Any, results: Sequence[Result]) -> None:
