@@ -98,6 +98,25 @@ def test_training_adds_the_balancing_loss(build, tokens):
     torch.testing.assert_close(loss, plain + 0.01 * sum(balances) / 2)
 
 
+def test_parts_of_a_batch_add_up(build, tokens):
+    """As the trainer accumulates: each part is given the number of labels of all."""
+    model = build().train()
+    ids = tokens(4, 12)
+    labels = ids.clone()
+    labels[0, :7] = -100
+    balances = []
+    for layer in model.layers:
+        layer.experts.register_forward_hook(lambda _, __, output: balances.append(output[1]))
+    count = torch.tensor(4 * 11 - 6)
+    parts = [
+        model(ids[rows], labels=labels[rows], num_items_in_batch=count).loss
+        for rows in (slice(0, 1), slice(1, 4))
+    ]
+    balance = (sum(balances[:2]) * 5 + sum(balances[2:]) * 33) / 38 / 2
+    plain = model.eval()(ids, labels=labels).loss
+    torch.testing.assert_close(sum(parts), plain + model.config.load_balancing * balance)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -118,6 +121,40 @@ def test_a_float_row_does_not_depend_on_how_many_there_are(rows):
     expert = mixture(d_model=64, expert_size=96).experts[0]
     x = torch.randn(300, 64)
     assert torch.equal(expert(x[:rows]), expert(x)[:rows])
+
+
+def test_data_parallel_processes_share_their_load(tmp_path):
+    """The mean of the losses and gradients of two processes is that of one with the whole batch."""
+    code = """
+import sys, torch, torch.distributed as dist
+from bkcore.model import ResNetBKConfig
+from bkcore.model.moe import MixtureOfExperts
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+torch.manual_seed(0)
+layer = MixtureOfExperts(ResNetBKConfig(d_model=12, num_experts=5, expert_size=20)).train()
+x = torch.randn(2, 30, 12)
+_, balance = layer(x[rank][None])
+balance.backward()
+torch.save([balance.detach(), layer.router.weight.grad], f"{folder}/{rank}")
+"""
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path)])
+        for rank in range(2)
+    ]
+    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    found = [torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2)]
+    torch.manual_seed(0)
+    layer = mixture(expert_size=20).train()
+    x = torch.randn(2, 30, 12)
+    _, balance = layer(x)
+    balance.backward()
+    torch.testing.assert_close((found[0][0] + found[1][0]) / 2, balance.detach())
+    grad = (found[0][1] + found[1][1]) / 2
+    torch.testing.assert_close(grad, layer.router.weight.grad, rtol=1e-4, atol=1e-6)
+    _, alone = layer(x[:1])
+    assert abs(found[0][0] - alone) > 1e-3, "its own load alone would have done"
 
 
 # ---- load ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from bkcore.errors import CheckpointError, DTypeError, InputError, LifecycleErro
 from bkcore.model import checkpoint, quantized
 from bkcore.model.attention_mixer import AttentionMixer
 from bkcore.model.config import ResNetBKConfig
-from bkcore.model.loss import next_token_loss
+from bkcore.model.loss import IGNORED, next_token_loss
 from bkcore.model.mixer import ResolventMixer
 from bkcore.model.moe import MixtureOfExperts
 from bkcore.quantization.config import QuantizationConfig
@@ -101,7 +101,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
                 labels the output's `loss` is the mean negative log likelihood in nats, plus the
                 weighted load-balancing loss while training.
             num_items_in_batch: divide the summed loss by this instead of the number of labels;
-                given by `Trainer` when it accumulates gradients.
+                given by `Trainer` when it accumulates gradients. The load-balancing loss then
+                weighs as much as the labels that are here, so that the parts of a batch add up.
             return_logits: False computes the loss a chunk of positions at a time and leaves
                 `logits` None, so that memory does not grow as N * vocab_size. If not given, they
                 are left out while training with labels if `config.chunked_loss` says so.
@@ -124,7 +125,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         if labels is not None:
             loss = self._loss(hidden, logits, labels, num_items_in_batch)
             if self.training:
-                loss = loss + self.config.load_balancing * balance / len(self.layers)
+                weight = self.config.load_balancing / len(self.layers)
+                loss = loss + weight * balance * _part(labels, num_items_in_batch)
         output = CausalLMOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 
@@ -401,6 +403,16 @@ def _quantized_keys(state_dict: Mapping[str, Any]) -> set[str]:
     """The keys that a float model does not have."""
     names = ("packed", "stored_scales", "log_scales", "zero_points")
     return {key for key in state_dict if key.rpartition(".")[2] in names}
+
+
+def _part(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """The part of a whole batch's labels that are here."""
+    if num_items_in_batch is None:
+        return 1.0
+    here = (labels[:, 1:] != IGNORED).sum()
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(here.device)
+    return here / num_items_in_batch
 
 
 def _check_padding(attention_mask: Tensor, input_ids: Tensor) -> None:

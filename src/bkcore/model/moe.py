@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,7 +73,8 @@ class MixtureOfExperts(nn.Module):
         """x (B, N, D) -> (B, N, D), and the load-balancing loss.
 
         That loss is 1 when the load is even, and `num_experts` when one expert serves all; it is 0
-        where there is no router.
+        where there is no router. In data-parallel training the load is that of all processes, and
+        the mean of their losses that of one process with the whole batch.
         """
         if self.router is None:
             return cast(Expert, self.experts[0]).perceptron(x), x.new_zeros(())
@@ -85,7 +87,9 @@ class MixtureOfExperts(nn.Module):
             self.load += load
         served = self._serve(tokens, chosen, load)
         out = (served * weights[..., None].to(served.dtype)).sum(1)
-        share = load / chosen.numel()
+        if self.training:
+            load = _of_all_processes(load)
+        share = load / load.sum()
         balance = len(self.experts) * (share * probabilities.mean(0)).sum()
         return out.view_as(x), balance
 
@@ -106,6 +110,14 @@ class MixtureOfExperts(nn.Module):
         # every expert serves every token, num_experts / experts_per_token times the work.
         outputs = torch.stack([expert(tokens) for expert in self.experts], 1)
         return outputs.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def _of_all_processes(load: Tensor) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized()):
+        return load
+    total = load.clone()
+    dist.all_reduce(total)
+    return total
 
 
 @contextmanager
