@@ -1,5 +1,6 @@
 """Training of language models."""
 
-from bkcore.training.trainer import Schedule, train
+from bkcore.training.schedule import Schedule
+from bkcore.training.trainer import best_checkpoint, train
 
-__all__ = ["Schedule", "train"]
+__all__ = ["Schedule", "best_checkpoint", "train"]

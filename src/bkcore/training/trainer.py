@@ -1,15 +1,26 @@
-"""Training with transformers' `Trainer`."""
+"""Training with transformers' `Trainer`, so that a killed run continues to the very same weights.
+
+What is added to the Trainer: an order of the windows that can begin at any step (`WindowOrder`),
+resume checkpoints that are known to be whole (`checkpoints`), evaluation by a function, weight
+decay of matrices only, and a limit of time.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
+from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -17,37 +28,203 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from bkcore.errors import CheckpointError, InputError
+from bkcore.training import checkpoints
+from bkcore.training.order import WindowOrder
+from bkcore.training.schedule import Schedule
+
+Evaluation = Callable[[PreTrainedModel], Mapping[str, float]]
+"""Scores a model; among the numbers that it gives is `loss`, which is the better the lower."""
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast to train.
+def train(
+    model: PreTrainedModel,
+    dataset: Dataset[Any],
+    schedule: Schedule,
+    *,
+    seed: int = 0,
+    output: Path | None = None,
+    resume: bool = True,
+    evaluation: Evaluation | None = None,
+    on_step: Callable[[int], None] | None = None,
+    on_log: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train a model on windows of tokens, in place, on the CPU.
 
-    Attributes:
-        steps: optimizer steps.
-        batch_size: windows a step.
-        learning_rate: peak rate, after a linear warm-up, before a cosine decay to zero.
-        warmup_fraction: part of the steps that warms up.
-        weight_decay: AdamW decay of matrices; vectors and learned scales have none.
+    Under `torchrun` every process trains on its share of each batch, with gradients averaged; the
+    batch of a step is the same for any number of processes.
+
+    Args:
+        model: a transformers model whose forward takes `input_ids` and `labels`.
+        dataset: items with `input_ids` and `labels`, all of one length, and a `len`; shuffled,
+            repeated for as long as needed.
+        schedule: length and speed.
+        seed: order of the windows, and what is random in the model; not negative. The global
+            generators are seeded with it.
+        output: folder for resume checkpoints, `checkpoint-STEP`. The last one stays, and with
+            `evaluation` the best. If the folder holds a whole one, training continues there, and
+            on one process reaches the same weights bit for bit as if it had never stopped.
+        resume: False deletes the checkpoints in `output` and starts afresh.
+        evaluation: called every `schedule.evaluate_every` steps and at the end, in every process;
+            `model` has the best weights in the end, not the last ones. Needs `output`.
+        on_step: called with the number of steps done.
+        on_log: called with every new entry of the log.
+
+    Returns:
+        The log: dictionaries with `step`, `loss` (mean since the last entry, nats per token, load
+        balancing included), `grad_norm` and `learning_rate`; with `evaluation` others with
+        `step` and its numbers as `eval_loss` and so on. A continued run's log holds all of it.
+
+    Raises:
+        InputError: if the arguments exclude each other, or the batch does not divide among the
+            processes.
+        DataError: if there are fewer windows than a batch.
+        CheckpointError: if `output` holds checkpoints of a training with other settings.
     """
+    _check_arguments(schedule, output, evaluation)
+    processes = PartialState(cpu=True)
+    _check_divides(schedule, processes.num_processes)
+    order = WindowOrder(
+        len(dataset),  # type: ignore[arg-type]
+        schedule.batch_size,
+        schedule.steps,
+        seed,
+        parts=schedule.gradient_accumulation,
+        process=processes.process_index,
+        processes=processes.num_processes,
+    )
+    run = {
+        **schedule.fixed(),
+        "seed": seed,
+        "windows": order.windows,
+        "processes": order.processes,
+    }
+    start = None if output is None else _start(output, resume, run, processes)
+    if start is not None and _is_over(start, schedule):
+        state = _state(start)
+    else:
+        order.start = 0 if start is None else checkpoints.step_of(start)
+        clock = _Clock(0.0 if start is None else checkpoints.minutes_of(start))
+        with tempfile.TemporaryDirectory() as unused:
+            trainer = _Trainer(
+                model=model,
+                args=_arguments(schedule, seed, output, unused, evaluation),
+                train_dataset=dataset,
+                # The Trainer wants a data set before it evaluates; ours has a function.
+                eval_dataset=None if evaluation is None else dataset,
+                callbacks=_callbacks(schedule, clock, on_step, on_log),
+            )
+            trainer.take(order, run, clock, evaluation)
+            trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        state = trainer.state
+    if output is not None and (evaluation is not None or start is not None):
+        _load_weights(model, best_checkpoint(output))
+    return _curve(state.log_history)
 
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup_fraction: float = 0.05
-    weight_decay: float = 0.1
+
+def best_checkpoint(output: Path) -> Path:
+    """The checkpoint of a training folder that evaluated best, or the last if none was evaluated.
+
+    Raises:
+        CheckpointError: if there is no whole checkpoint.
+    """
+    last = checkpoints.newest(output)
+    if last is None:
+        raise CheckpointError(f"{output} holds no checkpoint of a training")
+    best = _state(last).best_global_step
+    return last if best is None else output / f"checkpoint-{best}"
 
 
-class _MatrixDecayTrainer(Trainer):
-    """Decay matrices only: energies, hoppings, norms and step sizes have natural scales."""
+class _Trainer(Trainer):
+    def take(
+        self,
+        order: WindowOrder,
+        run: dict[str, Any],
+        clock: _Clock,
+        evaluation: Evaluation | None,
+    ) -> None:
+        self._order, self._run, self._clock, self._evaluation = order, run, clock, evaluation
+        self.pop_callback(PrinterCallback)
+        # All parts of a batch are of one size, so the mean of their means is the mean of all.
+        # With num_items_in_batch the model's load-balancing loss would be added once a part.
+        self.model_accepts_loss_kwargs = False
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Decay matrices only: energies, hoppings, norms and step sizes have natural scales."""
         return [
             name
             for name, parameter in model.named_parameters()
             if parameter.dim() >= 2 and not name.endswith("log_scales")
         ]
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """All steps as one epoch: `WindowOrder` repeats the windows and begins where told."""
+        return DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_size=self.args.per_device_train_batch_size,
+            sampler=self._order,
+            collate_fn=self.data_collator,
+            # Its own, so that making an iterator draws nothing from the generator of the dropout.
+            generator=torch.Generator(),
+        )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        assert self._evaluation is not None
+        assert isinstance(self.model, PreTrainedModel)
+        found = self._evaluation(self.model)
+        metrics = {f"eval_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        best = self.state.best_metric
+        if best is None or metrics["eval_loss"] < best:
+            self.control.should_save = True
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes its random state
+        if not self.args.should_save:
+            return
+        output = Path(str(self.args.output_dir))
+        checkpoint = output / f"checkpoint-{self.state.global_step}"
+        (checkpoint / TRAINING_ARGS_NAME).unlink()  # a pickle that nothing reads
+        checkpoints.mark_complete(checkpoint, self._run, self._clock.minutes)
+        best = self.state.best_global_step
+        checkpoints.remove_all_but(output, {self.state.global_step, best or 0})
+
+
+class _Clock:
+    """Minutes of training, those before an interruption included."""
+
+    def __init__(self, before: float) -> None:
+        self._before = before
+        self._start = time.monotonic()
+
+    @property
+    def minutes(self) -> float:
+        return self._before + (time.monotonic() - self._start) / 60
+
+
+class _TimeLimit(TrainerCallback):
+    def __init__(self, clock: _Clock, max_minutes: float) -> None:
+        self.clock = clock
+        self.max_minutes = max_minutes
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Processes that stopped at different steps would wait for each other for ever.
+        over = torch.tensor([self.clock.minutes >= self.max_minutes])
+        if bool(broadcast(over)):
+            control.should_training_stop = control.should_save = True
+            control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
 
 
 class _OnStep(TrainerCallback):
@@ -60,53 +237,131 @@ class _OnStep(TrainerCallback):
         self.on_step(state.global_step)
 
 
-def train(
-    model: PreTrainedModel,
-    dataset: Dataset[Any],
+class _OnLog(TrainerCallback):
+    def __init__(self, on_entry: Callable[[dict[str, float]], None]) -> None:
+        self.on_entry = on_entry
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for entry in _curve(state.log_history[-1:]):
+            self.on_entry(entry)
+
+
+def _callbacks(
     schedule: Schedule,
-    *,
-    seed: int = 0,
-    on_step: Callable[[int], None] | None = None,
-) -> list[dict[str, float]]:
-    """Train a model on windows of tokens, in place, on the CPU.
+    clock: _Clock,
+    on_step: Callable[[int], None] | None,
+    on_log: Callable[[dict[str, float]], None] | None,
+) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = []
+    if schedule.patience is not None:
+        callbacks.append(EarlyStoppingCallback(schedule.patience))
+    if schedule.max_minutes is not None:
+        callbacks.append(_TimeLimit(clock, schedule.max_minutes))
+    if on_step is not None:
+        callbacks.append(_OnStep(on_step))
+    if on_log is not None:
+        callbacks.append(_OnLog(on_log))
+    return callbacks
 
-    Args:
-        model: a transformers model whose forward takes `input_ids` and `labels`.
-        dataset: items with `input_ids` and `labels`; shuffled, repeated for as long as needed.
-        schedule: length and speed.
-        seed: order of the windows.
-        on_step: called with the number of steps done.
 
-    Returns:
-        The trainer's log: dictionaries with `step`, `loss` (mean since the last entry, nats per
-        token, load balancing included) and `learning_rate`; about twenty entries.
-    """
-    with tempfile.TemporaryDirectory() as unused_output:
-        arguments = TrainingArguments(
-            output_dir=unused_output,
-            use_cpu=True,
-            max_steps=schedule.steps,
-            per_device_train_batch_size=schedule.batch_size,
-            learning_rate=schedule.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=round(schedule.warmup_fraction * schedule.steps),
-            weight_decay=schedule.weight_decay,
-            adam_beta2=0.98,
-            max_grad_norm=1.0,
-            optim="adamw_torch_fused",
-            seed=seed,
-            data_seed=seed,
-            dataloader_drop_last=True,
-            logging_steps=max(1, schedule.steps // 20),
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            log_level="error",
+def _arguments(
+    schedule: Schedule, seed: int, output: Path | None, unused: str, evaluation: Evaluation | None
+) -> TrainingArguments:
+    parts = schedule.gradient_accumulation * PartialState(cpu=True).num_processes
+    stable_decay = schedule.scheduler == "warmup_stable_decay"
+    decay_steps = round(schedule.decay_fraction * schedule.steps)
+    return TrainingArguments(
+        output_dir=unused if output is None else str(output),
+        use_cpu=True,
+        max_steps=schedule.steps,
+        per_device_train_batch_size=schedule.batch_size // parts,
+        gradient_accumulation_steps=schedule.gradient_accumulation,
+        learning_rate=schedule.learning_rate,
+        lr_scheduler_type=schedule.scheduler,
+        lr_scheduler_kwargs={"num_decay_steps": decay_steps} if stable_decay else None,
+        warmup_steps=schedule.warmup_steps,
+        weight_decay=schedule.weight_decay,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        seed=seed,
+        ignore_data_skip=True,  # WindowOrder begins at the right step by itself
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=schedule.interval("log_every"),
+        save_strategy="no" if output is None else "steps",
+        save_steps=schedule.interval("save_every"),
+        eval_strategy="no" if evaluation is None else "steps",
+        eval_steps=schedule.interval("evaluate_every"),
+        metric_for_best_model=None if evaluation is None else "eval_loss",
+        greater_is_better=False,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+    )
+
+
+def _check_arguments(
+    schedule: Schedule, output: Path | None, evaluation: Evaluation | None
+) -> None:
+    if evaluation is not None and output is None:
+        raise InputError("evaluation keeps the best checkpoint: name an output folder for it")
+    if evaluation is None and schedule.patience is not None:
+        raise InputError("patience counts evaluations: give an evaluation, or no patience")
+
+
+def _check_divides(schedule: Schedule, processes: int) -> None:
+    if schedule.batch_size % (schedule.gradient_accumulation * processes):
+        raise InputError(
+            f"batch_size {schedule.batch_size} does not divide among {processes} processes and "
+            f"{schedule.gradient_accumulation} parts; change one of them"
         )
-        callbacks: list[TrainerCallback] = [_OnStep(on_step)] if on_step else []
-        trainer = _MatrixDecayTrainer(
-            model=model, args=arguments, train_dataset=dataset, callbacks=callbacks
-        )
-        trainer.pop_callback(PrinterCallback)
-        trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _start(output: Path, resume: bool, run: dict[str, Any], processes: PartialState) -> Path | None:
+    """The checkpoint to continue from; what must not be there is deleted."""
+    start = checkpoints.newest(output) if resume else None
+    if start is not None:
+        checkpoints.check_same_run(start, run)
+    processes.wait_for_everyone()  # before anything is deleted, all have looked
+    if processes.is_main_process:
+        if resume:
+            checkpoints.remove_incomplete(output)
+        else:
+            checkpoints.remove_all_but(output, set())
+    processes.wait_for_everyone()
+    return start
+
+
+def _state(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
+def _is_over(checkpoint: Path, schedule: Schedule) -> bool:
+    """Whether a training ended there, not merely stopped."""
+    out_of_time = (
+        schedule.max_minutes is not None
+        and checkpoints.minutes_of(checkpoint) >= schedule.max_minutes
+    )
+    states: Any = _state(checkpoint).stateful_callbacks  # the annotation is of a run's beginning
+    out_of_patience = (
+        "EarlyStoppingCallback" in states
+        and states["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"]
+        >= schedule.patience
+    )
+    return checkpoints.step_of(checkpoint) >= schedule.steps or out_of_time or out_of_patience
+
+
+def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    # Not strict: of weights that are tied, a file holds one.
+    model.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME), strict=False)
+
+
+def _curve(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The entries of the Trainer's log that make a curve, without its notion of an epoch."""
+    return [
+        {name: value for name, value in entry.items() if name != "epoch"}
+        for entry in log_history
+        if "loss" in entry or "eval_loss" in entry
+    ]
