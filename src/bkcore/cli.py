@@ -24,8 +24,12 @@ bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this
 app.add_typer(bench, name="bench")
 
 DataOption = Annotated[
-    Path | None,
-    typer.Option(help="Folder with train.txt and valid.txt; default: an embedded corpus."),
+    str | None,
+    typer.Option(
+        metavar="FOLDER|NAME",
+        help="Folder of text, or a Hugging Face data set as OWNER/NAME:CONFIG; "
+        "default: an embedded corpus.",
+    ),
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")]
 MarkdownOption = Annotated[Path | None, typer.Option(help="Write a Markdown table here, too.")]
@@ -68,6 +72,25 @@ def demo(
     if json_file is not None:
         files.write_json(result, json_file)
     console.print(f"Checkpoints: {output}", highlight=False)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="Recipe in YAML, such as configs/wikitext2.yaml.")],
+    data: DataOption = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for all results; default: runs/NAME OF THE RECIPE.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Continue what is there, or delete its checkpoints.")
+    ] = True,
+) -> None:
+    """Train a language model by a recipe; a killed training resumes by the same command."""
+    from bkcore.report.recipe import read_recipe
+    from bkcore.report.train import run_training
+
+    folder = output or Path("runs") / config.stem
+    run_training(read_recipe(config), data, folder, resume, Console())
 
 
 @app.command()

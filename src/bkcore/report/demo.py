@@ -71,7 +71,7 @@ class DemoSettings:
 
 
 def run_demo(
-    data: Path | None,
+    data: str | Path | None,
     output: Path,
     console: Console,
     settings: DemoSettings | None = None,
@@ -79,7 +79,7 @@ def run_demo(
     """Train, calibrate, quantize, save, load in a new process and judge, in every mode.
 
     Args:
-        data: folder with train.txt and valid.txt; None takes the embedded corpus.
+        data: as in `bkcore.text.load_corpus`; None takes the embedded corpus.
         output: folder for the checkpoints, one folder each: float32 and the modes.
         console: where progress is drawn.
         settings: sizes and lengths.

@@ -20,13 +20,13 @@ from bkcore.text import load_corpus
 
 
 def run_evaluation(
-    checkpoint: Path, data: Path | None, reference: Path | None, console: Console
+    checkpoint: Path, data: str | Path | None, reference: Path | None, console: Console
 ) -> dict[str, Any]:
     """Judge a checkpoint on the validation split, against itself or a reference.
 
     Args:
         checkpoint: folder with a model and its tokenizer.
-        data: folder with train.txt and valid.txt; None takes the embedded corpus.
+        data: as in `bkcore.text.load_corpus`; None takes the embedded corpus.
         reference: checkpoint whose perplexity and speed are compared with.
         console: where progress is drawn.
 

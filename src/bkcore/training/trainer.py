@@ -7,6 +7,8 @@ decay of matrices only, and a limit of time.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -51,6 +53,7 @@ def train(
     output: Path | None = None,
     resume: bool = True,
     evaluation: Evaluation | None = None,
+    shard: bool = False,
     on_step: Callable[[int], None] | None = None,
     on_log: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
@@ -70,8 +73,12 @@ def train(
             `evaluation` the best. If the folder holds a whole one, training continues there, and
             on one process reaches the same weights bit for bit as if it had never stopped.
         resume: False deletes the checkpoints in `output` and starts afresh.
-        evaluation: called every `schedule.evaluate_every` steps and at the end, in every process;
-            `model` has the best weights in the end, not the last ones. Needs `output`.
+        evaluation: called every `schedule.evaluate_every` steps and at the end, by the first
+            process only, unless `shard`. `model` has the best weights in the end, not the last
+            ones. Needs `output`.
+        shard: share parameters, gradients and optimizer among the processes (FSDP2) instead of
+            copying them. Needs `output`, where the weights are whole: those of `model` stay
+            shared out and are the last ones.
         on_step: called with the number of steps done.
         on_log: called with every new entry of the log.
 
@@ -84,10 +91,11 @@ def train(
         InputError: if the arguments exclude each other, or the batch does not divide among the
             processes.
         DataError: if there are fewer windows than a batch.
-        CheckpointError: if `output` holds checkpoints of a training with other settings.
+        CheckpointError: if `output` holds checkpoints of a training with other settings, of
+            another model or on other windows.
     """
-    _check_arguments(schedule, output, evaluation)
     processes = PartialState(cpu=True)
+    _check_arguments(schedule, output, evaluation, shard, processes.num_processes)
     _check_divides(schedule, processes.num_processes)
     order = WindowOrder(
         len(dataset),  # type: ignore[arg-type]
@@ -98,12 +106,7 @@ def train(
         process=processes.process_index,
         processes=processes.num_processes,
     )
-    run = {
-        **schedule.fixed(),
-        "seed": seed,
-        "windows": order.windows,
-        "processes": order.processes,
-    }
+    run = _description(model, dataset, order, schedule)
     start = None if output is None else _start(output, resume, run, processes)
     if start is not None and _is_over(start, schedule):
         state = _state(start)
@@ -113,7 +116,7 @@ def train(
         with tempfile.TemporaryDirectory() as unused:
             trainer = _Trainer(
                 model=model,
-                args=_arguments(schedule, seed, output, unused, evaluation),
+                args=_arguments(schedule, seed, output, unused, evaluation, shard),
                 train_dataset=dataset,
                 # The Trainer wants a data set before it evaluates; ours has a function.
                 eval_dataset=None if evaluation is None else dataset,
@@ -122,7 +125,7 @@ def train(
             trainer.take(order, run, clock, evaluation)
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
         state = trainer.state
-    if output is not None and (evaluation is not None or start is not None):
+    if output is not None and not shard:
         _load_weights(model, best_checkpoint(output))
     return _curve(state.log_history)
 
@@ -176,8 +179,13 @@ class _Trainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         assert self._evaluation is not None
         assert isinstance(self.model, PreTrainedModel)
-        found = self._evaluation(self.model)
-        metrics = {f"eval_{name}": value for name, value in found.items()}
+        metrics = None
+        if self.is_fsdp_enabled or self.is_world_process_zero():
+            found = self._evaluation(self.model)
+            metrics = {f"eval_{name}": float(value) for name, value in found.items()}
+        # One result for all: processes that judged the best differently would part ways.
+        metrics = broadcast_object_list([metrics])[0]
+        assert metrics is not None
         self.log(metrics)
         best = self.state.best_metric
         if best is None or metrics["eval_loss"] < best:
@@ -221,8 +229,8 @@ class _TimeLimit(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # Processes that stopped at different steps would wait for each other for ever.
-        over = torch.tensor([self.clock.minutes >= self.max_minutes])
-        if bool(broadcast(over)):
+        over = torch.tensor(int(self.clock.minutes >= self.max_minutes))
+        if int(broadcast(over)):
             control.should_training_stop = control.should_save = True
             control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
 
@@ -267,7 +275,12 @@ def _callbacks(
 
 
 def _arguments(
-    schedule: Schedule, seed: int, output: Path | None, unused: str, evaluation: Evaluation | None
+    schedule: Schedule,
+    seed: int,
+    output: Path | None,
+    unused: str,
+    evaluation: Evaluation | None,
+    shard: bool,
 ) -> TrainingArguments:
     parts = schedule.gradient_accumulation * PartialState(cpu=True).num_processes
     stable_decay = schedule.scheduler == "warmup_stable_decay"
@@ -286,6 +299,8 @@ def _arguments(
         adam_beta2=0.98,
         max_grad_norm=1.0,
         optim="adamw_torch_fused",
+        fsdp=True if shard else None,  # type: ignore[arg-type]  # annotated for the command line
+        fsdp_config={"version": 2, "state_dict_type": "FULL_STATE_DICT"} if shard else None,
         seed=seed,
         ignore_data_skip=True,  # WindowOrder begins at the right step by itself
         restore_callback_states_from_checkpoint=True,
@@ -303,10 +318,19 @@ def _arguments(
 
 
 def _check_arguments(
-    schedule: Schedule, output: Path | None, evaluation: Evaluation | None
+    schedule: Schedule,
+    output: Path | None,
+    evaluation: Evaluation | None,
+    shard: bool,
+    processes: int,
 ) -> None:
     if evaluation is not None and output is None:
         raise InputError("evaluation keeps the best checkpoint: name an output folder for it")
+    if shard and (output is None or processes == 1):
+        raise InputError(
+            "shard shares a model among several processes and leaves its weights in an output "
+            "folder: start them with torchrun, and name the folder"
+        )
     if evaluation is None and schedule.patience is not None:
         raise InputError("patience counts evaluations: give an evaluation, or no patience")
 
@@ -365,3 +389,27 @@ def _curve(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
         for entry in log_history
         if "loss" in entry or "eval_loss" in entry
     ]
+
+
+def _description(
+    model: PreTrainedModel, dataset: Dataset[Any], order: WindowOrder, schedule: Schedule
+) -> dict[str, Any]:
+    """What makes a training this one and no other, as JSON gives it back."""
+    config = {
+        f"model.{name}": value
+        for name, value in model.config.to_diff_dict().items()
+        if name != "transformers_version"
+    }
+    sample = [dataset[place] for place in (0, order.windows // 2, order.windows - 1)]
+    digest = hashlib.sha256()
+    for item in sample:
+        digest.update(item["input_ids"].numpy().tobytes() + item["labels"].numpy().tobytes())
+    description = {
+        **schedule.fixed(),
+        **config,
+        "seed": order.seed,
+        "windows": order.windows,
+        "sha256 of three windows": digest.hexdigest(),
+        "processes": order.processes,
+    }
+    return dict(json.loads(json.dumps(description)))

@@ -1,0 +1,134 @@
+"""What `bkcore train` reads from a YAML file, checked before anything else happens."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bkcore.errors import InputError
+from bkcore.model import ResNetBKConfig
+from bkcore.training import Schedule
+
+# What the other sections and the tokenizer decide, or what no training begins with.
+_NOT_CHOSEN = {"vocab_size", "n_seq", "quantization"}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 takes 5e-3 for a number; PyYAML, which knows 1.1, does not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
+    list("-+.0123456789"),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training.
+
+    Attributes:
+        vocab_size, min_frequency: of the tokenizer, as in `bkcore.text.train_tokenizer`.
+        model: fields of `ResNetBKConfig`, without the vocabulary, the window and quantization.
+        window: tokens a training window, at least 2; evaluation has windows of as many targets.
+        schedule: length and speed.
+        evaluation_batch_size: windows a batch in evaluations, at least 1.
+        seed: of the weights and of the order of the windows, not negative.
+        shard: share parameters, gradients and optimizer among the processes (FSDP2).
+    """
+
+    model: dict[str, Any]
+    schedule: Schedule
+    vocab_size: int = 4096
+    min_frequency: int = 2
+    window: int = 256
+    evaluation_batch_size: int = 16
+    seed: int = 0
+    shard: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give the recipe as what JSON holds."""
+        return asdict(self)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and check a recipe.
+
+    The file has the sections `tokenizer` (`vocab_size`, `min_frequency`), `model` (fields of
+    `ResNetBKConfig`) and `training` (fields of `Schedule`, and `window`, `evaluation_batch_size`,
+    `seed` and `shard`). What has a default may be left out.
+
+    Raises:
+        InputError: the file cannot be read, or has a section, a name or a value that is not known.
+    """
+    content = _section(_parse(path), {"tokenizer", "model", "training"}, f"{path}")
+    tokenizer = _section(content.get("tokenizer"), {"vocab_size", "min_frequency"}, "tokenizer")
+    own = {"window", "evaluation_batch_size", "seed", "shard"}
+    schedule = {field.name for field in fields(Schedule)}
+    training = _section(content.get("training"), own | schedule, "training")
+    model = _section(content.get("model"), _model_fields(), "model")
+    missing = sorted({"steps", "batch_size", "learning_rate"} - training.keys())
+    if missing:
+        raise InputError(f"{path}: the section 'training' lacks {missing}")
+    recipe = Recipe(
+        model=model,
+        schedule=Schedule(**{k: v for k, v in training.items() if k in schedule}),
+        **tokenizer,
+        **{k: v for k, v in training.items() if k in own},
+    )
+    _check(recipe)
+    return recipe
+
+
+def _parse(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise InputError(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"the recipe {path} is not YAML: {reason}") from error
+
+
+def _section(content: Any, known: set[str], name: str) -> dict[str, Any]:
+    """Check that a section is a mapping with known names; an absent one is empty."""
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"{name} must hold names with values, not {content!r}")
+    unknown = sorted(str(key) for key in content.keys() - known)
+    if unknown:
+        raise InputError(f"{name} has no {unknown}; it takes {sorted(known)}")
+    return content
+
+
+def _model_fields() -> set[str]:
+    inherited = set(ResNetBKConfig.__mro__[1].__annotations__)
+    return set(ResNetBKConfig.__annotations__) - inherited - _NOT_CHOSEN - {"model_type"}
+
+
+def _check(recipe: Recipe) -> None:
+    for name, least in (
+        ("vocab_size", 257),
+        ("min_frequency", 1),
+        ("window", 2),
+        ("evaluation_batch_size", 1),
+        ("seed", 0),
+    ):
+        value = getattr(recipe, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InputError(f"{name} must be an integer of at least {least}, not {value!r}")
+    if not isinstance(recipe.shard, bool):
+        raise InputError(f"shard must be true or false, not {recipe.shard!r}")
+    try:
+        ResNetBKConfig(vocab_size=recipe.vocab_size, n_seq=recipe.window, **recipe.model)
+    except InputError:
+        raise
+    except Exception as error:  # transformers checks the types of fields with errors of its own
+        reason = " ".join(str(error).split())
+        raise InputError(f"model: {reason}") from error

@@ -1,0 +1,228 @@
+"""Training by a recipe: from text to a folder with a model, its tokenizer and the curve."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from bkcore.evaluation.perplexity import (
+    Protocol,
+    perplexity_per_token,
+    perplexity_per_word,
+    score,
+)
+from bkcore.model import LanguageModel, ResNetBKForCausalLM
+from bkcore.report.files import prepare_folder, write_json
+from bkcore.report.recipe import Recipe
+from bkcore.text import (
+    TokenWindows,
+    cached_tokenizer,
+    cached_tokens,
+    count_words,
+    encode,
+    open_corpus,
+    tokenizer_hash,
+)
+from bkcore.training import best_checkpoint, train
+
+CACHE = "cache"
+MODEL = "model"
+REPORT = "training.json"
+
+
+def run_training(
+    recipe: Recipe, data: str | Path | None, output: Path, resume: bool, console: Console
+) -> dict[str, Any]:
+    """Train a tokenizer and a model, and save the model that did best on the validation split.
+
+    Started by `torchrun`, every process takes its share of each batch, and the first one prints
+    and writes. In `output` there are afterwards: `model`, a checkpoint with its tokenizer;
+    `training.json`, the report; `cache`, the tokenizer and the token ids; and the folders from
+    which a killed training resumes.
+
+    Args:
+        recipe: sizes and lengths.
+        data: as in `bkcore.text.open_corpus`.
+        output: folder for all of it.
+        resume: continue what is there; False deletes its checkpoints and starts afresh.
+        console: where progress is drawn.
+
+    Returns:
+        The report: `curve`, the training losses and evaluations by step; `best`, the evaluation of
+        the model that was saved; `protocol` of the evaluations; `recipe`, `corpus`, `parameters`,
+        `training_tokens` (a step's tokens times the steps done).
+
+    Raises:
+        DataError: if the text is missing, unreadable or too small; before any training.
+        InputError: if `output` cannot be written; likewise.
+        CheckpointError: if `output` holds a training by another recipe or on another text.
+    """
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    process = PartialState(cpu=True)
+    prepare_folder(output)
+    corpus = open_corpus(data)
+    with process.main_process_first():
+        tokenizer = cached_tokenizer(
+            corpus, recipe.vocab_size, output / CACHE, min_frequency=recipe.min_frequency
+        )
+        tokens = cached_tokens(corpus, tokenizer, output / CACHE)
+    valid = encode(tokenizer, corpus.valid)
+    protocol = Protocol(
+        tokenizer_hash(tokenizer),
+        "valid",
+        recipe.window,
+        len(valid),
+        count_words(corpus.valid),
+        recipe.evaluation_batch_size,
+    )
+    torch.manual_seed(recipe.seed)
+    model = LanguageModel(vocab_size=len(tokenizer), n_seq=recipe.window, **recipe.model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tokens_a_step = recipe.schedule.batch_size * recipe.window
+    display = _Display(recipe.schedule.steps, tokens_a_step, console, process.is_main_process)
+    with display:
+        curve = train(
+            model,
+            TokenWindows(tokens, recipe.window),
+            recipe.schedule,
+            seed=recipe.seed,
+            output=output,
+            resume=resume,
+            shard=recipe.shard,
+            evaluation=_Evaluation(valid, protocol, tokenizer.bos_token_id),
+            on_step=display.on_step,
+            on_log=display.on_log,
+        )
+    evaluations = [entry for entry in curve if "eval_loss" in entry]
+    report = {
+        "best": min(evaluations, key=lambda entry: entry["eval_loss"]),
+        "training_tokens": int(curve[-1]["step"]) * tokens_a_step,
+        "parameters": parameters,
+        "corpus": corpus.name,
+        "protocol": protocol.as_dict(),
+        "recipe": recipe.as_dict(),
+        "curve": curve,
+    }
+    if process.is_main_process:
+        # From the checkpoint: while the weights are sharded, no process has them whole.
+        best = ResNetBKForCausalLM.from_pretrained(best_checkpoint(output))
+        best.save_pretrained(output / MODEL)
+        tokenizer.save_pretrained(output / MODEL)
+        write_json(report, output / REPORT)
+        console.print(_summary(report, output), highlight=False, soft_wrap=True)
+    process.wait_for_everyone()
+    return report
+
+
+@dataclass
+class _Evaluation:
+    """Loss and perplexities on the validation split."""
+
+    valid: Tensor
+    protocol: Protocol
+    bos_id: int
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        scores = score(
+            model,
+            self.valid,
+            window=self.protocol.window,
+            batch_size=self.protocol.batch_size,
+            bos_id=self.bos_id,
+        )
+        return {
+            "loss": scores.total_nll / scores.total_tokens,
+            "ppl_token": perplexity_per_token(scores),
+            "ppl_word": perplexity_per_word(scores, self.protocol.words),
+        }
+
+
+@dataclass
+class _Display:
+    """A bar with the step, the loss, the speed and the last perplexity; silent if not `shown`."""
+
+    steps: int
+    tokens_a_step: int
+    console: Console
+    shown: bool
+    values: dict[str, str] = field(default_factory=dict)
+
+    def __enter__(self) -> _Display:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.shown,
+            speed_estimate_period=120,
+            transient=True,
+        )
+        self._task = self._progress.add_task("training", total=self.steps)
+        self._progress.start()
+        self._start, self._first = time.monotonic(), -1
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def on_step(self, step: int) -> None:
+        """Move the bar; speed is counted from the first step of this process."""
+        if self._first < 0:
+            self._start, self._first = time.monotonic(), step
+            self._progress.reset(self._task, total=self.steps, completed=step - 1)
+            if step > 1:
+                self._say(f"resumed after step {step - 1}")
+        else:
+            tokens = (step - self._first) * self.tokens_a_step
+            self.values["speed"] = f"{tokens / (time.monotonic() - self._start):,.0f} tokens/s"
+        self._progress.update(
+            self._task, completed=step, description="  ".join(self.values.values()) or "training"
+        )
+
+    def on_log(self, entry: dict[str, float]) -> None:
+        """Note a loss; leave a line for an evaluation, so that a log file tells the story too."""
+        if "loss" in entry:
+            self.values["loss"] = f"loss {entry['loss']:.3f}"
+        else:
+            self.values["valid"] = f"valid ppl {entry['eval_ppl_token']:.2f}"
+            self._say(
+                f"step {entry['step']:,.0f}  {self.values.get('loss', '')}  valid: "
+                f"perplexity {entry['eval_ppl_token']:.2f} per token, "
+                f"{entry['eval_ppl_word']:.2f} per word"
+            )
+
+    def _say(self, line: str) -> None:
+        if self.shown:
+            self.console.print(line, highlight=False, markup=False)
+
+
+def _summary(report: dict[str, Any], output: Path) -> str:
+    """One line for the end of a training."""
+    best = report["best"]
+    bits = best["eval_loss"] / math.log(2)
+    return (
+        f"best at step {best['step']:,.0f}: perplexity {best['eval_ppl_token']:.2f} per token "
+        f"({bits:.3f} bits), {best['eval_ppl_word']:.2f} per word. Model: {output / MODEL}"
+    )
