@@ -1,12 +1,13 @@
 """Corpora: what is read, how it is split, and every way a folder can be wrong."""
 
+import hashlib
 import platform
 from pathlib import Path
 
 import pytest
 
 from bkcore.errors import DataError
-from bkcore.text import Corpus, count_words, load_corpus
+from bkcore.text import Corpus, count_words, load_corpus, open_corpus
 
 ENOUGH = "Some words of a text, one line.\n" * 1000
 
@@ -147,3 +148,46 @@ def test_too_little_to_train_on(folder: Path) -> None:
     (folder / "train.txt").write_text("x" * 19_999, encoding="utf-8")
     with pytest.raises(DataError, match="only 19,999 characters in the train part"):
         load_corpus(folder)
+
+
+def test_a_streamed_corpus_is_the_loaded_one_and_reads_again(folder: Path) -> None:
+    corpus = open_corpus(folder)
+    for _ in range(2):
+        assert "".join(corpus.train()) == ENOUGH
+    assert corpus.valid == ENOUGH
+    assert corpus.characters == len(ENOUGH)
+    assert corpus.sha256 == hashlib.sha256(ENOUGH.encode()).hexdigest()
+
+
+def test_other_text_files_are_joined_in_order_and_a_part_is_held_out(tmp_path: Path) -> None:
+    lines = [f"Line {number} of a text, with some words.\n" for number in range(4000)]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "second.txt").write_text("".join(lines[2000:]), encoding="utf-8")
+    (tmp_path / "a.txt").write_text("".join(lines[:2000]).rstrip("\n"), encoding="utf-8")
+    (tmp_path / "notes.md").write_text("not read", encoding="utf-8")
+    corpus = load_corpus(tmp_path)
+    train, valid = corpus.train.splitlines(True), corpus.valid.splitlines(True)
+    assert sorted(train + valid) == sorted(lines)
+    assert [line for line in lines if line in set(train)] == train
+    assert [line for line in lines if line in set(valid)] == valid
+    assert 0.03 < len(corpus.valid) / len("".join(lines)) < 0.06
+    assert load_corpus(tmp_path) == corpus
+
+
+def test_a_folder_without_text_files(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text(ENOUGH, encoding="utf-8")
+    with pytest.raises(DataError, match=r"holds no \.txt file"):
+        load_corpus(tmp_path)
+
+
+def test_too_little_to_hold_a_part_out_of(tmp_path: Path) -> None:
+    (tmp_path / "only.txt").write_text(ENOUGH[:25_000], encoding="utf-8")
+    with pytest.raises(DataError, match="no text in the valid part"):
+        load_corpus(tmp_path)
+
+
+def test_an_unreadable_file_among_others_is_named(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text(ENOUGH, encoding="utf-8")
+    (tmp_path / "photo.txt").write_bytes(b"\x89PNG\xff" * 1000)
+    with pytest.raises(DataError, match=r"photo\.txt' is not UTF-8: byte 0"):
+        open_corpus(tmp_path)

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bkcore.errors import InputError
-from bkcore.text import END_OF_TEXT, encode, tokenizer, tokenizer_hash, train_tokenizer
+from bkcore.text import (
+    END_OF_TEXT,
+    encode,
+    encode_pieces,
+    tokenizer,
+    tokenizer_hash,
+    train_tokenizer,
+)
 
 TEXT = "The resolvent of a chain, said the chain's owner, isn't what it was in 1961.\n\n \n" * 40
 BLANKS = st.text(alphabet=" \n\t\r\x0b\x1c\x85\xa0\u2003\u200b\u3000abz'.1é世", max_size=300)
@@ -45,12 +52,42 @@ def test_cuts_do_not_show(small: PreTrainedTokenizerFast, text: str) -> None:
 def test_cuts_split_no_word(small: PreTrainedTokenizerFast, text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "_CHUNK_CHARACTERS", 1)
-        chunks = list(tokenizer._chunks(text))
+        chunks = list(tokenizer._chunks([text]))
     assert "".join(chunks) == text
     split = small.backend_tokenizer.pre_tokenizer.pre_tokenize_str
     assert [word for chunk in chunks for word, _ in split(chunk)] == [
         word for word, _ in split(text)
     ]
+
+
+@given(
+    pieces=st.lists(BLANKS | st.text(alphabet="ab \n", max_size=8), max_size=12),
+    chunk=st.integers(1, 6),
+    at_once=st.integers(1, 3),
+)
+def test_pieces_do_not_show(
+    small: PreTrainedTokenizerFast, pieces: list[str], chunk: int, at_once: int
+) -> None:
+    text = "".join(pieces)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "_CHUNK_CHARACTERS", chunk)
+        patch.setattr(tokenizer, "_CHUNKS_AT_ONCE", at_once)
+        assert list(tokenizer._chunks(pieces)) == list(tokenizer._chunks([text]))
+        parts = list(encode_pieces(small, pieces))
+    assert all(len(part) for part in parts)
+    joined = [token for part in parts for token in part.tolist()]
+    assert joined == small.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_training_on_pieces_is_training_on_the_text() -> None:
+    pieces = [TEXT[start : start + 7] for start in range(0, len(TEXT), 7)]
+    whole = train_tokenizer(TEXT, 320)
+    assert tokenizer_hash(train_tokenizer(iter(pieces), 320)) == tokenizer_hash(whole)
+
+
+def test_a_lone_surrogate_is_counted_through_the_pieces(small: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match="lone surrogate at character 5"):
+        list(encode_pieces(small, ["abc", "de\ud800"]))
 
 
 def test_cuts_do_not_show_in_a_long_text(small: PreTrainedTokenizerFast) -> None:

@@ -1,5 +1,7 @@
 """Windows: training takes equal ones, scoring takes every token exactly once."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from bkcore.errors import DTypeError, InputError, ShapeError
-from bkcore.text import TokenWindows, scored_windows
+from bkcore.text import TokenWindows, scored_windows, write_shards
 
 BOS = 9999
 
@@ -74,3 +76,24 @@ def test_tokens_are_a_flat_integer_tensor() -> None:
     for dtype in (torch.float32, torch.complex64, torch.bool):
         with pytest.raises(DTypeError, match="token ids are integers"):
             TokenWindows(torch.zeros(4, dtype=dtype), 2)
+
+
+def test_windows_over_shards_are_those_over_a_tensor(tmp_path: Path) -> None:
+    tokens = torch.randint(0, 500, (103,), generator=torch.Generator().manual_seed(0))
+    shards = write_shards(
+        tmp_path / "tokens",
+        [tokens],
+        vocab_size=500,
+        tokenizer_hash="t",
+        text_hash="x",
+        shard_tokens=10,
+    )
+    on_disk, in_memory = TokenWindows(shards, 8), TokenWindows(tokens, 8)
+    assert len(on_disk) == len(in_memory) == 12
+    for index in (*range(12), -1):
+        assert torch.equal(on_disk[index]["input_ids"], in_memory[index]["input_ids"])
+        assert on_disk[index]["labels"].dtype == torch.int64
+    with pytest.raises(IndexError):
+        on_disk[12]
+    with pytest.raises(InputError, match="103 tokens, fewer than one window of 104"):
+        TokenWindows(shards, 104)

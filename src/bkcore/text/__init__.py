@@ -1,17 +1,32 @@
 """From text to token windows: corpora, the tokenizer, and what models train and are scored on."""
 
-from bkcore.text.corpus import Corpus, count_words, load_corpus
-from bkcore.text.tokenizer import END_OF_TEXT, encode, tokenizer_hash, train_tokenizer
+from bkcore.text.cache import cached_tokenizer, cached_tokens
+from bkcore.text.corpus import Corpus, StreamedCorpus, count_words, load_corpus, open_corpus
+from bkcore.text.shards import TokenShards, write_shards
+from bkcore.text.tokenizer import (
+    END_OF_TEXT,
+    encode,
+    encode_pieces,
+    tokenizer_hash,
+    train_tokenizer,
+)
 from bkcore.text.windows import TokenWindows, scored_windows
 
 __all__ = [
     "END_OF_TEXT",
     "Corpus",
+    "StreamedCorpus",
+    "TokenShards",
     "TokenWindows",
+    "cached_tokenizer",
+    "cached_tokens",
     "count_words",
     "encode",
+    "encode_pieces",
     "load_corpus",
+    "open_corpus",
     "scored_windows",
     "tokenizer_hash",
     "train_tokenizer",
+    "write_shards",
 ]

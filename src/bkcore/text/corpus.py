@@ -1,36 +1,22 @@
-"""Where the text comes from: a folder with two files, or what every Python installation carries.
+"""Where text comes from: a folder, a data set of Hugging Face, or what Python itself carries."""
 
-The embedded corpus consists of the documentation topics of ``help()`` and of the docstrings of the
-standard library. Its sources are parsed and never imported, so that nothing runs.
-"""
-
-import ast
 import hashlib
-import platform
-import sysconfig
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from bkcore.errors import DataError
+from bkcore.text import hub
+from bkcore.text.embedded import embedded_parts
+from bkcore.text.files import read_pieces, with_line_end
+from bkcore.text.heldout import split_blocks
 
 MIN_TRAIN_CHARACTERS = 20_000
 MIN_VALID_CHARACTERS = 2_000
 
-_VALID_PERCENT = 4
-_TOPICS_FILE = "pydoc_data/topics.py"
-_SKIPPED_FOLDERS = frozenset(
-    {
-        "dist-packages",
-        "idlelib",
-        "lib2to3",
-        "site-packages",
-        "test",
-        "tests",
-        "turtledemo",
-    }
-)
+Pieces = Callable[[], Iterator[str]]
+"""Reads a text anew with every call, a piece at a time."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +34,67 @@ class Corpus:
     valid: str
 
 
-def load_corpus(folder: str | Path | None = None) -> Corpus:
-    r"""Read a corpus, and check that it is fit to train on.
+@dataclass(frozen=True)
+class StreamedCorpus:
+    """A corpus whose train part is read as often as it is needed, and is never whole in memory.
+
+    Attributes:
+        name: what reports call it.
+        train: gives the train part in pieces; joined, they are the text.
+        valid: held-out text, in memory.
+        characters: length of the train part.
+        sha256: of the train part in UTF-8, 64 hexadecimal digits.
+    """
+
+    name: str
+    train: Pieces
+    valid: str
+    characters: int
+    sha256: str
+
+
+def load_corpus(data: str | Path | None = None) -> Corpus:
+    """Read a corpus into memory; arguments and errors as in `open_corpus`."""
+    corpus = open_corpus(data)
+    return Corpus(corpus.name, "".join(corpus.train()), corpus.valid)
+
+
+def open_corpus(data: str | Path | None = None) -> StreamedCorpus:
+    r"""Open a corpus, and check that it is fit to train on: all of it is read once.
 
     Args:
-        folder: a folder that holds ``train.txt`` and ``valid.txt`` in UTF-8; a byte order mark is
-            dropped and ``\r\n`` is read as ``\n``. None takes the embedded corpus, which depends
-            on nothing but the version of Python that runs.
+        data: one of these.
+
+            - A folder that holds ``train.txt`` and ``valid.txt``.
+            - A folder of other ``.txt`` files, at any depth. They are joined in the order of their
+              paths, and of that text every twentieth block of about 2,000 characters is held out
+              as the valid part, the first thousand such blocks at most; see
+              `bkcore.text.heldout`.
+            - A folder that `datasets.DatasetDict.save_to_disk` wrote, or the name of a data set
+              of Hugging Face, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``. Its splits ``train`` and
+              ``validation`` are used; without the latter, blocks are held out as above.
+            - None, for the embedded corpus, which depends on nothing but the version of Python
+              that runs.
+
+            Files are UTF-8; a byte order mark is dropped and ``\r\n`` is read as ``\n``.
 
     Returns:
-        The corpus, named after the folder or after the version of Python.
+        The corpus, named after the folder, the data set or the version of Python.
 
     Raises:
-        DataError: the folder or a file is missing, unreadable, not text, empty or too small
-            (under 20,000 characters of train or 2,000 of valid).
+        DataError: the text is missing, unreadable, not text, empty or too small (under 20,000
+            characters of train or 2,000 of valid), or the data set cannot be fetched.
     """
-    corpus = _embedded_corpus() if folder is None else _folder_corpus(Path(folder))
-    _check_size(corpus.train, f"the train part of {corpus.name!r}", MIN_TRAIN_CHARACTERS)
-    _check_size(corpus.valid, f"the valid part of {corpus.name!r}", MIN_VALID_CHARACTERS)
-    return corpus
+    name, train, valid = _parts(data)
+    characters, digest = _survey(train)
+    _check_size(characters, f"the train part of {name!r}", MIN_TRAIN_CHARACTERS)
+    valid_text = "".join(valid())
+    _check_size(
+        len(valid_text) if valid_text.strip() else 0,
+        f"the valid part of {name!r}",
+        MIN_VALID_CHARACTERS,
+    )
+    return StreamedCorpus(name, train, valid_text, characters, digest)
 
 
 def count_words(text: str) -> int:
@@ -77,128 +105,72 @@ def count_words(text: str) -> int:
     return len(text.split()) + text.count("\n")
 
 
-def _folder_corpus(folder: Path) -> Corpus:
-    if not folder.exists():
-        raise DataError(
-            f"There is no folder {str(folder)!r}. Name a folder that holds train.txt and "
-            "valid.txt, or none to use the embedded corpus."
-        )
+def _parts(data: str | Path | None) -> tuple[str, Pieces, Pieces]:
+    """Name, train part and valid part, nothing checked yet."""
+    if data is None:
+        name, train, valid = embedded_parts()
+        return name, lambda: iter([train]), lambda: iter([valid])
+    folder = Path(data)
+    if folder.exists():
+        return _folder_parts(folder)
+    if hub.is_name(str(data)):
+        return str(data), *_with_valid(*hub.fetched_texts(str(data)))
+    raise DataError(
+        f"There is no folder {str(data)!r}. Name a folder that holds train.txt and valid.txt, or "
+        "other .txt files, or none to use the embedded corpus."
+    )
+
+
+def _folder_parts(folder: Path) -> tuple[str, Pieces, Pieces]:
+    name = folder.resolve().name
     if not folder.is_dir():
         raise DataError(
             f"{str(folder)!r} is not a folder. Name the folder that holds train.txt and valid.txt."
         )
-    train, valid = (_read_text(folder / name) for name in ("train.txt", "valid.txt"))
-    return Corpus(folder.resolve().name, train, valid)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    if hub.is_saved(folder):
+        return name, *_with_valid(*hub.saved_texts(folder))
+    train, valid = folder / "train.txt", folder / "valid.txt"
+    if train.exists() or valid.exists():
+        return name, lambda: read_pieces(train), lambda: read_pieces(valid)
+    paths = sorted(folder.rglob("*.txt"), key=lambda path: path.relative_to(folder).as_posix())
+    if not paths:
         raise DataError(
-            f"There is no file {str(path)!r}. A corpus folder holds train.txt and valid.txt."
-        ) from None
-    except OSError as error:
-        raise DataError(
-            f"{str(path)!r} cannot be read ({error.strerror}). "
-            "Make it a plain file that you may read."
-        ) from error
-    if b"\0" in content:
-        raise DataError(
-            f"{str(path)!r} holds NUL bytes, so it is binary or UTF-16. Save it as UTF-8 text."
+            f"{str(folder)!r} holds no .txt file. Name a folder that holds train.txt and "
+            "valid.txt, or other .txt files."
         )
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{str(path)!r} is not UTF-8: byte {error.start} cannot be decoded. "
-            "Save it as UTF-8 text."
-        ) from error
-    return text.replace("\r\n", "\n")
+
+    def pieces() -> Iterator[str]:
+        return chain.from_iterable(with_line_end(read_pieces(path)) for path in paths)
+
+    return name, *_with_valid(pieces, None)
 
 
-def _check_size(text: str, what: str, minimum: int) -> None:
-    if not text.strip():
+def _with_valid(train: Pieces, valid: Pieces | None) -> tuple[Pieces, Pieces]:
+    """Hold a valid part out of a text that has none."""
+    if valid is not None:
+        return train, valid
+
+    def part(held_out: bool) -> Iterator[str]:
+        return (block for is_valid, block in split_blocks(train()) if is_valid == held_out)
+
+    return lambda: part(False), lambda: part(True)
+
+
+def _survey(train: Pieces) -> tuple[int, str]:
+    """Characters, 0 where all are blank, and the SHA-256 of a text."""
+    digest, characters, is_blank = hashlib.sha256(), 0, True
+    for piece in train():
+        digest.update(piece.encode(errors="surrogatepass"))
+        characters += len(piece)
+        is_blank = is_blank and not piece.strip()
+    return 0 if is_blank else characters, digest.hexdigest()
+
+
+def _check_size(characters: int, what: str, minimum: int) -> None:
+    if characters == 0:
         raise DataError(f"There is no text in {what}. Put at least {minimum:,} characters there.")
-    if len(text) < minimum:
+    if characters < minimum:
         raise DataError(
-            f"There are only {len(text):,} characters in {what}. "
+            f"There are only {characters:,} characters in {what}. "
             f"Put at least {minimum:,} there: less gives numbers that mean nothing."
         )
-
-
-def _embedded_corpus() -> Corpus:
-    documents = _without_repeats(_library_documents(Path(sysconfig.get_path("stdlib"))))
-    parts: dict[bool, list[str]] = {True: [], False: []}
-    for name, text in documents:
-        parts[_is_valid(name)].append(text + "\n")
-    return Corpus(
-        name=f"python-{platform.python_version()}-docs",
-        train="\n".join(parts[False]),
-        valid="\n".join(parts[True]),
-    )
-
-
-def _is_valid(name: str) -> bool:
-    """Draw a document for the valid part by a hash of its name, whatever the other documents."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % 100 < _VALID_PERCENT
-
-
-def _without_repeats(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Keep the first occurrence of every paragraph: topics and docstrings quote each other.
-
-    Without this the valid part would repeat whole pages of the train part.
-    """
-    seen: set[str] = set()
-    for name, text in documents:
-        kept = []
-        for paragraph in text.split("\n\n"):
-            key = " ".join(paragraph.split())
-            if key and key not in seen:
-                seen.add(key)
-                kept.append(paragraph.strip("\n"))
-        if kept:
-            yield name, "\n\n".join(kept)
-
-
-def _library_documents(root: Path) -> Iterator[tuple[str, str]]:
-    """Yield (name, text): one document for each topic and one for each file with docstrings."""
-    for name, path in _library_sources(root):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tree = ast.parse(path.read_bytes())
-        except (OSError, SyntaxError, ValueError):
-            continue
-        if name == _TOPICS_FILE:
-            yield from _topics(tree)
-        else:
-            yield name, "\n\n".join(_docstrings(tree))
-
-
-def _library_sources(root: Path) -> list[tuple[str, Path]]:
-    paths = ((path.relative_to(root), path) for path in root.rglob("*.py"))
-    return sorted(
-        (relative.as_posix(), path)
-        for relative, path in paths
-        if _SKIPPED_FOLDERS.isdisjoint(relative.parts)
-    )
-
-
-def _topics(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    for statement in tree.body:
-        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
-            topics: dict[str, str] = ast.literal_eval(statement.value)
-            for name in sorted(topics):
-                yield f"topic {name}", topics[name]
-
-
-def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> Iterator[str]:
-    """Yield the docstrings of a module, and of the classes and functions in it, top to bottom."""
-    docstring = ast.get_docstring(node)
-    if docstring:
-        yield docstring
-    for child in node.body:
-        if isinstance(child, ast.ClassDef | ast.FunctionDef):
-            yield from _docstrings(child)

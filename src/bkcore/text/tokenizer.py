@@ -4,7 +4,8 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,15 +24,17 @@ MIN_VOCAB_SIZE = 257
 # text cut there, before a whole run of whitespace, gives the same tokens as the text in one piece.
 _CUT = re.compile(r"[!-~](?=[ \n])")
 _CHUNK_CHARACTERS = 16_384
+_CHUNKS_AT_ONCE = 256
 
 
 def train_tokenizer(
-    text: str, vocab_size: int, *, min_frequency: int = 2
+    text: str | Iterable[str], vocab_size: int, *, min_frequency: int = 2
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer. The same text and sizes give the same tokenizer.
 
     Args:
-        text: what to count pairs in; may be short, down to nothing.
+        text: what to count pairs in, whole or in pieces that are never in memory together; may be
+            short, down to nothing.
         vocab_size: at most this many tokens, at least 257: the 256 bytes and ``<|endoftext|>``.
             A short text runs out of pairs before: ``len(tokenizer)`` is the size it has.
         min_frequency: a pair seen less often is never merged, at least 1.
@@ -51,7 +54,6 @@ def train_tokenizer(
         )
     if min_frequency < 1:
         raise InputError(f"min_frequency is {min_frequency}, but must be at least 1.")
-    _check_encodable(text)
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -62,7 +64,8 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(_chunks(text), trainer=trainer)
+    pieces = [text] if isinstance(text, str) else text
+    backend.train_from_iterator(_chunks(_encodable(pieces)), trainer=trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,
@@ -99,31 +102,58 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
     Raises:
         InputError: the text holds a lone surrogate, which no UTF-8 text can.
     """
-    _check_encodable(text)
-    if not text:
-        return torch.empty(0, dtype=torch.int64)
+    ids = list(encode_pieces(tokenizer, [text]))
+    return torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64)
+
+
+def encode_pieces(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[str]) -> Iterator[Tensor]:
+    """Turn a text that comes in pieces into the token ids of the whole, a part at a time.
+
+    Args:
+        tokenizer: as in `encode`.
+        pieces: a text, however it is cut: joined, the result is `encode` of the joined text.
+
+    Yields:
+        Int64 tensors of shape (tokens,) with tokens >= 1, for about four million characters each.
+
+    Raises:
+        InputError: the text holds a lone surrogate, which no UTF-8 text can.
+    """
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True
-    pieces = backend.encode_batch_fast(list(_chunks(text)), add_special_tokens=False)
-    return torch.cat([torch.tensor(piece.ids, dtype=torch.int64) for piece in pieces])
+    chunks = _chunks(_encodable(pieces))
+    while batch := list(islice(chunks, _CHUNKS_AT_ONCE)):
+        encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
+        yield torch.cat([torch.tensor(encoding.ids, dtype=torch.int64) for encoding in encodings])
 
 
-def _check_encodable(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"The text holds a lone surrogate at character {error.start}, which UTF-8 cannot "
-            "express. Read or build the text as valid Unicode."
-        ) from error
+def _encodable(pieces: Iterable[str]) -> Iterator[str]:
+    done = 0
+    for piece in pieces:
+        try:
+            piece.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"The text holds a lone surrogate at character {done + error.start}, which UTF-8 "
+                "cannot express. Read or build the text as valid Unicode."
+            ) from error
+        yield piece
+        done += len(piece)
 
 
-def _chunks(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        cut = _CUT.search(text, start + _CHUNK_CHARACTERS)
-        end = cut.end() if cut else len(text)
-        yield text[start:end]
-        start = end
+def _chunks(pieces: Iterable[str]) -> Iterator[str]:
+    """Cut a text where no cut shows; how it was cut into pieces does not show either."""
+    buffer, searched = "", 0
+    for piece in pieces:
+        buffer += piece
+        start = 0
+        while cut := _CUT.search(buffer, max(start + _CHUNK_CHARACTERS, searched)):
+            yield buffer[start : cut.end()]
+            start = cut.end()
+        buffer = buffer[start:]
+        # The last character may be one to cut behind, once the next one is known.
+        searched = max(len(buffer) - 1, 0)
+    if buffer:
+        yield buffer

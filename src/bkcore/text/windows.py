@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.text.shards import TokenShards
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):
@@ -16,7 +17,8 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
     a transformers model shifts the labels by itself.
 
     Args:
-        tokens: integer token ids of shape (tokens,).
+        tokens: integer token ids of shape (tokens,), or token ids on disk, which are read a window
+            at a time.
         length: tokens in a window, at least 2, since the first of them is no target.
 
     Raises:
@@ -25,8 +27,9 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         DTypeError: ``tokens`` is not of an integer dtype.
     """
 
-    def __init__(self, tokens: Tensor, length: int) -> None:
-        _check_tokens(tokens)
+    def __init__(self, tokens: Tensor | TokenShards, length: int) -> None:
+        if isinstance(tokens, Tensor):
+            _check_tokens(tokens)
         if length < 2:
             raise InputError(f"The window length is {length}, but must be at least 2.")
         if len(tokens) < length:
@@ -34,14 +37,15 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
                 f"There are {len(tokens)} tokens, fewer than one window of {length}. "
                 "Give more text or a shorter window."
             )
-        count = len(tokens) // length
-        self._windows = tokens[: count * length].long().view(count, length)
+        self._tokens = tokens
+        self._length = length
 
     def __len__(self) -> int:
-        return len(self._windows)
+        return len(self._tokens) // self._length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        window = self._windows[index]
+        start = range(0, len(self) * self._length, self._length)[index]
+        window = self._tokens[start : start + self._length].long()
         return {"input_ids": window, "labels": window}
 
 
