@@ -22,7 +22,8 @@ from bkcore.text import count_words, encode
 RECIPE = """
 tokenizer: {vocab_size: 300}
 model: {d_model: 16, n_layers: 2, num_experts: 2, expert_size: 16, load_balancing: 0.0}
-training: {window: 32, batch_size: 4, steps: 4, learning_rate: 5e-3, evaluate_every: 2, max_minutes: 60}
+training:
+  {window: 32, batch_size: 4, steps: 4, learning_rate: 5e-3, evaluate_every: 2, max_minutes: 60}
 """
 
 
@@ -117,17 +118,13 @@ def test_a_second_run_changes_nothing_and_a_fresh_one_repeats(
         assert torch.equal(model_weights(tmp_path)[name], weight)
 
 
-def test_two_processes_train_as_one(
-    alone: Path, text: Path, recipe: Path, tmp_path: Path
-) -> None:
+def test_two_processes_train_as_one(alone: Path, text: Path, recipe: Path, tmp_path: Path) -> None:
     printed = two_processes(text, recipe, tmp_path)
     assert printed.count("best at step") == 1
     assert_same_training(tmp_path, alone)
 
 
-def test_two_processes_share_a_model(
-    alone: Path, text: Path, recipe: Path, tmp_path: Path
-) -> None:
+def test_two_processes_share_a_model(alone: Path, text: Path, recipe: Path, tmp_path: Path) -> None:
     shared = tmp_path / "shared.yaml"
     shared.write_text(RECIPE.replace("window", "shard: true, window"))
     two_processes(text, shared, tmp_path / "run")

@@ -33,15 +33,17 @@ def test_it_begins_at_any_step_as_if_it_had_come_there(
 
 
 @given(SIZES, st.integers(0, 2**31))
-def test_a_batch_is_the_same_for_any_number_of_processes(
-    sizes: tuple[int, ...], seed: int
-) -> None:
+def test_a_batch_is_the_same_for_any_number_of_processes(sizes: tuple[int, ...], seed: int) -> None:
     parts, processes, share, batches, rest = sizes
     batch_size = parts * processes * share
     windows, steps = batches * batch_size + rest, 2 * batches + 1
     alone = iter(WindowOrder(windows, batch_size, steps, seed))
     shares = [
-        iter(WindowOrder(windows, batch_size, steps, seed, parts=parts, process=p, processes=processes))
+        iter(
+            WindowOrder(
+                windows, batch_size, steps, seed, parts=parts, process=p, processes=processes
+            )
+        )
         for p in range(processes)
     ]
     for _ in range(steps):
