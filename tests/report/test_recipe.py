@@ -19,7 +19,7 @@ def recipe(folder: Path, text: str) -> Path:
 def test_what_is_left_out_has_defaults(tmp_path: Path) -> None:
     found = read_recipe(recipe(tmp_path, MINIMAL))
     assert found.schedule.learning_rate == 0.005
-    assert (found.vocab_size, found.window, found.model, found.shard) == (4096, 256, {}, False)
+    assert (found.vocab_size, found.window, found.model) == (4096, 256, {})
 
 
 def test_every_section_is_taken(tmp_path: Path) -> None:
@@ -45,12 +45,13 @@ def test_every_section_is_taken(tmp_path: Path) -> None:
         (MINIMAL + "model: {vocab_size: 3}\n", r"model has no \['vocab_size'\]"),
         (MINIMAL + "model: {quantization: {}}\n", r"model has no \['quantization'\]"),
         (MINIMAL + "model: {d_model: 0}\n", "d_model must be a positive integer, not 0"),
-        (MINIMAL + "model: {eta_min: wide}\n", "eta_min"),
+        (MINIMAL + "model: {d_model: 2.5}\n", "d_model must be an integer, not 2.5"),
+        (MINIMAL + "model: {chunked_loss: 1}\n", "chunked_loss must be true or false, not 1"),
+        (MINIMAL + "model: {eta_min: wide}\n", "eta_min must be a number, not 'wide'"),
         (MINIMAL + "model: 3\n", "model must hold names with values, not 3"),
         (MINIMAL + "tokenizer: {vocab_size: 100}\n", "vocab_size must be .* at least 257"),
         (MINIMAL + "  window: 1\n", "window must be an integer of at least 2, not 1"),
         (MINIMAL + "  seed: -1\n", "seed must be an integer of at least 0"),
-        (MINIMAL + "  shard: perhaps\n", "shard must be true or false, not 'perhaps'"),
         (MINIMAL.replace("10", "ten"), "steps must be a positive integer, not 'ten'"),
     ],
 )

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from bkcore.errors import CheckpointError, DataError, InputError
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
 from bkcore.text import TokenWindows
-from bkcore.training import Schedule, best_checkpoint, train
+from bkcore.training import Schedule, best_checkpoint, save_whole, shard, train
 
 SCHEDULE: dict[str, Any] = {"steps": 6, "batch_size": 4, "learning_rate": 5e-3, "save_every": 2}
 TOKENS = torch.randint(0, 50, (30 * 16,), generator=torch.Generator().manual_seed(0))
@@ -211,7 +211,9 @@ def test_impossible_requests(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="patience counts evaluations"):
         train(small(), WINDOWS, Schedule(**SCHEDULE, patience=1), output=tmp_path)
     with pytest.raises(InputError, match="torchrun"):
-        train(small(), WINDOWS, Schedule(**SCHEDULE), output=tmp_path, shard=True)
+        shard(small())
+    with pytest.raises(InputError, match="not sharded"):
+        save_whole(small(), tmp_path)
     with pytest.raises(DataError, match="30 training windows, fewer than one batch of 64"):
         train(small(), WINDOWS, Schedule(**{**SCHEDULE, "batch_size": 64}))
     with pytest.raises(CheckpointError, match="holds no checkpoint"):

@@ -39,7 +39,6 @@ class Recipe:
         schedule: length and speed.
         evaluation_batch_size: windows a batch in evaluations, at least 1.
         seed: of the weights and of the order of the windows, not negative.
-        shard: share parameters, gradients and optimizer among the processes (FSDP2).
     """
 
     model: dict[str, Any]
@@ -49,7 +48,6 @@ class Recipe:
     window: int = 256
     evaluation_batch_size: int = 16
     seed: int = 0
-    shard: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Give the recipe as what JSON holds."""
@@ -60,15 +58,15 @@ def read_recipe(path: Path) -> Recipe:
     """Read and check a recipe.
 
     The file has the sections `tokenizer` (`vocab_size`, `min_frequency`), `model` (fields of
-    `ResNetBKConfig`) and `training` (fields of `Schedule`, and `window`, `evaluation_batch_size`,
-    `seed` and `shard`). What has a default may be left out.
+    `ResNetBKConfig`) and `training` (fields of `Schedule`, and `window`, `evaluation_batch_size`
+    and `seed`). What has a default may be left out.
 
     Raises:
         InputError: the file cannot be read, or has a section, a name or a value that is not known.
     """
     content = _section(_parse(path), {"tokenizer", "model", "training"}, f"{path}")
     tokenizer = _section(content.get("tokenizer"), {"vocab_size", "min_frequency"}, "tokenizer")
-    own = {"window", "evaluation_batch_size", "seed", "shard"}
+    own = {"window", "evaluation_batch_size", "seed"}
     schedule = {field.name for field in fields(Schedule)}
     training = _section(content.get("training"), own | schedule, "training")
     model = _section(content.get("model"), _model_fields(), "model")
@@ -123,12 +121,15 @@ def _check(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{name} must be an integer of at least {least}, not {value!r}")
-    if not isinstance(recipe.shard, bool):
-        raise InputError(f"shard must be true or false, not {recipe.shard!r}")
-    try:
-        ResNetBKConfig(vocab_size=recipe.vocab_size, n_seq=recipe.window, **recipe.model)
-    except InputError:
-        raise
-    except Exception as error:  # transformers checks the types of fields with errors of its own
-        reason = " ".join(str(error).split())
-        raise InputError(f"model: {reason}") from error
+    for name, value in recipe.model.items():
+        _check_kind(name, value, getattr(ResNetBKConfig, name))
+    ResNetBKConfig(vocab_size=recipe.vocab_size, n_seq=recipe.window, **recipe.model)
+
+
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    kinds = {bool: "true or false", int: "an integer", float: "a number", str: "a word"}
+    taken = (int, float) if type(default) is float else type(default)
+    if type(default) in kinds and (
+        not isinstance(value, taken) or isinstance(value, bool) != isinstance(default, bool)
+    ):
+        raise InputError(f"{name} must be {kinds[type(default)]}, not {value!r}")

@@ -29,7 +29,7 @@ from bkcore.evaluation.perplexity import (
     perplexity_per_word,
     score,
 )
-from bkcore.model import LanguageModel, ResNetBKForCausalLM
+from bkcore.model import LanguageModel
 from bkcore.report.files import prepare_folder, write_json
 from bkcore.report.recipe import Recipe
 from bkcore.text import (
@@ -41,7 +41,7 @@ from bkcore.text import (
     open_corpus,
     tokenizer_hash,
 )
-from bkcore.training import best_checkpoint, train
+from bkcore.training import train
 
 CACHE = "cache"
 MODEL = "model"
@@ -107,7 +107,6 @@ def run_training(
             seed=recipe.seed,
             output=output,
             resume=resume,
-            shard=recipe.shard,
             evaluation=_Evaluation(valid, protocol, tokenizer.bos_token_id),
             on_step=display.on_step,
             on_log=display.on_log,
@@ -123,9 +122,7 @@ def run_training(
         "curve": curve,
     }
     if process.is_main_process:
-        # From the checkpoint: while the weights are sharded, no process has them whole.
-        best = ResNetBKForCausalLM.from_pretrained(best_checkpoint(output))
-        best.save_pretrained(output / MODEL)
+        model.save_pretrained(output / MODEL)
         tokenizer.save_pretrained(output / MODEL)
         write_json(report, output / REPORT)
         console.print(_summary(report, output), highlight=False, soft_wrap=True)

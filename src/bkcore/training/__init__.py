@@ -1,6 +1,7 @@
 """Training of language models."""
 
 from bkcore.training.schedule import Schedule
+from bkcore.training.sharding import save_whole, shard
 from bkcore.training.trainer import best_checkpoint, train
 
-__all__ = ["Schedule", "best_checkpoint", "train"]
+__all__ = ["Schedule", "best_checkpoint", "save_whole", "shard", "train"]

@@ -11,7 +11,8 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from bkcore.errors import CheckpointError, InputError
 from bkcore.training import checkpoints
 from bkcore.training.order import WindowOrder
 from bkcore.training.schedule import Schedule
+from bkcore.training.sharding import is_sharded
 
 Evaluation = Callable[[PreTrainedModel], Mapping[str, float]]
 """Scores a model; among the numbers that it gives is `loss`, which is the better the lower."""
@@ -53,7 +55,6 @@ def train(
     output: Path | None = None,
     resume: bool = True,
     evaluation: Evaluation | None = None,
-    shard: bool = False,
     on_step: Callable[[int], None] | None = None,
     on_log: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
@@ -63,7 +64,8 @@ def train(
     batch of a step is the same for any number of processes.
 
     Args:
-        model: a transformers model whose forward takes `input_ids` and `labels`.
+        model: a transformers model whose forward takes `input_ids` and `labels`; whole, or what
+            `shard` made of it.
         dataset: items with `input_ids` and `labels`, all of one length, and a `len`; shuffled,
             repeated for as long as needed.
         schedule: length and speed.
@@ -74,11 +76,8 @@ def train(
             on one process reaches the same weights bit for bit as if it had never stopped.
         resume: False deletes the checkpoints in `output` and starts afresh.
         evaluation: called every `schedule.evaluate_every` steps and at the end, by the first
-            process only, unless `shard`. `model` has the best weights in the end, not the last
-            ones. Needs `output`.
-        shard: share parameters, gradients and optimizer among the processes (FSDP2) instead of
-            copying them. Needs `output`, where the weights are whole: those of `model` stay
-            shared out and are the last ones.
+            process only; `model` has the best weights in the end, not the last ones. Needs
+            `output`.
         on_step: called with the number of steps done.
         on_log: called with every new entry of the log.
 
@@ -95,7 +94,7 @@ def train(
             another model or on other windows.
     """
     processes = PartialState(cpu=True)
-    _check_arguments(schedule, output, evaluation, shard, processes.num_processes)
+    _check_arguments(model, schedule, output, evaluation)
     _check_divides(schedule, processes.num_processes)
     order = WindowOrder(
         len(dataset),  # type: ignore[arg-type]
@@ -116,7 +115,7 @@ def train(
         with tempfile.TemporaryDirectory() as unused:
             trainer = _Trainer(
                 model=model,
-                args=_arguments(schedule, seed, output, unused, evaluation, shard),
+                args=_arguments(schedule, seed, output, unused, evaluation),
                 train_dataset=dataset,
                 # The Trainer wants a data set before it evaluates; ours has a function.
                 eval_dataset=None if evaluation is None else dataset,
@@ -125,7 +124,7 @@ def train(
             trainer.take(order, run, clock, evaluation)
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
         state = trainer.state
-    if output is not None and not shard:
+    if output is not None:
         _load_weights(model, best_checkpoint(output))
     return _curve(state.log_history)
 
@@ -156,6 +155,9 @@ class _Trainer(Trainer):
         # All parts of a batch are of one size, so the mean of their means is the mean of all.
         # With num_items_in_batch the model's load-balancing loss would be added once a part.
         self.model_accepts_loss_kwargs = False
+        # A sharded model averages its gradients by itself; it must not be wrapped once more.
+        assert self.model is not None
+        self.is_distributed_loading_by_transformers = is_sharded(self.model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Decay matrices only: energies, hoppings, norms and step sizes have natural scales."""
@@ -180,7 +182,7 @@ class _Trainer(Trainer):
         assert self._evaluation is not None
         assert isinstance(self.model, PreTrainedModel)
         metrics = None
-        if self.is_fsdp_enabled or self.is_world_process_zero():
+        if self.is_world_process_zero():
             found = self._evaluation(self.model)
             metrics = {f"eval_{name}": float(value) for name, value in found.items()}
         # One result for all: processes that judged the best differently would part ways.
@@ -193,7 +195,17 @@ class _Trainer(Trainer):
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
+        if self.control.should_training_stop:  # out of patience: so it stays, if started again
+            self.control.should_save = True
         return metrics
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Reduce the gradients after every accumulated part: whole ones would fill the memory.
+
+        The Trainer's own asks for a configuration that only its way of sharding leaves behind.
+        """
+        yield
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -280,7 +292,6 @@ def _arguments(
     output: Path | None,
     unused: str,
     evaluation: Evaluation | None,
-    shard: bool,
 ) -> TrainingArguments:
     parts = schedule.gradient_accumulation * PartialState(cpu=True).num_processes
     stable_decay = schedule.scheduler == "warmup_stable_decay"
@@ -299,8 +310,6 @@ def _arguments(
         adam_beta2=0.98,
         max_grad_norm=1.0,
         optim="adamw_torch_fused",
-        fsdp=True if shard else None,  # type: ignore[arg-type]  # annotated for the command line
-        fsdp_config={"version": 2, "state_dict_type": "FULL_STATE_DICT"} if shard else None,
         seed=seed,
         ignore_data_skip=True,  # WindowOrder begins at the right step by itself
         restore_callback_states_from_checkpoint=True,
@@ -318,18 +327,17 @@ def _arguments(
 
 
 def _check_arguments(
+    model: PreTrainedModel,
     schedule: Schedule,
     output: Path | None,
     evaluation: Evaluation | None,
-    shard: bool,
-    processes: int,
 ) -> None:
     if evaluation is not None and output is None:
         raise InputError("evaluation keeps the best checkpoint: name an output folder for it")
-    if shard and (output is None or processes == 1):
+    if is_sharded(model) and output is not None:
         raise InputError(
-            "shard shares a model among several processes and leaves its weights in an output "
-            "folder: start them with torchrun, and name the folder"
+            "resume checkpoints of a sharded model are not supported: train without output, and "
+            "save the model with save_whole()"
         )
     if evaluation is None and schedule.patience is not None:
         raise InputError("patience counts evaluations: give an evaluation, or no patience")

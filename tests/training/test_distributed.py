@@ -1,0 +1,55 @@
+"""Several processes train as one: with copies of the model, and with shares of it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bkcore.model import ResNetBKForCausalLM
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+
+
+def in_processes(count: int, output: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc_per_node", str(count), str(SCRIPT), str(output)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return ResNetBKForCausalLM.from_pretrained(folder, dtype=torch.float64).state_dict()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    in_processes(1, folder / "one")
+    in_processes(2, folder / "two")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["copied-1", "copied-2", "shared-1", "shared-2"])
+def test_two_processes_train_as_one(results: Path, name: str) -> None:
+    expected = weights(results / "one" / "copied-1")
+    found = weights(results / "two" / name)
+    assert found.keys() == expected.keys()
+    for key, weight in expected.items():
+        # Adam divides tiny gradients by their size, and so their rounding errors, too.
+        torch.testing.assert_close(found[key], weight, rtol=0, atol=1e-8, msg=key)
+
+
+def test_the_training_moved_the_weights(results: Path) -> None:
+    (checkpoint,) = (results / "one" / "resume-1").iterdir()
+    assert checkpoint.name == "checkpoint-4"
+    moved = weights(results / "one" / "copied-1")["layers.0.mixer.out_proj.weight"]
+    assert float(moved.abs().max()) > 1e-3  # it begins at zero
