@@ -205,6 +205,18 @@ def test_parts_of_a_batch_add_up_to_the_batch() -> None:
         torch.testing.assert_close(in_parts, whole, rtol=0, atol=1e-9)
 
 
+def test_load_balancing_weighs_the_same_in_any_number_of_parts() -> None:
+    """With equal windows its loss is the same for every part and for the whole."""
+    windows = TokenWindows(TOKENS[:16].repeat(8), 16)
+    results = []
+    for parts in (1, 4):
+        model = small(load_balancing=1.0).double()
+        train(model, windows, Schedule(**SCHEDULE, gradient_accumulation=parts))
+        results.append(weights(model))
+    for whole, in_parts in zip(*results, strict=True):
+        torch.testing.assert_close(in_parts, whole, rtol=0, atol=1e-9)
+
+
 def test_impossible_requests(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="name an output folder"):
         train(small(), WINDOWS, Schedule(**SCHEDULE), evaluation=evaluation)
