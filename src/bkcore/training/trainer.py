@@ -153,7 +153,6 @@ class _Trainer(Trainer):
         self._order, self._run, self._clock, self._evaluation = order, run, clock, evaluation
         self.pop_callback(PrinterCallback)
         # All parts of a batch are of one size, so the mean of their means is the mean of all.
-        # With num_items_in_batch the model's load-balancing loss would be added once a part.
         self.model_accepts_loss_kwargs = False
         # A sharded model averages its gradients by itself; it must not be wrapped once more.
         assert self.model is not None
