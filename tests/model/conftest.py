@@ -68,7 +68,7 @@ def build() -> Build:
     """build(mode, state, **options) makes a small model in evaluation mode.
 
     The output projection of the mixer starts at zero, so that a new model ignores its core: here
-    it is random. Sizes leave ragged groups (24 and 40 inputs in groups of 16).
+    it is random. Gates and barriers begin weak, and here they are strong. Sizes leave ragged groups (24 and 40 inputs in groups of 16).
     """
 
     def build(mode: str | None = None, state: str = "float", **options: Any) -> ResNetBKForCausalLM:
@@ -83,11 +83,15 @@ def _build(
 ) -> ResNetBKForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        sizes = {"vocab_size": VOCABULARY, "d_model": 24, "n_layers": 2, "n_seq": 32}
+        sizes = {"vocab_size": VOCABULARY, "d_model": 24, "n_layers": 2, "n_seq": 32, "key_size": 7}
         sizes |= {"num_experts": 4, "experts_per_token": 2, "expert_size": 40, **dict(options)}
         model = LanguageModel(**sizes)
         for layer in model.layers:
             torch.nn.init.normal_(layer.mixer.out_proj.weight, std=0.2)
+            if model.config.mixer == "resolvent":
+                layer.mixer.in_proj.weight.data[-2 * layer.mixer.heads :] *= 5
+                layer.mixer.log_rate.data.fill_(-0.5)
+                layer.mixer.log_barrier.data.fill_(-1.0)
         model.embedding.weight.data.mul_(10)  # so that the logits are far from even
         if mode is not None:
             _quantize(model, mode, state, sizes["vocab_size"])

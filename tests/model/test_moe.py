@@ -14,7 +14,13 @@ from bkcore.model.moe import Expert, MixtureOfExperts, counting_load
 
 
 def mixture(**options) -> MixtureOfExperts:
-    sizes = {"d_model": 12, "num_experts": 5, "experts_per_token": 2, "expert_size": 20}
+    sizes = {
+        "d_model": 12,
+        "num_experts": 5,
+        "experts_per_token": 2,
+        "expert_size": 20,
+        "num_heads": 1,
+    }
     return MixtureOfExperts(ResNetBKConfig(**{**sizes, **options})).eval()
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from bkcore.errors import InputError
 
-MIXERS = ("sweep", "attention", "convolution")
+_MIXERS = ("resolvent", "convolution", "green")
 
 
 class ResNetBKConfig(PreTrainedConfig):
@@ -16,17 +16,16 @@ class ResNetBKConfig(PreTrainedConfig):
 
     Attributes:
         vocab_size: tokens; the embedding is tied to the output head.
-        d_model: width D of the residual stream; also the number of core channels H.
+        d_model: width D of the residual stream.
         n_layers: layers, each a mixer (the core) and a mixture of experts.
         n_seq: length of the training windows. The model takes any length.
         num_experts, experts_per_token: experts E of a layer and how many serve a token; 1 and 1
             is a plain perceptron without a router.
         expert_size: hidden units of one expert.
-        mixer: "sweep" (`ResolventMixer`); "attention" (`AttentionMixer`, float only so far), or
-            "convolution", which is that without its attention.
-        num_heads, key_size: heads H of the attention and the size K of their keys; H divides D.
+        mixer: "resolvent", or for comparison "convolution" (no core at all) or "green" (the Green's
+            function g alone), which cannot be quantized.
+        num_heads, key_size: heads H of the core, which divide D, and the size K of their keys.
         conv_width: taps of the causal depthwise convolution.
-        eta_min: smallest imaginary part of the energy that a channel can learn.
         load_balancing: weight of the auxiliary loss that spreads tokens over experts.
         chunked_loss: train without the logits of all positions in memory; see `forward`.
         quantization: None, or the fields of a `QuantizationConfig` and its `state`.
@@ -42,11 +41,10 @@ class ResNetBKConfig(PreTrainedConfig):
     num_experts: int = 8
     experts_per_token: int = 2
     expert_size: int = 256
-    mixer: str = "sweep"
+    mixer: str = "resolvent"
     num_heads: int = 4
     key_size: int = 32
     conv_width: int = 4
-    eta_min: float = 1e-3
     load_balancing: float = 0.01
     chunked_loss: bool = False
     norm_eps: float = 1e-6
@@ -66,11 +64,7 @@ class ResNetBKConfig(PreTrainedConfig):
             raise InputError(
                 f"experts_per_token={self.experts_per_token} exceeds num_experts={self.num_experts}"
             )
-        if self.mixer not in MIXERS:
-            raise InputError(f"mixer must be one of {', '.join(MIXERS)}, not {self.mixer!r}")
-        if self.mixer == "attention" and self.d_model % self.num_heads:
-            raise InputError(
-                f"num_heads={self.num_heads} must divide d_model={self.d_model} in the attention"
-            )
-        if not self.eta_min > 0:
-            raise InputError(f"eta_min must be positive, not {self.eta_min!r}")
+        if self.mixer not in _MIXERS:
+            raise InputError(f"mixer must be one of {', '.join(_MIXERS)}, not {self.mixer!r}")
+        if self.mixer == "resolvent" and self.d_model % self.num_heads:
+            raise InputError(f"num_heads={self.num_heads} must divide d_model={self.d_model}")

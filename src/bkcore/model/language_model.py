@@ -17,10 +17,9 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from bkcore.errors import CheckpointError, DTypeError, InputError, LifecycleError, ShapeError
 from bkcore.model import checkpoint, quantized
-from bkcore.model.attention_mixer import AttentionMixer
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.loss import IGNORED, next_token_loss
-from bkcore.model.mixer import ResolventMixer
+from bkcore.model.mixer import MIXERS, ConvolutionMixer, GreenMixer, ResolventMixer
 from bkcore.model.moe import MixtureOfExperts
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.lifecycle import QuantizationLifecycle, QuantizationState
@@ -45,8 +44,7 @@ class ResNetBKLayer(GradientCheckpointingLayer):
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        kind = ResolventMixer if config.mixer == "sweep" else AttentionMixer
-        self.mixer = kind(config)
+        self.mixer = MIXERS[config.mixer](config)
         self.experts_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.experts = MixtureOfExperts(config)
 
@@ -189,10 +187,10 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             LifecycleError: if the model is past the float state, or its mixer cannot be quantized.
         """
         self._require("configure_quantization", {QuantizationState.FLOAT})
-        if self.config.mixer != "sweep":
+        if self.config.mixer != "resolvent":
             raise LifecycleError(
-                f'a model with mixer="{self.config.mixer}" cannot be quantized yet: its inputs and '
-                'outputs have no quantizers; train one with mixer="sweep"'
+                f'a model with mixer="{self.config.mixer}" is there to compare with and cannot be '
+                'quantized; build one with mixer="resolvent"'
             )
         config = QuantizationConfig(config) if isinstance(config, str) else config
         self._quant_config = config
@@ -389,14 +387,11 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, ResolventMixer):
-            module.reset_channels()
+        elif isinstance(module, ResolventMixer | ConvolutionMixer | GreenMixer):
             init.normal_(module.conv.weight, std=self.config.conv_width**-0.5)
             init.zeros_(module.out_proj.get_parameter("weight"))
-        elif isinstance(module, AttentionMixer):
-            init.normal_(module.conv.weight, std=self.config.conv_width**-0.5)
-            init.zeros_(module.out_proj.weight)
-            module.reset()
+            if isinstance(module, ResolventMixer | GreenMixer):
+                module.reset()
 
 
 def _quantized_keys(state_dict: Mapping[str, Any]) -> set[str]:

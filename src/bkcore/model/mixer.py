@@ -1,4 +1,4 @@
-"""The sequence mixer: a causal sweep of the resolvent between two projections."""
+"""Sequence mixers: resolvent attention behind short convolutions, and what is left without it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bkcore.core.resolvent import causal_sweep_parts
+from bkcore.core import causal_sweep_parts, resolvent_attention
 from bkcore.model.config import ResNetBKConfig
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.linear import QuantizedLinear
@@ -17,120 +17,228 @@ from bkcore.quantization.quantizers import ComplexQuantizer, GroupWiseQuantizer
 
 Phase = Literal["idle", "observe", "quantize"]
 
-_POTENTIAL_SCALE = 0.3
-"""Initial strength of the disorder: strong enough to matter, weak enough not to localize psi."""
+_SHORTEST, _LONGEST = 8.0, 500.0
+"""Sites after which the heads have forgotten 1 - 1/e at the start, log-spaced."""
+
+_BARRIER = math.exp(-6)
+"""Height of the potential at the start, in units of the hopping 1: far below what localizes."""
+
+_ETA = 0.01
+"""Broadening at the start."""
 
 
 class CoreQuantizers(nn.Module):
-    """Quantizers of what enters and leaves the sweep, a scale per channel (never per position).
+    """Quantizers of what enters and leaves the resolvent attention, never a scale per position.
 
-    `phase` says what a call does: nothing, observe its tensor, or fake-quantize it.
+    Gates, potentials and g have a scale per head; queries, keys, values and what the attention
+    found one per channel. `phase` says what a call does: nothing, observe, or fake-quantize.
     """
 
-    def __init__(self, channels: int, config: QuantizationConfig, *, learnable: bool) -> None:
+    def __init__(
+        self, heads: int, keys: int, width: int, config: QuantizationConfig, *, learnable: bool
+    ) -> None:
         super().__init__()
         self.phase: Phase = "idle"
-        group_size = 1 if config.per_channel else channels
-        common: dict[str, Any] = {
-            "bits": config.bits,
-            "learnable": learnable,
-            "norm": 2,
-            "group_size": group_size,
-        }
-        symmetric = config.symmetric is not False
-        self.potential = GroupWiseQuantizer(channels, symmetric=symmetric, **common)
-        # The source comes out of SiLU, which is never below -0.28.
-        self.source = GroupWiseQuantizer(channels, symmetric=config.symmetric is True, **common)
-        self.g = ComplexQuantizer(channels, symmetric=config.symmetric, **common)
-        # Unlike Im g, neither part of psi has a sign.
-        self.psi = ComplexQuantizer(channels, symmetric=symmetric, **common)
+        common: dict[str, Any] = {"bits": config.bits, "learnable": learnable, "norm": 2}
+
+        def real(channels: int, symmetric: bool) -> GroupWiseQuantizer:
+            size = 1 if config.per_channel else channels
+            return GroupWiseQuantizer(channels, size, symmetric=symmetric, **common)
+
+        # What comes out of SiLU is never below -0.28: symmetric codes would waste half.
+        skewed = config.symmetric is True
+        self.gate = real(heads, skewed)
+        self.barrier = real(heads, skewed)
+        self.query = real(keys, skewed)
+        self.key = real(keys, skewed)
+        self.value = real(width, skewed)
+        self.g = ComplexQuantizer(heads, config.per_channel, symmetric=config.symmetric, **common)
+        # Unlike Im g, neither part of what is found has a sign.
+        self.found = ComplexQuantizer(
+            width, config.per_channel, symmetric=config.symmetric is not False, **common
+        )
 
     def parts(self) -> list[GroupWiseQuantizer]:
-        """The six real quantizers: potential, source, Re g, Im g, Re psi, Im psi."""
-        complex_parts = [self.g.real, self.g.imag, self.psi.real, self.psi.imag]
-        return [self.potential, self.source, *complex_parts]
+        """The nine real quantizers, inputs first."""
+        inputs = [self.gate, self.barrier, self.query, self.key, self.value]
+        return [*inputs, self.g.real, self.g.imag, self.found.real, self.found.imag]
 
     def apply_to(self, quantizer: GroupWiseQuantizer, x: Tensor) -> Tensor:
-        """Pass x (..., H) through one quantizer as the phase asks."""
+        """Pass x (..., channels) through one quantizer as the phase asks."""
         if self.phase == "observe":
             quantizer.observe(x)
         return quantizer.fake_quantize(x) if self.phase == "quantize" else x
 
 
 class ResolventMixer(nn.Module):
-    """Mix a sequence by the left-connected resolvent of a learned, input-dependent Hamiltonian.
+    """Mix a sequence by resolvent attention: a memory of fixed size that can recall.
 
-    Each of H channels has its own energy, broadening eta and hopping. The input gives a potential v
-    and a source b through a short causal convolution; one causal sweep gives the Green's function g
-    and the propagated source psi; what is read out is g, psi and b, gated.
-
-    psi is divided by sqrt(Im g / eta): for white sources the result has unit variance whatever eta
-    (Ward identity), which puts channels whose memory spans decades on one scale.
+    H heads, each a chain of its own. The input gives queries, keys and values through short causal
+    convolutions, and for every site the hopping t in (0, 1), a forget gate, and a potential v > 0,
+    a barrier. What is read out: the value itself; Re and Im of what the query finds, of unit
+    mean square in each head; all gated; and g.
     """
 
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__()
-        channels = config.d_model
-        self.eta_min = config.eta_min
-        self.in_proj: nn.Linear | QuantizedLinear = nn.Linear(
-            config.d_model, 3 * channels, bias=False
-        )
-        self.conv = nn.Conv1d(
-            2 * channels, 2 * channels, config.conv_width, groups=2 * channels, bias=False
-        )
-        self.energy = nn.Parameter(torch.empty(channels))
-        self.log_eta = nn.Parameter(torch.empty(channels))
-        self.hopping = nn.Parameter(torch.empty(channels))
+        width = config.d_model
+        self.heads = config.num_heads
+        self.keys = config.num_heads * config.key_size
+        self.width = width
+        self.norm_eps = config.norm_eps
+        mixed = width + 2 * self.keys
+        self.sizes = (mixed, width, 2 * self.heads)
+        self.in_proj: nn.Linear | QuantizedLinear = nn.Linear(width, sum(self.sizes), bias=False)
+        self.conv = depthwise(mixed, config.conv_width)
+        self.log_rate = nn.Parameter(torch.empty(self.heads))
+        self.log_barrier = nn.Parameter(torch.empty(self.heads))
+        self.log_eta = nn.Parameter(torch.empty(self.heads))
         self.out_proj: nn.Linear | QuantizedLinear = nn.Linear(
-            5 * channels, config.d_model, bias=False
+            3 * width + 2 * self.heads, width, bias=False
         )
         self.quantizers: CoreQuantizers | None = None
 
-    def reset_channels(self) -> None:
-        """Spread energies over the band of the free chain and eta over 0.005 to 0.5."""
-        channels = self.energy.shape[0]
-        position = (torch.arange(channels) + 0.5) / channels
-        with torch.no_grad():
-            # The golden ratio decorrelates a channel's energy from its eta.
-            angle = math.pi * ((torch.arange(channels) * 0.6180339887) % 1)
-            self.energy.copy_(2 * torch.cos(angle))
-            self.log_eta.copy_(math.log(0.005) + position * math.log(100))
-            self.hopping.fill_(1.0)
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Start as a layer that recalls: it looks for what followed earlier copies of a token.
+
+        Queries and keys start equal, the queries' taps at the present site and the keys' at the
+        one before (an induction head: Olsson et al., "In-context Learning and Induction Heads",
+        2022).
+        """
+        width, taps = self.width, self.conv.kernel_size[0]
+        query, key = (slice(width + n * self.keys, width + (n + 1) * self.keys) for n in (0, 1))
+        weight = self.in_proj.get_parameter("weight")
+        weight[key] = weight[query]
+        weight[-2 * self.heads :] *= 0.2
+        self.conv.weight[width:] *= 0.2
+        self.conv.weight[query, 0, -1] += 1
+        self.conv.weight[key, 0, -min(2, taps)] += 1
+        position = torch.linspace(0, 1, self.heads)
+        self.log_rate.copy_(-math.log(_SHORTEST) - position * math.log(_LONGEST / _SHORTEST))
+        self.log_barrier.fill_(math.log(_BARRIER))
+        self.log_eta.fill_(math.log(_ETA))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, D) -> (B, N, D); position i of the result depends on x up to i only."""
-        mixed, gate = self.in_proj(x).split((2 * self.energy.numel(), self.energy.numel()), dim=-1)
-        potential, source = self._convolve(mixed).chunk(2, dim=-1)
-        potential = self._quantized("potential", _POTENTIAL_SCALE * potential)
-        source = self._quantized("source", F.silu(source))
-        features = torch.cat((self._features(potential, source), source[:, :, None]), dim=2)
-        # The sweep and the quantizers work in float32 at least, whatever the model is cast to.
-        features = features.to(gate.dtype) * F.silu(gate)[:, :, None]
-        return self.out_proj(features.flatten(2))
-
-    def _convolve(self, x: Tensor) -> Tensor:
-        """Causal depthwise convolution over time of x (B, N, C)."""
-        padded = F.pad(x.transpose(1, 2), (self.conv.kernel_size[0] - 1, 0))
-        return self.conv(padded).transpose(1, 2)
-
-    def _features(self, potential: Tensor, source: Tensor) -> Tensor:
-        """Re g, Im g, Re psi, Im psi, normalized and quantized: (B, N, 4, H)."""
-        eta = self.eta_min + self.log_eta.exp()
-        parts = causal_sweep_parts(
-            potential, source, energy=self.energy, eta=eta, hopping=self.hopping, onsite=0.0
+        mixed, opening, dynamics = self.in_proj(x).split(self.sizes, dim=-1)
+        mixed = F.silu(causal_convolution(self.conv, mixed))
+        value, query, key = mixed.split((self.width, self.keys, self.keys), dim=-1)
+        value, query, key = (
+            self._quantized(name, part)
+            for name, part in (("value", value), ("query", query), ("key", key))
         )
-        g_real, g_imag, psi_real, psi_imag = parts.unbind(2)
-        ward = torch.sqrt(eta / g_imag)
-        features: tuple[Tensor, ...] = (g_real, g_imag, psi_real * ward, psi_imag * ward)
-        if self.quantizers is not None:
-            quantizers = self.quantizers.parts()[2:]
-            features = tuple(
-                self.quantizers.apply_to(quantizer, feature)
-                for quantizer, feature in zip(quantizers, features, strict=True)
-            )
-        return torch.stack(features, dim=2)
+        gate, barrier = dynamics.chunk(2, dim=-1)
+        g, found = self._recall(
+            query, key, value, self._quantized("gate", gate), self._quantized("barrier", barrier)
+        )
+        # The core and the quantizers work in float32 at least, whatever the model is cast to.
+        features = torch.cat((value[:, :, None], found), 2).to(opening.dtype)
+        opened = (features * F.silu(opening)[:, :, None]).flatten(2)
+        return self.out_proj(torch.cat((opened, g.to(opening.dtype)), -1))
 
-    def _quantized(self, name: Literal["potential", "source"], x: Tensor) -> Tensor:
+    def _recall(
+        self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, barrier: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """g (B, N, 2 H), Re before Im, and what was found (B, N, 2, D), quantized."""
+        query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in (query, key, value))
+        hopping = torch.exp(-2 * self.log_rate.exp() * torch.sigmoid(gate))
+        potential = self.log_barrier.exp() * F.softplus(barrier)
+        out, g, _ = resolvent_attention(query, key, value, hopping, potential, self.log_eta.exp())
+        parts = {name: getattr(out, name) for name in ("real", "imag")}
+        normed = {name: _unit_mean_square(x, self.norm_eps) for name, x in parts.items()}
+        return (
+            torch.cat([self._quantized(f"g.{name}", getattr(g, name)) for name in parts], -1),
+            torch.stack(
+                [self._quantized(f"found.{name}", x.flatten(2)) for name, x in normed.items()], 2
+            ),
+        )
+
+    def _quantized(self, name: str, x: Tensor) -> Tensor:
         if self.quantizers is None:
             return x
-        return self.quantizers.apply_to(getattr(self.quantizers, name), x)
+        quantizer = self.quantizers.get_submodule(name)
+        assert isinstance(quantizer, GroupWiseQuantizer)
+        return self.quantizers.apply_to(quantizer, x)
+
+
+class ConvolutionMixer(nn.Module):
+    """A `ResolventMixer` without its core: the value, gated. The ablation of what it gains."""
+
+    def __init__(self, config: ResNetBKConfig) -> None:
+        super().__init__()
+        width = config.d_model
+        self.in_proj = nn.Linear(width, 2 * width, bias=False)
+        self.conv = depthwise(width, config.conv_width)
+        self.out_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, D) -> (B, N, D)."""
+        value, opening = self.in_proj(x).chunk(2, dim=-1)
+        value = F.silu(causal_convolution(self.conv, value))
+        return self.out_proj(value * F.silu(opening))
+
+
+class GreenMixer(nn.Module):
+    """A mixer whose memory is g alone, nothing propagated: D chains with a learned potential.
+
+    The ablation of the propagated source: g depends on the whole past, but cannot carry content.
+    """
+
+    def __init__(self, config: ResNetBKConfig) -> None:
+        super().__init__()
+        width = config.d_model
+        self.in_proj = nn.Linear(width, 3 * width, bias=False)
+        self.conv = depthwise(2 * width, config.conv_width)
+        self.log_eta = nn.Parameter(torch.empty(width))
+        self.energy = nn.Parameter(torch.empty(width))
+        self.hopping = nn.Parameter(torch.empty(width))
+        self.out_proj = nn.Linear(3 * width, width, bias=False)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Spread energies over the band of the free chain and eta over 0.005 to 0.5."""
+        channels = torch.arange(self.energy.numel())
+        # The golden ratio decorrelates a channel's energy from its eta.
+        self.energy.copy_(2 * torch.cos(math.pi * ((channels * 0.6180339887) % 1)))
+        self.log_eta.copy_(math.log(0.005) + (channels + 0.5) / len(channels) * math.log(100))
+        self.hopping.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, D) -> (B, N, D)."""
+        width = x.shape[-1]
+        mixed, opening = self.in_proj(x).split((2 * width, width), dim=-1)
+        value, potential = causal_convolution(self.conv, mixed).chunk(2, dim=-1)
+        g = causal_sweep_parts(
+            0.3 * potential,  # strong enough to matter, weak enough not to localize
+            energy=self.energy,
+            eta=self.log_eta.exp(),
+            hopping=self.hopping,
+            onsite=0.0,
+        )
+        features = torch.cat((F.silu(value)[:, :, None], g.to(value.dtype)), 2)
+        return self.out_proj((features * F.silu(opening)[:, :, None]).flatten(2))
+
+
+MIXERS: dict[str, type[nn.Module]] = {
+    "resolvent": ResolventMixer,
+    "convolution": ConvolutionMixer,
+    "green": GreenMixer,
+}
+"""By the name that `ResNetBKConfig.mixer` gives them."""
+
+
+def _unit_mean_square(x: Tensor, eps: float) -> Tensor:
+    # Spelled out: F.rms_norm rounds differently when it is compiled, and codes would differ.
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def depthwise(channels: int, taps: int) -> nn.Conv1d:
+    """A convolution of every channel with taps of its own."""
+    return nn.Conv1d(channels, channels, taps, groups=channels, bias=False)
+
+
+def causal_convolution(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """Convolve x (B, N, C) over time; position i of the result depends on x up to i only."""
+    padded = F.pad(x.transpose(1, 2), (conv.kernel_size[0] - 1, 0))
+    return conv(padded).transpose(1, 2)

@@ -42,10 +42,9 @@ def attach_core_quantizers(
 ) -> None:
     """Give every mixer fresh quantizers for its activations."""
     for mixer in _mixers(model):
-        device = mixer.energy.device
-        channels = mixer.energy.numel()
-        quantizers = CoreQuantizers(channels, config, learnable=learnable).to(device)
-        mixer.quantizers = quantizers.train(mixer.training)
+        sizes = (mixer.heads, mixer.keys, mixer.width)
+        quantizers = CoreQuantizers(*sizes, config, learnable=learnable)
+        mixer.quantizers = quantizers.to(mixer.log_eta.device).train(mixer.training)
 
 
 def set_phase(model: nn.Module, phase: Phase) -> None:
