@@ -1,0 +1,184 @@
+"""The models that are compared, each with one size left open so that all can be made equal."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
+
+from bkcore.errors import InputError
+from bkcore.model import LanguageModel
+from bkcore.model.moe import MixtureOfExperts
+
+_BOUND = 0.0147
+"""Largest relative distance from the wanted number: 1.0147 / 0.9853 is below 1.03."""
+
+_LARGEST = 1 << 13
+"""Largest open size that is tried."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What all contestants of one comparison share.
+
+    Attributes:
+        vocab_size: tokens.
+        window: the longest sequence.
+        width: of the residual stream.
+        layers: of ResNet-BK, GPT-2 and Llama, each a mixer and an MLP. A layer of Mamba has no
+            MLP, so Mamba has more of them.
+    """
+
+    vocab_size: int
+    window: int
+    width: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A kind of model.
+
+    Attributes:
+        name: in file names, tables and JSON.
+        build: from a frame and the open size, a model with random weights.
+        learning_rate: peak rate for language modelling.
+        open_size: what the open size is.
+    """
+
+    name: str
+    build: Callable[[Frame, int], PreTrainedModel]
+    learning_rate: float
+    open_size: str
+
+
+def resnet_bk(frame: Frame, size: int, **options: Any) -> PreTrainedModel:
+    """ResNet-BK with experts of `size` hidden units, or an ablation of it."""
+    sizes = {"num_experts": 8, "experts_per_token": 2, "expert_size": size, **options}
+    return LanguageModel(frame.vocab_size, frame.width, frame.layers, frame.window, **sizes)
+
+
+def gpt2(frame: Frame, size: int) -> PreTrainedModel:
+    """GPT-2 with MLPs of `size` hidden units and heads of 32."""
+    config = GPT2Config(
+        vocab_size=frame.vocab_size,
+        n_positions=frame.window,
+        n_embd=frame.width,
+        n_layer=frame.layers,
+        n_head=frame.width // 32,
+        n_inner=size,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return GPT2LMHeadModel(config)
+
+
+def llama(frame: Frame, size: int) -> PreTrainedModel:
+    """Llama with gated MLPs of `size` hidden units and heads of 32."""
+    config = LlamaConfig(
+        vocab_size=frame.vocab_size,
+        max_position_embeddings=frame.window,
+        hidden_size=frame.width,
+        num_hidden_layers=frame.layers,
+        num_attention_heads=frame.width // 32,
+        intermediate_size=size,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+def mamba(frame: Frame, size: int) -> PreTrainedModel:
+    """Mamba of width `size`, with 5 layers for every 3 of the frame."""
+    config = MambaConfig(
+        vocab_size=frame.vocab_size,
+        hidden_size=size,
+        num_hidden_layers=round(frame.layers * 5 / 3),
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        use_cache=False,
+    )
+    return MambaForCausalLM(config)
+
+
+RESNET_BK = Contestant("resnet_bk", resnet_bk, 5e-3, "hidden units of an expert")
+CONVOLUTION = Contestant(
+    "convolution", partial(resnet_bk, mixer="convolution"), 5e-3, "hidden units of an expert"
+)
+GREEN = Contestant("green", partial(resnet_bk, mixer="green"), 5e-3, "hidden units of an expert")
+GPT2 = Contestant("gpt2", gpt2, 3e-3, "hidden units of an MLP")
+LLAMA = Contestant("llama", llama, 3e-3, "hidden units of an MLP")
+MAMBA = Contestant("mamba", mamba, 5e-3, "width")
+
+
+def build(contestant: Contestant, frame: Frame, parameters: int) -> tuple[PreTrainedModel, int]:
+    """The model of a contestant whose active parameters are nearest to a wanted number.
+
+    Args:
+        contestant: the kind of model.
+        frame: the sizes that all share.
+        parameters: active parameters wanted.
+
+    Returns:
+        The model, with random weights from the global generator, and its open size.
+
+    Raises:
+        InputError: if no open size comes near enough; two models within the bound differ by less
+            than 3 %.
+    """
+
+    def active(size: int) -> int:
+        with torch.device("meta"):
+            return active_parameters(contestant.build(frame, size))
+
+    above = bisect_left(range(1, _LARGEST + 1), parameters, key=active) + 1
+    size = min((max(1, above - 1), above), key=lambda near: abs(active(near) - parameters))
+    found = active(size)
+    if abs(found - parameters) > _BOUND * parameters:
+        raise InputError(
+            f"{contestant.name} cannot have {parameters:,} active parameters within "
+            f"{100 * _BOUND:.1f} %: the nearest is {found:,}, with {size} {contestant.open_size}; "
+            f"change the frame {frame}"
+        )
+    return contestant.build(frame, size), size
+
+
+def active_parameters(model: nn.Module) -> int:
+    """Parameters that serve one token: all but those of the experts that are not chosen.
+
+    A tied embedding counts once, and a table of positions in full.
+    """
+    return total_parameters(model) - sum(
+        (len(mixture.experts) - mixture.experts_per_token) * total_parameters(mixture.experts[0])
+        for mixture in model.modules()
+        if isinstance(mixture, MixtureOfExperts)
+    )
+
+
+def total_parameters(model: nn.Module) -> int:
+    """All parameters, a shared one once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,118 @@
+"""Runs that can be interrupted, continued, and shared among processes.
+
+A run has a folder of its own. `run.json` holds its settings from the start, so that a folder never
+mixes two settings; `result.json` appears, whole, when the run is finished; in between are the
+trainer's checkpoints. A lock keeps two processes from doing the same run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from bkcore.errors import InputError
+from bkcore.report import files
+
+Advance = Callable[[float], None]
+"""Called with the fraction of a run that is done."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training with its measurement.
+
+    Attributes:
+        name: `group/contestant/seedN`, also the folder below the root of all runs.
+        settings: what the result depends on, as what JSON holds.
+        execute: does the work in a folder and gives the result, as what JSON holds.
+        weight: about how many seconds it takes.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    execute: Callable[[Path, Advance], dict[str, Any]]
+    weight: float
+
+    def check(self, root: Path) -> None:
+        """Make sure that the folder was not begun with other settings.
+
+        Raises:
+            InputError: if it was; the message names the settings that differ.
+        """
+        path = root / self.name / "run.json"
+        if not path.is_file():
+            return
+        begun = json.loads(path.read_text())
+        names = sorted({*begun, *self.settings})
+        different = [name for name in names if begun.get(name) != self.settings.get(name)]
+        if different:
+            raise InputError(
+                f"{path.parent} was begun with other settings: "
+                + ", ".join(
+                    f"{name} {begun.get(name)!r}, now {self.settings.get(name)!r}"
+                    for name in different
+                )
+                + "; name another --output, or remove that folder"
+            )
+
+    def finish(self, root: Path, advance: Advance) -> bool:
+        """Do the run, or what is left of it; a finished one costs nothing.
+
+        Returns:
+            False if another process is at it.
+        """
+        folder = root / self.name
+        files.prepare_folder(folder)
+        with _locked(folder / "lock") as ours:
+            if ours and not (folder / "result.json").is_file():
+                self.check(root)
+                files.write_json(self.settings, folder / "run.json")
+                result = self.execute(folder, advance)
+                files.write_json(result, folder / "result.json")
+        return ours
+
+
+def finished(root: Path, group: str) -> list[dict[str, Any]]:
+    """Results of the finished runs of a group, ordered by folder."""
+    return [json.loads(path.read_text()) for path in sorted(root.glob(f"{group}/*/*/result.json"))]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Whether this process holds the lock; the system frees it when a process dies."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+class StepTimes:
+    """Seconds of each training step, kept in a file so that an interrupted run knows them, too."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last = perf_counter()
+
+    def __call__(self, step: int) -> None:
+        """Note that a step has just ended."""
+        now = perf_counter()
+        with self._path.open("a") as file:
+            file.write(f"{step} {now - self._last:.6f}\n")
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of all steps together, and of the median step; a repeated one counts once."""
+        # Killed while it wrote, a process leaves half a line; the step is then done again.
+        lines = [line.split() for line in self._path.read_text().splitlines()]
+        times = {int(line[0]): float(line[1]) for line in lines if len(line) == 2}
+        return {"seconds": sum(times.values()), "seconds_per_step": median(times.values())}
