@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"model", "text"},
     "report": {"evaluation", "training", "model", "text", "quantization"},
     "bench": {"report", "evaluation", "model", "quantization", "core", "kernels"},
-    "cli": {"report", "bench"},
+    "comparison": {"report", "evaluation", "training", "model", "text"},
+    "cli": {"report", "bench", "comparison"},
 }
 
 

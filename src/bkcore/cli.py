@@ -118,6 +118,60 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    data: DataOption = None,
+    json_file: JsonOption = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder of the runs; finished ones are not done again.")
+    ] = Path("runs/compare"),
+    only: Annotated[
+        str, typer.Option(help="Only runs whose names begin so, such as language/mamba.")
+    ] = "",
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="This seed instead of the planned ones.")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Training tokens of each language model.")
+    ] = 6_000_000,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Training steps of each run of a synthetic task.")
+    ] = 1500,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; default: as PyTorch chooses.")
+    ] = None,
+) -> None:
+    """Train ResNet-BK, its ablations, GPT-2, Llama and Mamba alike, and compare them.
+
+    Each run can be interrupted and continued; several processes may share the work.
+    """
+    import torch
+
+    from bkcore.comparison.compare import Comparison, run_comparison
+    from bkcore.comparison.language import LanguageSettings
+    from bkcore.comparison.synthetic import SyntheticSettings
+    from bkcore.comparison.tables import language_table, synthetic_table
+    from bkcore.report import files
+
+    console = Console()
+    if json_file is not None:
+        files.prepare_file(json_file)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    comparison = Comparison(
+        LanguageSettings(training_tokens=tokens), SyntheticSettings(steps=steps)
+    )
+    result = run_comparison(comparison, data, output, console, only, seed)
+    if result["language"]:
+        console.print(language_table(result))
+    if result["synthetic"]:
+        console.print(synthetic_table(result))
+    if result["unfinished"]:
+        console.print("unfinished: " + ", ".join(result["unfinished"]), highlight=False)
+    if json_file is not None:
+        files.write_json(result, json_file)
+
+
+@app.command()
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The ",

@@ -6,7 +6,6 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -66,10 +65,22 @@ class Contestant:
     open_size: str
 
 
-def resnet_bk(frame: Frame, size: int, **options: Any) -> PreTrainedModel:
-    """ResNet-BK with experts of `size` hidden units, or an ablation of it."""
-    sizes = {"num_experts": 8, "experts_per_token": 2, "expert_size": size, **options}
-    return LanguageModel(frame.vocab_size, frame.width, frame.layers, frame.window, **sizes)
+def resnet_bk(frame: Frame, size: int, mixer: str = "attention") -> PreTrainedModel:
+    """ResNet-BK, or an ablation of it, with perceptrons of `size` hidden units.
+
+    One expert a layer, so that all parameters are active ones and only the mixers differ: with
+    more, an ablation, whose mixer is smaller, would have larger experts, and more of them idle.
+    """
+    return LanguageModel(
+        frame.vocab_size,
+        frame.width,
+        frame.layers,
+        frame.window,
+        mixer=mixer,
+        num_experts=1,
+        experts_per_token=1,
+        expert_size=size,
+    )
 
 
 def gpt2(frame: Frame, size: int) -> PreTrainedModel:
@@ -125,13 +136,12 @@ def mamba(frame: Frame, size: int) -> PreTrainedModel:
     return MambaForCausalLM(config)
 
 
-RESNET_BK = Contestant("resnet_bk", resnet_bk, 5e-3, "hidden units of an expert")
-CONVOLUTION = Contestant(
-    "convolution", partial(resnet_bk, mixer="convolution"), 5e-3, "hidden units of an expert"
-)
-GREEN = Contestant("green", partial(resnet_bk, mixer="green"), 5e-3, "hidden units of an expert")
-GPT2 = Contestant("gpt2", gpt2, 3e-3, "hidden units of an MLP")
-LLAMA = Contestant("llama", llama, 3e-3, "hidden units of an MLP")
+_PERCEPTRON = "hidden units of a perceptron"
+RESNET_BK = Contestant("resnet_bk", resnet_bk, 5e-3, _PERCEPTRON)
+CONVOLUTION = Contestant("convolution", partial(resnet_bk, mixer="convolution"), 5e-3, _PERCEPTRON)
+GREEN = Contestant("green", partial(resnet_bk, mixer="green"), 5e-3, _PERCEPTRON)
+GPT2 = Contestant("gpt2", gpt2, 3e-3, _PERCEPTRON)
+LLAMA = Contestant("llama", llama, 3e-3, _PERCEPTRON)
 MAMBA = Contestant("mamba", mamba, 5e-3, "width")
 
 

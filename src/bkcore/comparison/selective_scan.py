@@ -70,10 +70,10 @@ class _Scan(torch.autograd.Function):
 def selective_scan(
     hidden_states: Tensor,
     dt: Tensor,
-    A: Tensor,  # noqa: N803
-    B: Tensor,  # noqa: N803
-    C: Tensor,  # noqa: N803
-    D: Tensor,  # noqa: N803
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
     z: Tensor,
     delta_bias: Tensor,
     **options: Any,

@@ -1,0 +1,143 @@
+"""The comparison: do the runs that are wanted, then put all that is finished into one report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from bkcore.comparison import language, synthetic
+from bkcore.comparison.contestants import CONVOLUTION
+from bkcore.comparison.language import LanguageComparison, LanguageSettings
+from bkcore.comparison.runs import Run, finished
+from bkcore.comparison.synthetic import SyntheticSettings
+from bkcore.errors import InputError
+from bkcore.evaluation.perplexity import Scores, paired_change
+from bkcore.report.files import prepare_folder
+from bkcore.report.progress import Plan
+from bkcore.text import load_corpus
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both parts.
+
+    Attributes:
+        language, synthetic: their settings.
+    """
+
+    language: LanguageSettings
+    synthetic: SyntheticSettings
+
+    def runs(self, data: Path | None, seed: int | None) -> list[Run]:
+        """All runs, with the planned seeds or with one other."""
+        seeds = None if seed is None else (seed,)
+        return [
+            *LanguageComparison(load_corpus(data), self.language).runs(seeds),
+            *synthetic.runs(self.synthetic, *([] if seeds is None else [seeds])),
+        ]
+
+
+def run_comparison(
+    comparison: Comparison,
+    data: Path | None,
+    output: Path,
+    console: Console,
+    only: str = "",
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Do the runs whose names begin with `only`, and report all finished ones below `output`.
+
+    Args:
+        comparison: the settings.
+        data: folder with train.txt and valid.txt; None takes the embedded corpus.
+        output: folder of the runs; each is in `group/contestant/seedN`.
+        console: where progress is drawn.
+        only: beginning of the names of the runs to do.
+        seed: instead of the planned seeds.
+
+    Returns:
+        `protocol`; `language` and `synthetic`, a row for each finished run; and `unfinished`, the
+        names of the planned runs that are not.
+
+    Raises:
+        DataError: if the text is missing, unreadable or too small; before any training.
+        InputError: if no run is so called, or a folder was begun with other settings; likewise.
+    """
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    planned = comparison.runs(data, seed)
+    chosen = [run for run in planned if run.name.startswith(only)]
+    if not chosen:
+        names = ", ".join(run.name for run in planned)
+        raise InputError(f"no run's name begins with {only!r}; there are {names}")
+    prepare_folder(output)
+    for run in planned:
+        run.check(output)
+    with Plan({run.name: run.weight for run in chosen}, console) as plan:
+        for run in chosen:
+            with plan.stage(run.name) as advance:
+                if not run.finish(output, advance):
+                    console.print(f"another process is at {run.name}", highlight=False)
+    return report(output, planned)
+
+
+def report(output: Path, planned: Sequence[Run]) -> dict[str, Any]:
+    """The finished runs as rows, with what they have in common as the protocol."""
+    of_language = finished(output, language.GROUP)
+    of_synthetic = finished(output, synthetic.GROUP)
+    return {
+        "protocol": {
+            "language": _common_protocol(of_language, language.GROUP),
+            "synthetic": _common_protocol(of_synthetic, synthetic.GROUP),
+            "active_parameters": "those that serve one token: experts that are not chosen are "
+            "left out, a tied embedding counts once; equal within 3 %",
+            "change": "token perplexity against the convolution-only ablation, of the same seed "
+            "where that has been run, else of seed 0, with its 95 % interval over windows",
+            "seconds": "of all training steps; tokens_per_second is by the median step",
+            "distance": "tokens from where the answer was written to the last one seen",
+        },
+        "language": [_compared(result, of_language) for result in of_language],
+        "synthetic": [result["row"] for result in of_synthetic],
+        "unfinished": [
+            run.name for run in planned if not (output / run.name / "result.json").is_file()
+        ],
+    }
+
+
+def _common_protocol(results: Sequence[dict[str, Any]], group: str) -> dict[str, Any] | None:
+    if not results:
+        return None
+    protocol: dict[str, Any] = results[0]["protocol"]
+    if any(result["protocol"] != protocol for result in results):
+        raise InputError(
+            f"the finished runs of {group} have different protocols and cannot be compared; "
+            "name another --output for one of them"
+        )
+    return protocol
+
+
+def _compared(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row of a language run, with its change against the ablation."""
+    row: dict[str, Any] = result["row"]
+    ablations = {
+        other["row"]["seed"]: other
+        for other in results
+        if other["row"]["contestant"] == CONVOLUTION.name
+    }
+    ablation = ablations.get(row["seed"], ablations.get(0))
+    if ablation is None:
+        return row
+    scores = [Scores.from_dict(each["scores"]) for each in (ablation, result)]
+    change = paired_change(*scores)
+    return {
+        **row,
+        "change_pct": change.delta_pct,
+        "ci_low_pct": change.low_pct,
+        "ci_high_pct": change.high_pct,
+        "change_from_seed": ablation["row"]["seed"],
+    }

@@ -1,0 +1,152 @@
+"""The synthetic tasks: the same models, small, and their accuracy against distance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bkcore.comparison import contestants
+from bkcore.comparison.contestants import (
+    Contestant,
+    Frame,
+    active_parameters,
+    build,
+    total_parameters,
+)
+from bkcore.comparison.runs import Advance, Run, StepTimes
+from bkcore.comparison.selective_scan import fast_selective_scan
+from bkcore.comparison.tasks import TASKS, Examples, ExampleWindows, Task
+from bkcore.training import Schedule, train
+
+GROUP = "synthetic"
+
+CONTESTANTS: tuple[Contestant, ...] = (
+    contestants.RESNET_BK,
+    contestants.CONVOLUTION,
+    contestants.MAMBA,
+    contestants.GPT2,
+)
+
+BUCKETS = ((7, 16), (16, 32), (32, 64), (64, 128))
+"""Distances from the first, up to and without the second."""
+
+_TEST_SEED = 1 << 40
+"""Added to the seed of the training sequences, so that those of the test are others."""
+
+
+@dataclass(frozen=True)
+class SyntheticSettings:
+    """What all runs share.
+
+    Attributes:
+        steps, batch_size: no sequence is seen twice.
+        test_sequences: accuracy is measured on so many others.
+        learning_rate: peak rate, the same for all.
+        parameters: active parameters of each model.
+    """
+
+    steps: int = 1500
+    batch_size: int = 64
+    test_sequences: int = 1000
+    learning_rate: float = 3e-3
+    width: int = 64
+    layers: int = 2
+    parameters: int = 120_000
+
+
+def runs(settings: SyntheticSettings, seeds: Sequence[int] = (0,)) -> list[Run]:
+    """All runs: each task with each contestant."""
+    return [
+        Run(
+            name=f"{GROUP}/{task.name}-{contestant.name}/seed{seed}",
+            settings={**asdict(settings), "task": task.name, "seed": seed},
+            execute=partial(_execute, task, contestant, settings, seed),
+            weight=0.15 * settings.steps,
+        )
+        for task in TASKS
+        for contestant in CONTESTANTS
+        for seed in seeds
+    ]
+
+
+def _execute(
+    task: Task,
+    contestant: Contestant,
+    settings: SyntheticSettings,
+    seed: int,
+    folder: Path,
+    advance: Advance,
+) -> dict[str, Any]:
+    frame = Frame(task.vocab_size, task.length, settings.width, settings.layers)
+    schedule = Schedule(settings.steps, settings.batch_size, settings.learning_rate)
+    times = StepTimes(folder / "steps.txt")
+
+    def on_step(step: int) -> None:
+        times(step)
+        advance(step / schedule.steps)
+
+    generator = torch.Generator().manual_seed(seed)
+    examples = task.draw(schedule.steps * schedule.batch_size, generator)
+    test = task.draw(settings.test_sequences, generator.manual_seed(_TEST_SEED + seed))
+    torch.manual_seed(seed)
+    model, size = build(contestant, frame, settings.parameters)
+    with fast_selective_scan():
+        log = train(model, ExampleWindows(examples), schedule, seed=seed, on_step=on_step)
+        right = correct(model, test, settings.batch_size)
+    row = {
+        "task": task.name,
+        "contestant": contestant.name,
+        "seed": seed,
+        "chance": task.chance,
+        "accuracy": float(right.double().mean()),
+        "answers": len(right),
+        "accuracy_by_distance": by_distance(right, test.distance[test.distance > 0]),
+        "active_parameters": active_parameters(model),
+        "total_parameters": total_parameters(model),
+        "open_size": {contestant.open_size: size},
+        "schedule": asdict(schedule),
+        **times.seconds(),
+        "threads": torch.get_num_threads(),
+        "log": log,
+    }
+    return {"row": row, "protocol": {"settings": asdict(settings)}}
+
+
+@torch.inference_mode()
+def correct(model: PreTrainedModel, examples: Examples, batch_size: int) -> Tensor:
+    """Whether the likeliest of all tokens is the answer, for each question: bool (questions,)."""
+    model.eval()
+    found = []
+    for ids, labels in _batches(examples, batch_size):
+        rows, positions = (labels != -100).nonzero(as_tuple=True)
+        logits = model(input_ids=ids).logits[rows, positions - 1]
+        found.append(logits.argmax(-1) == labels[rows, positions])
+    return torch.cat(found)
+
+
+def _batches(examples: Examples, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    pieces = (examples.input_ids.split(batch_size), examples.labels.split(batch_size))
+    return zip(*pieces, strict=True)
+
+
+def by_distance(right: Tensor, distance: Tensor) -> list[dict[str, Any]]:
+    """Accuracy in each bucket of distances that has answers.
+
+    Args:
+        right: bool (questions,).
+        distance: int64 (questions,).
+    """
+    rows = []
+    for low, high in BUCKETS:
+        chosen = right[(low <= distance) & (distance < high)]
+        if len(chosen):
+            accuracy = float(chosen.double().mean())
+            rows.append({"from": low, "to": high, "answers": len(chosen), "accuracy": accuracy})
+    return rows
