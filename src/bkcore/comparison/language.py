@@ -135,7 +135,7 @@ class LanguageComparison:
         torch.manual_seed(seed)
         model, size = build(contestant, frame, settings.parameters)
         with fast_selective_scan():
-            log = train(model, self._windows, schedule, seed=seed, on_step=on_step)
+            log = train(model, self._windows, schedule, seed=seed, output=folder, on_step=on_step)
             scores = score(
                 model,
                 self._valid,

@@ -98,7 +98,14 @@ def _execute(
     torch.manual_seed(seed)
     model, size = build(contestant, frame, settings.parameters)
     with fast_selective_scan():
-        log = train(model, ExampleWindows(examples), schedule, seed=seed, on_step=on_step)
+        log = train(
+            model,
+            ExampleWindows(examples),
+            schedule,
+            seed=seed,
+            output=folder,
+            on_step=on_step,
+        )
         right = correct(model, test, settings.batch_size)
     row = {
         "task": task.name,

@@ -1,0 +1,72 @@
+"""Contestants are of one size, and their active parameters are counted as they are used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from bkcore.comparison import language, synthetic
+from bkcore.comparison.contestants import (
+    CONVOLUTION,
+    GPT2,
+    LLAMA,
+    MAMBA,
+    RESNET_BK,
+    Contestant,
+    Frame,
+    active_parameters,
+    build,
+    total_parameters,
+)
+from bkcore.comparison.language import LanguageSettings
+from bkcore.comparison.synthetic import SyntheticSettings
+from bkcore.errors import InputError
+from bkcore.model import LanguageModel
+
+FULL = LanguageSettings()
+SMALL = SyntheticSettings()
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [(FULL, list(language.CONTESTANTS)), (SMALL, list(synthetic.CONTESTANTS))],
+    ids=["language", "synthetic"],
+)
+def test_active_parameters_agree_within_three_percent(
+    settings: LanguageSettings | SyntheticSettings, names: list[Contestant]
+) -> None:
+    frame = Frame(getattr(settings, "vocab_size", 128), 256, settings.width, settings.layers)
+    found = {}
+    for contestant in names:
+        model, _ = build(contestant, frame, settings.parameters)
+        found[contestant.name] = active_parameters(model)
+    assert max(found.values()) <= 1.03 * min(found.values()), found
+
+
+@pytest.mark.parametrize("contestant", [RESNET_BK, CONVOLUTION, GPT2, LLAMA, MAMBA])
+def test_embeddings_are_tied_and_models_causal(contestant: Contestant) -> None:
+    torch.manual_seed(0)
+    model, _ = build(contestant, Frame(50, 16, 64, 2), 120_000)
+    model.eval()
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)  # some start at zero, and would hide a leak
+    ids = torch.randint(50, (1, 16))
+    changed = ids.clone()
+    changed[0, 10] = (ids[0, 10] + 1) % 50
+    with torch.no_grad():
+        before, after = model(input_ids=ids).logits, model(input_ids=changed).logits
+    torch.testing.assert_close(before[0, :10], after[0, :10])
+    assert not torch.allclose(before[0, 10], after[0, 10])
+
+
+def test_idle_experts_are_not_active() -> None:
+    model = LanguageModel(50, 16, 2, 16, num_experts=5, experts_per_token=2, expert_size=7)
+    idle = 2 * 3 * (2 * 16 * 7)  # layers, experts, matrices of an expert
+    assert active_parameters(model) == total_parameters(model) - idle
+
+
+def test_a_size_that_cannot_be_met_is_refused() -> None:
+    with pytest.raises(InputError, match=r"gpt2 cannot have 10,000 active parameters.*with 1 "):
+        build(GPT2, Frame(50, 16, 64, 2), 10_000)
