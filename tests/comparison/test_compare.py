@@ -127,8 +127,8 @@ def test_other_settings_stop_before_training(text: Path, tmp_path: Path) -> None
     run(text, tmp_path / "runs", only="language/resnet_bk")
     other = Comparison(LanguageSettings(training_tokens=5), SMALL.synthetic)
     with pytest.raises(InputError, match="training_tokens 192, now 5"):
-        run_comparison(other, text, tmp_path / "runs", Console(quiet=True), "synthetic")
-    assert not (tmp_path / "runs" / "synthetic").exists()
+        run_comparison(other, text, tmp_path / "runs", Console(quiet=True))
+    assert not (tmp_path / "runs" / "language/convolution").exists()
 
 
 def test_a_name_that_nothing_has_is_refused(text: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from bkcore.comparison.contestants import (
     Contestant,
     Frame,
     active_parameters,
-    build,
+    open_size,
     total_parameters,
 )
 from bkcore.comparison.language import LanguageSettings
@@ -39,17 +39,15 @@ def test_active_parameters_agree_within_three_percent(
     frame = Frame(getattr(settings, "vocab_size", 128), 256, settings.width, settings.layers)
     found = {}
     for contestant in names:
-        model, _ = build(contestant, frame, settings.parameters)
+        model = contestant.build(frame, open_size(contestant, frame, settings.parameters))
         found[contestant.name] = active_parameters(model)
     assert max(found.values()) <= 1.03 * min(found.values()), found
 
 
 @pytest.mark.parametrize("contestant", [RESNET_BK, CONVOLUTION, GPT2, LLAMA, MAMBA])
-def test_embeddings_are_tied_and_models_causal(contestant: Contestant) -> None:
+def test_logits_do_not_see_what_follows(contestant: Contestant) -> None:
     torch.manual_seed(0)
-    model, _ = build(contestant, Frame(50, 16, 64, 2), 120_000)
-    model.eval()
-    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    model = contestant.build(Frame(50, 16, 64, 2), 64).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)  # some start at zero, and would hide a leak
     ids = torch.randint(50, (1, 16))
@@ -61,6 +59,13 @@ def test_embeddings_are_tied_and_models_causal(contestant: Contestant) -> None:
     assert not torch.allclose(before[0, 10], after[0, 10])
 
 
+@pytest.mark.parametrize("contestant", [RESNET_BK, CONVOLUTION, GPT2, LLAMA, MAMBA])
+def test_embeddings_are_tied(contestant: Contestant) -> None:
+    frames = [Frame(vocabulary, 16, 64, 2) for vocabulary in (50, 51)]
+    totals = [total_parameters(contestant.build(frame, 64)) for frame in frames]
+    assert totals[1] - totals[0] == 64
+
+
 def test_idle_experts_are_not_active() -> None:
     model = LanguageModel(50, 16, 2, 16, num_experts=5, experts_per_token=2, expert_size=7)
     idle = 2 * 3 * (2 * 16 * 7)  # layers, experts, matrices of an expert
@@ -69,4 +74,4 @@ def test_idle_experts_are_not_active() -> None:
 
 def test_a_size_that_cannot_be_met_is_refused() -> None:
     with pytest.raises(InputError, match=r"gpt2 cannot have 10,000 active parameters.*with 1 "):
-        build(GPT2, Frame(50, 16, 64, 2), 10_000)
+        open_size(GPT2, Frame(50, 16, 64, 2), 10_000)

@@ -30,7 +30,7 @@ class Work:
 
 
 def run(work: Work, **settings: Any) -> Run:
-    return Run("group/model/seed0", settings, work, 1.0)
+    return Run("group/model/seed0", lambda: settings, work, 1.0)
 
 
 def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_an_interrupted_run_is_done_again(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Run("group/model/seed0", {}, interrupted, 1.0).finish(tmp_path, ignore)
+        Run("group/model/seed0", dict, interrupted, 1.0).finish(tmp_path, ignore)
     assert finished(tmp_path, "group") == []
     work = Work()
     assert run(work).finish(tmp_path, ignore)

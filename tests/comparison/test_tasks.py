@@ -109,10 +109,13 @@ def test_chance_is_the_best_guess_from_what_is_near(task: Task) -> None:
     rows, last, answers = questions(examples)
     for back in range(BLIND):
         near = examples.input_ids[rows, last - back]
-        pairs = torch.bincount(near * task.vocab_size + answers, minlength=task.vocab_size**2)
+        # A repetition asks for the same again: count what differs, which is independent.
+        keys = (rows * task.vocab_size + near) * task.vocab_size + answers
+        counted = keys.unique() % task.vocab_size**2
+        pairs = torch.bincount(counted, minlength=task.vocab_size**2)
         pairs = pairs.view(task.vocab_size, task.vocab_size).double()
         seen = pairs.sum(1)
         guess = pairs.max(1).values[seen > 0]
         expected = task.chance * seen[seen > 0]
-        # The largest of some hundred counts stays within five standard deviations.
-        assert bool((guess < expected + 5 * expected.sqrt() + 5).all())
+        # The largest of 128 x 128 counts stays within six standard deviations.
+        assert bool((guess < expected + 6 * expected.sqrt()).all())

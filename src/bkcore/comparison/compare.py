@@ -76,7 +76,7 @@ def run_comparison(
         names = ", ".join(run.name for run in planned)
         raise InputError(f"no run's name begins with {only!r}; there are {names}")
     prepare_folder(output)
-    for run in planned:
+    for run in chosen:
         run.check(output)
     with Plan({run.name: run.weight for run in chosen}, console) as plan:
         for run in chosen:

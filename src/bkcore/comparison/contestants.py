@@ -56,13 +56,13 @@ class Contestant:
         name: in file names, tables and JSON.
         build: from a frame and the open size, a model with random weights.
         learning_rate: peak rate for language modelling.
-        open_size: what the open size is.
+        size_name: what the open size is.
     """
 
     name: str
     build: Callable[[Frame, int], PreTrainedModel]
     learning_rate: float
-    open_size: str
+    size_name: str
 
 
 def resnet_bk(frame: Frame, size: int, mixer: str = "attention") -> PreTrainedModel:
@@ -122,10 +122,10 @@ def llama(frame: Frame, size: int) -> PreTrainedModel:
 
 
 def mamba(frame: Frame, size: int) -> PreTrainedModel:
-    """Mamba of width `size`, with 5 layers for every 3 of the frame."""
+    """Mamba with `size` inner channels, and 5 layers for every 3 of the frame."""
     config = MambaConfig(
         vocab_size=frame.vocab_size,
-        hidden_size=size,
+        hidden_size=frame.width,
         num_hidden_layers=round(frame.layers * 5 / 3),
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -133,6 +133,7 @@ def mamba(frame: Frame, size: int) -> PreTrainedModel:
         pad_token_id=0,
         use_cache=False,
     )
+    config.intermediate_size = size
     return MambaForCausalLM(config)
 
 
@@ -142,23 +143,14 @@ CONVOLUTION = Contestant("convolution", partial(resnet_bk, mixer="convolution"),
 GREEN = Contestant("green", partial(resnet_bk, mixer="green"), 5e-3, _PERCEPTRON)
 GPT2 = Contestant("gpt2", gpt2, 3e-3, _PERCEPTRON)
 LLAMA = Contestant("llama", llama, 3e-3, _PERCEPTRON)
-MAMBA = Contestant("mamba", mamba, 5e-3, "width")
+MAMBA = Contestant("mamba", mamba, 5e-3, "inner channels")
 
 
-def build(contestant: Contestant, frame: Frame, parameters: int) -> tuple[PreTrainedModel, int]:
-    """The model of a contestant whose active parameters are nearest to a wanted number.
-
-    Args:
-        contestant: the kind of model.
-        frame: the sizes that all share.
-        parameters: active parameters wanted.
-
-    Returns:
-        The model, with random weights from the global generator, and its open size.
+def open_size(contestant: Contestant, frame: Frame, parameters: int) -> int:
+    """The open size that brings active parameters nearest to a wanted number.
 
     Raises:
-        InputError: if no open size comes near enough; two models within the bound differ by less
-            than 3 %.
+        InputError: if none comes near enough; two models within the bound differ by less than 3 %.
     """
 
     def active(size: int) -> int:
@@ -171,10 +163,10 @@ def build(contestant: Contestant, frame: Frame, parameters: int) -> tuple[PreTra
     if abs(found - parameters) > _BOUND * parameters:
         raise InputError(
             f"{contestant.name} cannot have {parameters:,} active parameters within "
-            f"{100 * _BOUND:.1f} %: the nearest is {found:,}, with {size} {contestant.open_size}; "
+            f"{100 * _BOUND:.1f} %: the nearest is {found:,}, with {size} {contestant.size_name}; "
             f"change the frame {frame}"
         )
-    return contestant.build(frame, size), size
+    return size
 
 
 def active_parameters(model: nn.Module) -> int:

@@ -19,7 +19,7 @@ from bkcore.comparison.contestants import (
     Contestant,
     Frame,
     active_parameters,
-    build,
+    open_size,
     total_parameters,
 )
 from bkcore.comparison.runs import Advance, Run, StepTimes
@@ -87,26 +87,35 @@ class LanguageComparison:
 
     def runs(self, seeds: Sequence[int] | None = None) -> list[Run]:
         """All runs, with the seeds of `CONTESTANTS` or with others."""
-        text = hashlib.sha256((self.corpus.train + "\0" + self.corpus.valid).encode())
-        shared = {
-            **asdict(self.settings),
-            "corpus": self.corpus.name,
-            "corpus_sha256": text.hexdigest(),
-        }
         return [
             Run(
                 name=f"{GROUP}/{contestant.name}/seed{seed}",
-                settings={
-                    **shared,
-                    "learning_rate": contestant.learning_rate,
-                    "seed": seed,
-                },
+                settings=partial(self._settings_of, contestant, seed),
                 execute=partial(self._execute, contestant, seed),
                 weight=1.5 * self.settings.steps + 40,
             )
             for contestant, planned in CONTESTANTS.items()
             for seed in (planned if seeds is None else seeds)
         ]
+
+    def _settings_of(self, contestant: Contestant, seed: int) -> dict[str, Any]:
+        text = hashlib.sha256((self.corpus.train + "\0" + self.corpus.valid).encode())
+        return {
+            **asdict(self.settings),
+            "corpus": self.corpus.name,
+            "corpus_sha256": text.hexdigest(),
+            "learning_rate": contestant.learning_rate,
+            "open_size": self._open_size(contestant),
+            "seed": seed,
+        }
+
+    @property
+    def _frame(self) -> Frame:
+        settings = self.settings
+        return Frame(settings.vocab_size, settings.window, settings.width, settings.layers)
+
+    def _open_size(self, contestant: Contestant) -> int:
+        return open_size(contestant, self._frame, self.settings.parameters)
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerFast:
@@ -124,18 +133,19 @@ class LanguageComparison:
         self, contestant: Contestant, seed: int, folder: Path, advance: Advance
     ) -> dict[str, Any]:
         settings = self.settings
-        frame = Frame(len(self._tokenizer), settings.window, settings.width, settings.layers)
         schedule = Schedule(settings.steps, settings.batch_size, contestant.learning_rate)
+        size = self._open_size(contestant)
+        torch.manual_seed(seed)
+        model = contestant.build(self._frame, size)
+        windows = self._windows
         times = StepTimes(folder / "steps.txt")
 
         def on_step(step: int) -> None:
             times(step)
             advance(step / (schedule.steps + 1))
 
-        torch.manual_seed(seed)
-        model, size = build(contestant, frame, settings.parameters)
         with fast_selective_scan():
-            log = train(model, self._windows, schedule, seed=seed, output=folder, on_step=on_step)
+            log = train(model, windows, schedule, seed=seed, output=folder, on_step=on_step)
             scores = score(
                 model,
                 self._valid,
@@ -154,7 +164,7 @@ class LanguageComparison:
             "standard_error_nats": standard_error(scores),
             "active_parameters": active_parameters(model),
             "total_parameters": total_parameters(model),
-            "open_size": {contestant.open_size: size},
+            "open_size": {contestant.size_name: size},
             "training_tokens": schedule.steps * tokens_a_step,
             "schedule": asdict(schedule),
             "tokens_per_second": tokens_a_step / seconds["seconds_per_step"],

@@ -30,34 +30,32 @@ class Run:
 
     Attributes:
         name: `group/contestant/seedN`, also the folder below the root of all runs.
-        settings: what the result depends on, as what JSON holds.
+        settings: gives what the result depends on, as what JSON holds.
         execute: does the work in a folder and gives the result, as what JSON holds.
         weight: about how many seconds it takes.
     """
 
     name: str
-    settings: dict[str, Any]
+    settings: Callable[[], dict[str, Any]]
     execute: Callable[[Path, Advance], dict[str, Any]]
     weight: float
 
     def check(self, root: Path) -> None:
-        """Make sure that the folder was not begun with other settings.
+        """Make sure that the run can be done, and its folder was not begun with other settings.
 
         Raises:
-            InputError: if it was; the message names the settings that differ.
+            InputError: if it cannot, or was; the message names the settings that differ.
         """
         path = root / self.name / "run.json"
-        if not path.is_file():
-            return
-        begun = json.loads(path.read_text())
-        names = sorted({*begun, *self.settings})
-        different = [name for name in names if begun.get(name) != self.settings.get(name)]
+        now = self.settings()
+        begun = json.loads(path.read_text()) if path.is_file() else now
+        names = sorted({*begun, *now})
+        different = [name for name in names if begun.get(name) != now.get(name)]
         if different:
             raise InputError(
                 f"{path.parent} was begun with other settings: "
                 + ", ".join(
-                    f"{name} {begun.get(name)!r}, now {self.settings.get(name)!r}"
-                    for name in different
+                    f"{name} {begun.get(name)!r}, now {now.get(name)!r}" for name in different
                 )
                 + "; name another --output, or remove that folder"
             )
@@ -73,7 +71,7 @@ class Run:
         with _locked(folder / "lock") as ours:
             if ours and not (folder / "result.json").is_file():
                 self.check(root)
-                files.write_json(self.settings, folder / "run.json")
+                files.write_json(self.settings(), folder / "run.json")
                 result = self.execute(folder, advance)
                 files.write_json(result, folder / "result.json")
         return ours

@@ -17,7 +17,7 @@ from bkcore.comparison.contestants import (
     Contestant,
     Frame,
     active_parameters,
-    build,
+    open_size,
     total_parameters,
 )
 from bkcore.comparison.runs import Advance, Run, StepTimes
@@ -66,7 +66,7 @@ def runs(settings: SyntheticSettings, seeds: Sequence[int] = (0,)) -> list[Run]:
     return [
         Run(
             name=f"{GROUP}/{task.name}-{contestant.name}/seed{seed}",
-            settings={**asdict(settings), "task": task.name, "seed": seed},
+            settings=partial(_settings_of, task, contestant, settings, seed),
             execute=partial(_execute, task, contestant, settings, seed),
             weight=0.15 * settings.steps,
         )
@@ -74,6 +74,17 @@ def runs(settings: SyntheticSettings, seeds: Sequence[int] = (0,)) -> list[Run]:
         for contestant in CONTESTANTS
         for seed in seeds
     ]
+
+
+def _settings_of(
+    task: Task, contestant: Contestant, settings: SyntheticSettings, seed: int
+) -> dict[str, Any]:
+    size = open_size(contestant, _frame(task, settings), settings.parameters)
+    return {**asdict(settings), "task": task.name, "open_size": size, "seed": seed}
+
+
+def _frame(task: Task, settings: SyntheticSettings) -> Frame:
+    return Frame(task.vocab_size, task.length, settings.width, settings.layers)
 
 
 def _execute(
@@ -84,19 +95,19 @@ def _execute(
     folder: Path,
     advance: Advance,
 ) -> dict[str, Any]:
-    frame = Frame(task.vocab_size, task.length, settings.width, settings.layers)
     schedule = Schedule(settings.steps, settings.batch_size, settings.learning_rate)
+    generator = torch.Generator().manual_seed(seed)
+    examples = task.draw(schedule.steps * schedule.batch_size, generator)
+    test = task.draw(settings.test_sequences, generator.manual_seed(_TEST_SEED + seed))
+    size = open_size(contestant, _frame(task, settings), settings.parameters)
+    torch.manual_seed(seed)
+    model = contestant.build(_frame(task, settings), size)
     times = StepTimes(folder / "steps.txt")
 
     def on_step(step: int) -> None:
         times(step)
         advance(step / schedule.steps)
 
-    generator = torch.Generator().manual_seed(seed)
-    examples = task.draw(schedule.steps * schedule.batch_size, generator)
-    test = task.draw(settings.test_sequences, generator.manual_seed(_TEST_SEED + seed))
-    torch.manual_seed(seed)
-    model, size = build(contestant, frame, settings.parameters)
     with fast_selective_scan():
         log = train(
             model,
@@ -117,7 +128,7 @@ def _execute(
         "accuracy_by_distance": by_distance(right, test.distance[test.distance > 0]),
         "active_parameters": active_parameters(model),
         "total_parameters": total_parameters(model),
-        "open_size": {contestant.open_size: size},
+        "open_size": {contestant.size_name: size},
         "schedule": asdict(schedule),
         **times.seconds(),
         "threads": torch.get_num_threads(),
