@@ -132,8 +132,7 @@ def _compared(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict
     ablation = ablations.get(row["seed"], ablations.get(0))
     if ablation is None:
         return row
-    scores = [Scores.from_dict(each["scores"]) for each in (ablation, result)]
-    change = paired_change(*scores)
+    change = paired_change(Scores.from_dict(ablation["scores"]), Scores.from_dict(result["scores"]))
     return {
         **row,
         "change_pct": change.delta_pct,

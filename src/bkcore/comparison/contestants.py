@@ -98,7 +98,6 @@ def gpt2(frame: Frame, size: int) -> PreTrainedModel:
         bos_token_id=0,
         eos_token_id=0,
         use_cache=False,
-        attn_implementation="sdpa",
     )
     return GPT2LMHeadModel(config)
 
@@ -116,7 +115,6 @@ def llama(frame: Frame, size: int) -> PreTrainedModel:
         bos_token_id=0,
         eos_token_id=0,
         use_cache=False,
-        attn_implementation="sdpa",
     )
     return LlamaForCausalLM(config)
 

@@ -48,7 +48,7 @@ class _Scan(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         d, u, a, b, c, decays, states = ctx.saved_tensors
         source, dy = d * u, dy[:, :, None]
         d_step, d_source, d_a = torch.zeros_like(d), torch.empty_like(d), torch.zeros_like(a)

@@ -53,7 +53,7 @@ class SyntheticSettings:
     """
 
     steps: int = 1500
-    batch_size: int = 64
+    batch_size: int = 32
     test_sequences: int = 1000
     learning_rate: float = 3e-3
     width: int = 64
@@ -68,7 +68,7 @@ def runs(settings: SyntheticSettings, seeds: Sequence[int] = (0,)) -> list[Run]:
             name=f"{GROUP}/{task.name}-{contestant.name}/seed{seed}",
             settings=partial(_settings_of, task, contestant, settings, seed),
             execute=partial(_execute, task, contestant, settings, seed),
-            weight=0.15 * settings.steps,
+            weight=0.2 * settings.steps,
         )
         for task in TASKS
         for contestant in CONTESTANTS
