@@ -24,7 +24,6 @@ from bkcore.comparison.language import LanguageSettings
 from bkcore.comparison.synthetic import SyntheticSettings
 from bkcore.errors import InputError
 from bkcore.model import LanguageModel
-from bkcore.model.config import MIXERS
 
 FULL = LanguageSettings()
 SMALL = SyntheticSettings()
@@ -41,14 +40,12 @@ def test_active_parameters_agree_within_three_percent(
     frame = Frame(getattr(settings, "vocab_size", 128), 256, settings.width, settings.layers)
     found = {}
     for contestant in names:
-        if contestant is GREEN and "green" not in MIXERS:
-            continue  # refused below
         model = contestant.build(frame, open_size(contestant, frame, settings.parameters))
         found[contestant.name] = active_parameters(model)
     assert max(found.values()) <= 1.03 * min(found.values()), found
 
 
-@pytest.mark.parametrize("contestant", [RESNET_BK, CONVOLUTION, GPT2, LLAMA, MAMBA])
+@pytest.mark.parametrize("contestant", [RESNET_BK, CONVOLUTION, GREEN, GPT2, LLAMA, MAMBA])
 def test_logits_do_not_see_what_follows(contestant: Contestant) -> None:
     torch.manual_seed(0)
     model = contestant.build(Frame(50, 16, 64, 2), 64).eval()
@@ -85,9 +82,3 @@ def test_idle_experts_are_not_active() -> None:
 def test_a_size_that_cannot_be_met_is_refused() -> None:
     with pytest.raises(InputError, match=r"gpt2 cannot have 10,000 active parameters.*with 1 "):
         open_size(GPT2, Frame(50, 16, 64, 2), 10_000)
-
-
-@pytest.mark.skipif("green" in MIXERS, reason="the mixer is there")
-def test_a_mixer_that_is_missing_is_named() -> None:
-    with pytest.raises(InputError, match=r"mixer must be one of .*, not 'green'"):
-        open_size(GREEN, Frame(50, 16, 64, 2), 120_000)

@@ -68,7 +68,8 @@ def build() -> Build:
     """build(mode, state, **options) makes a small model in evaluation mode.
 
     The output projection of the mixer starts at zero, so that a new model ignores its core: here
-    it is random. Gates and barriers begin weak, and here they are strong. Sizes leave ragged groups (24 and 40 inputs in groups of 16).
+    it is random. Gates and barriers begin weak, and here they are strong. Sizes leave ragged groups
+    (24 and 40 inputs in groups of 16).
     """
 
     def build(mode: str | None = None, state: str = "float", **options: Any) -> ResNetBKForCausalLM:

@@ -139,7 +139,7 @@ def test_more_experts_per_token_than_experts():
 
 
 def test_config_survives_json(tmp_path):
-    config = ResNetBKConfig(vocab_size=7, eta_min=0.01, quantization={"mode": "ptq_int8"})
+    config = ResNetBKConfig(vocab_size=7, norm_eps=0.01, quantization={"mode": "ptq_int8"})
     config.save_pretrained(tmp_path)
     assert ResNetBKConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 

@@ -227,8 +227,8 @@ def test_nothing_stays_float_in_silence(build, mode):
     assert len(linears) == 2  # the routers
     for quantizers in quantized.core_quantizers(model):
         assert quantizers.phase == "quantize"
-        assert len(quantizers.parts()) == 9
-        channels = [4, 4, 28, 28, 24, 4, 4, 24, 24]  # 4 heads, keys of 7, 24 values
+        assert len(quantizers.parts()) == 7
+        channels = [4, 4, 28, 28, 24, 24, 24]  # 4 heads, keys of 7, 24 values
         assert [quantizer.num_groups for quantizer in quantizers.parts()] == channels
         for quantizer in quantizers.parts():
             assert quantizer.calibrated
@@ -267,7 +267,7 @@ def test_per_tensor_has_one_scale(build, tokens):
     model.configure_quantization(QuantizationConfig("ptq_int8", per_channel=False))
     model.calibrate_quantization([tokens(2, 20)])
     for quantizers in quantized.core_quantizers(model):
-        assert [quantizer.num_groups for quantizer in quantizers.parts()] == [1] * 9
+        assert [quantizer.num_groups for quantizer in quantizers.parts()] == [1] * 7
     for owner, name, _ in quantized.quantizable(model):
         assert len(getattr(owner, name).weight.scales().unique()) == 1
 
@@ -275,9 +275,9 @@ def test_per_tensor_has_one_scale(build, tokens):
 @pytest.mark.parametrize(
     ("symmetric", "expected"),
     [
-        (None, [False] * 5 + [True, False, True, True]),
-        (True, [True] * 9),
-        (False, [False] * 9),
+        (None, [False] * 5 + [True, True]),
+        (True, [True] * 7),
+        (False, [False] * 7),
     ],
 )
 def test_symmetric_rules_every_quantizer_of_the_core(build, tokens, symmetric, expected):

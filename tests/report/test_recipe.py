@@ -25,12 +25,12 @@ def test_what_is_left_out_has_defaults(tmp_path: Path) -> None:
 def test_every_section_is_taken(tmp_path: Path) -> None:
     text = MINIMAL + (
         "  window: 64\n  seed: 3\n  patience: 2\n"
-        "tokenizer: {vocab_size: 512}\nmodel: {d_model: 32, eta_min: 1e-2}\n"
+        "tokenizer: {vocab_size: 512}\nmodel: {d_model: 32, norm_eps: 1e-2}\n"
     )
     found = read_recipe(recipe(tmp_path, text))
     assert (found.window, found.seed, found.schedule.patience) == (64, 3, 2)
     assert found.vocab_size == 512
-    assert found.model == {"d_model": 32, "eta_min": 0.01}
+    assert found.model == {"d_model": 32, "norm_eps": 0.01}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_every_section_is_taken(tmp_path: Path) -> None:
         (MINIMAL + "model: {d_model: 0}\n", "d_model must be a positive integer, not 0"),
         (MINIMAL + "model: {d_model: 2.5}\n", "d_model must be an integer, not 2.5"),
         (MINIMAL + "model: {chunked_loss: 1}\n", "chunked_loss must be true or false, not 1"),
-        (MINIMAL + "model: {eta_min: wide}\n", "eta_min must be a number, not 'wide'"),
+        (MINIMAL + "model: {norm_eps: wide}\n", "norm_eps must be a number, not 'wide'"),
         (MINIMAL + "model: 3\n", "model must hold names with values, not 3"),
         (MINIMAL + "tokenizer: {vocab_size: 100}\n", "vocab_size must be .* at least 257"),
         (MINIMAL + "  window: 1\n", "window must be an integer of at least 2, not 1"),

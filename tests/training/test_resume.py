@@ -118,7 +118,7 @@ def test_starting_afresh_deletes_what_was_there(tmp_path: Path) -> None:
         ({"schedule": {"learning_rate": 1e-3}}, r"learning_rate was 0\.005 and is 0\.001"),
         ({"schedule": {"steps": 7}}, "steps was 6 and is 7"),
         ({"seed": 5}, "seed was 0 and is 5"),
-        ({"model": {"eta_min": 0.1}}, r"model\.eta_min was 0\.001 and is 0\.1"),
+        ({"model": {"norm_eps": 0.1}}, r"model\.norm_eps was 1e-06 and is 0\.1"),
         ({"windows": TokenWindows(TOKENS[16:], 16)}, "windows was 30 and is 29"),
         ({"windows": TokenWindows(49 - TOKENS, 16)}, "sha256 of three windows was"),
     ],

@@ -33,7 +33,7 @@ class Comparison:
     language: LanguageSettings
     synthetic: SyntheticSettings
 
-    def runs(self, data: Path | None, seed: int | None) -> list[Run]:
+    def runs(self, data: str | Path | None, seed: int | None) -> list[Run]:
         """All runs, with the planned seeds or with one other."""
         seeds = None if seed is None else (seed,)
         return [
@@ -44,7 +44,7 @@ class Comparison:
 
 def run_comparison(
     comparison: Comparison,
-    data: Path | None,
+    data: str | Path | None,
     output: Path,
     console: Console,
     only: str = "",
@@ -54,7 +54,7 @@ def run_comparison(
 
     Args:
         comparison: the settings.
-        data: folder with train.txt and valid.txt; None takes the embedded corpus.
+        data: as in `bkcore.text.load_corpus`; None takes the embedded corpus.
         output: folder of the runs; each is in `group/contestant/seedN`.
         console: where progress is drawn.
         only: beginning of the names of the runs to do.

@@ -65,7 +65,7 @@ class Contestant:
     size_name: str
 
 
-def resnet_bk(frame: Frame, size: int, mixer: str = "attention") -> PreTrainedModel:
+def resnet_bk(frame: Frame, size: int, mixer: str = "resolvent") -> PreTrainedModel:
     """ResNet-BK, or an ablation of it, with perceptrons of `size` hidden units.
 
     One expert a layer, so that all parameters are active ones and only the mixers differ: with

@@ -23,15 +23,15 @@ _SHORTEST, _LONGEST = 8.0, 500.0
 _BARRIER = math.exp(-6)
 """Height of the potential at the start, in units of the hopping 1: far below what localizes."""
 
-_ETA = 0.01
-"""Broadening at the start."""
+_ETA = 1e-4
+"""Broadening at the start: a chain without loss forgets after about sqrt(2 / eta) = 140 sites."""
 
 
 class CoreQuantizers(nn.Module):
     """Quantizers of what enters and leaves the resolvent attention, never a scale per position.
 
-    Gates, potentials and g have a scale per head; queries, keys, values and what the attention
-    found one per channel. `phase` says what a call does: nothing, observe, or fake-quantize.
+    Gates and barriers have a scale per head; queries, keys, values and what the attention found
+    one per channel. `phase` says what a call does: nothing, observe, or fake-quantize.
     """
 
     def __init__(
@@ -52,16 +52,15 @@ class CoreQuantizers(nn.Module):
         self.query = real(keys, skewed)
         self.key = real(keys, skewed)
         self.value = real(width, skewed)
-        self.g = ComplexQuantizer(heads, config.per_channel, symmetric=config.symmetric, **common)
         # Unlike Im g, neither part of what is found has a sign.
         self.found = ComplexQuantizer(
             width, config.per_channel, symmetric=config.symmetric is not False, **common
         )
 
     def parts(self) -> list[GroupWiseQuantizer]:
-        """The nine real quantizers, inputs first."""
+        """The seven real quantizers, inputs first."""
         inputs = [self.gate, self.barrier, self.query, self.key, self.value]
-        return [*inputs, self.g.real, self.g.imag, self.found.real, self.found.imag]
+        return [*inputs, self.found.real, self.found.imag]
 
     def apply_to(self, quantizer: GroupWiseQuantizer, x: Tensor) -> Tensor:
         """Pass x (..., channels) through one quantizer as the phase asks."""
@@ -75,8 +74,8 @@ class ResolventMixer(nn.Module):
 
     H heads, each a chain of its own. The input gives queries, keys and values through short causal
     convolutions, and for every site the hopping t in (0, 1), a forget gate, and a potential v > 0,
-    a barrier. What is read out: the value itself; Re and Im of what the query finds, of unit
-    mean square in each head; all gated; and g.
+    a barrier. What is read out: the value itself, and Re and Im of what the query finds, of unit
+    mean square in each head; all gated.
     """
 
     def __init__(self, config: ResNetBKConfig) -> None:
@@ -93,9 +92,7 @@ class ResolventMixer(nn.Module):
         self.log_rate = nn.Parameter(torch.empty(self.heads))
         self.log_barrier = nn.Parameter(torch.empty(self.heads))
         self.log_eta = nn.Parameter(torch.empty(self.heads))
-        self.out_proj: nn.Linear | QuantizedLinear = nn.Linear(
-            3 * width + 2 * self.heads, width, bias=False
-        )
+        self.out_proj: nn.Linear | QuantizedLinear = nn.Linear(3 * width, width, bias=False)
         self.quantizers: CoreQuantizers | None = None
 
     @torch.no_grad()
@@ -129,30 +126,32 @@ class ResolventMixer(nn.Module):
             for name, part in (("value", value), ("query", query), ("key", key))
         )
         gate, barrier = dynamics.chunk(2, dim=-1)
-        g, found = self._recall(
+        found = self._recall(
             query, key, value, self._quantized("gate", gate), self._quantized("barrier", barrier)
         )
         # The core and the quantizers work in float32 at least, whatever the model is cast to.
         features = torch.cat((value[:, :, None], found), 2).to(opening.dtype)
-        opened = (features * F.silu(opening)[:, :, None]).flatten(2)
-        return self.out_proj(torch.cat((opened, g.to(opening.dtype)), -1))
+        return self.out_proj((features * F.silu(opening)[:, :, None]).flatten(2))
 
     def _recall(
         self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, barrier: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """g (B, N, 2 H), Re before Im, and what was found (B, N, 2, D), quantized."""
+    ) -> Tensor:
+        """Re and Im of what was found, quantized: (B, N, 2, D)."""
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in (query, key, value))
-        hopping = torch.exp(-2 * self.log_rate.exp() * torch.sigmoid(gate))
-        potential = self.log_barrier.exp() * F.softplus(barrier)
-        out, g, _ = resolvent_attention(query, key, value, hopping, potential, self.log_eta.exp())
-        parts = {name: getattr(out, name) for name in ("real", "imag")}
-        normed = {name: _unit_mean_square(x, self.norm_eps) for name, x in parts.items()}
-        return (
-            torch.cat([self._quantized(f"g.{name}", getattr(g, name)) for name in parts], -1),
-            torch.stack(
-                [self._quantized(f"found.{name}", x.flatten(2)) for name, x in normed.items()], 2
-            ),
-        )
+        # PyTorch's vectors and single numbers round these functions differently in the last bit,
+        # which would tell a stream from a whole text; behind float64 they agree.
+        gate, barrier = gate.double(), barrier.double()
+        hopping = torch.exp(-2 * self.log_rate.exp() * torch.sigmoid(gate)).to(value.dtype)
+        potential = (self.log_barrier.exp() * F.softplus(barrier)).to(value.dtype)
+        eta = self.log_eta.exp()
+        out, _, _ = resolvent_attention(query, key, value, hopping, potential, eta)
+        # Im is of first order in eta, and would drown in norm_eps.
+        parts = (("real", out.real), ("imag", out.imag / eta[:, None]))
+        found = [
+            self._quantized(f"found.{name}", _unit_mean_square(part, self.norm_eps).flatten(2))
+            for name, part in parts
+        ]
+        return torch.stack(found, 2)
 
     def _quantized(self, name: str, x: Tensor) -> Tensor:
         if self.quantizers is None:
