@@ -86,6 +86,17 @@ def test_it_goes_on_from_a_state_bit_for_bit(sites, cut, seed):
     assert all(torch.equal(a, b) for a, b in zip(after, state, strict=True))
 
 
+def test_a_state_of_zeros_is_none_chain_by_chain():
+    p = problem(6, torch.float32)
+    out, _, (g, psi) = resolvent_attention(**p)
+    again, _, _ = resolvent_attention(**p, state=(torch.zeros_like(g), torch.zeros_like(psi)))
+    assert torch.equal(again, out)
+    mixed = (torch.stack((g[0], 0 * g[1])), torch.stack((psi[0], 0 * psi[1])))
+    later, _, _ = resolvent_attention(**p, state=mixed)
+    assert torch.equal(later[1], out[1])
+    assert torch.equal(later[0], resolvent_attention(**p, state=(g, psi))[0][0])
+
+
 def test_it_is_causal_bit_for_bit():
     p = problem(40, torch.float32)
     before, _, _ = resolvent_attention(**p)

@@ -241,7 +241,7 @@ def test_checkpointing_repeats_random_numbers(build, tokens):
 
     def add_dropout(model):
         for layer in model.layers:
-            layer.mixer.register_forward_hook(lambda _, __, out: F.dropout(out, 0.3))
+            layer.mixer.register_forward_hook(lambda _, __, out: (F.dropout(out[0], 0.3), out[1]))
         return model
 
     model = build().train()

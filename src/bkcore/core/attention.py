@@ -31,7 +31,7 @@ def resolvent_attention(
     in gated linear attention (Yang et al., ICML 2024). A positive potential is a barrier: it
     weakens what is behind it. A negative one can bind, and then scatters everything that comes by.
 
-    The first site has no bond to the left: its t is taken as 0 unless a `state` is given.
+    The first site has no bond to the left: its t is taken as 0 unless a `state` says what is there.
     Differentiable once in every tensor, the state included. float16 and bfloat16 are computed in
     float32, under autocast too, as is everything else that is not float64.
 
@@ -41,7 +41,8 @@ def resolvent_attention(
         hopping: (B, N, H), t_i.
         potential: (B, N, H), in units of the hopping 1.
         eta: (H,), positive: the broadening, Im z.
-        state: what an earlier call returned; the sequence goes on from there, bit for bit.
+        state: what an earlier call returned; the sequence goes on from there, bit for bit. A chain
+            whose g is 0 has no site yet, and begins as without a state.
 
     Returns:
         out, complex (B, N, H, U); g, complex (B, N, H), the last diagonal entry of each resolvent;
@@ -61,8 +62,10 @@ def resolvent_attention(
     query, key, value, hopping, potential, eta = (
         x.to(dtype) for x in (query, key, value, hopping, potential, eta)
     )
-    if state is None:
-        hopping = torch.cat((torch.zeros_like(hopping[:, :1]), hopping[:, 1:]), 1)
+    first = torch.zeros_like(hopping[:, :1])
+    if state is not None:  # g of a site is never 0
+        first = hopping[:, :1] * (state[0] != 0).any(-1)[:, None]
+    hopping = torch.cat((first, hopping[:, 1:]), 1)
     diagonal = 1 + hopping.square() + potential
     first_g, first_psi = (None, None) if state is None else (x.to(dtype) for x in state)
     g, out, psi = attention(

@@ -50,7 +50,7 @@ class ResNetBKConfig(PreTrainedConfig):
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
     quantization: dict[str, Any] | None = None
-    use_cache: bool = False
+    use_cache: bool = True
     tie_word_embeddings: bool = False  # one module serves both, so there is nothing to tie
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils.generic import ModelOutput
 
 from bkcore.errors import CheckpointError, DTypeError, InputError, LifecycleError, ShapeError
 from bkcore.model import checkpoint, quantized
@@ -21,6 +22,7 @@ from bkcore.model.config import ResNetBKConfig
 from bkcore.model.loss import IGNORED, next_token_loss
 from bkcore.model.mixer import MIXERS, ConvolutionMixer, GreenMixer, ResolventMixer
 from bkcore.model.moe import MixtureOfExperts
+from bkcore.model.state import LayerState, StreamState
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.lifecycle import QuantizationLifecycle, QuantizationState
 from bkcore.quantization.linear import QuantizedEmbedding
@@ -48,11 +50,34 @@ class ResNetBKLayer(GradientCheckpointingLayer):
         self.experts_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.experts = MixtureOfExperts(config)
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (B, N, D) -> (B, N, D), and the load-balancing loss of this layer."""
-        hidden = hidden + self.mixer(self.mixer_norm(hidden))
+    def forward(
+        self, hidden: Tensor, state: LayerState | None = None
+    ) -> tuple[Tensor, Tensor, LayerState | None]:
+        """hidden (B, N, D), which goes on where `state` ended.
+
+        Returns:
+            (B, N, D), the load-balancing loss of this layer, and the state behind `hidden`, which
+            mixers other than `ResolventMixer` do not have.
+        """
+        mixed, state = self.mixer(self.mixer_norm(hidden), state)
+        hidden = hidden + mixed
         update, balance = self.experts(self.experts_norm(hidden))
-        return hidden + update, balance
+        return hidden + update, balance, state
+
+
+@dataclass
+class ResNetBKOutput(ModelOutput):
+    """What the language model returns.
+
+    Attributes:
+        loss: scalar, if there are labels.
+        logits: (B, N, vocab_size), unless `return_logits` is False.
+        cache_params: the state after the last token, if it is asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache_params: StreamState | None = None
 
 
 class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixin):
@@ -67,6 +92,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # num_items_in_batch
+    _is_stateful = True  # it cannot be rolled back to an earlier token
     _no_split_modules = ["ResNetBKLayer"]  # noqa: RUF012
 
     def __init__(self, config: ResNetBKConfig) -> None:
@@ -86,9 +112,11 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cache_params: StreamState | None = None,
+        use_cache: bool | None = None,
         return_logits: bool | None = None,
         return_dict: bool | None = None,
-    ) -> CausalLMOutput | tuple[Tensor, ...]:
+    ) -> ResNetBKOutput | tuple[Any, ...]:
         """Next-token logits of token ids.
 
         Args:
@@ -101,23 +129,30 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             num_items_in_batch: divide the summed loss by this instead of the number of labels;
                 given by `Trainer` when it accumulates gradients. The load-balancing loss then
                 weighs as much as the labels that are here, so that the parts of a batch add up.
+            cache_params: the state to go on from, one sequence a row; None begins anew.
+            use_cache: whether to return the state after the last token; if not given, it is if
+                there was one to go on from.
             return_logits: False computes the loss a chunk of positions at a time and leaves
                 `logits` None, so that memory does not grow as N * vocab_size. If not given, they
                 are left out while training with labels if `config.chunked_loss` says so.
             return_dict: False gives a tuple, without what is None.
 
         Returns:
-            `CausalLMOutput` with `logits` (B, N, vocab_size), and `loss` if there are labels.
+            `ResNetBKOutput`.
 
         Raises:
             ShapeError, DTypeError: if `input_ids` is not an integer tensor (B, N).
-            InputError: if a token follows padding, or neither logits nor a loss are wanted.
+            InputError: if a token follows padding, neither logits nor a loss are wanted, or a
+                state is asked for that does not fit, is not there, or would have read padding.
         """
         if return_logits is None:
             return_logits = labels is None or not (self.training and self.config.chunked_loss)
         if labels is None and not return_logits:
             raise InputError("return_logits=False leaves nothing to return without labels")
-        hidden, balance = self._hidden(input_ids, attention_mask)
+        use_cache = cache_params is not None if use_cache is None else use_cache
+        if use_cache or cache_params is not None:
+            self._check_stream(input_ids, attention_mask, cache_params)
+        hidden, balance, state = self._hidden(input_ids, attention_mask, cache_params)
         logits = self.embedding.logits(hidden) if return_logits else None
         loss = None
         if labels is not None:
@@ -125,7 +160,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             if self.training:
                 weight = self.config.load_balancing / len(self.layers)
                 loss = loss + weight * balance * _part(labels, num_items_in_batch)
-        output = CausalLMOutput(loss=loss, logits=logits)
+        output = ResNetBKOutput(loss, logits, state if use_cache else None)
         return output.to_tuple() if return_dict is False else output
 
     def iter_logits(self, input_ids: Tensor, positions: int) -> Iterator[Tensor]:
@@ -142,21 +177,46 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         Raises:
             ShapeError, DTypeError: if `input_ids` is not an integer tensor (B, N).
         """
-        hidden, _ = self._hidden(input_ids, None)
+        hidden, _, _ = self._hidden(input_ids)
         for piece in hidden.flatten(0, 1).split(positions):
             yield self.embedding.logits(piece)
 
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the head takes, (B, N, D), and the load-balancing loss summed over layers."""
+    def _hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        state: StreamState | None = None,
+    ) -> tuple[Tensor, Tensor, StreamState | None]:
+        """What the head takes, (B, N, D); the load-balancing loss summed over layers; the state."""
         _check_ids(input_ids)
         if attention_mask is not None:
             _check_padding(attention_mask, input_ids)
         hidden = self.embedding(input_ids).to(self.final_norm.weight.dtype)
         balance = hidden.new_zeros(())
-        for layer in self.layers:
-            hidden, layer_balance = layer(hidden)
+        befores: Sequence[LayerState | None] = [None] * len(self.layers)
+        if state is not None:
+            befores = state.layers
+        afters = []
+        for layer, before in zip(self.layers, befores, strict=True):
+            hidden, layer_balance, after = layer(hidden, before)
             balance = balance + layer_balance
-        return self.final_norm(hidden), balance
+            afters.append(after)
+        seen = input_ids.new_full(input_ids.shape[:1], input_ids.shape[1])
+        seen = seen if state is None else state.seen + seen
+        return self.final_norm(hidden), balance, StreamState(tuple(afters), seen)
+
+    def _check_stream(
+        self, input_ids: Tensor, attention_mask: Tensor | None, state: StreamState | None
+    ) -> None:
+        if self.config.mixer != "resolvent":
+            raise InputError(f'a model with mixer="{self.config.mixer}" keeps no state')
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise InputError(
+                "a state would have read the padding too; read texts of different lengths one "
+                "after the other, and put their states together with StreamState.batch()"
+            )
+        if state is not None and len(state) != len(input_ids):
+            raise InputError(f"cache_params has {len(state)} sequences, input_ids {len(input_ids)}")
 
     def _loss(
         self,
@@ -364,10 +424,68 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         """The token embedding, which also is the output head."""
         return self.embedding
 
+    def first_state(self, batch: int = 1) -> StreamState:
+        """The state of `batch` sequences that nothing has been read of.
+
+        Raises:
+            InputError: for a mixer that keeps none.
+        """
+        if self.config.mixer != "resolvent":
+            raise InputError(f'a model with mixer="{self.config.mixer}" keeps no state')
+        mixers = (module for module in self.modules() if isinstance(module, ResolventMixer))
+        layers = tuple(mixer.first_state(batch) for mixer in mixers)
+        device = self.final_norm.weight.device
+        return StreamState(layers, torch.zeros(batch, dtype=torch.int64, device=device))
+
+    @torch.no_grad()
+    def stream(
+        self,
+        input_ids: Tensor,
+        *,
+        temperature: float = 0.0,
+        state: StreamState | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[tuple[Tensor, StreamState]]:
+        """Generate without end, a token at a time, in constant memory.
+
+        Args:
+            input_ids: (B, N), what to continue; B sequences of one length.
+            temperature: 0 takes the likeliest token each time; else what logits are divided by.
+            state: what went before `input_ids`, if anything did.
+            generator: of the sampling.
+
+        Yields:
+            The next token of each sequence, int64 (B,), and the state before it: give both back,
+            `stream(token[:, None], state=state)`, to go on from there.
+
+        Raises:
+            InputError: if the temperature is negative.
+        """
+        if not temperature >= 0:
+            raise InputError(f"temperature must be at least 0, not {temperature}")
+        while True:
+            output = self(input_ids, cache_params=state, use_cache=True)
+            logits, state = output.logits[:, -1].float(), output.cache_params
+            if temperature:
+                chances = (logits / temperature).softmax(-1)
+                token = chances.multinomial(1, generator=generator).squeeze(1)
+            else:
+                token = logits.argmax(-1)
+            yield token, state
+            input_ids = token[:, None]
+
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        """The whole text at every step.
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache_params: StreamState | None = None,
+        use_cache: bool | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The prompt, then the last token and the state before it.
+
+        With `cache_params` given to `generate()`, the prompt is what comes after that state.
 
         Raises:
             InputError: if the prompts are padded: each row has to end in its last token.
@@ -377,7 +495,17 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
                 "generate() takes prompts of one length, without padding; "
                 "group them by length, or generate one at a time"
             )
-        return {"input_ids": input_ids}
+        if use_cache is False or self.config.mixer != "resolvent":
+            return {"input_ids": input_ids}
+        new = input_ids if is_first_iteration or cache_params is None else input_ids[:, -1:]
+        return {"input_ids": new, "cache_params": cache_params, "use_cache": True}
+
+    def _reorder_cache(self, cache: StreamState, beam_idx: Tensor) -> StreamState:
+        return cache.select(beam_idx)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the state is no cache of keys and values
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from bkcore.core import causal_sweep_parts, resolvent_attention
 from bkcore.model.config import ResNetBKConfig
+from bkcore.model.state import LayerState
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.linear import QuantizedLinear
 from bkcore.quantization.quantizers import ComplexQuantizer, GroupWiseQuantizer
@@ -116,27 +117,52 @@ class ResolventMixer(nn.Module):
         self.log_barrier.fill_(math.log(_BARRIER))
         self.log_eta.fill_(math.log(_ETA))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, D) -> (B, N, D); position i of the result depends on x up to i only."""
+    def first_state(self, batch: int) -> LayerState:
+        """The memory of `batch` sequences that nothing has been read of."""
+        like = self.log_eta.new_zeros
+        core = torch.promote_types(self.log_eta.dtype, torch.float32)
+        values = self.width // self.heads
+        return LayerState(
+            taps=like(batch, self.conv.kernel_size[0] - 1, self.sizes[0]),
+            g=like(batch, self.heads, 2, dtype=core),
+            psi=like(batch, self.heads, 2, self.keys // self.heads, values, dtype=core),
+        )
+
+    def forward(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
+        """Mix x (B, N, D), which goes on where `state` ended.
+
+        Returns:
+            (B, N, D), position i of which depends on x up to i and on `state` only; and the state
+            after the last position.
+        """
+        state = self.first_state(len(x)) if state is None else state
         mixed, opening, dynamics = self.in_proj(x).split(self.sizes, dim=-1)
-        mixed = F.silu(causal_convolution(self.conv, mixed))
+        mixed = torch.cat((state.taps.to(mixed.dtype), mixed), 1)
+        taps = mixed[:, mixed.shape[1] - state.taps.shape[1] :]
+        mixed = F.silu(self.conv(mixed.transpose(1, 2)).transpose(1, 2))
         value, query, key = mixed.split((self.width, self.keys, self.keys), dim=-1)
         value, query, key = (
             self._quantized(name, part)
             for name, part in (("value", value), ("query", query), ("key", key))
         )
         gate, barrier = dynamics.chunk(2, dim=-1)
-        found = self._recall(
-            query, key, value, self._quantized("gate", gate), self._quantized("barrier", barrier)
-        )
+        gate, barrier = self._quantized("gate", gate), self._quantized("barrier", barrier)
+        found, (g, psi) = self._recall(query, key, value, gate, barrier, (state.g, state.psi))
         # The core and the quantizers work in float32 at least, whatever the model is cast to.
         features = torch.cat((value[:, :, None], found), 2).to(opening.dtype)
-        return self.out_proj((features * F.silu(opening)[:, :, None]).flatten(2))
+        out = self.out_proj((features * F.silu(opening)[:, :, None]).flatten(2))
+        return out, LayerState(taps, g, psi)
 
     def _recall(
-        self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, barrier: Tensor
-    ) -> Tensor:
-        """Re and Im of what was found, quantized: (B, N, 2, D)."""
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        gate: Tensor,
+        barrier: Tensor,
+        state: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Re and Im of what was found, quantized, (B, N, 2, D); and the state of the core."""
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in (query, key, value))
         # PyTorch's vectors and single numbers round these functions differently in the last bit,
         # which would tell a stream from a whole text; behind float64 they agree.
@@ -144,14 +170,14 @@ class ResolventMixer(nn.Module):
         hopping = torch.exp(-2 * self.log_rate.exp() * torch.sigmoid(gate)).to(value.dtype)
         potential = (self.log_barrier.exp() * F.softplus(barrier)).to(value.dtype)
         eta = self.log_eta.exp()
-        out, _, _ = resolvent_attention(query, key, value, hopping, potential, eta)
+        out, _, state = resolvent_attention(query, key, value, hopping, potential, eta, state)
         # Im is of first order in eta, and would drown in norm_eps.
         parts = (("real", out.real), ("imag", out.imag / eta[:, None]))
         found = [
             self._quantized(f"found.{name}", _unit_mean_square(part, self.norm_eps).flatten(2))
             for name, part in parts
         ]
-        return torch.stack(found, 2)
+        return torch.stack(found, 2), state
 
     def _quantized(self, name: str, x: Tensor) -> Tensor:
         if self.quantizers is None:
@@ -171,11 +197,11 @@ class ConvolutionMixer(nn.Module):
         self.conv = depthwise(width, config.conv_width)
         self.out_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        """x (B, N, D) -> (B, N, D), and no state: it is not there to stream."""
         value, opening = self.in_proj(x).chunk(2, dim=-1)
         value = F.silu(causal_convolution(self.conv, value))
-        return self.out_proj(value * F.silu(opening))
+        return self.out_proj(value * F.silu(opening)), None
 
 
 class GreenMixer(nn.Module):
@@ -203,8 +229,8 @@ class GreenMixer(nn.Module):
         self.log_eta.copy_(math.log(0.005) + (channels + 0.5) / len(channels) * math.log(100))
         self.hopping.fill_(1.0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, D) -> (B, N, D)."""
+    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        """x (B, N, D) -> (B, N, D), and no state: it is not there to stream."""
         width = x.shape[-1]
         mixed, opening = self.in_proj(x).split((2 * width, width), dim=-1)
         value, potential = causal_convolution(self.conv, mixed).chunk(2, dim=-1)
@@ -216,7 +242,7 @@ class GreenMixer(nn.Module):
             onsite=0.0,
         )
         features = torch.cat((F.silu(value)[:, :, None], g.to(value.dtype)), 2)
-        return self.out_proj((features * F.silu(opening)[:, :, None]).flatten(2))
+        return self.out_proj((features * F.silu(opening)[:, :, None]).flatten(2)), None
 
 
 MIXERS: dict[str, type[nn.Module]] = {

@@ -159,11 +159,11 @@ class _Trainer(Trainer):
         self.is_distributed_loading_by_transformers = is_sharded(self.model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Decay matrices only: energies, hoppings, norms and step sizes have natural scales."""
+        """Decay matrices only: gates, norms, step sizes and Mamba's rates have natural scales."""
         return [
             name
             for name, parameter in model.named_parameters()
-            if parameter.dim() >= 2 and not name.endswith("log_scales")
+            if parameter.dim() >= 2 and not name.endswith(("log_scales", "A_log"))
         ]
 
     def get_train_dataloader(self) -> DataLoader[Any]:

@@ -1,0 +1,133 @@
+"""What a language model remembers of what it has read: of one size, whatever the length."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bkcore.errors import CheckpointError, InputError, ShapeError
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """The memory of one layer after some sites; zeros before the first.
+
+    Attributes:
+        taps: (B, W - 1, C), what the next convolutions of width W will see of the past.
+        g: (B, H, 2), Re and Im of the last diagonal entry of the resolvent.
+        psi: (B, H, 2, K, U), Re and Im of the propagated source.
+    """
+
+    taps: Tensor
+    g: Tensor
+    psi: Tensor
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """The memory of a model: one sequence a row, each of its own age. States are never changed.
+
+    A model gives and takes it as `cache_params`; what `model(ids, use_cache=True)` returns goes on
+    where `ids` ended.
+
+    Attributes:
+        layers: one state a layer.
+        seen: int64 (B,), tokens read.
+    """
+
+    layers: tuple[LayerState, ...]
+    seen: Tensor
+
+    is_compileable = False  # transformers asks whether generate() should compile
+
+    def __len__(self) -> int:
+        """Sequences."""
+        return len(self.seen)
+
+    def select(self, rows: Tensor) -> StreamState:
+        """Some sequences, in another order or several times: rows is int64 (R,) below len(self)."""
+        picked = [
+            LayerState(*(getattr(layer, f.name)[rows] for f in fields(layer)))
+            for layer in self.layers
+        ]
+        return StreamState(tuple(picked), self.seen[rows])
+
+    def to(self, device: torch.device | str) -> StreamState:
+        """The same on another device."""
+        moved = [
+            LayerState(*(getattr(layer, f.name).to(device) for f in fields(layer)))
+            for layer in self.layers
+        ]
+        return StreamState(tuple(moved), self.seen.to(device))
+
+    @staticmethod
+    def batch(states: Sequence[StreamState]) -> StreamState:
+        """All sequences of several states, of any ages, as one batch.
+
+        Raises:
+            InputError: if there is no state.
+            ShapeError: if they are of different models.
+        """
+        if not states:
+            raise InputError("there is no state to batch")
+        if len({_shape(state) for state in states}) > 1:
+            raise ShapeError("states of different models cannot be batched: their sizes differ")
+        layers = [
+            LayerState(
+                *(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(LayerState))
+            )
+            for parts in zip(*(state.layers for state in states), strict=True)
+        ]
+        return StreamState(tuple(layers), torch.cat([state.seen for state in states]))
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        path = Path(path)
+        tensors = {"seen": self.seen}
+        for n, layer in enumerate(self.layers):
+            tensors |= {f"{n}.{f.name}": getattr(layer, f.name) for f in fields(layer)}
+        tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        try:
+            with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as folder:
+                save_file(tensors, Path(folder) / path.name)
+                os.replace(Path(folder) / path.name, path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot write a state to {path}: {error}") from error
+
+    @staticmethod
+    def load(path: str | Path) -> StreamState:
+        """Read what `save` wrote, bit for bit.
+
+        Raises:
+            CheckpointError: if the file is missing, damaged or not a state.
+        """
+        try:
+            tensors = load_file(path)
+            count = 1 + max(int(name.split(".")[0]) for name in tensors if name != "seen")
+            layers = [
+                LayerState(*(tensors[f"{n}.{f.name}"] for f in fields(LayerState)))
+                for n in range(count)
+            ]
+            return StreamState(tuple(layers), tensors["seen"])
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path} is not a saved state, or damaged: {error}") from error
+
+
+def _shape(state: StreamState) -> tuple[object, ...]:
+    return tuple(
+        (tuple(getattr(layer, f.name).shape[1:]), getattr(layer, f.name).dtype)
+        for layer in state.layers
+        for f in fields(layer)
+    )
