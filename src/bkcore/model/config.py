@@ -45,7 +45,7 @@ class ResNetBKConfig(PreTrainedConfig):
     num_heads: int = 4
     key_size: int = 32
     conv_width: int = 4
-    load_balancing: float = 0.01
+    load_balancing: float = 0.1
     chunked_loss: bool = False
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
