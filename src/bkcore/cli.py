@@ -242,6 +242,24 @@ def bench_memory(
         draw_memory(points, plot)
 
 
+@bench.command("stream")
+def bench_stream(
+    json_file: JsonOption = None,
+    length: Annotated[int, typer.Option(help="Tokens to read before the timed ones.")] = 1_000_000,
+) -> None:
+    """Time single tokens early and late in a text."""
+    from bkcore.bench.stream import report, run_stream, summary
+    from bkcore.report import files
+
+    console = Console()
+    if json_file is not None:
+        files.prepare_file(json_file)
+    result = run_stream(console, length)
+    console.print(summary(result), highlight=False)
+    if json_file is not None:
+        files.write_json(report(result), json_file)
+
+
 def main() -> None:
     """Run the command; an error that bkcore foresaw is one sentence, not a traceback.
 

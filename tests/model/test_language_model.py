@@ -126,6 +126,8 @@ def test_parts_of_a_batch_add_up(build, tokens):
         ("n_layers", 1.5),
         ("conv_width", 0),
         ("experts_per_token", 0),
+        ("dropout", 1.0),
+        ("dropout", -0.1),
     ],
 )
 def test_impossible_sizes(field, value):
@@ -136,6 +138,19 @@ def test_impossible_sizes(field, value):
 def test_more_experts_per_token_than_experts():
     with pytest.raises(InputError, match="experts_per_token=3 exceeds num_experts=2"):
         ResNetBKConfig(num_experts=2, experts_per_token=3)
+
+
+def test_dropout_is_for_training_only(build, tokens):
+    ids = tokens(2, 20)
+    plain, model = build(), build(dropout=0.3)
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    model.train()
+    first = model(ids).logits
+    assert not torch.equal(first, model(ids).logits)
+    torch.manual_seed(5)
+    once = model(ids).logits
+    torch.manual_seed(5)
+    assert torch.equal(model(ids).logits, once)
 
 
 def test_config_survives_json(tmp_path):

@@ -26,6 +26,8 @@ class ResNetBKConfig(PreTrainedConfig):
             function g alone), which cannot be quantized.
         num_heads, key_size: heads H of the core, which divide D, and the size K of their keys.
         conv_width: taps of the causal depthwise convolution.
+        dropout: probability with which training drops an embedded feature, and one of what a mixer
+            or a mixture of experts adds.
         load_balancing: weight of the auxiliary loss that spreads tokens over experts.
         chunked_loss: train without the logits of all positions in memory; see `forward`.
         quantization: None, or the fields of a `QuantizationConfig` and its `state`.
@@ -45,6 +47,7 @@ class ResNetBKConfig(PreTrainedConfig):
     num_heads: int = 4
     key_size: int = 32
     conv_width: int = 4
+    dropout: float = 0.0
     load_balancing: float = 0.1
     chunked_loss: bool = False
     norm_eps: float = 1e-6
@@ -64,6 +67,8 @@ class ResNetBKConfig(PreTrainedConfig):
             raise InputError(
                 f"experts_per_token={self.experts_per_token} exceeds num_experts={self.num_experts}"
             )
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
         if self.mixer not in _MIXERS:
             raise InputError(f"mixer must be one of {', '.join(_MIXERS)}, not {self.mixer!r}")
         if self.mixer == "resolvent" and self.d_model % self.num_heads:

@@ -49,6 +49,7 @@ class ResNetBKLayer(GradientCheckpointingLayer):
         self.mixer = MIXERS[config.mixer](config)
         self.experts_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.experts = MixtureOfExperts(config)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, hidden: Tensor, state: LayerState | None = None
@@ -60,9 +61,9 @@ class ResNetBKLayer(GradientCheckpointingLayer):
             mixers other than `ResolventMixer` do not have.
         """
         mixed, state = self.mixer(self.mixer_norm(hidden), state)
-        hidden = hidden + mixed
+        hidden = hidden + self.dropout(mixed)
         update, balance = self.experts(self.experts_norm(hidden))
-        return hidden + update, balance, state
+        return hidden + self.dropout(update), balance, state
 
 
 @dataclass
@@ -100,6 +101,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         self.embedding: TokenEmbedding | QuantizedEmbedding = TokenEmbedding(
             config.vocab_size, config.d_model
         )
+        self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(ResNetBKLayer(config) for _ in range(config.n_layers))
         self.final_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.post_init()
@@ -191,7 +193,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         _check_ids(input_ids)
         if attention_mask is not None:
             _check_padding(attention_mask, input_ids)
-        hidden = self.embedding(input_ids).to(self.final_norm.weight.dtype)
+        hidden = self.dropout(self.embedding(input_ids).to(self.final_norm.weight.dtype))
         balance = hidden.new_zeros(())
         befores: Sequence[LayerState | None] = [None] * len(self.layers)
         if state is not None:

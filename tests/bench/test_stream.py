@@ -1,0 +1,57 @@
+"""The streaming benchmark, on a small model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from bkcore.bench import stream
+from bkcore.errors import BenchmarkError, InputError
+
+SMALL = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "n_layers": 1,
+    "num_experts": 1,
+    "experts_per_token": 1,
+    "expert_size": 32,
+    "num_heads": 2,
+    "key_size": 8,
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "MODEL", SMALL)
+    monkeypatch.setattr(stream, "_PAIRS", 20)
+
+
+def test_all_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    result = stream.run_stream(Console(quiet=True), 20_000)
+    assert (result.young, result.old) == (1_000, 20_000)
+    # 3 taps of 48 channels, g of 2 heads, and psi of 2 x 8 x 16 twice, all float32.
+    assert result.state_bytes == 4 * (3 * 48 + 2 * 2 + 2 * 2 * 8 * 16)
+    assert 0 < result.young_microseconds < 1e6
+    assert 0.1 < result.ratio < 10
+    assert "20,000" in stream.summary(result)
+    json.dumps(stream.report(result))
+
+
+def test_wrong_logits_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = stream._next
+
+    def forgetful(model, ids, state):
+        return true(model, ids, model.first_state() if ids.numel() == 1 else state)
+
+    monkeypatch.setattr(stream, "_next", forgetful)
+    with pytest.raises(BenchmarkError, match="differ by"):
+        stream.run_stream(Console(quiet=True), 8_000)
+
+
+def test_too_short_a_text_is_refused() -> None:
+    with pytest.raises(InputError, match="at least 8000"):
+        stream.run_stream(Console(quiet=True), 100)
+    assert torch.is_grad_enabled()
