@@ -32,8 +32,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_figures(capsys: pytest.CaptureFixture[str]) -> None:
     result = stream.run_stream(Console(quiet=True), 20_000)
     assert (result.young, result.old) == (1_000, 20_000)
-    # 3 taps of 48 channels, g of 2 heads, and psi of 2 x 8 x 16 twice, all float32.
-    assert result.state_bytes == 4 * (3 * 48 + 2 * 2 + 2 * 2 * 8 * 16)
+    # 3 taps of 64 channels, and Re and Im of g and of psi, 8 x 16, for 2 heads; all float32.
+    assert result.state_bytes == 4 * (3 * 64 + 2 * 2 + 2 * 2 * 8 * 16)
     assert 0 < result.young_microseconds < 1e6
     assert 0.1 < result.ratio < 10
     assert "20,000" in stream.summary(result)

@@ -144,6 +144,8 @@ x = torch.randn(2, 30, 12)
 _, balance = layer(x[rank][None])
 balance.backward()
 torch.save([balance.detach(), layer.router.weight.grad], f"{folder}/{rank}")
+dist.barrier()  # a process that leaves early tears the connection down for the other
+dist.destroy_process_group()
 """
     runs = [
         subprocess.Popen([sys.executable, "-c", code, str(rank), str(tmp_path)])
