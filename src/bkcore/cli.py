@@ -84,13 +84,32 @@ def train(
     resume: Annotated[
         bool, typer.Option(help="Continue what is there, or delete its checkpoints.")
     ] = True,
+    plot: PlotOption = None,
 ) -> None:
     """Train a language model by a recipe; a killed training resumes by the same command."""
+    from bkcore.report import files
+    from bkcore.report.curve import draw_curve
     from bkcore.report.recipe import read_recipe
     from bkcore.report.train import run_training
 
+    if plot is not None:
+        files.prepare_plot(plot)
     folder = output or Path("runs") / config.stem
-    run_training(read_recipe(config), data, folder, resume, Console())
+    report = run_training(read_recipe(config), data, folder, resume, Console())
+    if plot is not None:
+        draw_curve(report, plot)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a float model.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Save a float checkpoint in float16, at half the size; loading widens it again."""
+    from bkcore.report.export import export_half
+
+    export_half(checkpoint, output)
+    typer.echo(f"Checkpoint: {output}")
 
 
 @app.command()
@@ -99,6 +118,9 @@ def evaluate(
     data: DataOption = None,
     reference: Annotated[
         Path | None, typer.Option(help="Checkpoint to compare perplexity and speed with.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a window; default: as in its training.")
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -109,7 +131,7 @@ def evaluate(
     console = Console()
     if json_file is not None:
         files.prepare_file(json_file)
-    result = run_evaluation(checkpoint, data, reference, console)
+    result = run_evaluation(checkpoint, data, reference, console, window)
     console.print_json(data=result)
     if result["expert_load"]:
         console.print(load_table(result["expert_load"]))
@@ -173,7 +195,9 @@ def compare(
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint folder; default: the one in the repository.")
+    ] = Path("checkpoints/wikitext2"),
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The ",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 60,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 0.8,
@@ -194,16 +218,16 @@ def bench_kernels(
 ) -> None:
     """Time the kernels against copies, limits and other ways to the same result."""
     from bkcore.bench.kernels import run_kernels
-    from bkcore.bench.plot import draw, require_matplotlib
+    from bkcore.bench.plot import draw
     from bkcore.bench.result import markdown_table, report, table
     from bkcore.report import files
 
     console = Console()
-    if plot is not None:
-        require_matplotlib(plot)
-    for path in (json_file, markdown, plot):
+    for path in (json_file, markdown):
         if path is not None:
             files.prepare_file(path)
+    if plot is not None:
+        files.prepare_plot(plot)
     results = run_kernels(console, only)
     console.print(table(results))
     if json_file is not None:
@@ -223,15 +247,15 @@ def bench_memory(
 ) -> None:
     """Measure the peak memory and the time of long sequences, in training and evaluation."""
     from bkcore.bench.memory import markdown_table, report, run_memory, table
-    from bkcore.bench.plot import draw_memory, require_matplotlib
+    from bkcore.bench.plot import draw_memory
     from bkcore.report import files
 
     console = Console()
-    if plot is not None:
-        require_matplotlib(plot)
-    for path in (json_file, markdown, plot):
+    for path in (json_file, markdown):
         if path is not None:
             files.prepare_file(path)
+    if plot is not None:
+        files.prepare_plot(plot)
     points = run_memory(console, longest)
     console.print(table(points))
     if json_file is not None:

@@ -11,12 +11,13 @@ import torch
 from rich.console import Console
 
 from bkcore import cli
-from bkcore.bench import comparison, kernels, plot, timing
+from bkcore.bench import comparison, kernels, timing
 from bkcore.bench.kernels import CASES, run_kernels
 from bkcore.bench.machine import last_level_cache_bytes, machine
 from bkcore.bench.result import Result, markdown_table, report, table
 from bkcore.errors import BackendError, BenchmarkError, InputError
 from bkcore.kernels import cpu, selection, use_backend
+from bkcore.report import files
 
 FIELDS = {
     *("name", "shape", "threads", "seconds", "baseline", "baseline_seconds"),
@@ -156,11 +157,11 @@ def test_command_writes_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'bkcore\[plot\]'"):
-        plot.require_matplotlib(Path("plot.svg"))
+        files.prepare_plot(Path("plot.svg"))
     with pytest.raises(InputError, match=r"\.png or \.svg"):
-        plot.require_matplotlib(Path("plot.jpg"))
+        files.prepare_plot(Path("plot.jpg"))
 
 
 def test_unknown_case_raises() -> None:

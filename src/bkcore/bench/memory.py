@@ -12,6 +12,7 @@ import multiprocessing
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import linear_regression, median
@@ -162,7 +163,14 @@ def _rows(points: Sequence[Point]) -> list[list[str]]:
 def _measure_in_new_process(kind: str, length: int) -> Point:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as process:
-        return process.submit(measure, kind, length, torch.get_num_threads()).result()
+        point = process.submit(measure, kind, length, torch.get_num_threads())
+        try:
+            return point.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"the process that measured {kind} at {length:,} tokens was killed, probably for "
+                "want of memory; give a smaller --longest"
+            ) from error
 
 
 def measure(kind: str, length: int, threads: int) -> Point:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,19 +9,6 @@ from typing import Any
 
 from bkcore.bench.memory import Point
 from bkcore.bench.result import Result
-from bkcore.errors import InputError
-
-
-def require_matplotlib(path: Path) -> None:
-    """Find out before anything is timed that a plot can be drawn.
-
-    Raises:
-        InputError: if matplotlib is missing, or the file is neither .png nor .svg.
-    """
-    if path.suffix not in (".png", ".svg"):
-        raise InputError(f"the plot must be a .png or .svg file, got {path}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("a plot needs matplotlib: pip install 'bkcore[plot]'")
 
 
 def draw(results: Sequence[Result], path: Path) -> None:

@@ -124,10 +124,14 @@ def evaluate_checkpoint(
 def load_checkpoint(folder: Path) -> tuple[ResNetBKForCausalLM, PreTrainedTokenizerFast]:
     """Load a model and the tokenizer beside it.
 
+    Weights that were saved in float16 or bfloat16 are widened: everything computes in float32.
+
     Raises:
         CheckpointError: if either is missing or damaged.
     """
     model = ResNetBKForCausalLM.from_pretrained(folder).eval()
+    if model.dtype in (torch.float16, torch.bfloat16):
+        model.float()
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
             f"{folder} holds no tokenizer.json; save the tokenizer into the model's folder: "

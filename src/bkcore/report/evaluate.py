@@ -12,15 +12,21 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from bkcore.evaluation.checkpoints import Setting, evaluate_in_new_process
+from bkcore.evaluation.checkpoints import Setting, evaluate_in_new_process, load_checkpoint
 from bkcore.evaluation.perplexity import standard_error
-from bkcore.report.demo import DemoSettings, row
+from bkcore.report.demo import row
 from bkcore.report.progress import Plan
 from bkcore.text import load_corpus
 
+_TOKENS_A_BATCH = 4096
+
 
 def run_evaluation(
-    checkpoint: Path, data: str | Path | None, reference: Path | None, console: Console
+    checkpoint: Path,
+    data: str | Path | None,
+    reference: Path | None,
+    console: Console,
+    window: int | None = None,
 ) -> dict[str, Any]:
     """Judge a checkpoint on the validation split, against itself or a reference.
 
@@ -29,6 +35,7 @@ def run_evaluation(
         data: as in `bkcore.text.load_corpus`; None takes the embedded corpus.
         reference: checkpoint whose perplexity and speed are compared with.
         console: where progress is drawn.
+        window: tokens a window; None takes that of the model's training.
 
     Returns:
         The row of the checkpoint as in the demo's report, `expert_load` (see `load_summary`), and
@@ -36,10 +43,9 @@ def run_evaluation(
     """
     transformers_logging.disable_progress_bar()
     corpus = load_corpus(data)
-    settings = DemoSettings()
-    setting = Setting(
-        corpus.valid, "valid", settings.window, settings.batch_size, torch.get_num_threads()
-    )
+    window = load_checkpoint(checkpoint)[0].config.n_seq if window is None else window
+    batch_size = max(1, _TOKENS_A_BATCH // window)
+    setting = Setting(corpus.valid, "valid", window, batch_size, torch.get_num_threads())
     names = ["checkpoint"] if reference is None else ["reference", "checkpoint"]
     with Plan(dict.fromkeys(names, 1.0), console) as plan:
         base = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -34,6 +35,20 @@ def prepare_file(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file in it")
     prepare_folder(path.parent)
+
+
+def prepare_plot(path: Path) -> None:
+    """Make sure that a picture can be drawn and written later.
+
+    Raises:
+        InputError: if matplotlib is missing, the file is neither .png nor .svg, or as in
+            `prepare_file`.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise InputError(f"the plot must be a .png or .svg file, got {path}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("a plot needs matplotlib: pip install 'bkcore[plot]'")
+    prepare_file(path)
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:

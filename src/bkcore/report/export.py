@@ -1,0 +1,36 @@
+"""Making a trained model small enough to hand on, without quantizing it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+from bkcore.errors import InputError
+from bkcore.evaluation.checkpoints import load_checkpoint
+
+
+def export_half(checkpoint: Path, output: Path) -> None:
+    """Save a float checkpoint and its tokenizer in float16.
+
+    Args:
+        checkpoint: folder with a float model and its tokenizer.
+        output: folder to write, another one.
+
+    Raises:
+        InputError: if the model is quantized, whose weights float16 would not make smaller, or
+            both folders are the same.
+        CheckpointError: if the checkpoint cannot be loaded, or the folder not written.
+    """
+    transformers_logging.disable_progress_bar()
+    if output.resolve() == checkpoint.resolve():
+        raise InputError(f"{output} is the checkpoint itself; name another folder")
+    model, tokenizer = load_checkpoint(checkpoint)
+    state = (model.config.quantization or {}).get("state", "float")
+    if state != "float":
+        raise InputError(
+            f"{checkpoint} is {state}, and only float models are exported in float16; "
+            "export the float checkpoint it was made from"
+        )
+    model.half().save_pretrained(output)
+    tokenizer.save_pretrained(output)

@@ -1,0 +1,80 @@
+"""Float checkpoints in half the bytes, and the curve of a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from bkcore.errors import InputError
+from bkcore.evaluation.checkpoints import load_checkpoint
+from bkcore.model import LanguageModel
+from bkcore.report.curve import draw_curve
+from bkcore.report.evaluate import run_evaluation
+from bkcore.report.export import export_half
+from bkcore.text import train_tokenizer
+
+TEXT = "the slow fox sees the quick dog and the dog sees the fox. " * 600
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(TEXT, 300)
+    model = LanguageModel(len(tokenizer), 32, 1, 48, num_experts=2, expert_size=16, key_size=4)
+    model.save_pretrained(tmp_path / "float")
+    tokenizer.save_pretrained(tmp_path / "float")
+    return tmp_path / "float"
+
+
+def test_a_model_in_float16_is_half_as_large_and_computes_in_float32(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    export_half(checkpoint, tmp_path / "half")
+    whole, tokenizer = load_checkpoint(checkpoint)
+    half, _ = load_checkpoint(tmp_path / "half")
+    assert half.dtype == torch.float32
+    for (name, x), y in zip(whole.named_parameters(), half.parameters(), strict=True):
+        assert torch.equal(x.half().float(), y), name
+    sizes = [path.stat().st_size for path in tmp_path.glob("*/model.safetensors")]
+    assert 0.45 < min(sizes) / max(sizes) < 0.6
+    ids = torch.tensor([tokenizer("the fox sees")["input_ids"]])
+    torch.testing.assert_close(half(ids).logits, whole(ids).logits, rtol=0, atol=0.02)
+
+
+def test_what_cannot_be_exported_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is the checkpoint itself"):
+        export_half(checkpoint, checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint)
+    model.configure_quantization("ptq_int8")
+    model.calibrate_quantization([torch.randint(len(tokenizer), (2, 20))])
+    model.save_pretrained(tmp_path / "int8")
+    tokenizer.save_pretrained(tmp_path / "int8")
+    with pytest.raises(InputError, match="is quantized"):
+        export_half(tmp_path / "int8", tmp_path / "other")
+
+
+def test_the_window_is_that_of_the_training(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bkcore.evaluation import checkpoints
+    from bkcore.report import evaluate
+
+    monkeypatch.setattr(evaluate, "evaluate_in_new_process", checkpoints.evaluate_checkpoint)
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "train.txt").write_text(TEXT)
+    (folder / "valid.txt").write_text(TEXT[:6000])
+    quiet = Console(quiet=True)
+    assert run_evaluation(checkpoint, folder, None, quiet)["protocol"]["window"] == 48
+    assert run_evaluation(checkpoint, folder, None, quiet, 20)["protocol"]["window"] == 20
+
+
+def test_a_curve_is_drawn(tmp_path: Path) -> None:
+    curve = [{"step": 10 * n, "loss": 5.0 / n} for n in (1, 2, 3)]
+    curve += [{"step": 30, "eval_loss": 2.0, "eval_ppl_token": 7.4, "eval_ppl_word": 40.0}]
+    recipe = {"schedule": {"batch_size": 4}, "window": 16}
+    draw_curve({"curve": curve, "recipe": recipe}, tmp_path / "curve.svg")
+    assert (tmp_path / "curve.svg").read_bytes().startswith(b"<?xml")
