@@ -65,10 +65,12 @@ class Contestant:
     size_name: str
 
 
-def resnet_bk(frame: Frame, size: int, mixer: str = "resolvent") -> PreTrainedModel:
-    """ResNet-BK, or an ablation of it, with perceptrons of `size` hidden units.
+def resnet_bk(
+    frame: Frame, size: int, mixer: str = "resolvent", experts: int = 1, chosen: int = 1
+) -> PreTrainedModel:
+    """ResNet-BK, or an ablation of it, with experts of `size` hidden units.
 
-    One expert a layer, so that all parameters are active ones and only the mixers differ: with
+    One expert a layer where mixers are compared, so that all parameters are active ones: with
     more, an ablation, whose mixer is smaller, would have larger experts, and more of them idle.
     """
     return LanguageModel(
@@ -77,8 +79,8 @@ def resnet_bk(frame: Frame, size: int, mixer: str = "resolvent") -> PreTrainedMo
         frame.layers,
         frame.window,
         mixer=mixer,
-        num_experts=1,
-        experts_per_token=1,
+        num_experts=experts,
+        experts_per_token=chosen,
         expert_size=size,
     )
 
@@ -138,6 +140,9 @@ def mamba(frame: Frame, size: int) -> PreTrainedModel:
 _PERCEPTRON = "hidden units of a perceptron"
 RESNET_BK = Contestant("resnet_bk", resnet_bk, 5e-3, _PERCEPTRON)
 CONVOLUTION = Contestant("convolution", partial(resnet_bk, mixer="convolution"), 5e-3, _PERCEPTRON)
+EXPERTS = Contestant(
+    "experts", partial(resnet_bk, experts=8, chosen=2), 5e-3, "hidden units of an expert"
+)
 GREEN = Contestant("green", partial(resnet_bk, mixer="green"), 5e-3, _PERCEPTRON)
 GPT2 = Contestant("gpt2", gpt2, 3e-3, _PERCEPTRON)
 LLAMA = Contestant("llama", llama, 3e-3, _PERCEPTRON)

@@ -48,6 +48,7 @@ CONTESTANTS: dict[Contestant, tuple[int, ...]] = {
     contestants.RESNET_BK: (0, 1),
     contestants.CONVOLUTION: (0, 1),
     contestants.GREEN: (0,),
+    contestants.EXPERTS: (0,),
     contestants.GPT2: (0,),
     contestants.LLAMA: (0,),
     contestants.MAMBA: (0,),
