@@ -122,16 +122,22 @@ def evaluate(
     window: Annotated[
         int | None, typer.Option(min=1, help="Tokens a window; default: as in its training.")
     ] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder that keeps what an interrupted evaluation scored.")
+    ] = Path("runs/evaluate"),
     json_file: JsonOption = None,
 ) -> None:
-    """Measure the perplexity of a checkpoint on the validation split."""
+    """Measure the perplexity of a checkpoint on the validation split.
+
+    If it is interrupted, the same command continues where it was.
+    """
     from bkcore.report import files
     from bkcore.report.evaluate import load_table, run_evaluation
 
     console = Console()
     if json_file is not None:
         files.prepare_file(json_file)
-    result = run_evaluation(checkpoint, data, reference, console, window)
+    result = run_evaluation(checkpoint, data, reference, console, window, output)
     console.print_json(data=result)
     if result["expert_load"]:
         console.print(load_table(result["expert_load"]))

@@ -121,10 +121,45 @@ def test_a_model_gets_its_mode_back_after_an_error() -> None:
     assert model.training
 
 
-def test_progress_counts_every_token() -> None:
-    steps: list[int] = []
-    score(uniform, random_tokens(37), window=5, batch_size=3, bos_id=BOS, on_batch=steps.append)
-    assert steps == [15, 15, 5, 2]
+def test_progress_gives_the_scores_so_far() -> None:
+    steps: list[Scores] = []
+    model, tokens = random_bigram(), random_tokens(37)
+    scores = score(model, tokens, window=5, batch_size=3, bos_id=BOS, on_batch=steps.append)
+    assert [step.total_tokens for step in steps] == [15, 30, 35, 37]
+    for step in steps:
+        assert torch.equal(step.nll, scores.nll[: len(step.nll)])
+
+
+@given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 4), st.data())
+def test_an_interrupted_scoring_continues_to_the_same_bits(
+    count: int, window: int, batch_size: int, data: st.DataObject
+) -> None:
+    steps: list[Scores] = []
+    model, tokens = random_bigram(), random_tokens(count)
+    setting = {"window": window, "batch_size": batch_size, "bos_id": BOS}
+    whole = score(model, tokens, on_batch=steps.append, **setting)
+    place = data.draw(st.integers(0, len(steps) - 1))
+    model.batches.clear()
+    found = score(model, tokens, done=steps[place], **setting)
+    assert torch.equal(found.nll, whole.nll)
+    assert torch.equal(found.tokens, whole.tokens)
+    assert found.seconds >= steps[place].seconds
+    # Nothing is scored twice.
+    assert sum(rows * length for rows, length in model.batches) == (
+        count - steps[place].total_tokens
+    )
+
+
+def test_scores_of_something_else_are_not_continued() -> None:
+    steps: list[Scores] = []
+    model, tokens = random_bigram(), random_tokens(37)
+    score(model, tokens, window=5, batch_size=3, bos_id=BOS, on_batch=steps.append)
+    with pytest.raises(InputError, match="not the first"):
+        score(model, tokens, window=4, batch_size=3, bos_id=BOS, done=steps[0])
+    with pytest.raises(InputError, match="not the first"):
+        score(model, tokens[:10], window=5, batch_size=3, bos_id=BOS, done=steps[0])
+    with pytest.raises(InputError, match="no whole batches of 2"):
+        score(model, tokens, window=5, batch_size=2, bos_id=BOS, done=steps[0])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -313,7 +348,7 @@ def test_what_has_no_divergence() -> None:
 
 
 def test_a_protocol_is_written_in_full() -> None:
-    protocol = Protocol("0123456789abcdef", "valid", 64, 1000, 600, 8)
+    protocol = Protocol("0123456789abcdef", "valid", 64, 1000, 600, 3000, 8)
     content = json.loads(json.dumps(protocol.as_dict()))
     assert content == {
         "tokenizer_hash": "0123456789abcdef",
@@ -322,6 +357,7 @@ def test_a_protocol_is_written_in_full() -> None:
         "stride": 64,
         "tokens": 1000,
         "words": 600,
+        "bytes": 3000,
         "batch_size": 8,
         "confidence": 0.95,
     }

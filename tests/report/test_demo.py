@@ -19,8 +19,8 @@ from bkcore.training import Schedule
 
 MODES = ["float32", "ptq_int8", "qat_int8", "ptq_int4", "qat_int4", "mixed_precision"]
 FIELDS = {
-    *("mode", "ppl_token", "ppl_word", "delta_pct", "ci_low_pct", "ci_high_pct"),
-    *("bytes", "size_ratio", "tokens_per_second", "speedup"),
+    *("mode", "ppl_token", "ppl_word", "delta_pct", "ci_low_pct", "ci_high_pct", "ppl_byte"),
+    *("kl_nats", "kl_tokens", "bytes", "size_ratio", "tokens_per_second", "speedup"),
 }
 TIMES = {"tokens_per_second", "speedup"}
 SMALL = DemoSettings(

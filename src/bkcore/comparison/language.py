@@ -186,6 +186,7 @@ class LanguageComparison:
             self.settings.window,
             scores.total_tokens,
             words,
+            len(self.corpus.valid.encode()),
             self.settings.batch_size,
         )
         return {

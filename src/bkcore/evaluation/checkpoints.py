@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import pickle
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,15 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from bkcore.errors import BKCoreError, CheckpointError
-from bkcore.evaluation.perplexity import Protocol, Scores, score
+from bkcore.evaluation.perplexity import (
+    Protocol,
+    Scores,
+    kl_divergence,
+    perplexity_per_token,
+    score,
+    standard_error,
+)
+from bkcore.evaluation.unfinished import Unfinished, identity_of
 from bkcore.memory import keep_freed_memory
 from bkcore.model import ResNetBKForCausalLM
 from bkcore.model.checkpoint import model_bytes
@@ -38,6 +47,8 @@ class Setting:
         window: tokens a window.
         batch_size: windows a batch.
         threads: CPU threads.
+        unfinished: folder that keeps what an interrupted evaluation scored, for the next try to
+            continue; None keeps nothing.
     """
 
     text: str
@@ -45,6 +56,7 @@ class Setting:
     window: int
     batch_size: int
     threads: int
+    unfinished: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,9 @@ class Evaluation:
             checkpoint is the reference.
         expert_load: tokens of the split that each expert served, a list for each layer that
             routes.
+        kl_nats: mean KL divergence of the next-token distributions from the reference's, in nats;
+            None if the checkpoint is the reference.
+        kl_tokens: over so many tokens, those that the speed is measured on.
     """
 
     scores: Scores
@@ -68,13 +83,34 @@ class Evaluation:
     tokens_per_second: float
     speedup: float
     expert_load: list[list[int]]
+    kl_nats: float | None = None
+    kl_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known of a perplexity while it is measured.
+
+    Attributes:
+        fraction: of the split that is scored.
+        perplexity: per token, of what is scored.
+        error: its standard error, perplexity times that of the mean in nats; None after one window.
+    """
+
+    fraction: float
+    perplexity: float
+    error: float | None
+
+    def __str__(self) -> str:
+        error = "" if self.error is None else f" ± {self.error:.2g}"
+        return f"perplexity {self.perplexity:.2f}{error}"
 
 
 def evaluate_checkpoint(
     folder: Path,
     setting: Setting,
     reference: Path | None = None,
-    on_progress: Callable[[float], None] = lambda fraction: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Evaluation:
     """Load a checkpoint with its tokenizer, score a text, and time it against a reference.
 
@@ -82,43 +118,101 @@ def evaluate_checkpoint(
         folder: the checkpoint; its tokenizer is saved beside it.
         setting: the text and how it is scored.
         reference: checkpoint to time against, in alternation; itself if None.
-        on_progress: called with the fraction done.
+        on_progress: called after every batch.
 
     Raises:
-        CheckpointError: if a checkpoint or its tokenizer cannot be loaded.
+        CheckpointError: if a checkpoint or its tokenizer cannot be loaded, or the file of an
+            interrupted evaluation.
         InputError: if the model's logits are not finite.
     """
     torch.set_num_threads(setting.threads)
     model, tokenizer = load_checkpoint(folder)
     tokens = encode(tokenizer, setting.text)
-    done = 0
-
-    def on_batch(scored: int) -> None:
-        nonlocal done
-        done += scored
-        on_progress(done / len(tokens))
-
-    with counting_load(model) as load:
-        scores = score(
-            model,
-            tokens,
-            window=setting.window,
-            batch_size=setting.batch_size,
-            bos_id=tokenizer.bos_token_id,
-            on_batch=on_batch,
-        )
+    scores, expert_load = _score(
+        model, tokens, tokenizer.bos_token_id, folder, setting, on_progress
+    )
     rival = model if reference is None else load_checkpoint(reference)[0]
-    rate, speedup = _time_in_alternation(rival, model, _full_batches(tokens, setting))
+    batches = _full_batches(tokens, setting)
+    rate, speedup = _time_in_alternation(rival, model, batches)
     protocol = Protocol(
         tokenizer_hash(tokenizer),
         setting.split,
         setting.window,
         scores.total_tokens,
         count_words(setting.text),
+        len(setting.text.encode()),
         setting.batch_size,
     )
-    expert_load = [layer.tolist() for layer in load]
-    return Evaluation(scores, protocol, model_bytes(folder), rate, speedup, expert_load)
+    found = Evaluation(scores, protocol, model_bytes(folder), rate, speedup, expert_load)
+    if reference is None:
+        return found
+    kl_tokens = sum(batch.numel() for batch in batches)
+    return replace(found, kl_nats=kl_divergence(rival, model, batches), kl_tokens=kl_tokens)
+
+
+def _score(
+    model: ResNetBKForCausalLM,
+    tokens: Tensor,
+    bos_id: int,
+    folder: Path,
+    setting: Setting,
+    on_progress: Callable[[Progress], None],
+) -> tuple[Scores, list[list[int]]]:
+    """Scores and expert load of a whole split, from where an interrupted evaluation stopped."""
+    unfinished = _unfinished(folder, setting)
+    before = unfinished.load() if unfinished else None
+    done, earlier_load = before or (None, None)
+    latest: Scores | None = None
+
+    def load_so_far() -> list[list[int]]:
+        own = [layer.tolist() for layer in load]
+        return own if earlier_load is None else _added(earlier_load, own)
+
+    def on_batch(scores: Scores) -> None:
+        nonlocal latest
+        latest = scores
+        if unfinished and unfinished.is_due():
+            unfinished.save(scores, load_so_far())
+        on_progress(_progress(scores, len(tokens)))
+
+    with counting_load(model) as load:
+        try:
+            scores = score(
+                model,
+                tokens,
+                window=setting.window,
+                batch_size=setting.batch_size,
+                bos_id=bos_id,
+                done=done,
+                on_batch=on_batch,
+            )
+        except BaseException:
+            if unfinished and latest is not None:
+                unfinished.save(latest, load_so_far())
+            raise
+    if unfinished:
+        unfinished.delete()
+    return scores, load_so_far()
+
+
+def _unfinished(folder: Path, setting: Setting) -> Unfinished | None:
+    if setting.unfinished is None:
+        return None
+    text = hashlib.sha256(setting.text.encode()).hexdigest()
+    own = {"text": text, "window": setting.window, "batch_size": setting.batch_size}
+    return Unfinished(setting.unfinished, {**own, "files": identity_of(folder)})
+
+
+def _added(left: list[list[int]], right: list[list[int]]) -> list[list[int]]:
+    return [
+        [a + b for a, b in zip(*layers, strict=True)] for layers in zip(left, right, strict=True)
+    ]
+
+
+def _progress(scores: Scores, tokens: int) -> Progress:
+    perplexity = perplexity_per_token(scores)
+    error = perplexity * standard_error(scores) if len(scores.nll) > 1 else None
+    return Progress(scores.total_tokens / tokens, perplexity, error)
 
 
 def load_checkpoint(folder: Path) -> tuple[ResNetBKForCausalLM, PreTrainedTokenizerFast]:
@@ -148,7 +242,7 @@ def evaluate_in_new_process(
     folder: Path,
     setting: Setting,
     reference: Path | None = None,
-    on_progress: Callable[[float], None] = lambda fraction: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Evaluation:
     """`evaluate_checkpoint` in a fresh interpreter, which shares nothing but the files.
 
@@ -184,7 +278,7 @@ def _work(sender: Connection, folder: Path, setting: Setting, reference: Path | 
     keep_freed_memory()
     transformers_logging.disable_progress_bar()  # the parent process shows the progress
 
-    def send(message: float | Evaluation | BKCoreError) -> None:
+    def send(message: Progress | Evaluation | BKCoreError) -> None:
         # By value: torch would have Connection.send share tensors through a server in this
         # process, which ends before they are read.
         sender.send_bytes(pickle.dumps(message))
@@ -193,6 +287,8 @@ def _work(sender: Connection, folder: Path, setting: Setting, reference: Path | 
         send(evaluate_checkpoint(folder, setting, reference, send))
     except BKCoreError as error:
         send(error)
+    except (KeyboardInterrupt, BrokenPipeError):
+        pass  # the parent process was interrupted, and says so
 
 
 def _full_batches(tokens: Tensor, setting: Setting) -> list[Tensor]:
@@ -201,7 +297,9 @@ def _full_batches(tokens: Tensor, setting: Setting) -> list[Tensor]:
     if len(windows) < setting.batch_size:
         return [tokens[: setting.window][None]]
     batches = windows[: len(windows) // setting.batch_size * setting.batch_size]
-    return list(batches.view(-1, setting.batch_size, setting.window)[:_SPEED_BATCHES])
+    batches = batches.view(-1, setting.batch_size, setting.window)
+    count = min(_SPEED_BATCHES, len(batches))
+    return list(batches[torch.linspace(0, len(batches) - 1, count).long()])
 
 
 def _time_in_alternation(

@@ -111,6 +111,7 @@ class Protocol:
         window: targets in a window; no token sees further back than the start of its window.
         tokens: tokens scored.
         words: words of the split, see `bkcore.text.count_words`.
+        bytes: bytes of the split in UTF-8.
         batch_size: windows in a batch.
         confidence: level of the intervals.
     """
@@ -120,6 +121,7 @@ class Protocol:
     window: int
     tokens: int
     words: int
+    bytes: int
     batch_size: int
     confidence: float = 0.95
 
@@ -140,7 +142,8 @@ def score(
     window: int,
     batch_size: int,
     bos_id: int,
-    on_batch: Callable[[int], None] | None = None,
+    done: Scores | None = None,
+    on_batch: Callable[[Scores], None] | None = None,
 ) -> Scores:
     """Score every token of a split exactly once, in windows that do not overlap.
 
@@ -154,14 +157,16 @@ def score(
         window: targets in a window, at least 1.
         batch_size: windows in a batch, at least 1; a shorter last window has its own batch.
         bos_id: the token that stands before the first one.
-        on_batch: called after every batch with the number of tokens scored in it.
+        done: what an interrupted call had scored, as `on_batch` gave it. Its windows are not scored
+            again, and the result is the same bit for bit.
+        on_batch: called after every batch with the scores of all windows up to there.
 
     Returns:
         The scores of each window, in the order of the split, on the CPU.
 
     Raises:
-        InputError: an argument is impossible, a token lies outside of the model's vocabulary, or a
-            logit is not finite.
+        InputError: an argument is impossible, a token lies outside of the model's vocabulary, a
+            logit is not finite, or ``done`` is not of the first batches of these tokens.
         ShapeError: ``tokens`` is not one-dimensional, or the logits are not (B, N, V).
         DTypeError: ``tokens`` is not of an integer dtype.
     """
@@ -172,18 +177,42 @@ def score(
     if known is not None:
         _check_vocabulary(torch.cat([tokens, tokens.new_tensor([bos_id])]), known)
     device = _device(model, tokens)
-    nll, counts, done = [], [], 0
-    start = time.perf_counter()
+    counts = torch.tensor([len(targets) for _, targets in windows], dtype=torch.int64)
+    _check_done(done, counts, batch_size)
+    first = 0 if done is None else len(done.nll)
+    nll = [] if done is None else [done.nll]
+    start = time.perf_counter() - (0.0 if done is None else done.seconds)
+
+    def so_far() -> Scores:
+        found = torch.cat(nll)
+        return Scores(found, counts[: len(found)], time.perf_counter() - start)
+
     with _evaluating(model), torch.inference_mode():
-        for inputs, targets in _batches(windows, batch_size):
-            pieces = _finite_logits(model, inputs.to(device), first_window=done)
+        for inputs, targets in _batches(windows[first:], batch_size):
+            pieces = _finite_logits(model, inputs.to(device), first_window=first)
             nll.append(_token_nll(pieces, targets.to(device)).sum(dim=1).cpu())
-            counts.extend([targets.shape[1]] * len(targets))
-            done += len(targets)
+            first += len(targets)
             if on_batch is not None:
-                on_batch(targets.numel())
-    seconds = time.perf_counter() - start
-    return Scores(torch.cat(nll), torch.tensor(counts, dtype=torch.int64), seconds)
+                on_batch(so_far())
+    return so_far()
+
+
+def _check_done(done: Scores | None, counts: Tensor, batch_size: int) -> None:
+    if done is None:
+        return
+    windows = len(done.nll)
+    if windows > len(counts) or not torch.equal(done.tokens, counts[:windows]):
+        raise InputError(
+            f"{windows} windows with {done.total_tokens} tokens are said to be scored, and they "
+            f"are not the first of these {len(counts)} windows. Continue with the tokens and the "
+            "window of before, or start afresh."
+        )
+    full = len(counts) - (int(counts[-1]) < int(counts[0]))
+    if windows < full and windows % batch_size:
+        raise InputError(
+            f"{windows} windows are said to be scored, which are no whole batches of {batch_size}. "
+            "Continue with the batch size of before, or start afresh."
+        )
 
 
 def perplexity_per_token(scores: Scores) -> float:
@@ -201,9 +230,26 @@ def perplexity_per_word(scores: Scores, words: int) -> float:
     Raises:
         InputError: ``words`` is below 1.
     """
-    if words < 1:
-        raise InputError(f"words is {words}, but must be at least 1.")
-    return _exp(scores.total_nll / words)
+    return _perplexity(scores, words, "words")
+
+
+def perplexity_per_byte(scores: Scores, size: int) -> float:
+    """exp(total nll / bytes); its logarithm to the base 2 is the bits that a byte costs.
+
+    Args:
+        scores: of a whole split.
+        size: bytes of that split in UTF-8, at least 1.
+
+    Raises:
+        InputError: ``size`` is below 1.
+    """
+    return _perplexity(scores, size, "size")
+
+
+def _perplexity(scores: Scores, units: int, name: str) -> float:
+    if units < 1:
+        raise InputError(f"{name} is {units}, but must be at least 1.")
+    return _exp(scores.total_nll / units)
 
 
 def standard_error(scores: Scores) -> float:
@@ -310,6 +356,8 @@ def _batches(
     windows: list[tuple[Tensor, Tensor]], batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Stack full windows by ``batch_size``; a shorter last window comes alone."""
+    if not windows:
+        return
     length = len(windows[0][0])
     full = len(windows) - (len(windows[-1][0]) < length)
     for start in range(0, full, batch_size):

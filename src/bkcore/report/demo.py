@@ -18,6 +18,7 @@ from bkcore.errors import DataError
 from bkcore.evaluation.checkpoints import Evaluation, Setting, evaluate_in_new_process
 from bkcore.evaluation.perplexity import (
     paired_change,
+    perplexity_per_byte,
     perplexity_per_token,
     perplexity_per_word,
 )
@@ -205,7 +206,12 @@ class _Demo:
     def _judge(self, name: str) -> Evaluation:
         reference = None if name == "float32" else self._folder("float32")
         with self.plan.stage(f"judge {name}") as advance:
-            return evaluate_in_new_process(self._folder(name), self.setting, reference, advance)
+            return evaluate_in_new_process(
+                self._folder(name),
+                self.setting,
+                reference,
+                lambda progress: advance(progress.fraction, progress),
+            )
 
     def _protocol(self, reference: Evaluation) -> dict[str, Any]:
         return {
@@ -244,9 +250,12 @@ def row(mode: str, evaluation: Evaluation, reference: Evaluation) -> dict[str, A
         "mode": mode,
         "ppl_token": perplexity_per_token(evaluation.scores),
         "ppl_word": perplexity_per_word(evaluation.scores, evaluation.protocol.words),
+        "ppl_byte": perplexity_per_byte(evaluation.scores, evaluation.protocol.bytes),
         "delta_pct": change.delta_pct,
         "ci_low_pct": change.low_pct,
         "ci_high_pct": change.high_pct,
+        "kl_nats": evaluation.kl_nats,
+        "kl_tokens": evaluation.kl_tokens,
         "bytes": evaluation.bytes,
         "size_ratio": reference.bytes / evaluation.bytes,
         "tokens_per_second": evaluation.tokens_per_second,

@@ -12,9 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from bkcore.evaluation.checkpoints import Setting, evaluate_in_new_process, load_checkpoint
+from bkcore.evaluation.checkpoints import (
+    Evaluation,
+    Setting,
+    evaluate_in_new_process,
+    load_checkpoint,
+)
 from bkcore.evaluation.perplexity import standard_error
 from bkcore.report.demo import row
+from bkcore.report.files import prepare_folder
 from bkcore.report.progress import Plan
 from bkcore.text import load_corpus
 
@@ -27,6 +33,7 @@ def run_evaluation(
     reference: Path | None,
     console: Console,
     window: int | None = None,
+    output: Path | None = None,
 ) -> dict[str, Any]:
     """Judge a checkpoint on the validation split, against itself or a reference.
 
@@ -36,30 +43,44 @@ def run_evaluation(
         reference: checkpoint whose perplexity and speed are compared with.
         console: where progress is drawn.
         window: tokens a window; None takes that of the model's training.
+        output: folder that keeps what was scored when this is interrupted, for the next call to
+            continue; None keeps nothing.
 
     Returns:
         The row of the checkpoint as in the demo's report, `expert_load` (see `load_summary`), and
         the `protocol`.
     """
     transformers_logging.disable_progress_bar()
+    if output is not None:
+        prepare_folder(output)
     corpus = load_corpus(data)
     window = load_checkpoint(checkpoint)[0].config.n_seq if window is None else window
     batch_size = max(1, _TOKENS_A_BATCH // window)
-    setting = Setting(corpus.valid, "valid", window, batch_size, torch.get_num_threads())
+    setting = Setting(corpus.valid, "valid", window, batch_size, torch.get_num_threads(), output)
     names = ["checkpoint"] if reference is None else ["reference", "checkpoint"]
     with Plan(dict.fromkeys(names, 1.0), console) as plan:
         base = None
         if reference is not None:
-            with plan.stage("reference") as advance:
-                base = evaluate_in_new_process(reference, setting, None, advance)
-        with plan.stage("checkpoint") as advance:
-            found = evaluate_in_new_process(checkpoint, setting, reference, advance)
+            base = _judge(plan, "reference", reference, setting, None)
+        found = _judge(plan, "checkpoint", checkpoint, setting, reference)
     return {
         **row(checkpoint.name, found, base or found),
         "standard_error_nats": standard_error(found.scores),
         "expert_load": [load_summary(layer) for layer in found.expert_load],
         "protocol": {**found.protocol.as_dict(), "corpus": corpus.name},
     }
+
+
+def _judge(
+    plan: Plan, name: str, checkpoint: Path, setting: Setting, reference: Path | None
+) -> Evaluation:
+    with plan.stage(name) as advance:
+        return evaluate_in_new_process(
+            checkpoint,
+            setting,
+            reference,
+            lambda progress: advance(progress.fraction, progress),
+        )
 
 
 def load_summary(tokens: list[int]) -> dict[str, Any]:

@@ -56,19 +56,32 @@ class Plan:
             self._progress.console.print(f"interrupted in {title}", markup=False)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[float], None]]:
-        """Run a stage; yields a function to call with the fraction of it that is done."""
+    def stage(self, name: str) -> Iterator[Callable[..., None]]:
+        """Run a stage.
+
+        Yields:
+            A function to call with the fraction of the stage that is done, and with what is known
+            by then, if anything: it stands beside the bar, and at the end in the stage's line.
+        """
         self._count += 1
         weight = self._stages[name]
         title = f"[{self._count}/{len(self._stages)}] {name}"
         self._progress.update(self._task, description=title)
         start = time.perf_counter()
 
-        def advance(fraction: float) -> None:
-            self._progress.update(self._task, completed=self._done + fraction * weight)
+        line = title
+
+        def advance(fraction: float, known: object = "") -> None:
+            nonlocal line
+            line = f"{title}: {known}" if known else title
+            done = self._done + fraction * weight
+            self._progress.update(self._task, completed=done, description=line)
 
         yield advance
         self._done += weight
         self._progress.update(self._task, completed=self._done)
         seconds = time.perf_counter() - start
-        self._progress.console.print(f"{title}: {seconds:.0f} s", highlight=False, markup=False)
+        separator = ": " if line == title else ", "
+        self._progress.console.print(
+            f"{line}{separator}{seconds:.0f} s", highlight=False, markup=False
+        )

@@ -92,6 +92,7 @@ def run_training(
         recipe.window,
         len(valid),
         count_words(corpus.valid),
+        len(corpus.valid.encode()),
         recipe.evaluation_batch_size,
     )
     torch.manual_seed(recipe.seed)

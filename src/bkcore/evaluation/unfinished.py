@@ -1,0 +1,74 @@
+"""What an interrupted evaluation had scored, in a file that a second try continues from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bkcore.errors import CheckpointError, InputError
+from bkcore.evaluation.perplexity import Scores
+
+_SECONDS = 1.0
+"""The most work that is lost when the process is killed, a batch more if batches take longer."""
+
+
+class Unfinished:
+    """The file of one evaluation, named by the hash of all that its scores depend on.
+
+    Args:
+        folder: where such files are; made when it is needed.
+        identity: what the scores depend on, as JSON holds it.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = folder / f"unfinished-{name}.json"
+        self._saved = time.monotonic()
+
+    def load(self) -> tuple[Scores, list[list[int]]] | None:
+        """Scores, and tokens that each expert of each layer served; None if there are none.
+
+        Raises:
+            CheckpointError: if the file is damaged.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            content = json.loads(self.path.read_text())
+            return Scores.from_dict(content["scores"]), content["expert_load"]
+        except (ValueError, KeyError, TypeError, InputError) as error:
+            raise CheckpointError(
+                f"{self.path} is damaged ({error}); delete it to score from the beginning"
+            ) from error
+
+    def is_due(self) -> bool:
+        """Whether enough was scored since the last time that it should be saved."""
+        return time.monotonic() - self._saved >= _SECONDS
+
+    def save(self, scores: Scores, expert_load: list[list[int]]) -> None:
+        """Write the file whole or not at all."""
+        content = {"scores": scores.as_dict(), "expert_load": expert_load}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=self.path.parent) as folder:
+            staged = Path(folder) / self.path.name
+            staged.write_text(json.dumps(content))
+            os.replace(staged, self.path)
+        self._saved = time.monotonic()
+
+    def delete(self) -> None:
+        """The evaluation is finished."""
+        self.path.unlink(missing_ok=True)
+
+
+def identity_of(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of every file directly in the folder of a model and its tokenizer."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(checkpoint.iterdir())
+        if path.is_file()
+    }

@@ -1,0 +1,100 @@
+"""Judging a checkpoint: progress with error bars, and no score lost to an interruption."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bkcore.errors import CheckpointError
+from bkcore.evaluation.checkpoints import Progress, Setting, evaluate_checkpoint
+from bkcore.evaluation.perplexity import perplexity_per_token, standard_error
+from bkcore.model import LanguageModel
+from bkcore.text import train_tokenizer
+
+TEXT = "".join(f"the fox sees {n * n % 17} birds and {n % 5} trees .\n" for n in range(300))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_tokenizer(TEXT, 300)
+    torch.manual_seed(0)
+    LanguageModel(
+        len(tokenizer), 16, 1, 32, num_experts=3, experts_per_token=1, expert_size=8
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def setting(folder: Path | None) -> Setting:
+    return Setting(TEXT, "valid", 32, 4, 1, folder)
+
+
+class Interruption(BaseException):
+    """Stands for KeyboardInterrupt, which pytest would take for itself."""
+
+
+def interrupted(checkpoint: Path, folder: Path, batches: int) -> None:
+    """Evaluate until some batches are scored."""
+    seen: list[Progress] = []
+
+    def stop(progress: Progress) -> None:
+        seen.append(progress)
+        if len(seen) == batches:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        evaluate_checkpoint(checkpoint, setting(folder), None, stop)
+
+
+def test_progress_converges_to_the_result(checkpoint: Path) -> None:
+    seen: list[Progress] = []
+    found = evaluate_checkpoint(checkpoint, setting(None), None, seen.append)
+    perplexity = perplexity_per_token(found.scores)
+    assert [each.fraction for each in seen] == sorted({each.fraction for each in seen})
+    assert seen[-1] == Progress(1.0, perplexity, perplexity * standard_error(found.scores))
+    # 4.5 standard errors, and the first estimates are of few windows.
+    for each in seen[2:]:
+        assert each.error is not None
+        assert abs(each.perplexity - perplexity) < 4.5 * each.error
+    assert str(seen[-1]).startswith(f"perplexity {perplexity:.2f} ± ")
+
+
+def test_an_interrupted_evaluation_continues(checkpoint: Path, tmp_path: Path) -> None:
+    batches: list[Progress] = []
+    whole = evaluate_checkpoint(checkpoint, setting(None), None, batches.append)
+    interrupted(checkpoint, tmp_path, batches=3)
+    assert len(list(tmp_path.iterdir())) == 1
+    interrupted(checkpoint, tmp_path, batches=2)
+    seen: list[Progress] = []
+    found = evaluate_checkpoint(checkpoint, setting(tmp_path), None, seen.append)
+    assert torch.equal(found.scores.nll, whole.scores.nll)
+    assert found.expert_load == whole.expert_load
+    assert seen == batches[5:]  # nothing is scored twice
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_settings_or_weights_start_afresh(checkpoint: Path, tmp_path: Path) -> None:
+    interrupted(checkpoint, tmp_path, batches=3)
+    other = Setting(TEXT, "valid", 16, 4, 1, tmp_path)
+    found = evaluate_checkpoint(checkpoint, other)
+    assert torch.equal(
+        found.scores.nll,
+        evaluate_checkpoint(checkpoint, Setting(TEXT, "valid", 16, 4, 1)).scores.nll,
+    )
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_damaged_file_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    interrupted(checkpoint, tmp_path, batches=3)
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text()[:-10])
+    with pytest.raises(CheckpointError, match=r"unfinished-.*is damaged"):
+        evaluate_checkpoint(checkpoint, setting(tmp_path))
+
+
+def test_a_reference_gives_the_divergence(checkpoint: Path, tmp_path: Path) -> None:
+    same = evaluate_checkpoint(checkpoint, setting(None), checkpoint)
+    assert same.kl_nats == 0
+    assert 0 < same.kl_tokens <= same.scores.total_tokens
+    assert evaluate_checkpoint(checkpoint, setting(None)).kl_nats is None
