@@ -111,6 +111,8 @@ class GatheredTiles {
 
   Index sites() const { return sites_; }
   Index width() const { return count_; }
+  // The rows that `load` gathers potentials in.
+  T *gathered_v() { return v_; }
   Index length(Index) const { return kGatheredSites; }
 
   Tile<T> load(Index from, Index to) {

@@ -274,6 +274,25 @@ void coded(const std::string &isa, Index threads, bool two_sided, Index bits, Sh
   parallel_for(list.size(), threads, [&](Index i) { kernel(s, two_sided, list[i], scratch); });
 }
 
+void rounded(const std::string &isa, Index threads, bool two_sided, Index bits, Index groups,
+             Index group_size, Shape shape, Layout v, Layout energy, Layout eta, Layout hopping, Layout parts,
+             Address scale, Address zero, Address levels, Address bounds) {
+  const Layout none = {0, 0, 0, 0, 0};
+  const RoundedSweep s = {describe<float>(shape, v, none, energy, eta, hopping, parts),
+                          bits,
+                          groups,
+                          group_size,
+                          reinterpret_cast<const float *>(scale),
+                          reinterpret_cast<const float *>(zero),
+                          reinterpret_cast<const float *>(levels),
+                          reinterpret_cast<const float *>(bounds)};
+  const auto [batch, sites, lanes] = shape;
+  threads = worthwhile_threads(batch * sites * lanes, threads);
+  const std::vector<Unit> list = units(batch, lanes, true, threads);
+  const auto kernel = find_isa(isa).table.rounded;
+  parallel_for(list.size(), threads, [&](Index i) { kernel(s, two_sided, list[i], scratch); });
+}
+
 void step(const std::string &isa, bool is_double, Shape shape, Address v, Address source,
           Address energy, Address eta, Address hopping, Address state) {
   const auto run = [&](auto zero) {
@@ -357,6 +376,7 @@ NB_MODULE(_native, m) {
   m.def("supported_isas", &bkcore::supported_isas);
   m.def("sweep", &bkcore::forward, Unlocked());
   m.def("sweep_codes", &bkcore::coded, Unlocked());
+  m.def("sweep_rounded", &bkcore::rounded, Unlocked());
   m.attr("attention_chunk") = bkcore::kAttentionChunk;
   m.def("attention", &bkcore::attention, Unlocked());
   m.def("attention_backward", &bkcore::attention_backward, Unlocked());

@@ -44,6 +44,10 @@ struct Simd<float> {
   static BKCORE_INLINE V clamp(V x, V low, V high) {
     return _mm512_min_ps(_mm512_max_ps(x, low), high);
   }
+  // value, but x where x is NaN.
+  static BKCORE_INLINE V keep_nan(V value, V x) {
+    return _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
+  }
   static BKCORE_INLINE V correct(V quotient, V remainder, V inverse) {
     const __mmask16 infinite = _mm512_fpclass_ps_mask(quotient, 0x18);
     return _mm512_mask3_fmadd_ps(remainder, inverse, quotient, _knot_mask16(infinite));
@@ -142,6 +146,9 @@ struct Simd<float> : SimdBase<float, Float8, 8> {
   static BKCORE_INLINE void stream(float *p, V x) { _mm256_stream_ps(p, x); }
   static BKCORE_INLINE V clamp(V x, V low, V high) {
     return _mm256_min_ps(_mm256_max_ps(x, low), high);
+  }
+  static BKCORE_INLINE V keep_nan(V value, V x) {
+    return _mm256_blendv_ps(value, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   }
   static BKCORE_INLINE V correct(V quotient, V remainder, V inverse) {
     const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), quotient);

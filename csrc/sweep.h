@@ -49,6 +49,14 @@ struct CodedSweep {
   const float *in_levels, *out_bounds;
 };
 
+// A sweep without source whose potentials and outputs are rounded to what codes stand for.
+struct RoundedSweep {
+  Sweep<float> sweep;
+  std::int64_t bits, groups, group_size;  // neighbouring sites that share a scale
+  const float *scale, *zero;              // (3, groups), of v and of Re and Im of the output
+  const float *levels, *bounds;           // (3, 2^bits) or null; as in CodedSweep
+};
+
 // Sites between two states that the forward pass of the attention keeps for its adjoint, which
 // recomputes those between: 32 states of 32 x 32 are 256 KiB in float32.
 constexpr std::int64_t kAttentionChunk = 32;
@@ -113,6 +121,7 @@ struct Kernels {
 
 struct KernelTable {
   void (*coded)(const CodedSweep &, bool two_sided, Unit, Kernels<float>::Scratch);
+  void (*rounded)(const RoundedSweep &, bool two_sided, Unit, Kernels<float>::Scratch);
   Kernels<float> f32;
   Kernels<double> f64;
 };

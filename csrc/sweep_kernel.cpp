@@ -12,6 +12,7 @@
 #include "codes.h"
 #include "gather.h"
 #include "propagate.h"
+#include "rounded.h"
 #include "sweep.h"
 #include "two_sided.h"
 
@@ -117,6 +118,17 @@ void coded(const CodedSweep &s, bool two_sided_form, Unit unit, Scratch<float> s
   run_forward<float>(tiles, two_sided_form, memory + own);
 }
 
+void rounded(const RoundedSweep &s, bool two_sided_form, Unit unit, Scratch<float> scratch) {
+  const std::size_t rows =
+      two_sided_form ? two_sided_bytes<float>(s.sweep.sites, unit.count, kGatheredSites) : 0;
+  constexpr std::size_t own = RoundedTiles::Gathered::kBytes;
+  char *memory = static_cast<char *>(scratch(own + rows));
+  Chain chains[kGatheredLanes];
+  list_chains(s.sweep, unit, chains);
+  RoundedTiles tiles(s, chains, unit.count, reinterpret_cast<float *>(memory));
+  run_forward<float>(tiles, two_sided_form, memory + own);
+}
+
 template <class T>
 void step(const Sweep<T> &s, Index batch, T *state) {
   Tile<T> tile = DirectTiles<T>(s, {batch, 0, s.lanes, false}).load(0, 1);
@@ -140,6 +152,6 @@ Kernels<T> kernels() {
 
 }  // namespace
 
-KernelTable BKCORE_TABLE(BKCORE_ISA)() { return {coded, kernels<float>(), kernels<double>()}; }
+KernelTable BKCORE_TABLE(BKCORE_ISA)() { return {coded, rounded, kernels<float>(), kernels<double>()}; }
 
 }  // namespace bkcore

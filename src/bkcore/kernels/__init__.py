@@ -3,7 +3,17 @@
 from bkcore.kernels.attention import attention
 from bkcore.kernels.codes import sweep_codes
 from bkcore.kernels.ops import sweep
+from bkcore.kernels.rounded import sweep_rounded
 from bkcore.kernels.selection import BackendInfo, backends, use_backend
 from bkcore.kernels.stream import step
 
-__all__ = ["BackendInfo", "attention", "backends", "step", "sweep", "sweep_codes", "use_backend"]
+__all__ = [
+    "BackendInfo",
+    "attention",
+    "backends",
+    "step",
+    "sweep",
+    "sweep_codes",
+    "sweep_rounded",
+    "use_backend",
+]

@@ -67,6 +67,25 @@ class SweepCodesFunction(Protocol):
     ) -> Tensor: ...
 
 
+class SweepRoundedFunction(Protocol):
+    """The sweep between roundings on checked tensors; see `bkcore.kernels.rounded`."""
+
+    def __call__(
+        self,
+        v: Tensor,
+        energy: Tensor,
+        eta: Tensor,
+        hopping: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        levels: Tensor | None,
+        bounds: Tensor | None,
+        group_size: int,
+        bits: int,
+        two_sided: bool,
+    ) -> Tensor: ...
+
+
 class StepFunction(Protocol):
     """One site of a stream, in place, on checked tensors; see `bkcore.kernels.stream`."""
 
@@ -136,6 +155,7 @@ class Backend:
     sweep: SweepFunction
     sweep_backward: SweepBackwardFunction
     sweep_codes: SweepCodesFunction
+    sweep_rounded: SweepRoundedFunction
     step: StepFunction
     attention: AttentionFunction
     attention_backward: AttentionBackwardFunction

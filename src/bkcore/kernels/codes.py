@@ -190,9 +190,9 @@ def _sweep_codes(
         if not (scale >= torch.finfo(torch.float32).tiny).all():
             raise InputError(f"{name} must be positive, normal float32 numbers; some are not")
     if in_levels is not None:
-        _check_levels("in_levels", in_levels)
+        check_levels("in_levels", in_levels)
     if out_levels is not None:
-        _check_levels("out_levels", out_levels)
+        check_levels("out_levels", out_levels)
     return select(v).sweep_codes(
         v.contiguous(),
         None if source is None else source.contiguous(),
@@ -204,18 +204,19 @@ def _sweep_codes(
         out_scale.float(),
         out_zero.float(),
         None if in_levels is None else in_levels.float().contiguous(),
-        None if out_levels is None else _bounds(out_levels.float()),
+        None if out_levels is None else bounds_between(out_levels.float()),
         bits,
         two_sided,
     )
 
 
-def _check_levels(name: str, levels: Tensor) -> None:
+def check_levels(name: str, levels: Tensor) -> None:
+    """Raise `InputError` unless each row of levels ascends."""
     if not (levels.diff() > 0).all():
         raise InputError(f"{name} must be ascending numbers, none twice; sort them, and drop NaN")
 
 
-def _bounds(levels: Tensor) -> Tensor:
+def bounds_between(levels: Tensor) -> Tensor:
     """Halfway between neighbours: above bound i a number is nearer to level i + 1. (C, L)"""
     between = levels[:, :-1] + (levels[:, 1:] - levels[:, :-1]) / 2
     return torch.nn.functional.pad(between, (0, 1), value=torch.inf)

@@ -218,6 +218,38 @@ def sweep_codes(
     return codes
 
 
+def sweep_rounded(
+    v: Tensor,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    levels: Tensor | None,
+    bounds: Tensor | None,
+    group_size: int,
+    bits: int,
+    two_sided: bool,
+) -> Tensor:
+    parts = empty_parts(v, 2)
+    _native.sweep_rounded(
+        isa(),
+        torch.get_num_threads(),
+        two_sided,
+        bits,
+        scale.shape[1],
+        group_size,
+        tuple(v.shape),
+        _sequence(v),
+        (energy.data_ptr(), 0, 0, 0, energy.stride(0)),
+        _parameter(eta),
+        _parameter(hopping),
+        _parts(parts),
+        *_addresses(scale, zero, levels, bounds),
+    )
+    return parts
+
+
 def step(
     state: Tensor,
     v: Tensor,
@@ -343,6 +375,7 @@ BACKEND = Backend(
     sweep=sweep,
     sweep_backward=sweep_backward,
     sweep_codes=sweep_codes,
+    sweep_rounded=sweep_rounded,
     step=step,
     attention=attention,
     attention_backward=attention_backward,

@@ -157,13 +157,13 @@ def _sweep(
     two_sided: bool,
 ) -> Tensor:
     check_sweep(v, source, energy, eta, hopping, two_sided)
-    v = _dense(v)
+    v = dense(v)
     return select(v).sweep(
         v,
         None if source is None else _ordered_like(v, source),
         energy,
-        _parameter(eta),
-        _parameter(hopping),
+        parameter_rows(eta),
+        parameter_rows(hopping),
         two_sided,
     )
 
@@ -181,17 +181,17 @@ def _sweep_backward(
     dv, dsource, denergy, deta, dhopping = select(parts).sweep_backward(
         _laid_out(grad, parts),
         parts,
-        None if v is None else _dense(v),
+        None if v is None else dense(v),
         None if source is None else _ordered_like(parts, source),
         energy,
-        _parameter(eta),
-        _parameter(hopping),
+        parameter_rows(eta),
+        parameter_rows(hopping),
         two_sided,
     )
     return dv, parts.new_empty(0) if dsource is None else dsource, denergy, deta, dhopping
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     """x itself if its lanes or its sites are contiguous in memory, else a contiguous copy."""
     return x if x.stride(2) == 1 or (sites_last(x) and x.stride(1) == 1) else x.contiguous()
 
@@ -201,7 +201,7 @@ def _ordered_like(x: Tensor, source: Tensor) -> Tensor:
     return source.contiguous() if x.stride(-1) == 1 and source.stride(-1) != 1 else source
 
 
-def _parameter(x: Tensor) -> Tensor:
+def parameter_rows(x: Tensor) -> Tensor:
     """A row that all sites share is made contiguous; rows of sites that are all one are copied,
     so that a stride of 0 always means shared."""
     return x.contiguous() if x.shape[0] == 1 or x.stride(0) == 0 else x
@@ -221,7 +221,7 @@ def _sweep_fake(
     two_sided: bool,
 ) -> Tensor:
     check_sweep(v, source, energy, eta, hopping, two_sided)
-    return empty_parts(_dense(v), 2 if source is None else 4)
+    return empty_parts(dense(v), 2 if source is None else 4)
 
 
 def _sweep_backward_fake(

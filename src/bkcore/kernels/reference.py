@@ -111,6 +111,38 @@ def sweep_codes(
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 
 
+def sweep_rounded(
+    v: Tensor,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    levels: Tensor | None,
+    bounds: Tensor | None,
+    group_size: int,
+    bits: int,
+    two_sided: bool,
+) -> Tensor:
+    half = 1 << (bits - 1)
+    group = torch.arange(v.shape[1], device=v.device) // group_size
+
+    def rounded(x: Tensor, part: int) -> Tensor:
+        """x (B, N, H) rounded as part 0, 1 or 2."""
+        step, offset = scale[part][group, None], zero[part][group, None]
+        if levels is None or bounds is None:
+            level = (torch.round(x / step) + offset).clamp(-half, half - 1)
+        else:
+            place = torch.bucketize((x / step + offset).contiguous(), bounds[part])
+            level = torch.where(x.isnan(), x, levels[part][place.clamp(max=2 * half - 1)])
+        return step * (level - offset)
+
+    parts = sweep(rounded(v, 0), None, energy, eta, hopping, two_sided)
+    return empty_parts(v, 2).copy_(
+        torch.stack([rounded(parts[:, :, c], 1 + c) for c in range(2)], 2)
+    )
+
+
 def step(
     state: Tensor,
     v: Tensor,
@@ -358,6 +390,7 @@ BACKEND = Backend(
     sweep=sweep,
     sweep_backward=sweep_backward,
     sweep_codes=sweep_codes,
+    sweep_rounded=sweep_rounded,
     step=step,
     attention=attention,
     attention_backward=attention_backward,
