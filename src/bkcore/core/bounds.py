@@ -12,18 +12,59 @@ bounded by the Ward identity `sum_j |G_ij|^2 = Im G_ii / eta`, without perturbat
 The first line is the second resolvent identity `G' - G = -G diag(dv) G'` and the Cauchy-Schwarz
 inequality; the others follow from Ward and from the disc. All of it is exact mathematics: the
 computed sides carry the round-off of the sweeps that produce them.
+
+Enclosures
+----------
+`diagonal_enclosure`, `propagated_enclosure` and `attention_enclosure` leave nothing out. Given the
+float inputs p and the inputs p' that stand for them (dequantized codes), each gives a ball that
+contains the *exact* result at p: its centre is the result at p' in float64, its radius covers the
+change from p' to p and all round-off of float64. Whatever stands for the result, rounded to
+float32 and to codes, clipped or not, then errs by at most `|it - centre| + radius`, and the first
+term is known exactly: it is what the codes and float32 cost (`Enclosure.bound`).
+
+Round-off. u = 2^-53. The reciprocal of a complex number has a relative error below `sqrt(2) 4 u`,
+and a sum or product of reals one of u (Higham, *Accuracy and Stability of Numerical Algorithms*,
+2nd ed., section 3.6). So the computed continued fraction is the exact one of a diagonal that differs
+by rho_i, `|rho_i| <= 8 u (|1/g_i| + |v_i| + |onsite| + |z| + t^2 |g_{i-1}|)`, which is one more
+perturbation of the potential, complex this time; the resolvent identity does not mind. Radii are
+sums and products of numbers that are not negative, and are enlarged by what rounding may have
+taken from them.
+
+Along the chain. For a causal chain whose bonds change, too, the identity takes the form of a
+recurrence. With A_i the diagonal of H - z,
+
+    1/g'_i - 1/g_i = (A'_i - A_i) - (t'_i^2 - t_i^2) g'_{i-1} - t_i^2 (g'_{i-1} - g_{i-1})
+    |g'_i - g_i| <= |g_i g'_i| (|A'_i - A_i - (t'_i^2 - t_i^2) g'_{i-1}| + t_i^2 |g'_{i-1} - g_{i-1}|)
+
+Unrolled it is `sum_j |G_ij| |G'_ij| |...|_j`: `ward_bound` before Cauchy and Schwarz, hence never
+above it. In the Hamiltonian of resolvent attention, A = 1 + t^2 + v - i eta, a bond and the two
+sites it joins change together, and what remains of the change is `dv_i + (t'_i^2 - t_i^2)(1 -
+g'_{i-1})`: next to nothing, since g is close to 1 there (H = L L^T). With w'_i = k'_i u'_i^T + t'_i
+psi'_{i-1}, the propagated source psi_i = g_i w_i obeys, entry by entry of the matrix,
+
+    |psi'_i - psi_i| <= |g'_i - g_i| |w'_i|
+        + |g_i| (|k'_i u'_i^T - k_i u_i^T| + |t'_i - t_i| |psi'_{i-1}| + t_i |psi'_{i-1} - psi_{i-1}|)
+
+and what is read from it `|out' - out| <= |(q' - q)^T psi'| + |q|^T |psi' - psi|`. Entry by entry is
+never above the same in norms. Moduli lose the phase, and Im psi, of first order in eta in
+resolvent attention, would be lost in the bound on Re psi. So every modulus is carried together with
+bounds on the real and on the imaginary part, by `|Re ab| <= |Re a||Re b| + |Im a||Im b|` and its like,
+each cut to the modulus.
 """
 
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from bkcore.core.operator import weighted_row_norms
+from bkcore.core.resolvent import require_positive, resolvent_diagonal
 from bkcore.errors import DTypeError, InputError
 
 __all__ = [
+    "Enclosure",
     "contraction_factor",
+    "diagonal_enclosure",
     "disc_range",
     "in_disc",
     "maximum_bound",
@@ -33,6 +74,26 @@ __all__ = [
 ]
 
 Number = TypeVar("Number", float, Tensor)
+Value = TypeVar("Value", bound=complex | Tensor)
+
+_UNIT = 2.0**-53
+"""Unit round-off of float64."""
+
+
+class Enclosure(NamedTuple):
+    """A ball around every entry of a result: `|exact - centre| <= radius`.
+
+    Attributes:
+        centre: float64 or complex128.
+        radius: float64, not negative, of the same shape; NaN where an input was.
+    """
+
+    centre: Tensor
+    radius: Tensor
+
+    def bound(self, result: Tensor) -> Tensor:
+        """What `result` errs by at most, in float64: its distance from the centre, and radius."""
+        return (result - self.centre).abs() * (1 + 4 * _UNIT) + self.radius
 
 
 def disc_range(eta: Number) -> tuple[tuple[Number, Number], tuple[Number, Number]]:
@@ -184,6 +245,104 @@ def uniform_bound(dv: Tensor, eta: float | Tensor) -> Tensor:
     """
     _check_eta(eta)
     return dv.abs().amax(-1, keepdim=True) / eta**2
+
+
+@torch.no_grad()
+def diagonal_enclosure(
+    v: Tensor,
+    v_perturbed: Tensor,
+    z: complex | Tensor,
+    *,
+    hopping: float | Tensor = 1.0,
+    onsite: float | Tensor = -2.0,
+    causal: bool = False,
+) -> Enclosure:
+    """A ball that contains the exact diagonal of v, from one that was computed of v_perturbed.
+
+    Its radius is `ward_bound` and the round-off of float64. Let delta bound the backward errors
+    rho of the sweeps, found from what they returned. Each row of products of computed factors
+    is the row of a resolvent whose potential is off by delta at most. For delta <= eta / 2
+    such a resolvent has norm 2 / eta at most, so that with w_j = |dv_j| a computed
+    `sqrt(sum_j |G_ij|^2 w_j)` lacks at most `2 delta sqrt(max w) / eta^2`, and the centre is off by
+    `2 delta / eta^2` itself. Nor is the ball larger than the disc asks for.
+
+    Args:
+        v: real potential (..., N), N >= 1, as it was.
+        v_perturbed: the potential that the result was computed from, (..., N).
+        z, hopping, onsite, causal: as in `ward_bound`; the same for both potentials.
+
+    Returns:
+        Enclosure of shape (..., N), centre complex128. O(N).
+
+    Raises:
+        DTypeError: v or v_perturbed is complex.
+        InputError: Im z <= 0.
+        ShapeError: N = 0, or the shapes do not broadcast.
+    """
+    v, v_perturbed = v.double(), v_perturbed.double()
+    z, hopping, onsite = _double(z), _double(hopping), _double(onsite)
+    chain: dict[str, Any] = {"hopping": hopping, "onsite": onsite, "causal": causal}
+    eta = torch.as_tensor(z.imag, dtype=torch.float64, device=v.device)
+    eta = eta.amin(-1, keepdim=True) if eta.ndim else eta
+    size = (v_perturbed - v).abs()
+    largest = size.amax(-1, keepdim=True).sqrt()
+    reaches, deltas = [], []
+    for potential in (v, v_perturbed):
+        delta = _backward_error(potential, z, **chain)
+        row = weighted_row_norms(potential, z, size, **chain).sqrt()
+        reaches.append(row + largest * 2 * delta / eta**2)
+        deltas.append(delta)
+    centre = resolvent_diagonal(v_perturbed, z, **chain)
+    rounding = 1 + 32 * v.shape[-1] * _UNIT
+    radius = reaches[0] * reaches[1] * rounding + 2 * deltas[1] / eta**2
+    resolved = torch.maximum(*deltas) <= eta / 2
+    radius = torch.where(resolved, radius, radius.new_tensor(torch.inf))
+    return Enclosure(centre, torch.minimum(radius, _reach_of_disc(centre, eta)))
+
+
+def _backward_error(
+    v: Tensor, z: complex | Tensor, hopping: float | Tensor, onsite: float | Tensor, causal: bool
+) -> Tensor:
+    """How far, at most, the potential that the computed sections belong to is from v: (..., 1)."""
+    squares = torch.as_tensor(hopping, dtype=torch.float64).square()
+    chain = {"hopping": hopping, "onsite": onsite}
+    left = resolvent_diagonal(v, z, causal=True, **chain)
+    from_left = _after(squares * left[..., :-1])
+    from_right = torch.zeros_like(from_left)
+    fractions = [(left, from_left)]
+    if not causal:
+        flipped = {name: _flip(x) for name, x in chain.items()}
+        right = resolvent_diagonal(v.flip(-1), _flip(z), causal=True, **flipped).flip(-1)
+        from_right = _after((squares * right[..., 1:]).flip(-1)).flip(-1)
+        whole = resolvent_diagonal(v, z, **chain)
+        fractions += [(right, from_right), (whole, from_left + from_right)]
+    terms = v.abs() + abs(onsite) + abs(z) + from_left.abs() + from_right.abs()
+    errors = [
+        (1 / g - (v + onsite - z - beside)).abs() + 16 * _UNIT * (1 / g.abs() + terms)
+        for g, beside in fractions
+    ]
+    return torch.stack(errors).amax(0).amax(-1, keepdim=True)
+
+
+def _after(x: Tensor) -> Tensor:
+    """x with a zero before it."""
+    return torch.cat((x.new_zeros(*x.shape[:-1], 1), x), -1)
+
+
+def _flip(x: Value) -> Value:
+    return cast(Value, x.flip(-1)) if isinstance(x, Tensor) and x.ndim else x
+
+
+def _double(x: Value) -> Value:
+    """A tensor in float64 or complex128; a number as it is."""
+    if not isinstance(x, Tensor):
+        return x
+    return cast(Value, x.to(torch.complex128 if x.is_complex() else torch.float64))
+
+
+def _reach_of_disc(centre: Tensor, eta: Tensor) -> Tensor:
+    """How far from the centre the disc reaches that contains every Green's function."""
+    return ((centre - 0.5j / eta).abs() + 0.5 / eta) * (1 + 8 * _UNIT)
 
 
 def _check_eta(eta: float | Tensor) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bkcore.core.bounds import diagonal_enclosure
 from bkcore.core.module import BirmanSchwingerCore
+from bkcore.core.resolvent import resolvent_diagonal
 from bkcore.errors import CheckpointError
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.lifecycle import QuantizationLifecycle, QuantizationState
@@ -81,8 +83,9 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
 
         Args:
             v: real potentials (B, N), or (..., N).
-            return_diagnostics: also return what ran and the quantization errors; this costs a
-                second, float, sweep and is remembered for `get_quantization_statistics`.
+            return_diagnostics: also return what ran, the quantization errors and a certified
+                bound on them (`error_bound` has the keys); this costs several float64 sweeps.
+                The errors are remembered for `get_quantization_statistics`.
 
         Returns:
             Real features (..., N, 2), or (features, diagnostics).
@@ -101,6 +104,46 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
         if not return_diagnostics:
             return features
         return features, self._diagnose(v, features)
+
+    @torch.no_grad()
+    def error_bound(self, v: Tensor, features: Tensor) -> dict[str, Any]:
+        """What features of `forward(v)` err by, and a bound that provably covers it.
+
+        The error of a site is `|features - G(v)|`, with G of the potentials as they were given. The
+        bound is that of `diagonal_enclosure` for the potentials that the codes stand for, and
+        what the output codes and float32 cost, which is known exactly: half a step in Re and in Im
+        at most, or the overshoot where codes clip. Potentials that clip are perturbations
+        like any other.
+
+        Args:
+            v: potentials (..., N).
+            features: what `forward` returned for them, (..., N, 2).
+
+        Returns:
+            `G_error`, measured in float64, and `G_error_bound`, both float64 (..., N);
+            `clipped_inputs` and `clipped_outputs`, how many potentials and how many Re and
+            Im (each counted) were beyond the codes.
+        """
+        core = self.core
+        z = complex(core.energy, core.epsilon)
+        chain: dict[str, Any] = {"hopping": core.hopping, "onsite": core.onsite}
+        chain["causal"] = core.causal
+        used = self.v_quantizer.fake_quantize(v) if self._quantizes else v
+        enclosure = diagonal_enclosure(v, used, z, **chain)
+        result = torch.complex(*features.double().unbind(-1))
+        clipped = {"clipped_inputs": 0, "clipped_outputs": 0}
+        if self._quantizes:
+            clipped["clipped_inputs"] = int(self.v_quantizer.clips(v).sum())
+            real, imag = core(used).unbind(-1)
+            outputs = (
+                self.G_quantizer.real.clips(real).sum() + self.G_quantizer.imag.clips(imag).sum()
+            )
+            clipped["clipped_outputs"] = int(outputs)
+        return {
+            "G_error": (result - resolvent_diagonal(v.double(), z, **chain)).abs(),
+            "G_error_bound": enclosure.bound(result),
+            **clipped,
+        }
 
     def estimate_model_size(self) -> dict[str, Any]:
         """Bytes of one sequence: its N potentials, 2 N features and the quantization parameters.
@@ -216,6 +259,7 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
             "calibrated": self.calibrated,
             "qat_enabled": self._state is QuantizationState.TRAINING,
             **{f"{name}_quantization_error": e for name, e in errors.items()},
+            **self.error_bound(v, features),
         }
 
     def _on_start_calibration(self) -> None:

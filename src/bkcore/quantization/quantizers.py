@@ -184,6 +184,17 @@ class GroupWiseQuantizer(StoredDtypes):
         self._check(x, calibrated=True)
         return affine.fake_quantize(x, *self._per_channel(), self.bits)
 
+    def clips(self, x: Tensor) -> Tensor:
+        """Where x (..., num_channels) lies beyond the outermost codes and saturates, bool.
+
+        Raises:
+            LifecycleError: before calibration.
+        """
+        self._check(x, calibrated=True)
+        scale, zero_point = self._per_channel()
+        codes = (x / scale).round() + zero_point
+        return (codes < self.qmin) | (codes > self.qmax)
+
     def freeze(self) -> None:
         """Turn learned scales into stored ones of the same value."""
         if self.learnable:
