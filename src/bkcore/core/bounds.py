@@ -24,7 +24,7 @@ term is known exactly: it is what the codes and float32 cost (`Enclosure.bound`)
 
 Round-off. u = 2^-53. The reciprocal of a complex number has a relative error below `sqrt(2) 4 u`,
 and a sum or product of reals one of u (Higham, *Accuracy and Stability of Numerical Algorithms*,
-2nd ed., section 3.6). So the computed continued fraction is the exact one of a diagonal that differs
+2nd ed., section 3.6). So the computed continued fraction is the exact one of a diagonal that is off
 by rho_i, `|rho_i| <= 8 u (|1/g_i| + |v_i| + |onsite| + |z| + t^2 |g_{i-1}|)`, which is one more
 perturbation of the potential, complex this time; the resolvent identity does not mind. Radii are
 sums and products of numbers that are not negative, and are enlarged by what rounding may have
@@ -34,40 +34,49 @@ Along the chain. For a causal chain whose bonds change, too, the identity takes 
 recurrence. With A_i the diagonal of H - z,
 
     1/g'_i - 1/g_i = (A'_i - A_i) - (t'_i^2 - t_i^2) g'_{i-1} - t_i^2 (g'_{i-1} - g_{i-1})
-    |g'_i - g_i| <= |g_i g'_i| (|A'_i - A_i - (t'_i^2 - t_i^2) g'_{i-1}| + t_i^2 |g'_{i-1} - g_{i-1}|)
 
-Unrolled it is `sum_j |G_ij| |G'_ij| |...|_j`: `ward_bound` before Cauchy and Schwarz, hence never
-above it. In the Hamiltonian of resolvent attention, A = 1 + t^2 + v - i eta, a bond and the two
-sites it joins change together, and what remains of the change is `dv_i + (t'_i^2 - t_i^2)(1 -
-g'_{i-1})`: next to nothing, since g is close to 1 there (H = L L^T). With w'_i = k'_i u'_i^T + t'_i
-psi'_{i-1}, the propagated source psi_i = g_i w_i obeys, entry by entry of the matrix,
+    |g'_i - g_i| <= |g_i g'_i| (|c_i| + t_i^2 |g'_{i-1} - g_{i-1}|),
+             c_i = A'_i - A_i - (t'_i^2 - t_i^2) g'_{i-1}.
 
-    |psi'_i - psi_i| <= |g'_i - g_i| |w'_i|
-        + |g_i| (|k'_i u'_i^T - k_i u_i^T| + |t'_i - t_i| |psi'_{i-1}| + t_i |psi'_{i-1} - psi_{i-1}|)
+Unrolled it is `sum_j |G_ij| |G'_ij| |c_j|`: `ward_bound` before Cauchy and Schwarz, hence never
+above it. In the Hamiltonian of resolvent attention, A = 1 + t^2 + v - i eta, a bond and the site
+behind it change together, and what remains is `c_i = v'_i - v_i + (t'_i^2 - t_i^2)(1 - g'_{i-1})`:
+next to nothing of the bond, since g is close to 1 there (H = L L^T). With w'_i = k'_i u'_i^T + t'_i
+psi'_{i-1} the propagated source psi_i = g_i w_i obeys, entry by entry of the matrix,
+
+    |psi'_i - psi_i| <= |g'_i - g_i| |w'_i| + |g_i| (|k'_i u'_i^T - k_i u_i^T|
+                        + |t'_i - t_i| |psi'_{i-1}| + |t_i| |psi'_{i-1} - psi_{i-1}|)
 
 and what is read from it `|out' - out| <= |(q' - q)^T psi'| + |q|^T |psi' - psi|`. Entry by entry is
 never above the same in norms. Moduli lose the phase, and Im psi, of first order in eta in
 resolvent attention, would be lost in the bound on Re psi. So every modulus is carried together with
-bounds on the real and on the imaginary part, by `|Re ab| <= |Re a||Re b| + |Im a||Im b|` and its like,
-each cut to the modulus.
+bounds on the real and on the imaginary part (`_Size`).
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from bkcore.core.operator import weighted_row_norms
-from bkcore.core.resolvent import require_positive, resolvent_diagonal
-from bkcore.errors import DTypeError, InputError
+from bkcore.core.resolvent import require_positive, require_real_float, resolvent_diagonal
+from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.kernels.attention import check_attention
 
 __all__ = [
+    "AttentionEnclosure",
+    "AttentionInputs",
     "Enclosure",
+    "attention_enclosure",
     "contraction_factor",
     "diagonal_enclosure",
     "disc_range",
     "in_disc",
     "maximum_bound",
+    "propagated_enclosure",
     "uniform_bound",
     "ward_bound",
     "weighted_row_norms",
@@ -94,6 +103,24 @@ class Enclosure(NamedTuple):
     def bound(self, result: Tensor) -> Tensor:
         """What `result` errs by at most, in float64: its distance from the centre, and radius."""
         return (result - self.centre).abs() * (1 + 4 * _UNIT) + self.radius
+
+
+class AttentionInputs(NamedTuple):
+    """What `resolvent_attention` takes but for eta and a state, in its order and shapes."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    hopping: Tensor
+    potential: Tensor
+
+
+class AttentionEnclosure(NamedTuple):
+    """Balls around g, complex (B, N, H), and around Re and Im of out, (B, N, H, U) each."""
+
+    g: Enclosure
+    real: Enclosure
+    imag: Enclosure
 
 
 def disc_range(eta: Number) -> tuple[tuple[Number, Number], tuple[Number, Number]]:
@@ -298,6 +325,263 @@ def diagonal_enclosure(
     resolved = torch.maximum(*deltas) <= eta / 2
     radius = torch.where(resolved, radius, radius.new_tensor(torch.inf))
     return Enclosure(centre, torch.minimum(radius, _reach_of_disc(centre, eta)))
+
+
+@torch.no_grad()
+def propagated_enclosure(
+    v: Tensor,
+    source: Tensor,
+    v_perturbed: Tensor,
+    source_perturbed: Tensor,
+    *,
+    energy: float | Tensor,
+    eta: float | Tensor,
+    hopping: float | Tensor = 1.0,
+    hopping_perturbed: float | Tensor | None = None,
+    onsite: float | Tensor = -2.0,
+) -> tuple[Enclosure, Enclosure]:
+    """Balls that contain the exact g and psi of `causal_sweep` at v, source and hopping.
+
+    Args:
+        v, source: real (B, N, H), N >= 1, as they were.
+        v_perturbed, source_perturbed: what the result was computed from, (B, N, H).
+        energy, onsite: number, or real tensor () or (H,).
+        eta: number, or real tensor () or (H,), > 0.
+        hopping: number, or real tensor that broadcasts to (B, N, H), of any sign; in (B, N, H)
+            hopping i is the bond from site i - 1 to i, and that of the first site is not used.
+        hopping_perturbed: the same; None if it is exact.
+
+    Returns:
+        Enclosures of g and of psi, (B, N, H), centres complex128. O(N).
+
+    Raises:
+        DTypeError: v or a source is not real floating point.
+        InputError: eta <= 0.
+        ShapeError: N = 0, or the shapes do not fit.
+    """
+    require_positive("eta", eta)
+    hopping_perturbed = hopping if hopping_perturbed is None else hopping_perturbed
+    both = []
+    for potential, b, t in (
+        (v, source, hopping),
+        (v_perturbed, source_perturbed, hopping_perturbed),
+    ):
+        require_real_float("v", potential)
+        require_real_float("source", b)
+        if potential.ndim != 3 or not potential.shape[1] or b.shape != v.shape != potential.shape:
+            raise ShapeError(
+                "v and source must be (B, N, H) with N >= 1, got "
+                f"{tuple(potential.shape)} and {tuple(b.shape)}"
+            )
+        both.append((potential.double(), b.double()[..., None], _bonds(t, v)))
+    shift = torch.as_tensor(onsite).double() - torch.as_tensor(energy).double()
+    width = torch.as_tensor(eta).double().expand(v.shape[-1])
+    size = shift.abs() + abs(torch.as_tensor(onsite)) + width
+    one = torch.ones_like(both[0][1])
+    chains = [
+        _Chain(potential + shift - 1j * width, potential.abs() + size, t, one, b, one)
+        for potential, b, t in both
+    ]
+    g, psi, (modulus, _, _) = _enclose(*chains, width)
+    return g, Enclosure(psi[..., 0], modulus[..., 0])
+
+
+@torch.no_grad()
+def attention_enclosure(
+    exact: AttentionInputs, perturbed: AttentionInputs, eta: Tensor
+) -> AttentionEnclosure:
+    """Balls that contain what `resolvent_attention` gives, exactly, for the inputs `exact`.
+
+    The state before the first site is empty. The bound adds up moduli where rounding errors of
+    different sites and keys, independent of each other, add up in square: the longer the memory
+    and the wider the keys, the further it is above the error.
+
+    Args:
+        exact: the inputs as they were, real.
+        perturbed: the inputs that the result was computed from, of the same shapes.
+        eta: (H,), positive; the same for both.
+
+    Returns:
+        The enclosures, in float64. O(N), time and memory.
+
+    Raises:
+        DTypeError: an input is not real floating point.
+        InputError: eta is not positive.
+        ShapeError: the inputs do not fit together.
+    """
+    require_positive("eta", eta)
+    chains = []
+    for inputs in (exact, perturbed):
+        for name, x in inputs._asdict().items():
+            require_real_float(name, x)
+        query, key, value, hopping, potential = (x.double() for x in inputs)
+        energy, width = torch.zeros_like(eta).double(), eta.double()
+        check_attention(potential, hopping, energy, width, query, key, value, None, None)
+        t = _bonds(hopping, potential)
+        size = 1 + t.square() + potential.abs() + width
+        diagonal = 1 + t.square() + potential - 1j * width
+        chains.append(_Chain(diagonal, size, t, query, key, value))
+    if any(x.shape != y.shape for x, y in zip(exact, perturbed, strict=True)):
+        raise ShapeError("the exact and the perturbed inputs must have the same shapes")
+    g, out, (_, real, imag) = _enclose(*chains, eta.double())
+    return AttentionEnclosure(g, Enclosure(out.real, real), Enclosure(out.imag, imag))
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Upper bounds on |x|, |Re x| and |Im x| of complex numbers x.
+
+    Products follow `|Re ab| <= |Re a||Re b| + |Im a||Im b|` and its like. That alone may grow by
+    sqrt(2) a factor where phases turn, hence the cut to the modulus.
+    """
+
+    modulus: Tensor
+    real: Tensor
+    imag: Tensor
+
+    @staticmethod
+    def of(x: Tensor) -> _Size:
+        return _Size(x.abs(), x.real.abs(), x.imag.abs())
+
+    def __add__(self, other: _Size) -> _Size:
+        return _Size(
+            self.modulus + other.modulus, self.real + other.real, self.imag + other.imag
+        ).at_most(torch.inf)
+
+    def __mul__(self, other: _Size) -> _Size:
+        return _Size(
+            self.modulus * other.modulus,
+            self.real * other.real + self.imag * other.imag,
+            self.real * other.imag + self.imag * other.real,
+        ).at_most(torch.inf)
+
+    def times(self, factor: Tensor) -> _Size:
+        """Of x times a real factor that is not negative."""
+        return _Size(*(part * factor for part in self.parts()))
+
+    def widened(self, by: Tensor) -> _Size:
+        """Of x plus anything of modulus `by`."""
+        return _Size(*(part + by for part in self.parts()))
+
+    def at_most(self, modulus: Tensor | float) -> _Size:
+        """Of x if |x| is known not to exceed `modulus`."""
+        cut = self.modulus.clamp(max=modulus)
+        return _Size(cut, torch.minimum(self.real, cut), torch.minimum(self.imag, cut))
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.modulus, self.real, self.imag
+
+
+class _Chain(NamedTuple):
+    """The inputs of the recurrences, in float64.
+
+    diagonal (B, N, H): A = H_ii - z, complex. size (B, N, H): the sum of the moduli it was added up
+    from. hopping (B, N, H): to the site before, 0 for the first. query, key (B, N, H, K), value
+    (B, N, H, U).
+    """
+
+    diagonal: Tensor
+    size: Tensor
+    hopping: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def _enclose(
+    exact: _Chain, perturbed: _Chain, eta: Tensor
+) -> tuple[Enclosure, Tensor, tuple[Tensor, ...]]:
+    """The enclosure of g; out' (B, N, H, U); and bounds on |out' - out|, its Re and its Im."""
+    greens, sizes, drifts = _green_drift(exact, perturbed, eta)
+    keys, values = exact.key.shape[-1], exact.value.shape[-1]
+    psi = greens.new_zeros(*greens[:, 0].shape, keys, values)
+    drift = _Size.of(psi)
+    outs, radii = [], []
+    for i, (g, size, change) in enumerate(zip(greens.unbind(1), sizes, drifts, strict=True)):
+        a, b = (_Chain(*(x[:, i] for x in chain)) for chain in (exact, perturbed))
+        psi, drift = _psi_drift(a, b, psi, drift, g, size, change)
+        out, radius = _read(a.query, b.query, psi, drift)
+        outs.append(out)
+        radii.append(radius)
+    rounding = 1 + 64 * (len(outs) + keys) * _UNIT
+    moved = torch.stack([x.modulus for x in drifts], 1)
+    bounds = [torch.stack(parts, 1) * rounding for parts in zip(*radii, strict=True)]
+    return Enclosure(greens, moved * rounding), torch.stack(outs, 1), tuple(bounds)
+
+
+def _green_drift(
+    exact: _Chain, perturbed: _Chain, eta: Tensor
+) -> tuple[Tensor, list[_Size], list[_Size]]:
+    """g' (B, N, H); and site by site (B, H) bounds on g and on g' - g, both exact."""
+    g = g2 = torch.zeros_like(exact.diagonal[:, 0])
+    lost = torch.zeros_like(eta) * g.real  # round-off of g
+    drift = _Size.of(g)
+    greens, sizes, drifts = [], [], []
+    for i in range(exact.diagonal.shape[1]):
+        a, a2 = exact.diagonal[:, i], perturbed.diagonal[:, i]
+        t, t2 = exact.hopping[:, i], perturbed.hopping[:, i]
+        size, size2 = exact.size[:, i], perturbed.size[:, i]
+        squares = t.square()
+        # With s = 1/(computed g) - 1/g: |computed g - g| = |g^2 s / (1 - g s)|, g the computed one.
+        below = a - squares * g
+        relative = below.abs() + size + squares * g.abs()
+        relative = (8 * _UNIT * relative + squares * lost) / below.abs()
+        g = 1 / below
+        lost = torch.where(relative < 0.5, g.abs() * relative / (1 - relative), g.abs() + 1 / eta)
+
+        change = (a2 - a) - (t2 - t) * (t2 + t) * g2
+        below = a2 - t2.square() * g2
+        rounding = below.abs() + size + size2 + (squares + t2.square()) * g2.abs()
+        moved = _Size.of(change).widened(16 * _UNIT * rounding) + drift.times(squares)
+        g2 = 1 / below
+        both = _Size.of(g * g2).widened(g2.abs() * (lost + 4 * _UNIT * g.abs()))
+        drift = (both * moved).at_most(_reach_of_disc(g2, eta))
+        greens.append(g2)
+        sizes.append(_Size.of(g).widened(lost))
+        drifts.append(drift)
+    return torch.stack(greens, 1), sizes, drifts
+
+
+def _psi_drift(
+    a: _Chain, b: _Chain, psi: Tensor, drift: _Size, g: Tensor, size: _Size, change: _Size
+) -> tuple[Tensor, _Size]:
+    """psi' (B, H, K, U) of a site and the bound on psi' - psi, from those of the site before.
+
+    a, b: the exact and the perturbed inputs of the site. g: g'. size, change: of g and of g' - g.
+    """
+    g, t, t2 = (x[..., None, None] for x in (g, a.hopping, b.hopping))
+    size, change = (_Size(*(x[..., None, None] for x in y.parts())) for y in (size, change))
+    source, written = (x.key[..., :, None] * x.value[..., None, :] for x in (a, b))
+    fresh = (written - source).abs()
+    fresh = fresh + 4 * _UNIT * (written.abs() + fresh)
+    behind = _Size.of(psi)
+    old = behind.times((t2 - t).abs()) + drift.times(t.abs())
+    old = old + _Size(fresh, fresh, torch.zeros_like(fresh))
+    w = written + t2 * psi
+    rounding = 16 * _UNIT * g.abs() * (written.abs() + t2.abs() * behind.modulus)
+    return g * w, (change * _Size.of(w) + size * old).widened(rounding)
+
+
+def _read(
+    query: Tensor, perturbed: Tensor, psi: Tensor, drift: _Size
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """q'^T psi' (B, H, U), and bounds on the modulus and the parts of q'^T psi' - q^T psi."""
+    out, moved = ((x[..., None] * psi).sum(-2) for x in (perturbed, perturbed - query))
+    moduli = query.abs()[..., None]
+    rounding = ((moduli + perturbed.abs()[..., None]) * psi.abs()).sum(-2)
+    size = _Size.of(moved) + _Size(*((moduli * x).sum(-2) for x in drift.parts()))
+    return out, size.widened(4 * (query.shape[-1] + 4) * _UNIT * rounding).parts()
+
+
+def _bonds(hopping: float | Tensor, like: Tensor) -> Tensor:
+    """Hoppings (B, N, H) in float64 with none before the first site."""
+    t = torch.as_tensor(hopping, device=like.device).double()
+    try:
+        t = t.expand(like.shape).clone()
+    except RuntimeError as error:
+        raise ShapeError(f"hopping {tuple(t.shape)} does not fit {tuple(like.shape)}") from error
+    t[:, :1] = 0
+    return t
 
 
 def _backward_error(
