@@ -67,6 +67,7 @@ from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.kernels.attention import check_attention
 
 __all__ = [
+    "UNIT",
     "AttentionEnclosure",
     "AttentionInputs",
     "Enclosure",
@@ -85,7 +86,7 @@ __all__ = [
 Number = TypeVar("Number", float, Tensor)
 Value = TypeVar("Value", bound=complex | Tensor)
 
-_UNIT = 2.0**-53
+UNIT = 2.0**-53
 """Unit round-off of float64."""
 
 
@@ -102,7 +103,7 @@ class Enclosure(NamedTuple):
 
     def bound(self, result: Tensor) -> Tensor:
         """What `result` errs by at most, in float64: its distance from the centre, and radius."""
-        return (result - self.centre).abs() * (1 + 4 * _UNIT) + self.radius
+        return (result - self.centre).abs() * (1 + 4 * UNIT) + self.radius
 
 
 class AttentionInputs(NamedTuple):
@@ -320,7 +321,7 @@ def diagonal_enclosure(
         reaches.append(row + largest * 2 * delta / eta**2)
         deltas.append(delta)
     centre = resolvent_diagonal(v_perturbed, z, **chain)
-    rounding = 1 + 32 * v.shape[-1] * _UNIT
+    rounding = 1 + 32 * v.shape[-1] * UNIT
     radius = reaches[0] * reaches[1] * rounding + 2 * deltas[1] / eta**2
     resolved = torch.maximum(*deltas) <= eta / 2
     radius = torch.where(resolved, radius, radius.new_tensor(torch.inf))
@@ -503,7 +504,7 @@ def _enclose(
         out, radius = _read(a.query, b.query, psi, drift)
         outs.append(out)
         radii.append(radius)
-    rounding = 1 + 64 * (len(outs) + keys) * _UNIT
+    rounding = 1 + 64 * (len(outs) + keys) * UNIT
     moved = torch.stack([x.modulus for x in drifts], 1)
     bounds = [torch.stack(parts, 1) * rounding for parts in zip(*radii, strict=True)]
     return Enclosure(greens, moved * rounding), torch.stack(outs, 1), tuple(bounds)
@@ -525,16 +526,16 @@ def _green_drift(
         # With s = 1/(computed g) - 1/g: |computed g - g| = |g^2 s / (1 - g s)|, g the computed one.
         below = a - squares * g
         relative = below.abs() + size + squares * g.abs()
-        relative = (8 * _UNIT * relative + squares * lost) / below.abs()
+        relative = (8 * UNIT * relative + squares * lost) / below.abs()
         g = 1 / below
         lost = torch.where(relative < 0.5, g.abs() * relative / (1 - relative), g.abs() + 1 / eta)
 
         change = (a2 - a) - (t2 - t) * (t2 + t) * g2
         below = a2 - t2.square() * g2
         rounding = below.abs() + size + size2 + (squares + t2.square()) * g2.abs()
-        moved = _Size.of(change).widened(16 * _UNIT * rounding) + drift.times(squares)
+        moved = _Size.of(change).widened(16 * UNIT * rounding) + drift.times(squares)
         g2 = 1 / below
-        both = _Size.of(g * g2).widened(g2.abs() * (lost + 4 * _UNIT * g.abs()))
+        both = _Size.of(g * g2).widened(g2.abs() * (lost + 4 * UNIT * g.abs()))
         drift = (both * moved).at_most(_reach_of_disc(g2, eta))
         greens.append(g2)
         sizes.append(_Size.of(g).widened(lost))
@@ -553,12 +554,12 @@ def _psi_drift(
     size, change = (_Size(*(x[..., None, None] for x in y.parts())) for y in (size, change))
     source, written = (x.key[..., :, None] * x.value[..., None, :] for x in (a, b))
     fresh = (written - source).abs()
-    fresh = fresh + 4 * _UNIT * (written.abs() + fresh)
+    fresh = fresh + 4 * UNIT * (written.abs() + fresh)
     behind = _Size.of(psi)
     old = behind.times((t2 - t).abs()) + drift.times(t.abs())
     old = old + _Size(fresh, fresh, torch.zeros_like(fresh))
     w = written + t2 * psi
-    rounding = 16 * _UNIT * g.abs() * (written.abs() + t2.abs() * behind.modulus)
+    rounding = 16 * UNIT * g.abs() * (written.abs() + t2.abs() * behind.modulus)
     return g * w, (change * _Size.of(w) + size * old).widened(rounding)
 
 
@@ -570,7 +571,7 @@ def _read(
     moduli = query.abs()[..., None]
     rounding = ((moduli + perturbed.abs()[..., None]) * psi.abs()).sum(-2)
     size = _Size.of(moved) + _Size(*((moduli * x).sum(-2) for x in drift.parts()))
-    return out, size.widened(4 * (query.shape[-1] + 4) * _UNIT * rounding).parts()
+    return out, size.widened(4 * (query.shape[-1] + 4) * UNIT * rounding).parts()
 
 
 def _bonds(hopping: float | Tensor, like: Tensor) -> Tensor:
@@ -602,7 +603,7 @@ def _backward_error(
         fractions += [(right, from_right), (whole, from_left + from_right)]
     terms = v.abs() + abs(onsite) + abs(z) + from_left.abs() + from_right.abs()
     errors = [
-        (1 / g - (v + onsite - z - beside)).abs() + 16 * _UNIT * (1 / g.abs() + terms)
+        (1 / g - (v + onsite - z - beside)).abs() + 16 * UNIT * (1 / g.abs() + terms)
         for g, beside in fractions
     ]
     return torch.stack(errors).amax(0).amax(-1, keepdim=True)
@@ -626,7 +627,7 @@ def _double(x: Value) -> Value:
 
 def _reach_of_disc(centre: Tensor, eta: Tensor) -> Tensor:
     """How far from the centre the disc reaches that contains every Green's function."""
-    return ((centre - 0.5j / eta).abs() + 0.5 / eta) * (1 + 8 * _UNIT)
+    return ((centre - 0.5j / eta).abs() + 0.5 / eta) * (1 + 8 * UNIT)
 
 
 def _check_eta(eta: float | Tensor) -> None:

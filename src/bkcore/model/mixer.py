@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bkcore.core import causal_sweep_parts, resolvent_attention
+from bkcore.core.bounds import AttentionInputs
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.state import LayerState
 from bkcore.quantization.config import QuantizationConfig
@@ -68,6 +69,16 @@ class CoreQuantizers(nn.Module):
         if self.phase == "observe":
             quantizer.observe(x)
         return quantizer.fake_quantize(x) if self.phase == "quantize" else x
+
+
+class CoreInputs(NamedTuple):
+    """What enters the core: query, key (B, N, H K), value (B, N, D), gate and barrier (B, N, H)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    gate: Tensor
+    barrier: Tensor
 
 
 class ResolventMixer(nn.Module):
@@ -136,48 +147,57 @@ class ResolventMixer(nn.Module):
             after the last position.
         """
         state = self.first_state(len(x)) if state is None else state
+        inputs, opening, taps = self.core_inputs(x, state)
+        inputs = self.quantized_inputs(inputs)
+        parts, (g, psi) = self.recall(inputs, (state.g, state.psi))
+        value = inputs.value[:, :, None]
+        # The core and the quantizers work in float32 at least, whatever the model is cast to.
+        features = torch.cat((value, self.quantized_found(parts)), 2).to(opening.dtype)
+        out = self.out_proj((features * F.silu(opening)[:, :, None]).flatten(2))
+        return out, LayerState(taps, g, psi)
+
+    def core_inputs(self, x: Tensor, state: LayerState) -> tuple[CoreInputs, Tensor, Tensor]:
+        """The inputs of the core, not quantized; what opens the features; and the new taps."""
         mixed, opening, dynamics = self.in_proj(x).split(self.sizes, dim=-1)
         mixed = torch.cat((state.taps.to(mixed.dtype), mixed), 1)
         taps = mixed[:, mixed.shape[1] - state.taps.shape[1] :]
         mixed = F.silu(self.conv(mixed.transpose(1, 2)).transpose(1, 2))
         value, query, key = mixed.split((self.width, self.keys, self.keys), dim=-1)
-        value, query, key = (
-            self._quantized(name, part)
-            for name, part in (("value", value), ("query", query), ("key", key))
-        )
         gate, barrier = dynamics.chunk(2, dim=-1)
-        gate, barrier = self._quantized("gate", gate), self._quantized("barrier", barrier)
-        found, (g, psi) = self._recall(query, key, value, gate, barrier, (state.g, state.psi))
-        # The core and the quantizers work in float32 at least, whatever the model is cast to.
-        features = torch.cat((value[:, :, None], found), 2).to(opening.dtype)
-        out = self.out_proj((features * F.silu(opening)[:, :, None]).flatten(2))
-        return out, LayerState(taps, g, psi)
+        return CoreInputs(query, key, value, gate, barrier), opening, taps
 
-    def _recall(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        gate: Tensor,
-        barrier: Tensor,
-        state: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Re and Im of what was found, quantized, (B, N, 2, D); and the state of the core."""
-        query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in (query, key, value))
+    def quantized_inputs(self, inputs: CoreInputs) -> CoreInputs:
+        """The inputs as their quantizers leave them, if there are any."""
+        return CoreInputs(*(self._quantized(name, x) for name, x in inputs._asdict().items()))
+
+    def quantized_found(self, parts: tuple[Tensor, Tensor]) -> Tensor:
+        """Re and Im of what was found, as their quantizers leave them, (B, N, 2, D)."""
+        names = ("found.real", "found.imag")
+        return torch.stack([self._quantized(*x) for x in zip(names, parts, strict=True)], 2)
+
+    def attention_inputs(self, inputs: CoreInputs, dtype: torch.dtype) -> AttentionInputs:
+        """What resolvent attention takes, hoppings and potentials rounded from float64 to dtype."""
+        query, key, value = (x.unflatten(-1, (self.heads, -1)) for x in inputs[:3])
         # PyTorch's vectors and single numbers round these functions differently in the last bit,
         # which would tell a stream from a whole text; behind float64 they agree.
-        gate, barrier = gate.double(), barrier.double()
-        hopping = torch.exp(-2 * self.log_rate.exp() * torch.sigmoid(gate)).to(value.dtype)
-        potential = (self.log_barrier.exp() * F.softplus(barrier)).to(value.dtype)
+        gate, barrier = inputs.gate.double(), inputs.barrier.double()
+        hopping = torch.exp(-2 * self.log_rate.exp() * torch.sigmoid(gate)).to(dtype)
+        potential = (self.log_barrier.exp() * F.softplus(barrier)).to(dtype)
+        return AttentionInputs(query, key, value, hopping, potential)
+
+    def recall(
+        self, inputs: CoreInputs, state: tuple[Tensor, Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Re and Im of what was found, (B, N, D) each; and the state of the core."""
         eta = self.log_eta.exp()
-        out, _, state = resolvent_attention(query, key, value, hopping, potential, eta, state)
+        attended = self.attention_inputs(inputs, inputs.value.dtype)
+        out, _, state = resolvent_attention(*attended, eta, state)
         # Im is of first order in eta, and would drown in norm_eps.
-        parts = (("real", out.real), ("imag", out.imag / eta[:, None]))
-        found = [
-            self._quantized(f"found.{name}", _unit_mean_square(part, self.norm_eps).flatten(2))
-            for name, part in parts
-        ]
-        return torch.stack(found, 2), state
+        real, imag = (
+            unit_mean_square(part, self.norm_eps).flatten(2)
+            for part in (out.real, out.imag / eta[:, None])
+        )
+        return (real, imag), state
 
     def _quantized(self, name: str, x: Tensor) -> Tensor:
         if self.quantizers is None:
@@ -253,7 +273,8 @@ MIXERS: dict[str, type[nn.Module]] = {
 """By the name that `ResNetBKConfig.mixer` gives them."""
 
 
-def _unit_mean_square(x: Tensor, eps: float) -> Tensor:
+def unit_mean_square(x: Tensor, eps: float) -> Tensor:
+    """x (..., U) over the root of its mean square along the last axis."""
     # Spelled out: F.rms_norm rounds differently when it is compiled, and codes would differ.
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 

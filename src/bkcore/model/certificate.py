@@ -1,0 +1,133 @@
+"""The error of every quantized core of a language model, and a bound that provably covers it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bkcore.core import resolvent_attention
+from bkcore.core.bounds import UNIT, Enclosure, attention_enclosure
+from bkcore.errors import LifecycleError
+from bkcore.model.language_model import ResNetBKForCausalLM
+from bkcore.model.mixer import ResolventMixer, unit_mean_square
+from bkcore.quantization.lifecycle import QuantizationState
+
+
+@dataclass(frozen=True)
+class CoreCertificate:
+    """What quantization did to the core of one layer, given its float inputs.
+
+    Attributes:
+        layer: from 0.
+        error: float64 (B, N, 2, D): how far Re and Im of what the core found (of unit mean square
+            in each head, as codes stand for it) are from what it finds for the same inputs unquantized.
+        bound: float64 (B, N, 2, D): what `error` cannot exceed.
+        clipped: how many numbers lay beyond the codes, by the name of the quantizer.
+    """
+
+    layer: int
+    error: Tensor
+    bound: Tensor
+    clipped: dict[str, int]
+
+
+@torch.no_grad()
+def core_certificates(model: ResNetBKForCausalLM, input_ids: Tensor) -> list[CoreCertificate]:
+    """Measure and bound the error of the quantized core of every layer on some text.
+
+    The float inputs of a layer are queries, keys, values, gates and barriers as they come to the
+    quantizers in the quantized model, hence behind the quantized layers before: the certificate
+    says what one core adds, not how far the logits are off. Both the error and the bound compare
+    with exact arithmetic on those inputs (the error to the round-off of float64); the hoppings and
+    potentials that float64 makes of gates and barriers, and the core's parameters, are taken
+    for exact. Codes, clipping and the float32 of the core are included.
+
+    Args:
+        model: quantized, or in quantization-aware training.
+        input_ids: integers in [0, vocab_size), (B, N); texts that begin with their first token.
+
+    Returns:
+        A certificate a layer, first layer first.
+
+    Raises:
+        LifecycleError: the model's core does not run quantized.
+        ShapeError, DTypeError: `input_ids` is not an integer tensor (B, N).
+    """
+    if model.quantization_state not in (QuantizationState.TRAINING, QuantizationState.QUANTIZED):
+        raise LifecycleError(
+            f"the core runs in float, the model is {model.quantization_state.value}: there is no "
+            "error of quantization to certify; calibrate and quantize it first"
+        )
+    mixers = [module for module in model.modules() if isinstance(module, ResolventMixer)]
+    with _seen_by(mixers) as seen:
+        model(input_ids)
+    return [_certify(n, *x) for n, x in enumerate(zip(mixers, seen, strict=True))]
+
+
+@contextmanager
+def _seen_by(mixers: list[ResolventMixer]) -> Iterator[list[Tensor]]:
+    """A list to which every mixer adds its input."""
+    seen: list[Tensor] = []
+    hooks = [m.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for m in mixers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _certify(layer: int, mixer: ResolventMixer, x: Tensor) -> CoreCertificate:
+    state = mixer.first_state(len(x))
+    inputs, _, _ = mixer.core_inputs(x, state)
+    used = mixer.quantized_inputs(inputs)
+    parts, _ = mixer.recall(used, (state.g, state.psi))
+    found = mixer.quantized_found(parts).double()
+
+    exact = mixer.attention_inputs(inputs, torch.float64)
+    attended = mixer.attention_inputs(used, used.value.dtype)
+    eta = mixer.log_eta.exp().double()
+    _, real, imag = attention_enclosure(exact, attended, eta)
+    imag = Enclosure(imag.centre / eta[:, None], imag.radius / eta[:, None])
+    bounds = [
+        _normalized(ball, mixer.norm_eps).bound(part.unflatten(-1, (mixer.heads, -1)))
+        for ball, part in zip((real, imag), found.unbind(2), strict=True)
+    ]
+    out, _, _ = resolvent_attention(*(t.double() for t in exact), eta)
+    truth = [
+        unit_mean_square(part, mixer.norm_eps).flatten(2)
+        for part in (out.real, out.imag / eta[:, None])
+    ]
+    assert mixer.quantizers is not None
+    named = {**inputs._asdict(), "found.real": parts[0], "found.imag": parts[1]}
+    return CoreCertificate(
+        layer,
+        error=(found - torch.stack(truth, 2)).abs(),
+        bound=torch.stack(bounds, 2).flatten(3),
+        clipped={
+            name: int(mixer.quantizers.get_submodule(name).clips(x).sum())
+            for name, x in named.items()
+        },
+    )
+
+
+def _normalized(ball: Enclosure, eps: float) -> Enclosure:
+    """The ball behind `unit_mean_square`: of y = x / n, n = sqrt(mean_u x_u^2 + eps).
+
+    n' - n is at most m, the root mean square of the radii, since n is a norm of (x / sqrt(U),
+    sqrt(eps)). So `y' - y = (x' - x + y (n - n')) / n' = (x' - x + y' (n - n')) / n`, with n at
+    least n' - m and sqrt(eps), and |y| <= sqrt(U) gives three bounds, of which the least is taken.
+    """
+    centre = unit_mean_square(ball.centre, eps)
+    most = centre.shape[-1] ** 0.5
+    norm = (ball.centre.square().mean(-1, keepdim=True) + eps).sqrt()
+    moved = ball.radius.square().mean(-1, keepdim=True).sqrt()
+    by_norm = (ball.radius + most * moved) / norm
+    least = (norm - moved).clamp(min=eps**0.5)
+    by_centre = (ball.radius + centre.abs() * moved) / least
+    radius = torch.minimum(torch.minimum(by_norm, by_centre), centre.abs() + most)
+    rounding = (4 * centre.shape[-1] + 32) * UNIT
+    return Enclosure(centre, radius * (1 + rounding) + rounding * centre.abs())
