@@ -310,7 +310,7 @@ def diagonal_enclosure(
     v, v_perturbed = v.double(), v_perturbed.double()
     z, hopping, onsite = _double(z), _double(hopping), _double(onsite)
     chain: dict[str, Any] = {"hopping": hopping, "onsite": onsite, "causal": causal}
-    eta = torch.as_tensor(z.imag, dtype=torch.float64, device=v.device)
+    eta = _float64(z.imag, v)
     eta = eta.amin(-1, keepdim=True) if eta.ndim else eta
     size = (v_perturbed - v).abs()
     largest = size.amax(-1, keepdim=True).sqrt()
@@ -375,9 +375,9 @@ def propagated_enclosure(
                 f"{tuple(potential.shape)} and {tuple(b.shape)}"
             )
         both.append((potential.double(), b.double()[..., None], _bonds(t, v)))
-    shift = torch.as_tensor(onsite).double() - torch.as_tensor(energy).double()
-    width = torch.as_tensor(eta).double().expand(v.shape[-1])
-    size = shift.abs() + abs(torch.as_tensor(onsite)) + width
+    base, energy, width = (_float64(x, v) for x in (onsite, energy, eta))
+    shift, width = base - energy, width.expand(v.shape[-1])
+    size = base.abs() + energy.abs() + width
     one = torch.ones_like(both[0][1])
     chains = [
         _Chain(potential + shift - 1j * width, potential.abs() + size, t, one, b, one)
@@ -576,7 +576,7 @@ def _read(
 
 def _bonds(hopping: float | Tensor, like: Tensor) -> Tensor:
     """Hoppings (B, N, H) in float64 with none before the first site."""
-    t = torch.as_tensor(hopping, device=like.device).double()
+    t = _float64(hopping, like)
     try:
         t = t.expand(like.shape).clone()
     except RuntimeError as error:
@@ -589,7 +589,7 @@ def _backward_error(
     v: Tensor, z: complex | Tensor, hopping: float | Tensor, onsite: float | Tensor, causal: bool
 ) -> Tensor:
     """How far, at most, the potential that the computed sections belong to is from v: (..., 1)."""
-    squares = torch.as_tensor(hopping, dtype=torch.float64).square()
+    squares = _float64(hopping, v).square()
     chain = {"hopping": hopping, "onsite": onsite}
     left = resolvent_diagonal(v, z, causal=True, **chain)
     from_left = _after(squares * left[..., :-1])
@@ -616,6 +616,11 @@ def _after(x: Tensor) -> Tensor:
 
 def _flip(x: Value) -> Value:
     return cast(Value, x.flip(-1)) if isinstance(x, Tensor) and x.ndim else x
+
+
+def _float64(x: float | Tensor, like: Tensor) -> Tensor:
+    """A number or a real tensor as a float64 tensor on the device of `like`."""
+    return torch.as_tensor(x, dtype=torch.float64, device=like.device)
 
 
 def _double(x: Value) -> Value:

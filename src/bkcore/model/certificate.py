@@ -24,7 +24,7 @@ class CoreCertificate:
     Attributes:
         layer: from 0.
         error: float64 (B, N, 2, D): how far Re and Im of what the core found (of unit mean square
-            in each head, as codes stand for it) are from what it finds for the same inputs unquantized.
+            in each head, decoded) are from what it finds, without codes, for the same inputs.
         bound: float64 (B, N, 2, D): what `error` cannot exceed.
         clipped: how many numbers lay beyond the codes, by the name of the quantizer.
     """
