@@ -19,6 +19,7 @@ from bkcore import (
     QuantizedBirmanSchwingerCore,
     create_quantized_birman_schwinger,
 )
+from bkcore.core import oracle
 from bkcore.errors import (
     CalibrationError,
     CheckpointError,
@@ -651,3 +652,87 @@ def test_a_state_of_another_core_is_refused(other):
 def test_convert_is_no_step_of_a_ptq_mode():
     with pytest.raises(LifecycleError, match=r"call apply_ptq\(\)"):
         build("ptq_int8", "calibrated").convert()
+
+
+# ---- the certified bound -------------------------------------------------------------------
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    n_seq=st.sampled_from([1, 2, 7, 15]),
+    mode=st.sampled_from(MODES),
+    eta=st.sampled_from([2.0, 1.0, 0.3, 0.05, 0.01]),
+    hopping=st.sampled_from([1.0, -0.3, 1.7]),
+    energy=st.sampled_from([0.0, -2.0]),
+    causal=st.booleans(),
+    outliers=st.booleans(),
+)
+@settings(max_examples=40)
+def test_the_bound_covers_the_error(seed, n_seq, mode, eta, hopping, energy, causal, outliers):
+    torch.manual_seed(seed)
+    options = {"hopping": hopping, "energy": energy, "causal": causal}
+    core = QuantizedBirmanSchwingerCore(
+        n_seq, QuantizationConfig(mode, group_size=4), eta, **options
+    )
+    calibrate(core, 1)
+    core.enable_qat() if mode in QAT_MODES else core.apply_ptq()
+    v = torch.randn(3, n_seq)
+    if outliers:
+        v[torch.rand_like(v) > 0.8] *= 30
+    features, diagnostics = core(v, return_diagnostics=True)
+    dense = oracle.left_connected if causal else oracle.diagonal
+    exact = torch.stack([dense(row, complex(energy, eta), hopping=hopping) for row in v])
+    error = (torch.complex(*features.double().unbind(-1)) - exact).abs()
+    # Round-off of the dense inverse: its condition over the distance from the spectrum.
+    slack = 32 * n_seq * 2.0**-53 * (8 + float(v.abs().max())) / eta**2
+    assert (error <= diagnostics["G_error_bound"] + slack).all()
+    assert ((diagnostics["G_error"] - error).abs() <= slack).all()
+    clips = codes_beyond(core.v_quantizer, v)
+    assert diagnostics["clipped_inputs"] == clips
+    if outliers and float(v.abs().max()) > 12:
+        assert clips > 0
+
+
+def codes_beyond(quantizer, x) -> int:
+    """Counted one number at a time."""
+    count = 0
+    for row in x.tolist():
+        for position, value in enumerate(row):
+            group = position // quantizer.group_size
+            scale = float(quantizer.scales.detach()[group])
+            code = value / scale + float(quantizer.zero_points[group])
+            count += not quantizer.qmin - 0.5 <= code <= quantizer.qmax + 0.5
+    return count
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("eta", [1.0, 0.3, 0.1, 0.05])
+def test_the_bound_is_within_three_times_the_error(eta, causal):
+    core = QuantizedBirmanSchwingerCore(256, "ptq_int8", eta, causal=causal)
+    calibrate(core)
+    core.apply_ptq()
+    _, diagnostics = core(torch.randn(4, 256), return_diagnostics=True)
+    ratio = diagnostics["G_error_bound"] / diagnostics["G_error"]
+    assert bool((ratio >= 1).all())
+    assert float(ratio.median()) < 3
+
+
+def test_clipped_outputs_are_counted_and_covered():
+    core = build("ptq_int8", "quantized")
+    with torch.no_grad():
+        core.G_quantizer.imag.stored_scales.mul_(0.25)
+    features, diagnostics = core(torch.randn(5, N), return_diagnostics=True)
+    beyond = features[..., 1] == core.G_quantizer.imag.dequantize(
+        torch.full((5, N), 127, dtype=torch.int8)
+    )
+    assert 0 < diagnostics["clipped_outputs"] <= int(beyond.sum())
+    assert bool((diagnostics["G_error"] <= diagnostics["G_error_bound"]).all())
+
+
+def test_a_float_core_is_certified_to_float32():
+    core = build("ptq_int8", "float")
+    _, diagnostics = core(torch.randn(2, N), return_diagnostics=True)
+    bound = diagnostics["G_error_bound"]
+    assert bool((diagnostics["G_error"] <= bound).all())
+    assert float(bound.max()) < 1e-5
+    assert (diagnostics["clipped_inputs"], diagnostics["clipped_outputs"]) == (0, 0)

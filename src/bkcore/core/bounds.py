@@ -369,10 +369,10 @@ def propagated_enclosure(
     ):
         require_real_float("v", potential)
         require_real_float("source", b)
-        if potential.ndim != 3 or not potential.shape[1] or b.shape != v.shape != potential.shape:
+        if v.ndim != 3 or not v.shape[1] or not v.shape == potential.shape == b.shape:
             raise ShapeError(
-                "v and source must be (B, N, H) with N >= 1, got "
-                f"{tuple(potential.shape)} and {tuple(b.shape)}"
+                "potentials and sources must be (B, N, H) like v, N >= 1, got "
+                f"{tuple(v.shape)}, {tuple(potential.shape)} and {tuple(b.shape)}"
             )
         both.append((potential.double(), b.double()[..., None], _bonds(t, v)))
     base, energy, width = (_float64(x, v) for x in (onsite, energy, eta))

@@ -1,0 +1,107 @@
+"""The certificate of a language model's cores, against dense resolvents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bkcore.core.bounds import Enclosure
+from bkcore.errors import LifecycleError
+from bkcore.model.certificate import _normalized, core_certificates
+from bkcore.model.mixer import ResolventMixer, unit_mean_square
+
+
+def dense_core(mixer: ResolventMixer, x: Tensor) -> Tensor:
+    """What a mixer without quantizers finds for its inputs, by matrix inverses, (B, N, 2, D)."""
+    inputs, _, _ = mixer.core_inputs(x, mixer.first_state(len(x)))
+    query, key, value = (
+        part.double().unflatten(-1, (mixer.heads, -1)).transpose(1, 2) for part in inputs[:3]
+    )
+    rate, height, eta = (
+        x.exp().double() for x in (mixer.log_rate, mixer.log_barrier, mixer.log_eta)
+    )
+    t = torch.exp(-2 * rate * torch.sigmoid(inputs.gate.double())).transpose(1, 2)
+    v = (height * torch.nn.functional.softplus(inputs.barrier.double())).transpose(1, 2)
+    sites = t.shape[-1]
+    lower = torch.eye(sites, dtype=torch.float64) - torch.diag_embed(t[..., 1:], -1)
+    shifted = lower @ lower.mT + torch.diag_embed(v - 1j * eta[:, None])
+    rows = torch.zeros_like(shifted)
+    for i in range(sites):
+        rows[..., i, : i + 1] = torch.linalg.inv(shifted[..., : i + 1, : i + 1])[..., i, :]
+    out = (rows * (query @ key.mT)) @ value.to(rows.dtype)
+    parts = [out.real, out.imag / eta[:, None, None]]
+    found = [unit_mean_square(p.transpose(1, 2), mixer.norm_eps).flatten(2) for p in parts]
+    return torch.stack(found, 2)
+
+
+def run(model, ids):
+    """What entered every mixer, and the features that left its core."""
+    seen, features = [], []
+    hooks = []
+    for layer in model.layers:
+        mixer = layer.mixer
+        hooks.append(mixer.register_forward_pre_hook(lambda _, a: seen.append(a[0])))
+        hooks.append(mixer.out_proj.register_forward_pre_hook(lambda _, a: features.append(a[0])))
+    logits = model(ids).logits
+    for hook in hooks:
+        hook.remove()
+    return logits, seen, features
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("state", ["quantized", "training"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_the_bound_covers_the_error(build, tokens, mode, state, clip):
+    if state == "training" and not mode.startswith("qat"):
+        pytest.skip("no training in this mode")
+    model, ids = build(mode, state), tokens(2, 13)
+    if clip:
+        for layer in model.layers:
+            for part in layer.mixer.quantizers.parts():
+                (part.log_scales if part.learnable else part.stored_scales.log_()).sub_(2)
+                if not part.learnable:
+                    part.stored_scales.exp_()
+    logits, seen, features = run(model, ids)
+    certificates = core_certificates(model, ids)
+    assert [c.layer for c in certificates] == [0, 1]
+    assert torch.equal(model(ids).logits, logits)
+    for certificate, layer, x, gated in zip(
+        certificates, model.layers, seen, features, strict=True
+    ):
+        mixer = layer.mixer
+        exact = dense_core(mixer, x)
+        # The error is that of the forward pass: what left the core, before its gate.
+        _, opening, _ = mixer.core_inputs(x, mixer.first_state(len(x)))
+        gate = torch.nn.functional.silu(opening)[:, :, None]
+        found = gated.unflatten(-1, (3, -1))[:, :, 1:] / gate
+        torch.testing.assert_close(
+            certificate.error, (found.double() - exact).abs(), rtol=0, atol=2e-5
+        )
+        assert bool((certificate.error <= certificate.bound).all())
+        # Not by saying nothing: |y| <= sqrt(U) alone would be a bound.
+        if not clip and mode.endswith("int8"):
+            assert float(certificate.bound.mean()) < 1
+        assert set(certificate.clipped) == {*mixer_names(), "found.real", "found.imag"}
+        assert not clip or min(certificate.clipped.values()) > 0
+
+
+def mixer_names() -> set[str]:
+    return {"query", "key", "value", "gate", "barrier"}
+
+
+def test_a_float_core_has_no_certificate(build, tokens):
+    for model in (build(), build("ptq_int8", "calibrated")):
+        with pytest.raises(LifecycleError, match="runs in float"):
+            core_certificates(model, tokens(1, 4))
+
+
+def test_the_ball_behind_the_normalization():
+    centre = torch.randn(200, 5, dtype=torch.float64) * torch.logspace(-3, 1, 200)[:, None]
+    radius = torch.rand(200, 5, dtype=torch.float64) * torch.logspace(-4, 1, 20).repeat(10)[:, None]
+    ball = _normalized(Enclosure(centre, radius), 1e-6)
+    assert ball.radius.max() <= 2 * 5**0.5 * (1 + 1e-12)
+    for corner in range(32):
+        signs = torch.tensor([1.0 if corner >> k & 1 else -1.0 for k in range(5)])
+        moved = unit_mean_square(centre + signs * radius, 1e-6)
+        assert ((moved - ball.centre).abs() <= ball.radius).all()
