@@ -8,7 +8,8 @@ from torch import Tensor
 
 from bkcore.core.bounds import Enclosure
 from bkcore.errors import LifecycleError
-from bkcore.model.certificate import _normalized, core_certificates
+from bkcore.model import core_certificates
+from bkcore.model.certificate import _normalized
 from bkcore.model.mixer import ResolventMixer, unit_mean_square
 
 
