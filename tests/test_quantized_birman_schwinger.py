@@ -328,8 +328,9 @@ def test_statistics_average_the_diagnosed_passes():
         assert statistics[f"avg_{key}"] == pytest.approx(average)
 
 
-def test_history_is_bounded():
+def test_history_is_bounded(monkeypatch):
     core = build("ptq_int8", "quantized", n_seq=2)
+    monkeypatch.setattr(core, "error_bound", lambda *_: {})  # the history does without; faster
     for _ in range(1005):
         core(torch.zeros(1, 2), return_diagnostics=True)
     assert len(core.get_quantization_statistics()["error_history"]) == 1000
@@ -667,7 +668,7 @@ def test_convert_is_no_step_of_a_ptq_mode():
     causal=st.booleans(),
     outliers=st.booleans(),
 )
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_the_bound_covers_the_error(seed, n_seq, mode, eta, hopping, energy, causal, outliers):
     torch.manual_seed(seed)
     options = {"hopping": hopping, "energy": energy, "causal": causal}
@@ -721,11 +722,15 @@ def test_clipped_outputs_are_counted_and_covered():
     core = build("ptq_int8", "quantized")
     with torch.no_grad():
         core.G_quantizer.imag.stored_scales.mul_(0.25)
-    features, diagnostics = core(torch.randn(5, N), return_diagnostics=True)
-    beyond = features[..., 1] == core.G_quantizer.imag.dequantize(
-        torch.full((5, N), 127, dtype=torch.int8)
+    v = torch.randn(5, N)
+    _, diagnostics = core(v, return_diagnostics=True)
+    before = core.core(core.v_quantizer.fake_quantize(v))
+    real, imag = (
+        codes_beyond(quantizer, before[..., part])
+        for part, quantizer in enumerate((core.G_quantizer.real, core.G_quantizer.imag))
     )
-    assert 0 < diagnostics["clipped_outputs"] <= int(beyond.sum())
+    assert imag > 50
+    assert diagnostics["clipped_outputs"] == real + imag
     assert bool((diagnostics["G_error"] <= diagnostics["G_error_bound"]).all())
 
 
