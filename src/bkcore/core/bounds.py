@@ -383,7 +383,7 @@ def propagated_enclosure(
         _Chain(potential + shift - 1j * width, potential.abs() + size, t, one, b, one)
         for potential, b, t in both
     ]
-    g, psi, (modulus, _, _) = _enclose(*chains, width)
+    g, psi, (modulus, _, _) = _enclose(chains[0], chains[1], width)
     return g, Enclosure(psi[..., 0], modulus[..., 0])
 
 
@@ -424,7 +424,7 @@ def attention_enclosure(
         chains.append(_Chain(diagonal, size, t, query, key, value))
     if any(x.shape != y.shape for x, y in zip(exact, perturbed, strict=True)):
         raise ShapeError("the exact and the perturbed inputs must have the same shapes")
-    g, out, (_, real, imag) = _enclose(*chains, eta.double())
+    g, out, (_, real, imag) = _enclose(chains[0], chains[1], eta.double())
     return AttentionEnclosure(g, Enclosure(out.real, real), Enclosure(out.imag, imag))
 
 
@@ -590,7 +590,7 @@ def _backward_error(
 ) -> Tensor:
     """How far, at most, the potential that the computed sections belong to is from v: (..., 1)."""
     squares = _float64(hopping, v).square()
-    chain = {"hopping": hopping, "onsite": onsite}
+    chain: dict[str, Any] = {"hopping": hopping, "onsite": onsite}
     left = resolvent_diagonal(v, z, causal=True, **chain)
     from_left = _after(squares * left[..., :-1])
     from_right = torch.zeros_like(from_left)
@@ -601,7 +601,9 @@ def _backward_error(
         from_right = _after((squares * right[..., 1:]).flip(-1)).flip(-1)
         whole = resolvent_diagonal(v, z, **chain)
         fractions += [(right, from_right), (whole, from_left + from_right)]
-    terms = v.abs() + abs(onsite) + abs(z) + from_left.abs() + from_right.abs()
+    size = torch.as_tensor(z, dtype=torch.complex128, device=v.device).abs()
+    size = v.abs() + _float64(onsite, v).abs() + size
+    terms = size + from_left.abs() + from_right.abs()
     errors = [
         (1 / g - (v + onsite - z - beside)).abs() + 16 * UNIT * (1 / g.abs() + terms)
         for g, beside in fractions

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from bkcore.core import resolvent_attention
-from bkcore.core.bounds import UNIT, Enclosure, attention_enclosure
+from bkcore.core.bounds import UNIT, AttentionInputs, Enclosure, attention_enclosure
 from bkcore.errors import LifecycleError
 from bkcore.model.language_model import ResNetBKForCausalLM
 from bkcore.model.mixer import ResolventMixer, unit_mean_square
 from bkcore.quantization.lifecycle import QuantizationState
+from bkcore.quantization.quantizers import GroupWiseQuantizer
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _certify(layer: int, mixer: ResolventMixer, x: Tensor) -> CoreCertificate:
         _normalized(ball, mixer.norm_eps).bound(part.unflatten(-1, (mixer.heads, -1)))
         for ball, part in zip((real, imag), found.unbind(2), strict=True)
     ]
-    out, _, _ = resolvent_attention(*(t.double() for t in exact), eta)
+    out, _, _ = resolvent_attention(*AttentionInputs(*(t.double() for t in exact)), eta)
     truth = [
         unit_mean_square(part, mixer.norm_eps).flatten(2)
         for part in (out.real, out.imag / eta[:, None])
@@ -108,7 +110,7 @@ def _certify(layer: int, mixer: ResolventMixer, x: Tensor) -> CoreCertificate:
         error=(found - torch.stack(truth, 2)).abs(),
         bound=torch.stack(bounds, 2).flatten(3),
         clipped={
-            name: int(mixer.quantizers.get_submodule(name).clips(x).sum())
+            name: int(cast(GroupWiseQuantizer, mixer.quantizers.get_submodule(name)).clips(x).sum())
             for name, x in named.items()
         },
     )
