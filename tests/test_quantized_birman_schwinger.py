@@ -238,7 +238,7 @@ def test_memory_of_calibration_does_not_grow():
     parts = (core.v_quantizer, core.G_quantizer.real, core.G_quantizer.imag)
 
     def held() -> int:
-        tensors = [tensor for part in parts for tensor in vars(part._observer).values()]
+        tensors = [tensor for part in parts for tensor in vars(part._histograms).values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     core.start_calibration()
@@ -248,7 +248,7 @@ def test_memory_of_calibration_does_not_grow():
         core(torch.randn(8, N) * (1 + step / 100))
     assert held() == first
     core.end_calibration()
-    assert all(part._observer is None for part in parts)
+    assert all(part._histograms is None for part in parts)
 
 
 # ---- forward -------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def test_memory_of_calibration_does_not_grow(build, tokens):
 
     def held() -> int:
         parts = quantized.core_quantizers(model)[0].parts()
-        tensors = [tensor for part in parts for tensor in vars(part._observer).values()]
+        tensors = [tensor for part in parts for tensor in vars(part._histograms).values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     model.start_calibration()

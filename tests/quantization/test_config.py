@@ -34,6 +34,9 @@ def test_defaults_are_the_documented_ones():
         "group_size": 128,
         "per_channel": True,
         "symmetric": None,
+        "observer": None,
+        "percentile": 99.99,
+        "weight_rounding": "gptq",
     }
     assert QuantizationConfig(**config.to_dict()) == config
 

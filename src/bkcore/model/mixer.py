@@ -42,6 +42,7 @@ class CoreQuantizers(nn.Module):
         super().__init__()
         self.phase: Phase = "idle"
         common: dict[str, Any] = {"bits": config.bits, "learnable": learnable, "norm": 2}
+        common |= {"observer": config.observer, "percentile": config.percentile}
 
         def real(channels: int, symmetric: bool) -> GroupWiseQuantizer:
             size = 1 if config.per_channel else channels

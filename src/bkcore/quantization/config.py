@@ -11,6 +11,9 @@ from bkcore.quantization.affine import code_range
 Part = Literal["core", "expert", "head"]
 """A part of the language model: the mixer around the core, the experts, the tied output head."""
 
+OBSERVERS = ("minmax", "percentile", "mae", "mse", "auto")
+WEIGHT_ROUNDINGS = ("gptq", "nearest")
+
 MODES = ("ptq_int8", "qat_int8", "ptq_int4", "qat_int4", "mixed_precision")
 
 
@@ -29,15 +32,27 @@ class QuantizationConfig:
             imaginary parts asymmetric, because Im G >= 0, and so the language model's sources,
             which come out of SiLU. True or False forces every quantizer of the core. Weights are
             always symmetric.
+        observer: how the range of an activation is chosen from the calibration data: "minmax", its
+            extremes; "percentile"; "mae" or "mse", the least mean absolute or squared error; or
+            "auto", for each tensor that of the four with the least error. None (default) is the
+            error that counts: "mae" in a standalone core, "mse" in the language model.
+        percentile: percent of the values inside the range of "percentile", in (0, 100].
+        weight_rounding: of INT4 weights after training: "gptq" (default) lets later columns make
+            up for the errors of earlier ones, with the second moments of the activations that
+            calibration saw; "nearest" rounds every weight by itself. See `gptq`.
 
     Raises:
-        InputError: for an unknown mode, a group size below 1 or a flag that is not a bool.
+        InputError: for an unknown mode, observer or rounding, a group size below 1, a percentile
+            out of range or a flag that is not a bool.
     """
 
     mode: str = "ptq_int8"
     group_size: int = 128
     per_channel: bool = True
     symmetric: bool | None = None
+    observer: str | None = None
+    percentile: float = 99.99
+    weight_rounding: str = "gptq"
 
     PTQ_INT8: ClassVar[str] = "ptq_int8"
     QAT_INT8: ClassVar[str] = "qat_int8"
@@ -53,6 +68,12 @@ class QuantizationConfig:
             raise InputError(f"per_channel must be True or False, not {self.per_channel!r}")
         if self.symmetric is not None and not isinstance(self.symmetric, bool):
             raise InputError(f"symmetric must be None, True or False, not {self.symmetric!r}")
+        check_observer(self.observer, self.percentile)
+        if self.weight_rounding not in WEIGHT_ROUNDINGS:
+            raise InputError(
+                f"unknown weight_rounding {self.weight_rounding!r}; "
+                f"choose one of {WEIGHT_ROUNDINGS}"
+            )
 
     @property
     def bits(self) -> int:
@@ -80,12 +101,21 @@ class QuantizationConfig:
             return {"expert": 4, "core": 8, "head": 16}[part]
         return self.bits
 
+    def compensates(self, part: Part) -> bool:
+        """True if the weights of a part are INT4 codes that make up for each other's errors.
+
+        The head's do not: its rows are the embedding too, and what is nearest for the one is not
+        for the other.
+        """
+        is_int4 = self.weight_bits(part) == 4 and part != "head"
+        return is_int4 and not self.is_qat and self.weight_rounding == "gptq"
+
     def core_group_size(self, num_channels: int) -> int:
         """Channels per scale of a standalone core with this many positions."""
         return self.group_size if self.per_channel else num_channels
 
     def to_dict(self) -> dict[str, Any]:
-        """The four fields, ready for JSON."""
+        """The fields, ready for JSON."""
         return asdict(self)
 
 
@@ -96,3 +126,13 @@ def check_group_size(group_size: int) -> None:
             f"group_size must be an integer >= 1, not {group_size!r}; "
             "1 gives every channel its own scale"
         )
+
+
+def check_observer(observer: str | None, percentile: float) -> None:
+    """Raise `InputError` unless these name a way to choose ranges."""
+    if observer is not None and observer not in OBSERVERS:
+        raise InputError(f"unknown observer {observer!r}; choose one of {OBSERVERS}, or None")
+    if isinstance(percentile, bool) or not isinstance(percentile, int | float):
+        raise InputError(f"percentile must be a number, not {percentile!r}")
+    if not 0 < percentile <= 100:
+        raise InputError(f"percentile must lie in (0, 100], not {percentile}")

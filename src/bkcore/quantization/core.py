@@ -61,6 +61,8 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
             config.bits,
             symmetric=config.symmetric is not False,
             learnable=config.is_qat,
+            observer=config.observer,
+            percentile=config.percentile,
         )
         self.G_quantizer = ComplexQuantizer(
             n_seq,
@@ -68,6 +70,8 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
             group_size=group_size,
             symmetric=config.symmetric,
             learnable=config.is_qat,
+            observer=config.observer,
+            percentile=config.percentile,
         )
         self._history: deque[dict[str, float]] = deque(maxlen=_HISTORY)
 

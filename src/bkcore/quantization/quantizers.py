@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from bkcore.errors import CalibrationError, DTypeError, InputError, LifecycleError, ShapeError
 from bkcore.quantization import affine
-from bkcore.quantization.config import check_group_size
-from bkcore.quantization.observers import HistogramObserver
+from bkcore.quantization.config import check_group_size, check_observer
+from bkcore.quantization.observers import METHODS, HistogramObserver
 from bkcore.quantization.storage import StoredDtypes
 
 
@@ -25,12 +26,17 @@ class GroupWiseQuantizer(StoredDtypes):
         symmetric: True puts the zero point at 0; False fits it to the data.
         learnable: make the scales a parameter, kept positive as exp(log_scales), that trains with
             the model (learned step sizes).
-        norm: the range is chosen to minimize the mean |error|^norm over the calibration data:
-            1 (mean absolute error) or 2 (mean squared error).
+        norm: the error that counts is the mean |error|^norm over the calibration data: 1 (mean
+            absolute error) or 2 (mean squared error).
+        observer: how the range is chosen, as in `QuantizationConfig`; None minimizes the error
+            that counts.
+        percentile: percent of the values inside the range of the observer "percentile".
 
     Attributes:
         scales: (num_groups,) float32; NaN before calibration.
         zero_points: (num_groups,) int8.
+        record: (3,) int64, what calibration found, in the state dict: 1 plus the place of the
+            method in `METHODS`, the values seen, and those clipped. Zeros before calibration.
     """
 
     stored = ("stored_scales",)
@@ -44,9 +50,12 @@ class GroupWiseQuantizer(StoredDtypes):
         symmetric: bool = True,
         learnable: bool = False,
         norm: int = 1,
+        observer: str | None = None,
+        percentile: float = 99.99,
     ) -> None:
         super().__init__()
         check_group_size(group_size)
+        check_observer(observer, percentile)
         if num_channels < 1:
             raise InputError(f"num_channels must be at least 1, not {num_channels}")
         if bits not in (4, 8):
@@ -56,10 +65,14 @@ class GroupWiseQuantizer(StoredDtypes):
         self.bits = bits
         self.symmetric = symmetric
         self.norm = norm
-        self._observer: HistogramObserver | None = None
+        self.observer = observer or ("mae" if norm == 1 else "mse")
+        self.percentile = percentile
+        self._histograms: HistogramObserver | None = None
         unknown = torch.full((self.num_groups,), torch.nan)
         self.register_buffer("zero_points", torch.zeros(self.num_groups, dtype=torch.int8))
+        self.register_buffer("record", torch.zeros(3, dtype=torch.int64))
         self.zero_points: Tensor
+        self.record: Tensor
         self.stored_scales: Tensor
         self.log_scales: Tensor
         if learnable:
@@ -100,6 +113,22 @@ class GroupWiseQuantizer(StoredDtypes):
         return not bool(self.scales.isnan().any())
 
     @property
+    def method(self) -> str | None:
+        """How the range was chosen, one of `METHODS`; None before calibration."""
+        index = int(self.record[0])
+        return METHODS[index - 1] if index else None
+
+    @property
+    def values_seen(self) -> int:
+        """Values of the calibration data, all channels together."""
+        return int(self.record[1])
+
+    @property
+    def clipped_share(self) -> float:
+        """Share of them beyond the codes, more than half a step outside; NaN before calibration."""
+        return int(self.record[2]) / self.values_seen if self.values_seen else math.nan
+
+    @property
     def storage_bytes(self) -> int:
         """Bytes of the quantization parameters: two per scale, one per zero point if fitted."""
         return self.num_groups * (2 if self.symmetric else 3)
@@ -117,31 +146,40 @@ class GroupWiseQuantizer(StoredDtypes):
             DTypeError, ShapeError: if x is not real floating, or has another last axis.
         """
         self._check(x)
-        if self._observer is None:
-            self._observer = HistogramObserver(self.num_groups)
+        if self._histograms is None:
+            self._histograms = HistogramObserver(self.num_groups)
         groups = torch.arange(self.num_channels) // self.group_size
-        self._observer.observe(x, groups)
+        self._histograms.observe(x, groups)
 
     def start_calibration(self) -> None:
         """Forget what was observed."""
-        self._observer = None
+        self._histograms = None
 
     def end_calibration(self) -> None:
         """Choose the scales and zero points from what was observed.
 
+        If `torch.distributed` is initialized, from what all processes observed: each has to call
+        this, and all get the same.
+
         Raises:
             CalibrationError: if nothing was observed.
         """
-        if self._observer is None:
+        observer = self._histograms or HistogramObserver(self.num_groups)
+        observer.merge_processes(self.zero_points.device)
+        if observer.empty:
             raise CalibrationError(
                 "calibration saw no data: pass at least one non-empty batch before it ends"
             )
-        scales, zero_points = self._observer.search(self.bits, self.symmetric, self.norm)
+        choice = observer.choose(
+            self.observer, self.bits, self.symmetric, self.norm, self.percentile
+        )
         with torch.no_grad():
             target = self.log_scales if self.learnable else self.stored_scales
-            target.copy_(scales.log() if self.learnable else scales)
-            self.zero_points.copy_(zero_points)
-        self._observer = None
+            target.copy_(choice.scales.log() if self.learnable else choice.scales)
+            self.zero_points.copy_(choice.zero_points)
+            method = 1 + METHODS.index(choice.method)
+            self.record.copy_(torch.tensor([method, choice.seen, choice.clipped]))
+        self._histograms = None
 
     def calibrate(self, x: Tensor) -> None:
         """Choose the scales from one tensor (..., num_channels)."""
@@ -246,7 +284,7 @@ class ComplexQuantizer(nn.Module):
         group_size: channels that share a scale.
         symmetric: None makes the real part symmetric and the imaginary part asymmetric, the right
             choice for a resolvent, where Im G >= 0; True or False forces both.
-        learnable, norm: as in `GroupWiseQuantizer`.
+        learnable, norm, observer, percentile: as in `GroupWiseQuantizer`.
 
     Attributes:
         real, imag: the two `GroupWiseQuantizer`s.
@@ -262,6 +300,8 @@ class ComplexQuantizer(nn.Module):
         symmetric: bool | None = None,
         learnable: bool = False,
         norm: int = 1,
+        observer: str | None = None,
+        percentile: float = 99.99,
     ) -> None:
         super().__init__()
         check_group_size(group_size)
@@ -275,6 +315,8 @@ class ComplexQuantizer(nn.Module):
                 symmetric=default_symmetric if symmetric is None else symmetric,
                 learnable=learnable,
                 norm=norm,
+                observer=observer,
+                percentile=percentile,
             )
 
         self.real = part(default_symmetric=True)
