@@ -327,6 +327,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         if state is not QuantizationState.FLOAT:
             learnable = config.is_qat and state is not QuantizationState.QUANTIZED
             quantized.attach_core_quantizers(self, config, learnable=learnable)
+        if state is QuantizationState.CALIBRATED:
+            quantized.attach_moments(self, config)
         if state in (QuantizationState.TRAINING, QuantizationState.QUANTIZED):
             quantized.make_empty(self, config, trainable=state is QuantizationState.TRAINING)
             quantized.set_phase(self, "quantize")
@@ -340,12 +342,17 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
     def _on_start_calibration(self) -> None:
         config = self._require_config("start_calibration")
         quantized.attach_core_quantizers(self, config, learnable=config.is_qat)
+        for layer, moments in quantized.attach_moments(self, config):
+            moments.watch(layer)
         quantized.set_phase(self, "observe")
 
     def _on_end_calibration(self) -> None:
         for quantizers in quantized.core_quantizers(self):
             for quantizer in quantizers.parts():
                 quantizer.end_calibration()
+        for moments in quantized.input_moments(self):
+            moments.unwatch()
+            moments.merge_processes()
         quantized.set_phase(self, "idle")
 
     def _on_enable_qat(self) -> None:
@@ -364,6 +371,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             for module in self.modules():
                 if isinstance(module, ResolventMixer):
                     module.quantizers = None
+            quantized.drop_moments(self)
             self._set_state(QuantizationState.FLOAT)
 
     # ---- transformers ----------------------------------------------------------------------
@@ -526,7 +534,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
 
 def _quantized_keys(state_dict: Mapping[str, Any]) -> set[str]:
     """The keys that a float model does not have."""
-    names = ("packed", "stored_scales", "log_scales", "zero_points")
+    names = ("packed", "stored_scales", "log_scales", "zero_points", "second")
     return {key for key in state_dict if key.rpartition(".")[2] in names}
 
 

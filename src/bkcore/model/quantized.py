@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bkcore.model.mixer import CoreQuantizers, Phase, ResolventMixer
 from bkcore.model.moe import Expert
 from bkcore.quantization.config import Part, QuantizationConfig
+from bkcore.quantization.gptq import InputMoments, pack_weight_by_moments
 from bkcore.quantization.linear import QuantizedEmbedding, QuantizedLinear
 from bkcore.quantization.weights import (
     HalfWeight,
@@ -58,6 +59,39 @@ def core_quantizers(model: nn.Module) -> list[CoreQuantizers]:
     return [mixer.quantizers for mixer in _mixers(model) if mixer.quantizers is not None]
 
 
+def attach_moments(
+    model: nn.Module, config: QuantizationConfig
+) -> list[tuple[nn.Module, InputMoments]]:
+    """Give every layer whose weights will compensate for their errors empty `moments`.
+
+    They are part of the layer, and go with it when it is quantized.
+
+    Returns:
+        The layers with their moments.
+    """
+    pairs = []
+    for owner, name, part in quantizable(model):
+        if config.compensates(part):
+            layer = getattr(owner, name)
+            layer.moments = InputMoments(layer.weight.shape[1]).to(layer.weight.device)
+            pairs.append((layer, layer.moments))
+    return pairs
+
+
+def input_moments(model: nn.Module) -> list[InputMoments]:
+    """The moments of all layers that have them."""
+    return [module for module in model.modules() if isinstance(module, InputMoments)]
+
+
+def drop_moments(model: nn.Module) -> None:
+    """Forget the moments of all layers."""
+    for module in model.modules():
+        moments = getattr(module, "moments", None)
+        if isinstance(moments, InputMoments):
+            moments.unwatch()
+            del module.moments
+
+
 def make_trainable(model: nn.Module, config: QuantizationConfig) -> None:
     """Replace float layers by layers that train through their codes."""
     for owner, name, part in list(quantizable(model)):
@@ -74,7 +108,7 @@ def make_packed(model: nn.Module, config: QuantizationConfig) -> None:
         if isinstance(layer.weight, TrainableWeight):
             _replace(owner, name, layer.weight.pack())
         else:
-            _replace(owner, name, _packed(layer.weight.detach(), config, part))
+            _replace(owner, name, _packed(layer, config, part))
 
 
 def make_empty(model: nn.Module, config: QuantizationConfig, *, trainable: bool) -> None:
@@ -89,10 +123,15 @@ def make_empty(model: nn.Module, config: QuantizationConfig, *, trainable: bool)
             _replace(owner, name, kind((rows, columns), bits, group_size))
 
 
-def _packed(weight: Tensor, config: QuantizationConfig, part: Part) -> PackedWeight | HalfWeight:
+def _packed(layer: nn.Module, config: QuantizationConfig, part: Part) -> PackedWeight | HalfWeight:
+    weight = layer.get_parameter("weight").detach()
     bits, group_size = _format(config, part, weight.shape[1])
     if bits == 16:
         return HalfWeight.from_float(weight)
+    if config.compensates(part):
+        moments = layer.get_submodule("moments")
+        assert isinstance(moments, InputMoments)
+        return pack_weight_by_moments(weight, moments, bits, group_size, not config.per_channel)
     return pack_weight(weight, bits, group_size, not config.per_channel)
 
 

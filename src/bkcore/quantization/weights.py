@@ -34,13 +34,23 @@ def _codes_and_values(
     return int_codes, values.flatten(1)[:, :columns]
 
 
+def each_column(scales: Tensor, group_size: int, columns: int) -> Tensor:
+    """Scales (..., G) of groups repeated to (..., columns)."""
+    return scales.repeat_interleave(group_size, dim=-1)[..., :columns]
+
+
 def search_weight_scales(
-    weight: Tensor, bits: int, group_size: int, per_tensor: bool = False
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    per_tensor: bool = False,
+    importance: Tensor | None = None,
 ) -> Tensor:
     """Storable scales (O, G) that minimize the squared error of a weight (O, K).
 
     Args:
         per_tensor: choose one scale for the whole matrix; it is repeated to (O, G).
+        importance: (K,), what the squared error of each column counts; None is 1 for all.
 
     Raises:
         CalibrationError: if the weight holds NaN or infinity.
@@ -52,11 +62,12 @@ def search_weight_scales(
     if per_tensor:
         largest = largest.amax().expand_as(largest)
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    counts = 1.0 if importance is None else _grouped(importance[None], group_size)
     best_scale, best_error = largest, torch.full_like(largest, torch.inf)
     for fraction in torch.linspace(1.0, 0.5 if bits == 4 else 0.8, _FRACTIONS).tolist():
         scale = affine.storable(largest * (fraction / affine.code_range(bits)[1]))
         error = (affine.fake_quantize(grouped, scale[..., None], 0, bits) - grouped).square()
-        error = error.sum(-1)
+        error = (error * counts).sum(-1)
         if per_tensor:
             error = error.sum().expand_as(error)
         better = error < best_error
@@ -71,6 +82,8 @@ class PackedWeight(StoredDtypes):
     Attributes:
         packed: int8 (O, K) at 8 bits, uint8 (O, ceil(K / 2)) at 4.
         stored_scales: bfloat16 (O, G).
+        tokens_seen: () int64, calibration tokens whose second moments shaped the codes (see
+            `gptq`); 0 if every weight was rounded by itself.
     """
 
     stored = ("stored_scales",)
@@ -83,8 +96,10 @@ class PackedWeight(StoredDtypes):
         groups = -(-columns // group_size)
         self.register_buffer("packed", torch.zeros(rows, width, dtype=dtype))
         self.register_buffer("stored_scales", torch.ones(rows, groups, dtype=affine.SCALE_DTYPE))
+        self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
         self.packed: Tensor
         self.stored_scales: Tensor
+        self.tokens_seen: Tensor
 
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Tensor, bits: int, group_size: int) -> PackedWeight:
@@ -106,10 +121,8 @@ class PackedWeight(StoredDtypes):
         """float32 values of the rows at an integer index (...): (..., K)."""
         packed = nn.functional.embedding(index, self.packed)
         codes = packed if self.bits == 8 else unpack_int4(packed, self.shape[1])
-        scales = nn.functional.embedding(index, self.scales()).repeat_interleave(
-            self.group_size, dim=-1
-        )
-        return codes * scales[..., : self.shape[1]]
+        scales = nn.functional.embedding(index, self.scales())
+        return codes * each_column(scales, self.group_size, self.shape[1])
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

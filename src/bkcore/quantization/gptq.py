@@ -1,0 +1,203 @@
+r"""INT4 weights whose later columns make up for the rounding errors of earlier ones (GPTQ).
+
+Rounding a weight W (O, K) to W' changes what it makes of activations X (T, K) by
+
+    ||X (W - W')^T||^2 = tr[(W - W') M (W - W')^T],    M = X^T X,
+
+the sum of a quadratic form of every row. Once column j is rounded, the change of the columns after
+it that makes up best for its error e_j follows from the Cholesky factor of M^-1: with
+M^-1 = U^T U, U upper triangular,
+
+    e_j = (w_j - w'_j) / U_jj,    w_k <- w_k - e_j U_jk  for k > j.
+
+M is damped, M + lambda 1, so that it has an inverse and the weights do not chase its noise.
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", ICLR 2023, eqs. 2 and 3 and section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from bkcore.errors import CalibrationError
+from bkcore.quantization import affine
+from bkcore.quantization.storage import StoredDtypes
+from bkcore.quantization.weights import (
+    PackedWeight,
+    each_column,
+    pack_weight,
+    search_weight_scales,
+)
+
+DAMPING = 0.01
+"""lambda over the mean of M's diagonal, as in the paper."""
+
+
+class InputMoments(StoredDtypes):
+    """Second moments M of the inputs of a linear layer with K of them, summed over tokens.
+
+    Memory does not grow with the tokens. Each is rounded to 8 bits of its own power of two, as
+    fine as what the integer product is going to see. So all sums are exact, and the same in any
+    order and with any number of processes, while the largest values of the tokens lie within a
+    factor of 2^19 / sqrt(tokens) of each other; beyond, they round as float64 does.
+
+    Attributes:
+        second: (K, K) float64.
+        tokens: () int64, tokens seen. Rows of zeros, such as padding, do not count.
+    """
+
+    stored = ("second",)
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.register_buffer("second", torch.zeros(columns, columns, dtype=torch.float64))
+        self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
+        self.second: Tensor
+        self.tokens: Tensor
+        self._hook: RemovableHandle | None = None
+
+    def watch(self, layer: nn.Module) -> None:
+        """Observe whatever enters `layer` from now on."""
+        self._hook = layer.register_forward_pre_hook(lambda _, inputs: self.observe(inputs[0]))
+
+    def unwatch(self) -> None:
+        """Observe no longer."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def merge_processes(self) -> None:
+        """Add up the moments of all processes of `torch.distributed`, if it is initialized."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.second)
+            dist.all_reduce(self.tokens)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Add the tokens of x (..., K).
+
+        Raises:
+            CalibrationError: if x is not finite; nothing of it is counted then.
+        """
+        rows = x.reshape(-1, x.shape[-1]).double()
+        largest = rows.abs().amax(-1, keepdim=True)
+        if not bool(torch.isfinite(largest).all()):
+            raise CalibrationError(
+                "the inputs of a linear layer are NaN or infinite; check the data, or the model"
+            )
+        step = torch.exp2(torch.frexp(largest).exponent.double() - 7)
+        rows = (rows / step).round() * step
+        self.second += rows.t() @ rows
+        self.tokens += (largest > 0).sum()
+
+
+def gptq(
+    weight: Tensor,
+    moments: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    per_tensor: bool = False,
+    damping: float = DAMPING,
+) -> tuple[Tensor, Tensor]:
+    """Round a weight so that its outputs on the calibration data change little.
+
+    The scales of a group are searched when its turn comes, on the weights as the columns before
+    have changed them, each column weighing as much as its moment. A row that plain rounding with
+    `search_weight_scales` would serve better keeps that: no row is worse for it on the data.
+
+    Args:
+        weight: float (O, K), finite.
+        moments: M, (K, K) float64.
+        bits, group_size, per_tensor: as in `search_weight_scales`.
+        damping: lambda over the mean of M's diagonal, positive.
+
+    Returns:
+        int8 codes (O, K) and storable float32 scales (O, G).
+
+    Raises:
+        CalibrationError: if the weight or M is not finite.
+    """
+    if not bool(torch.isfinite(moments).all()):
+        raise CalibrationError("second moments hold NaN or infinity")
+    weight = weight.detach().float()
+    plain = pack_weight(weight, bits, group_size, per_tensor)
+    codes, scales = plain.codes(), plain.scales()
+    mean = moments.diagonal().mean()
+    if mean == 0:
+        return codes, scales
+    moments = moments / mean
+    factor = _factor_of_inverse(moments + damping * torch.eye(len(moments)).to(moments))
+    found = _compensated(
+        weight, factor, moments.diagonal().float(), bits, group_size, scales if per_tensor else None
+    )
+    better = _output_error(weight, *found, group_size, moments) < _output_error(
+        weight, codes, scales, group_size, moments
+    )
+    codes, scales = (
+        torch.where(better[:, None], new, old)
+        for new, old in zip(found, (codes, scales), strict=True)
+    )
+    return codes, scales
+
+
+def pack_weight_by_moments(
+    weight: Tensor, moments: InputMoments, bits: int, group_size: int, per_tensor: bool = False
+) -> PackedWeight:
+    """Quantize a float weight (O, K) after training by `gptq`.
+
+    Without any token, as of an expert that no token was sent to, this is `pack_weight`, and
+    `tokens_seen` of what is returned says so.
+    """
+    codes, scales = gptq(weight, moments.second, bits, group_size, per_tensor=per_tensor)
+    packed = PackedWeight.from_codes(codes, scales, bits, group_size)
+    packed.tokens_seen.copy_(moments.tokens)
+    return packed
+
+
+def _factor_of_inverse(moments: Tensor) -> Tensor:
+    """U, upper triangular, with U^T U the inverse of a positive definite matrix."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def _compensated(
+    weight: Tensor,
+    factor: Tensor,
+    importance: Tensor,
+    bits: int,
+    group_size: int,
+    scales: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """int8 codes (O, K) and scales (O, G): searched here, if they are not given."""
+    left = weight.double()
+    codes, found = [], []
+    for j in range(weight.shape[1]):
+        group, first = divmod(j, group_size)
+        if first == 0:
+            columns = slice(j, j + group_size)
+            found.append(
+                search_weight_scales(
+                    left[:, columns].float(), bits, group_size, importance=importance[columns]
+                )
+                if scales is None
+                else scales[:, group : group + 1]
+            )
+        scale = found[-1][:, 0]
+        code = affine.quantize(left[:, j].float(), scale, 0, bits)
+        error = (left[:, j] - affine.dequantize(code, scale, 0)) / factor[j, j]
+        left[:, j:] -= error[:, None] * factor[j, j:]
+        codes.append(code.to(torch.int8))
+    return torch.stack(codes, 1), torch.cat(found, 1)
+
+
+def _output_error(
+    weight: Tensor, codes: Tensor, scales: Tensor, group_size: int, moments: Tensor
+) -> Tensor:
+    """(O,) float64: squared changes of the outputs, summed over the data."""
+    values = affine.dequantize(codes, each_column(scales, group_size, weight.shape[1]), 0)
+    change = (weight - values).double()
+    return ((change @ moments) * change).sum(1)
