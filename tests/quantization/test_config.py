@@ -78,3 +78,23 @@ def test_group_size_is_a_positive_integer(group_size):
 def test_flags_are_bools(field, value):
     with pytest.raises(InputError, match=field):
         QuantizationConfig(**{field: value})
+
+
+def test_observers_and_percentiles_are_checked():
+    with pytest.raises(InputError, match=r"unknown observer 'entropy'.*minmax.*auto"):
+        QuantizationConfig(observer="entropy")
+    for percentile in (0, 100.5, float("nan"), True, "99"):
+        with pytest.raises(InputError, match="percentile must"):
+            QuantizationConfig(percentile=percentile)
+
+
+def test_weights_that_compensate_for_their_errors():
+    assert QuantizationConfig("ptq_int4").compensates("core")
+    assert QuantizationConfig("ptq_int4").compensates("expert")
+    assert not QuantizationConfig("ptq_int4").compensates("head")
+    assert not QuantizationConfig("ptq_int4", weight_rounding="nearest").compensates("core")
+    assert QuantizationConfig("mixed_precision").compensates("expert")
+    for mode, part in (("mixed_precision", "core"), ("ptq_int8", "core"), ("qat_int4", "expert")):
+        assert not QuantizationConfig(mode).compensates(part)
+    with pytest.raises(InputError, match=r"unknown weight_rounding 'up'.*gptq.*nearest"):
+        QuantizationConfig(weight_rounding="up")

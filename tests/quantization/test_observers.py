@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from bkcore.errors import CalibrationError
+from bkcore.errors import CalibrationError, InputError
 from bkcore.quantization import affine
-from bkcore.quantization.observers import BINS, HistogramObserver, affine_from_range
+from bkcore.quantization.observers import BINS, METHODS, HistogramObserver, affine_from_range
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +93,83 @@ def test_the_order_of_batches_does_not_matter(order):
     assert torch.equal(found.counts, expected.counts)
     assert torch.equal(found.half_range, expected.half_range)
     assert torch.equal(torch.cat((found.low, found.high)), torch.cat((expected.low, expected.high)))
+
+
+# Values on the edges of bins, next to them, and where adding 1 in float32 would round them over.
+edges = st.builds(
+    lambda bin_, power, ulps, sign: (
+        sign
+        * float(torch.tensor(bin_ * 2.0**power).view(torch.int32).add(ulps).view(torch.float32))
+    ),
+    st.integers(1, BINS),
+    st.integers(-30, 30),
+    st.integers(-3, 3),
+    st.sampled_from([-1, 1]),
+)
+values = st.one_of(edges, st.floats(-(2.0**100), 2.0**100, width=32), st.just(0.0))
+columns = st.lists(values, max_size=12)
+
+
+def same(one: HistogramObserver, other: HistogramObserver) -> bool:
+    return all(torch.equal(value, vars(other)[name]) for name, value in vars(one).items())
+
+
+def merged(*observers: HistogramObserver) -> HistogramObserver:
+    total = copy.deepcopy(observers[0])
+    for observer in observers[1:]:
+        before = copy.deepcopy(observer)
+        total.merge(observer)
+        assert same(observer, before)
+    return total
+
+
+@settings(max_examples=200)
+@given(st.lists(columns, min_size=1, max_size=5))
+@example([[1.0], [0.5, -0.5, 2.0]])
+@example([[1.0, 0.0009765624], [2.0]])
+def test_batches_and_merged_observers_give_the_histogram_of_all_values(batches):
+    batches = [torch.tensor(batch) for batch in batches]
+    whole = observed(torch.cat(batches))
+    assert same(observed(*batches), whole)
+    assert same(observed(*reversed(batches)), whole)
+    apart = [observed(batch) for batch in batches]
+    assert same(merged(*apart), whole)
+    assert same(merged(*reversed(apart)), whole)
+    assert int(whole.counts.sum()) == sum(len(batch) for batch in batches)
+
+
+@settings(max_examples=50)
+@given(columns, columns, columns)
+def test_merging_is_associative_and_commutative(a, b, c):
+    a, b, c = (observed(torch.tensor(batch)) for batch in (a, b, c))
+    assert same(merged(a, b), merged(b, a))
+    assert same(merged(merged(a, b), c), merged(a, merged(b, c)))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("method", [*METHODS, "auto"])
+def test_merged_observers_choose_the_same_scales(method, symmetric):
+    groups = torch.arange(6) // 3
+    x = torch.randn(300, 6) * 10.0 ** torch.arange(-1, 2).repeat_interleave(100)[:, None]
+    whole, total = HistogramObserver(2), HistogramObserver(2)
+    whole.observe(x, groups)
+    for part in x.split(100):
+        observer = HistogramObserver(2)
+        observer.observe(part, groups)
+        total.merge(observer)
+    expected, found = (each.choose(method, 4, symmetric, 2, 99.0) for each in (whole, total))
+    assert torch.equal(found.scales, expected.scales)
+    assert torch.equal(found.zero_points, expected.zero_points)
+    assert (found.method, found.seen, found.clipped) == (
+        expected.method,
+        expected.seen,
+        expected.clipped,
+    )
+
+
+def test_observers_of_other_sizes_do_not_merge():
+    with pytest.raises(InputError, match="2 groups cannot take in one of 3"):
+        HistogramObserver(2).merge(HistogramObserver(3))
 
 
 def test_counts_lie_where_the_values_are():
@@ -233,3 +314,117 @@ def test_many_groups_equal_each_group_alone():
         scale, zero_point = observed(x[:, group]).search(8, False, 1)
         assert scales[group] == scale[0]
         assert zero_points[group] == zero_point[0]
+
+
+# ---- methods -------------------------------------------------------------------------------
+
+
+def chosen(x: Tensor, method: str, bits: int = 8, symmetric: bool = True, **options):
+    settings_ = {"norm": 2, "percentile": 99.0, **options}
+    return observed(x).choose(method, bits, symmetric, **settings_)
+
+
+def clipped_exactly(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> int:
+    qmin, qmax = affine.code_range(bits)
+    codes = x.double() / scale.double() + zero_point
+    return int(((codes < qmin - 0.5) | (codes > qmax + 0.5)).sum())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_min_max_reaches_the_extremes_and_clips_nothing(bits, symmetric):
+    x = torch.randn(5000).exp() - 1
+    choice = chosen(x, "minmax", bits, symmetric)
+    scale, zero_point = affine_from_range(x.min()[None], x.max()[None], bits, symmetric)
+    assert torch.equal(choice.scales, scale)
+    assert torch.equal(choice.zero_points, zero_point.to(torch.int8))
+    assert (choice.method, choice.seen, choice.clipped) == ("minmax", 5000, 0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("percentile", [90.0, 99.0, 99.9])
+def test_a_percentile_keeps_that_share_inside(percentile, symmetric):
+    x = torch.randn(100_000) + (0 if symmetric else 3)
+    choice = chosen(x, "percentile", 8, symmetric, percentile=percentile)
+    share = (100 - percentile) / 100
+    if symmetric:
+        end = x.abs().quantile(1 - share)
+        # The end of a bin, 2^-10 of the histogram's 8, and a bfloat16 scale, 2^-9 of itself.
+        margin = 2.0**-7 + 2.0**-8 * float(end)
+        assert float(127 * choice.scales[0]) == pytest.approx(float(end), abs=margin)
+    low, high = (choice.scales * (end - choice.zero_points.float()) for end in (-128, 127))
+    outside = ((x < low) | (x > high)).float().mean()
+    assert float(outside) == pytest.approx(share, rel=0.2)
+
+
+def test_a_hundred_percent_is_min_max():
+    x = torch.randn(1000)
+    for symmetric in (True, False):
+        every = chosen(x, "percentile", 8, symmetric, percentile=100.0)
+        assert torch.equal(every.scales, chosen(x, "minmax", 8, symmetric).scales)
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=30),
+    st.floats(0.01, 100),
+    st.booleans(),
+    st.sampled_from([*METHODS, "auto"]),
+)
+def test_any_data_has_a_range(data, percentile, symmetric, method):
+    x = torch.tensor(data)
+    choice = chosen(x, method, 4, symmetric, percentile=percentile)
+    assert (choice.scales > 0).all()
+    assert torch.isfinite(choice.scales).all()
+    assert choice.seen == len(x)
+    assert 0 <= choice.clipped <= len(x)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_clipped_values_are_counted(bits, method, symmetric):
+    x = torch.distributions.Laplace(0.5, 1.0).sample((50_000,))
+    choice = chosen(x, method, bits, symmetric)
+    exact = clipped_exactly(x, choice.scales, choice.zero_points, bits)
+    # The values of the bin that the end falls into.
+    assert choice.clipped == pytest.approx(exact, abs=0.001 * len(x))
+    assert exact > 0 or method == "minmax"
+
+
+@pytest.mark.parametrize("norm", [1, 2])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_auto_is_the_best_of_the_methods(symmetric, bits, norm):
+    x = torch.randn(20_000).exp() - 0.5
+    best = chosen(x, "auto", bits, symmetric, norm=norm)
+    errors = {}
+    for method in METHODS:
+        choice = chosen(x, method, bits, symmetric, norm=norm)
+        errors[method] = mean_error(x, choice.scales, choice.zero_points, bits, norm)
+    assert best.method in METHODS
+    # Errors of bins against errors of values.
+    assert errors[best.method] <= 1.02 * min(errors.values())
+
+
+def test_auto_takes_different_methods_for_different_tensors():
+    """Bounded data need their extremes; a normal distribution's tail is better cut."""
+    two_valued = torch.tensor([-1.0, 1.0]).repeat(500)
+    assert chosen(two_valued, "auto").method == "minmax"
+    assert chosen(torch.randn(100_000), "auto", 4).method == "mse"
+    assert chosen(torch.randn(100_000), "auto", 4, norm=1).method == "mae"
+
+
+def test_the_error_is_that_of_the_values():
+    x = torch.randn(3000)
+    observer = observed(x)
+    scale, zero_point = observer.search(4, True, 2)
+    for norm in (1, 2):
+        expected = len(x) * mean_error(x, scale, zero_point, 4, norm)
+        assert observer.error(scale, zero_point, 4, norm) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "auto"])
+def test_no_data_has_no_range_by_any_method(method):
+    with pytest.raises(CalibrationError, match="saw no data"):
+        HistogramObserver(3).choose(method, 8, True, 2, 99.9)

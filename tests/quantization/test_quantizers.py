@@ -243,6 +243,14 @@ def test_impossible_number_of_channels():
         GroupWiseQuantizer(0)
 
 
+def test_impossible_observers():
+    with pytest.raises(InputError, match=r"unknown observer 'entropy'.*minmax.*auto"):
+        GroupWiseQuantizer(6, observer="entropy")
+    for percentile in (0, -1, 101, math.nan, True, "99"):
+        with pytest.raises(InputError, match="percentile must"):
+            ComplexQuantizer(6, observer="percentile", percentile=percentile)
+
+
 # ---- learned scales ------------------------------------------------------------------------
 
 
@@ -349,6 +357,52 @@ def test_state_dict_round_trip(build, frozen):
     assert torch.equal(fresh.fake_quantize(x), quantizer.fake_quantize(x))
     assert len(list(fresh.parameters())) == len(list(quantizer.parameters()))
     assert not frozen or not list(fresh.parameters())
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [({}, "mae"), ({"norm": 2}, "mse"), ({"observer": "minmax"}, "minmax")],
+)
+def test_what_calibration_found_is_remembered(options, method, learnable):
+    build = lambda: GroupWiseQuantizer(6, 4, 4, learnable=learnable, **options)  # noqa: E731
+    quantizer, fresh = build(), build()
+    assert quantizer.method is None
+    assert quantizer.values_seen == 0
+    assert math.isnan(quantizer.clipped_share)
+    x = torch.randn(500, 6)
+    quantizer.observe(x[:200])
+    quantizer.observe(x[200:])
+    quantizer.end_calibration()
+    fresh.load_state_dict(quantizer.state_dict())
+    fresh.half()
+    for each in (quantizer, fresh):
+        assert each.method == method
+        assert each.values_seen == 3000
+        scale = each.scales.repeat_interleave(4)[:6]
+        codes = x / scale
+        clipped = ((codes < -8.5) | (codes > 7.5)).float().mean()
+        # One or two values of 3,000 may share the bin with the end of the range.
+        assert each.clipped_share == pytest.approx(float(clipped), abs=2 / 3000)
+        assert (each.clipped_share == 0) == (method == "minmax")
+
+
+def test_the_percentile_rules_its_range():
+    x = torch.randn(2000, 6)
+    scales = []
+    for percentile in (90.0, 99.0, 100.0):
+        quantizer = GroupWiseQuantizer(6, 6, observer="percentile", percentile=percentile)
+        quantizer.calibrate(x)
+        scales.append(quantizer.scales.item())
+    assert scales[0] < scales[1] < scales[2]
+
+
+def test_a_complex_quantizer_hands_its_observer_to_both_parts():
+    quantizer = ComplexQuantizer(6, observer="percentile", percentile=95.0)
+    quantizer.calibrate(torch.randn(500, 6, dtype=torch.complex64))
+    for part in (quantizer.real, quantizer.imag):
+        assert part.method == "percentile"
+        assert part.clipped_share == pytest.approx(0.05, abs=0.03)
 
 
 def test_an_uncalibrated_state_dict_stays_uncalibrated():

@@ -1,0 +1,55 @@
+"""Calibrate in two processes; run by test_calibration.py.
+
+Usage: torchrun ... two_processes.py FOLDER.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers.utils import logging
+
+from bkcore.errors import CalibrationError
+from bkcore.model import LanguageModel, ResNetBKForCausalLM
+from bkcore.quantization import QuantizationConfig
+
+MODES = ("ptq_int4", "qat_int8")
+
+
+def build(mode: str) -> ResNetBKForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "d_model": 16, "n_layers": 1, "num_experts": 3, "expert_size": 24}
+    model = LanguageModel(**sizes)
+    torch.nn.init.normal_(model.layers[0].mixer.out_proj.weight, std=0.2)
+    model.configure_quantization(QuantizationConfig(mode, group_size=16))
+    return model
+
+
+def batches() -> list[Tensor]:
+    """Of different lengths, so that the processes see different numbers of tokens."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 50, (2, length), generator=generator) for length in (9, 30, 17, 24)]
+
+
+def main(folder: Path) -> None:
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, count = dist.get_rank(), dist.get_world_size()
+    for mode in MODES:
+        model = build(mode)
+        model.calibrate_quantization(batches()[rank::count])
+        model.save_pretrained(folder / f"{mode}-halves-{rank}")
+    model = build(MODES[0])
+    model.calibrate_quantization([] if rank else batches())
+    model.save_pretrained(folder / f"{MODES[0]}-first-{rank}")
+    with pytest.raises(CalibrationError, match="saw no data"):
+        build(MODES[0]).calibrate_quantization([])
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
