@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bkcore.errors import CalibrationError
@@ -43,7 +44,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_calibrate_as_one(two_processes: Path, name: str, rank: int) -> None:
     expected = ALONE["build"](name.split("-")[0])
     expected.calibrate_quantization(ALONE["batches"]())
-    found = ResNetBKForCausalLM.from_pretrained(two_processes / f"{name}-{rank}").state_dict()
+    found = load_file(two_processes / f"{name}-{rank}")
     assert found.keys() == expected.state_dict().keys()
     for key, tensor in expected.state_dict().items():
         assert torch.equal(found[key], tensor), key
@@ -150,5 +151,6 @@ def test_the_observer_rules_every_quantizer_and_is_remembered(build, tokens, obs
                 assert quantizer.method in ("minmax", "percentile", "mae", "mse")
                 assert quantizer.values_seen == 47 * quantizer.num_channels
                 assert 0 <= quantizer.clipped_share < 0.1
-                if observer == "minmax":
+                # An asymmetric zero point is rounded, and may cost a step at one end.
+                if observer == "minmax" and quantizer.symmetric:
                     assert quantizer.clipped_share == 0

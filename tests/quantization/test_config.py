@@ -35,7 +35,7 @@ def test_defaults_are_the_documented_ones():
         "per_channel": True,
         "symmetric": None,
         "observer": None,
-        "percentile": 99.99,
+        "percentile": 99.9,
         "weight_rounding": "gptq",
     }
     assert QuantizationConfig(**config.to_dict()) == config

@@ -51,7 +51,7 @@ class QuantizationConfig:
     per_channel: bool = True
     symmetric: bool | None = None
     observer: str | None = None
-    percentile: float = 99.99
+    percentile: float = 99.9
     weight_rounding: str = "gptq"
 
     PTQ_INT8: ClassVar[str] = "ptq_int8"

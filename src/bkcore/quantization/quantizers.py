@@ -51,7 +51,7 @@ class GroupWiseQuantizer(StoredDtypes):
         learnable: bool = False,
         norm: int = 1,
         observer: str | None = None,
-        percentile: float = 99.99,
+        percentile: float = 99.9,
     ) -> None:
         super().__init__()
         check_group_size(group_size)
@@ -301,7 +301,7 @@ class ComplexQuantizer(nn.Module):
         learnable: bool = False,
         norm: int = 1,
         observer: str | None = None,
-        percentile: float = 99.99,
+        percentile: float = 99.9,
     ) -> None:
         super().__init__()
         check_group_size(group_size)
