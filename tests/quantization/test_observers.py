@@ -344,7 +344,7 @@ def test_min_max_reaches_the_extremes_and_clips_nothing(bits, symmetric):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("percentile", [90.0, 99.0, 99.9])
 def test_a_percentile_keeps_that_share_inside(percentile, symmetric):
-    x = torch.randn(100_000) + (0 if symmetric else 3)
+    x = torch.randn(100_000) + (0 if symmetric else 0.5)  # 8-bit ranges hold zero
     choice = chosen(x, "percentile", 8, symmetric, percentile=percentile)
     share = (100 - percentile) / 100
     if symmetric:
