@@ -170,14 +170,19 @@ void sweep_in_blocks(const Kernels<T> &kernels, const Sweep<T> &s, bool two_side
   });
 }
 
+// Chains that are too few to fill vectors, and long enough to be cut into blocks instead.
+bool few_and_long(Index chains, Index sites) {
+  return chains <= kFewChains && sites >= 16 * kSitesPerBlock;
+}
+
 template <class T>
 void run_forward(const std::string &isa, Index threads, bool two_sided, bool sequential,
                  const Sweep<T> &s) {
   const Index chains = s.batch * s.lanes;
   if (chains == 0) return;
   threads = worthwhile_threads(chains * s.sites, threads);
-  const bool few = chains <= kFewChains && s.sites >= 16 * kSitesPerBlock && !sequential;
-  if (few) return sweep_in_blocks(kernels<T>(isa), s, two_sided, threads);
+  if (few_and_long(chains, s.sites) && !sequential)
+    return sweep_in_blocks(kernels<T>(isa), s, two_sided, threads);
   const std::vector<Unit> list = units(s.batch, s.lanes, !contiguous_lanes(s), threads);
   const auto kernel = kernels<T>(isa).forward;
   parallel_for(list.size(), threads, [&](Index i) { kernel(s, two_sided, list[i], scratch); });
@@ -376,6 +381,7 @@ NB_MODULE(_native, m) {
   m.def("supported_isas", &bkcore::supported_isas);
   m.def("sweep", &bkcore::forward, Unlocked());
   m.def("sweep_codes", &bkcore::coded, Unlocked());
+  m.def("few_and_long", &bkcore::few_and_long);
   m.def("sweep_rounded", &bkcore::rounded, Unlocked());
   m.attr("attention_chunk") = bkcore::kAttentionChunk;
   m.def("attention", &bkcore::attention, Unlocked());

@@ -97,6 +97,12 @@ def test_equals_the_three_steps(
             assert torch.equal(sweep_rounded(**p), expected(p)), isa
 
 
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_few_long_chains_equal_the_three_steps(two_sided: bool) -> None:
+    p = problem(1, 1100, 3, two_sided=two_sided, group_size=128)
+    assert torch.equal(sweep_rounded(**p), expected(p))
+
+
 @pytest.mark.parametrize("tables", [False, True])
 @pytest.mark.parametrize("two_sided", [False, True])
 def test_reference_equals_the_three_steps(two_sided: bool, tables: bool) -> None:

@@ -247,9 +247,9 @@ def test_asymmetric_data_far_from_zero_is_in_range(center, bits):
     scale, zero_point = observed(x).search(bits, False, 1)
     error = (affine.fake_quantize(x, scale, zero_point, bits) - x).abs().max()
     # Widened at worst to [0, max]; bfloat16 scales move that end by 2^-9 of it, and the search
-    # may cut a tail where that lowers the mean.
+    # may cut a tail where that lowers the mean, or take a step a tenth wider.
     step = x.abs().max() / 255 if bits == 8 else x.abs().max() / 135
-    assert scale <= 1.01 * step
+    assert scale <= 1.1 * 1.01 * step
     assert error <= 2 * step
 
 
@@ -428,3 +428,42 @@ def test_the_error_is_that_of_the_values():
 def test_no_data_has_no_range_by_any_method(method):
     with pytest.raises(CalibrationError, match="saw no data"):
         HistogramObserver(3).choose(method, 8, True, 2, 99.9)
+
+
+def test_weights_count_like_so_many_values():
+    x = torch.randn(3000)
+    weight = torch.randint(0, 5, (3000,)) / 4
+    weighted, repeated = HistogramObserver(1), HistogramObserver(1)
+    zeros = torch.zeros(1, dtype=torch.int64)
+    weighted.observe(x[:, None], zeros, weight[:, None])
+    repeated.observe(x.repeat_interleave((4 * weight).long())[:, None], zeros)
+    assert torch.equal(4 * weighted.costs, repeated.costs)
+    assert weighted.counts.sum() == 3000
+
+
+def test_weights_survive_merging_and_widening():
+    x, weight = 5 * torch.randn(400), torch.rand(400)
+    zeros = torch.zeros(1, dtype=torch.int64)
+    whole, left, right = (HistogramObserver(1) for _ in range(3))
+    whole.observe(x[:, None], zeros, weight[:, None])
+    left.observe(x[:150, None], zeros, weight[:150, None])
+    right.observe(100 * x[:1, None], zeros, weight[:1, None])
+    whole.observe(100 * x[:1, None], zeros, weight[:1, None])
+    right.observe(x[150:, None], zeros, weight[150:, None])
+    left.merge(right)
+    assert torch.equal(left.costs, whole.costs)
+    assert torch.equal(left.counts, whole.counts)
+
+
+def test_ranges_go_where_errors_cost():
+    x = torch.randn(20000)
+    plain, weighted = HistogramObserver(1), HistogramObserver(1)
+    zeros = torch.zeros(1, dtype=torch.int64)
+    plain.observe(x[:, None], zeros)
+    weighted.observe(x[:, None], zeros, (x > 1)[:, None].float())
+
+    def error_above(observer: HistogramObserver) -> float:
+        scale, zero_point = observer.search(4, False, 1)
+        return float((affine.fake_quantize(x, scale, zero_point, 4) - x)[x > 1].abs().mean())
+
+    assert error_above(weighted) < 0.6 * error_above(plain)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bkcore.core.resolvent import resolvent_diagonal_parts
+from bkcore.core.resolvent import require_real_float, resolvent_diagonal_parts
 from bkcore.errors import InputError, ShapeError
 
 
@@ -60,11 +60,7 @@ class BirmanSchwingerCore(nn.Module):
             ShapeError: the last dimension of v is not n_seq.
             DTypeError: v is complex or an integer tensor.
         """
-        if v.ndim < 1 or v.shape[-1] != self.n_seq:
-            raise ShapeError(
-                f"v must be (..., {self.n_seq}), got {tuple(v.shape)}; pad or cut the sequence, "
-                "or build the core with another n_seq"
-            )
+        self.check(v)
         return resolvent_diagonal_parts(
             v,
             complex(self.energy, self.epsilon),
@@ -72,6 +68,15 @@ class BirmanSchwingerCore(nn.Module):
             onsite=self.onsite,
             causal=self.causal,
         )
+
+    def check(self, v: Tensor) -> None:
+        """Raise what `forward` raises for potentials that it cannot take."""
+        require_real_float("v", v)
+        if v.ndim < 1 or v.shape[-1] != self.n_seq:
+            raise ShapeError(
+                f"v must be (..., {self.n_seq}), got {tuple(v.shape)}; pad or cut the sequence, "
+                "or build the core with another n_seq"
+            )
 
     def extra_repr(self) -> str:
         return (

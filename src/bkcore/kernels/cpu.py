@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bkcore.errors import BackendError
+from bkcore.kernels import reference
 from bkcore.kernels.backend import (
     ATTENTION_CHUNK,
     Backend,
@@ -231,6 +232,23 @@ def sweep_rounded(
     bits: int,
     two_sided: bool,
 ) -> Tensor:
+    batch, sites, lanes = v.shape
+    if _native.few_and_long(batch * lanes, sites) and not _sequential:
+        # These are swept in blocks, which round differently in the last bit.
+        return reference.sweep_rounded(
+            v,
+            energy,
+            eta,
+            hopping,
+            scale,
+            zero,
+            levels,
+            bounds,
+            group_size,
+            bits,
+            two_sided,
+            sweep,
+        )
     parts = empty_parts(v, 2)
     _native.sweep_rounded(
         isa(),

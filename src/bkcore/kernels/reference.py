@@ -13,6 +13,7 @@ from bkcore.kernels.backend import (
     ATTENTION_CHUNK,
     Backend,
     Gradients,
+    SweepFunction,
     empty_like_sites,
     empty_parts,
     ordered_sum,
@@ -123,24 +124,38 @@ def sweep_rounded(
     group_size: int,
     bits: int,
     two_sided: bool,
+    sweep: SweepFunction = sweep,
 ) -> Tensor:
-    half = 1 << (bits - 1)
-    group = torch.arange(v.shape[1], device=v.device) // group_size
-
     def rounded(x: Tensor, part: int) -> Tensor:
-        """x (B, N, H) rounded as part 0, 1 or 2."""
-        step, offset = scale[part][group, None], zero[part][group, None]
-        if levels is None or bounds is None:
-            level = (torch.round(x / step) + offset).clamp(-half, half - 1)
-        else:
-            place = torch.bucketize((x / step + offset).contiguous(), bounds[part])
-            level = torch.where(x.isnan(), x, levels[part][place.clamp(max=2 * half - 1)])
-        return step * (level - offset)
+        table = None if levels is None or bounds is None else (levels[part], bounds[part])
+        return round_sites(x, scale[part], zero[part], table, group_size, bits)
 
     parts = sweep(rounded(v, 0), None, energy, eta, hopping, two_sided)
     return empty_parts(v, 2).copy_(
         torch.stack([rounded(parts[:, :, c], 1 + c) for c in range(2)], 2)
     )
+
+
+def round_sites(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    table: tuple[Tensor, Tensor] | None,
+    group_size: int,
+    bits: int,
+) -> Tensor:
+    """x (B, N, H) rounded by the scales (G,) and zero points (G,) of its sites; the table holds
+    levels and the bounds between them."""
+    half = 1 << (bits - 1)
+    group = torch.arange(x.shape[1], device=x.device) // group_size
+    step, offset = scale[group, None], zero[group, None]
+    if table is None:
+        level = (torch.round(x / step) + offset).clamp(-half, half - 1)
+    else:
+        levels, bounds = table
+        place = torch.bucketize((x / step + offset).contiguous(), bounds)
+        level = torch.where(x.isnan(), x, levels[place.clamp(max=2 * half - 1)])
+    return step * (level - offset)
 
 
 def step(

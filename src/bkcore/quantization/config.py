@@ -28,10 +28,12 @@ class QuantizationConfig:
             per sequence position. In the language model it groups the inputs of INT4 weights,
             and the core's activations have a scale per channel whatever the group size.
         per_channel: False puts one scale on the whole tensor instead.
-        symmetric: None (default) lets the range decide: potentials and real parts symmetric,
-            imaginary parts asymmetric, because Im G >= 0, and so the language model's sources,
-            which come out of SiLU. True or False forces every quantizer of the core. Weights are
-            always symmetric.
+        symmetric: None (default) lets the range decide: real parts symmetric, imaginary parts
+            asymmetric, because Im G >= 0; potentials asymmetric, because errors near a resonance
+            cost more than those on the other side, but symmetric where each position has a scale
+            of its own, to save the bytes; and asymmetric the language model's inputs of the core,
+            which come out of SiLU or a projection. True or False forces every quantizer of the
+            core. Weights are always symmetric.
         observer: how the range of an activation is chosen from the calibration data: "minmax", its
             extremes; "percentile"; "mae" or "mse", the least mean absolute or squared error; or
             "auto", for each tensor that of the four with the least error. None (default) is the

@@ -13,6 +13,7 @@ from bkcore.core.bounds import diagonal_enclosure
 from bkcore.core.module import BirmanSchwingerCore
 from bkcore.core.resolvent import resolvent_diagonal
 from bkcore.errors import CheckpointError
+from bkcore.kernels import sweep_rounded
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.lifecycle import QuantizationLifecycle, QuantizationState
 from bkcore.quantization.metrics import error_metrics
@@ -59,7 +60,7 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
             n_seq,
             group_size,
             config.bits,
-            symmetric=config.symmetric is not False,
+            symmetric=config.symmetric if config.symmetric is not None else group_size == 1,
             learnable=config.is_qat,
             observer=config.observer,
             percentile=config.percentile,
@@ -230,14 +231,42 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
         return self._state in (QuantizationState.TRAINING, QuantizationState.QUANTIZED)
 
     def _quantized_features(self, v: Tensor) -> Tensor:
+        if v.dtype == torch.float32 and not torch.is_grad_enabled():
+            return self._rounded_features(v)
         features = self.core(self.v_quantizer.fake_quantize(v))
         real = self.G_quantizer.real.fake_quantize(features[..., 0])
         imag = self.G_quantizer.imag.fake_quantize(features[..., 1])
         return torch.stack((real, imag), dim=-1)
 
+    def _rounded_features(self, v: Tensor) -> Tensor:
+        """The same bits in one pass over memory."""
+        real, imag = self.G_quantizer.real, self.G_quantizer.imag
+        quantizers = (self.v_quantizer, real, imag)
+        self.core.check(v)
+        for quantizer in quantizers:
+            quantizer.require_scales()
+        core = self.core
+        lanes = v.numel() // core.n_seq
+        chains = v.reshape(1, lanes, core.n_seq).transpose(1, 2)
+        parts = sweep_rounded(
+            chains,
+            v.new_full((lanes,), core.energy - core.onsite),
+            v.new_full((1, lanes), core.epsilon),
+            v.new_full((1, lanes), core.hopping),
+            torch.stack([quantizer.scales for quantizer in quantizers]),
+            torch.stack([quantizer.zero_points for quantizer in quantizers]).float(),
+            self.v_quantizer.group_size,
+            self.v_quantizer.bits,
+            not core.causal,
+        )
+        return parts.permute(0, 3, 1, 2).reshape(*v.shape, 2)
+
     def _observe(self, v: Tensor) -> Tensor:
-        self.v_quantizer.observe(v)
         features = self.core(v)
+        # To first order dG_ii = -G_ij^2 dv_j, and sum_i |G_ij|^2 = Im G_jj / eta (Ward): what an
+        # error of v_j costs all features together, here over the largest that it can be.
+        weight = None if self.core.causal else features[..., 1] * self.core.epsilon
+        self.v_quantizer.observe(v, weight)
         self.G_quantizer.real.observe(features[..., 0])
         self.G_quantizer.imag.observe(features[..., 1])
         return features

@@ -138,18 +138,26 @@ class GroupWiseQuantizer(StoredDtypes):
         scheme = "symmetric" if self.symmetric else "asymmetric"
         return f"{self.num_channels}, group_size={self.group_size}, bits={self.bits}, {scheme}"
 
-    def observe(self, x: Tensor) -> None:
+    def observe(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Add x (..., num_channels) to the calibration data.
+
+        Args:
+            weight: what an error of each value costs, in [0, 1], of the shape of x; None is 1.
 
         Raises:
             CalibrationError: if x is not finite.
-            DTypeError, ShapeError: if x is not real floating, or has another last axis.
+            DTypeError: if x is not real floating.
+            ShapeError: if x has another last axis, or the weights another shape.
         """
         self._check(x)
+        if weight is not None and weight.shape != x.shape:
+            raise ShapeError(
+                f"weight must have the shape of x, {tuple(x.shape)}, got {tuple(weight.shape)}"
+            )
         if self._histograms is None:
             self._histograms = HistogramObserver(self.num_groups)
         groups = torch.arange(self.num_channels) // self.group_size
-        self._histograms.observe(x, groups)
+        self._histograms.observe(x, groups, weight)
 
     def start_calibration(self) -> None:
         """Forget what was observed."""
@@ -262,8 +270,13 @@ class GroupWiseQuantizer(StoredDtypes):
                 f"expected (..., {self.num_channels}) for num_channels={self.num_channels}, "
                 f"got {tuple(x.shape)}"
             )
+        if calibrated:
+            self.require_scales()
+
+    def require_scales(self) -> None:
+        """Raise `LifecycleError` before calibration."""
         # A compiled graph cannot look at values; there a quantizer without scales gives NaN.
-        if calibrated and not torch.compiler.is_compiling() and not self.calibrated:
+        if not torch.compiler.is_compiling() and not self.calibrated:
             raise LifecycleError("the quantizer has no scales yet: calibrate() it first")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
