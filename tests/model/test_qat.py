@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -73,13 +75,15 @@ def test_training_lowers_the_loss_and_survives_conversion(build, tokens, mode):
 def test_training_beats_rounding_afterwards(build, tokens, mode):
     """Both start from one float model; QAT trains on the batch that both are measured on."""
     ids = tokens(8, 32)
-    rounded = build(mode.replace("qat", "ptq"))
-    rounded.calibrate_quantization([ids])
-    trained = build(mode)
-    trained.calibrate_quantization([ids])
+    rounded, nearest, trained = build(mode.replace("qat", "ptq")), build(), build(mode)
+    nearest.configure_quantization(
+        replace(rounded.quant_config, weight_rounding="nearest")  # as training rounds
+    )
+    for model in (rounded, nearest, trained):
+        model.calibrate_quantization([ids])
     with torch.no_grad():
         # Before any step the two are one and the same function.
-        assert torch.equal(trained(ids).logits, rounded(ids).logits)
+        assert torch.equal(trained(ids).logits, nearest(ids).logits)
     items = [{"input_ids": row, "labels": row} for row in ids]
     train(trained, items, Schedule(steps=10, batch_size=8, learning_rate=3e-3))
     trained.eval().convert()
