@@ -29,6 +29,10 @@ class CalibrationError(BKCoreError, ValueError):
     """Calibration saw no data, or data from which no range can be taken."""
 
 
+class ReceiptError(BKCoreError, RuntimeError):
+    """A quantized model is not, tensor for tensor, what its mode promises."""
+
+
 class CheckpointError(BKCoreError, RuntimeError):
     """A checkpoint is missing, truncated, altered, or of a format this version cannot read."""
 

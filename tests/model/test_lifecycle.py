@@ -206,11 +206,11 @@ def test_nothing_stays_float_in_silence(build, mode):
     model = build(mode, "quantized")
     found = list(quantized.quantizable(model))
     # Two matrices in every mixer and in every expert, and the embedding.
-    assert [part for *_, part in found].count("core") == 2 * 2
-    assert [part for *_, part in found].count("expert") == 2 * 4 * 2
-    assert [part for *_, part in found].count("head") == 1
-    for owner, name, part in found:
-        layer = getattr(owner, name)
+    assert [slot.part for slot in found].count("core") == 2 * 2
+    assert [slot.part for slot in found].count("expert") == 2 * 4 * 2
+    assert [slot.part for slot in found].count("head") == 1
+    for slot in found:
+        layer, part = slot.layer, slot.part
         assert isinstance(layer, QuantizedEmbedding if part == "head" else QuantizedLinear)
         bits = expected_bits(mode, part)
         if bits == 16:
@@ -240,10 +240,10 @@ def test_nothing_stays_float_in_silence(build, mode):
 @pytest.mark.parametrize("mode", ["qat_int8", "qat_int4"])
 def test_training_replaces_every_matrix_by_a_trainable_one(build, mode):
     model = build(mode, "training")
-    for owner, name, part in quantized.quantizable(model):
-        weight = getattr(owner, name).weight
+    for slot in quantized.quantizable(model):
+        weight = slot.layer.weight
         assert type(weight) is TrainableWeight
-        assert weight.bits == expected_bits(mode, part)
+        assert weight.bits == expected_bits(mode, slot.part)
     assert all(q.learnable for c in quantized.core_quantizers(model) for q in c.parts())
 
 
@@ -268,8 +268,8 @@ def test_per_tensor_has_one_scale(build, tokens):
     model.calibrate_quantization([tokens(2, 20)])
     for quantizers in quantized.core_quantizers(model):
         assert [quantizer.num_groups for quantizer in quantizers.parts()] == [1] * 7
-    for owner, name, _ in quantized.quantizable(model):
-        assert len(getattr(owner, name).weight.scales().unique()) == 1
+    for slot in quantized.quantizable(model):
+        assert len(slot.layer.weight.scales().unique()) == 1
 
 
 @pytest.mark.parametrize(

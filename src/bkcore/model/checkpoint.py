@@ -18,6 +18,7 @@ from bkcore.errors import CheckpointError
 
 FORMAT_VERSION = 1
 MANIFEST = "bkcore.json"
+RECEIPT = "receipt.json"
 
 
 @contextmanager
@@ -90,6 +91,10 @@ def _sha256(path: Path) -> str:
 
 
 def model_bytes(folder: Path) -> int:
-    """Bytes on disk of the files the model wrote, tokenizer and manifest apart."""
-    files = json.loads((folder / MANIFEST).read_text())["sha256"]
-    return sum((folder / file).stat().st_size for file in files)
+    """Bytes on disk of the files the model loads from: tokenizer, manifest and receipt apart."""
+    return sum((folder / file).stat().st_size for file in files(folder) if file != RECEIPT)
+
+
+def files(folder: Path) -> list[str]:
+    """Names of the files that the model wrote, by the manifest of a folder."""
+    return list(json.loads((folder / MANIFEST).read_text())["sha256"])

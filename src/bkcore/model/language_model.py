@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
 from bkcore.errors import CheckpointError, DTypeError, InputError, LifecycleError, ShapeError
-from bkcore.model import checkpoint, quantized
+from bkcore.model import checkpoint, quantized, receipt
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.loss import IGNORED, next_token_loss
 from bkcore.model.mixer import MIXERS, ConvolutionMixer, GreenMixer, ResolventMixer
@@ -86,6 +86,10 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
 
     It takes any sequence length. `config.quantization` says how far it is quantized;
     `save_pretrained` and `from_pretrained` keep that state and every bit of the logits.
+
+    Attributes:
+        receipt: what was done to every tensor, see `bkcore.model.receipt.of_quantized`; after
+            calibration only `calibration`, and None before.
     """
 
     config_class = ResNetBKConfig
@@ -98,6 +102,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
 
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__(config)
+        self.receipt: receipt.Receipt | None = None
         self.embedding: TokenEmbedding | QuantizedEmbedding = TokenEmbedding(
             config.vocab_size, config.d_model
         )
@@ -255,8 +260,29 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
                 'quantized; build one with mixer="resolvent"'
             )
         config = QuantizationConfig(config) if isinstance(config, str) else config
+        quantized.check_tensor_bits(self, config)
         self._quant_config = config
         self._set_state(QuantizationState.FLOAT)
+
+    def assign_bits(self, tensor_bits: dict[str, int]) -> None:
+        """Choose the bits of single weights, before or after calibration.
+
+        Args:
+            tensor_bits: as in `QuantizationConfig`; it takes the place of the one before.
+
+        Raises:
+            InputError: for an unknown name, or bits that a weight cannot have.
+            CalibrationError: after calibration, for INT4 weights that were not calibrated as such.
+            LifecycleError: if the weights are quantized already, or the model has no mode.
+        """
+        config = self._require_config("assign_bits")
+        self._require("assign_bits", {QuantizationState.FLOAT, QuantizationState.CALIBRATED})
+        config = replace(config, tensor_bits=dict(tensor_bits))
+        quantized.check_tensor_bits(self, config)
+        if self._state is QuantizationState.CALIBRATED:
+            quantized.keep_moments(self, config)
+        self._quant_config = config
+        self._set_state(self._state)
 
     def calibrate_quantization(self, batches: Iterable[Tensor | dict[str, Tensor]]) -> None:
         """Calibrate on token ids, then quantize (PTQ modes) or make ready to train (QAT modes).
@@ -324,6 +350,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         """Give a freshly built float model the modules of the state that `fields` names."""
         state = QuantizationState(fields.pop("state", QuantizationState.FLOAT.value))
         config = self._quant_config = QuantizationConfig(**fields)
+        quantized.check_tensor_bits(self, config)
         if state is not QuantizationState.FLOAT:
             learnable = config.is_qat and state is not QuantizationState.QUANTIZED
             quantized.attach_core_quantizers(self, config, learnable=learnable)
@@ -345,6 +372,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         for layer, moments in quantized.attach_moments(self, config):
             moments.watch(layer)
         quantized.set_phase(self, "observe")
+        receipt.start_counting(self)
 
     def _on_end_calibration(self) -> None:
         for quantizers in quantized.core_quantizers(self):
@@ -354,30 +382,36 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             moments.unwatch()
             moments.merge_processes()
         quantized.set_phase(self, "idle")
+        self.receipt = receipt.of_calibration(self)
 
     def _on_enable_qat(self) -> None:
         quantized.make_trainable(self, self._require_config("enable_qat"))
         quantized.set_phase(self, "quantize")
 
     def _on_quantize(self) -> None:
-        quantized.make_packed(self, self._require_config("apply_ptq"))
+        config = self._require_config("apply_ptq")
+        before = receipt.float_weights(self)
+        quantized.make_packed(self, config)
         for quantizers in quantized.core_quantizers(self):
             for quantizer in quantizers.parts():
                 quantizer.freeze()
         quantized.set_phase(self, "quantize")
+        self.receipt = receipt.of_quantized(self, config, before, self.receipt or {})
 
     def _abandon_calibration(self) -> None:
         if self._state is QuantizationState.CALIBRATING:
             for module in self.modules():
                 if isinstance(module, ResolventMixer):
                     module.quantizers = None
+                if isinstance(module, MixtureOfExperts):
+                    module.calibration_load = None
             quantized.drop_moments(self)
             self._set_state(QuantizationState.FLOAT)
 
     # ---- transformers ----------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
-        """Save the model and its quantization state to a folder: safetensors, JSON, checksums.
+        """Save the model, its quantization state and its receipt: safetensors, JSON, checksums.
 
         Files are complete before the first is renamed into place.
 
@@ -391,6 +425,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             raise LifecycleError("cannot save during calibration: call end_calibration() first")
         with checkpoint.writing(Path(save_directory)) as staged:
             super().save_pretrained(staged, **kwargs)
+            if self.receipt is not None:
+                receipt.write(self.receipt, staged)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -415,6 +451,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         wrong = {name: keys for name, keys in info.items() if keys}
         if wrong:
             raise CheckpointError(f"the checkpoint {path} does not fit its configuration: {wrong}")
+        model.receipt = receipt.find(Path(path))
         return (model, info) if want_info else model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

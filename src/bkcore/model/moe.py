@@ -35,7 +35,9 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (M, D) -> (M, D)."""
-        if self.training or isinstance(self.up, QuantizedLinear):
+        if self.training or all(
+            isinstance(layer, QuantizedLinear) and layer.is_exact for layer in (self.up, self.down)
+        ):
             return self.perceptron(x)
         return torch.cat([self._padded(block) for block in x.split(_BLOCK)])
 
@@ -46,7 +48,7 @@ class Expert(nn.Module):
     def _padded(self, block: Tensor) -> Tensor:
         # How many tokens an expert serves depends on tokens to come, and a float product may round
         # a row differently when the number of rows changes. Blocks of one size keep causality
-        # bit for bit. (Integer products are exact, so quantized experts need none of this.)
+        # bit for bit. (Integer products are exact, so experts of codes need none of this.)
         rows = block.shape[0]
         return self.perceptron(F.pad(block, (0, 0, 0, _BLOCK - rows)))[:rows]
 
@@ -58,6 +60,7 @@ class MixtureOfExperts(nn.Module):
 
     Attributes:
         load: None, or int64 (E,), where `counting_load` counts the tokens that each expert serves.
+        calibration_load: the same of the calibration of a model that is going to be quantized.
     """
 
     def __init__(self, config: ResNetBKConfig) -> None:
@@ -68,6 +71,7 @@ class MixtureOfExperts(nn.Module):
             self.router = nn.Linear(config.d_model, config.num_experts, bias=False)
         self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_experts))
         self.load: Tensor | None = None
+        self.calibration_load: Tensor | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, N, D) -> (B, N, D), and the load-balancing loss.
@@ -83,15 +87,21 @@ class MixtureOfExperts(nn.Module):
         weights, chosen = probabilities.topk(self.experts_per_token)
         weights = weights / weights.sum(-1, keepdim=True)
         load = (chosen[..., None] == torch.arange(len(self.experts), device=x.device)).sum((0, 1))
-        if self.load is not None:
-            self.load += load
+        for count in (self.load, self.calibration_load):
+            if count is not None:
+                count += load
         served = self._serve(tokens, chosen, load)
         out = (served * weights[..., None].to(served.dtype)).sum(1)
         if self.training:
-            load = _of_all_processes(load)
+            load = of_all_processes(load)
         share = load / load.sum()
         balance = len(self.experts) * (share * probabilities.mean(0)).sum()
         return out.view_as(x), balance
+
+    def new_count(self) -> Tensor:
+        """Zeros int64 (E,) to count in."""
+        device = next(self.parameters()).device
+        return torch.zeros(len(self.experts), dtype=torch.int64, device=device)
 
     def _serve(self, tokens: Tensor, chosen: Tensor, load: Tensor) -> Tensor:
         """Outputs of the chosen experts: tokens (T, D), chosen (T, k) -> (T, k, D)."""
@@ -112,7 +122,8 @@ class MixtureOfExperts(nn.Module):
         return outputs.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def _of_all_processes(load: Tensor) -> Tensor:
+def of_all_processes(load: Tensor) -> Tensor:
+    """The sum of a count over all processes of `torch.distributed`, if it is initialized."""
     if not (dist.is_available() and dist.is_initialized()):
         return load
     total = load.clone()
@@ -133,11 +144,12 @@ def counting_load(model: nn.Module) -> Iterator[list[Tensor]]:
         for module in model.modules()
         if isinstance(module, MixtureOfExperts) and module.router is not None
     ]
-    for layer in layers:
-        device = next(layer.parameters()).device
-        layer.load = torch.zeros(len(layer.experts), dtype=torch.int64, device=device)
+    outer = [layer.load for layer in layers]
+    counts = [layer.new_count() for layer in layers]
+    for layer, count in zip(layers, counts, strict=True):
+        layer.load = count
     try:
-        yield [layer.load for layer in layers if layer.load is not None]
+        yield counts
     finally:
-        for layer in layers:
-            layer.load = None
+        for layer, before, count in zip(layers, outer, counts, strict=True):
+            layer.load = before if before is None else before.add_(count)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from bkcore.errors import CalibrationError, InputError
 from bkcore.model.mixer import CoreQuantizers, Phase, ResolventMixer
 from bkcore.model.moe import Expert
 from bkcore.quantization.config import Part, QuantizationConfig
@@ -25,17 +28,48 @@ _LINEARS: dict[type[nn.Module], tuple[Part, tuple[str, ...]]] = {
 }
 
 
-def quantizable(model: nn.Module) -> Iterator[tuple[nn.Module, str, Part]]:
-    """(owner, attribute, part) of every weight matrix that a mode quantizes.
+class Slot(NamedTuple):
+    """A layer whose weight matrix a mode quantizes.
+
+    Attributes:
+        owner, attribute: the module that holds the layer, and its name there.
+        part: where in the model it is.
+        name: the layer's name in the model, which `QuantizationConfig.tensor_bits` goes by.
+    """
+
+    owner: nn.Module
+    attribute: str
+    part: Part
+    name: str
+
+    @property
+    def layer(self) -> Any:
+        """The layer that is there now."""
+        return getattr(self.owner, self.attribute)
+
+
+def quantizable(model: nn.Module) -> Iterator[Slot]:
+    """Every layer whose weight matrix a mode quantizes.
 
     The routers stay float: they hold half a percent of the weights and decide the routing.
     """
-    for module in list(model.modules()):
-        for kind, (part, names) in _LINEARS.items():
+    for path, module in list(model.named_modules()):
+        prefix = f"{path}." if path else ""
+        for kind, (part, attributes) in _LINEARS.items():
             if isinstance(module, kind):
-                yield from ((module, name, part) for name in names)
+                yield from (Slot(module, name, part, prefix + name) for name in attributes)
         if isinstance(getattr(module, "embedding", None), nn.Module):
-            yield module, "embedding", "head"
+            yield Slot(module, "embedding", "head", f"{prefix}embedding")
+
+
+def check_tensor_bits(model: nn.Module, config: QuantizationConfig) -> None:
+    """Raise `InputError` if `config` gives bits to a weight that the model has not."""
+    unknown = set(config.tensor_bits or ()) - {slot.name for slot in quantizable(model)}
+    if unknown:
+        raise InputError(
+            f"tensor_bits names {sorted(unknown)}, which are no weights that are quantized; "
+            "quantized.quantizable(model) gives their names"
+        )
 
 
 def attach_core_quantizers(
@@ -70,12 +104,25 @@ def attach_moments(
         The layers with their moments.
     """
     pairs = []
-    for owner, name, part in quantizable(model):
-        if config.compensates(part):
-            layer = getattr(owner, name)
+    for slot in quantizable(model):
+        if config.compensates(slot.part, slot.name):
+            layer = slot.layer
             layer.moments = InputMoments(layer.weight.shape[1]).to(layer.weight.device)
             pairs.append((layer, layer.moments))
     return pairs
+
+
+def keep_moments(model: nn.Module, config: QuantizationConfig) -> None:
+    """Of a calibrated model, forget the moments that a change of bits has made useless.
+
+    Raises:
+        CalibrationError: if the change needs some that are not there.
+    """
+    for slot in quantizable(model):
+        if config.compensates(slot.part, slot.name):
+            _moments(slot)
+        elif hasattr(slot.layer, "moments"):
+            del slot.layer.moments
 
 
 def input_moments(model: nn.Module) -> list[InputMoments]:
@@ -94,66 +141,82 @@ def drop_moments(model: nn.Module) -> None:
 
 def make_trainable(model: nn.Module, config: QuantizationConfig) -> None:
     """Replace float layers by layers that train through their codes."""
-    for owner, name, part in list(quantizable(model)):
-        weight = getattr(owner, name).weight.detach()
-        bits, group_size = _format(config, part, weight.shape[1])
+    for slot in list(quantizable(model)):
+        weight = slot.layer.weight.detach()
+        bits, group_size = _format(config, slot, weight.shape[1])
         scales = search_weight_scales(weight, bits, group_size, not config.per_channel)
-        _replace(owner, name, TrainableWeight.from_float(weight, scales, bits, group_size))
+        _replace(slot, TrainableWeight.from_float(weight, scales, bits, group_size))
 
 
 def make_packed(model: nn.Module, config: QuantizationConfig) -> None:
     """Replace float or trainable layers by packed ones."""
-    for owner, name, part in list(quantizable(model)):
-        layer = getattr(owner, name)
-        if isinstance(layer.weight, TrainableWeight):
-            _replace(owner, name, layer.weight.pack())
-        else:
-            _replace(owner, name, _packed(layer, config, part))
+    for slot in list(quantizable(model)):
+        _replace(slot, _packed(config, slot))
+
+
+@contextmanager
+def packed_alone(
+    model: nn.Module, config: QuantizationConfig, names: Collection[str]
+) -> Iterator[None]:
+    """Pack the named weights of a float model inside a with block, and leave the others float."""
+    slots = [slot for slot in quantizable(model) if slot.name in names]
+    layers = [slot.layer for slot in slots]
+    try:
+        for slot in slots:
+            _replace(slot, _packed(config, slot))
+        yield
+    finally:
+        for slot, layer in zip(slots, layers, strict=True):
+            setattr(slot.owner, slot.attribute, layer)
 
 
 def make_empty(model: nn.Module, config: QuantizationConfig, *, trainable: bool) -> None:
     """Give a freshly built float model the layers of a trainable or packed one, to load into."""
-    for owner, name, part in list(quantizable(model)):
-        rows, columns = getattr(owner, name).weight.shape
-        bits, group_size = _format(config, part, columns)
+    for slot in list(quantizable(model)):
+        rows, columns = slot.layer.weight.shape
+        bits, group_size = _format(config, slot, columns)
         if bits == 16:
-            _replace(owner, name, HalfWeight((rows, columns)))
+            _replace(slot, HalfWeight((rows, columns)))
         else:
             kind = TrainableWeight if trainable else PackedWeight
-            _replace(owner, name, kind((rows, columns), bits, group_size))
+            _replace(slot, kind((rows, columns), bits, group_size))
 
 
-def _packed(layer: nn.Module, config: QuantizationConfig, part: Part) -> PackedWeight | HalfWeight:
-    weight = layer.get_parameter("weight").detach()
-    bits, group_size = _format(config, part, weight.shape[1])
+def _packed(config: QuantizationConfig, slot: Slot) -> PackedWeight | HalfWeight:
+    weight = slot.layer.weight
+    if isinstance(weight, TrainableWeight):
+        return weight.pack()
+    weight = weight.detach()
+    bits, group_size = _format(config, slot, weight.shape[1])
     if bits == 16:
         return HalfWeight.from_float(weight)
-    if config.compensates(part):
-        moments = layer.get_submodule("moments")
-        assert isinstance(moments, InputMoments)
+    if config.compensates(slot.part, slot.name):
+        moments = _moments(slot)
         return pack_weight_by_moments(weight, moments, bits, group_size, not config.per_channel)
     return pack_weight(weight, bits, group_size, not config.per_channel)
 
 
-def _format(config: QuantizationConfig, part: Part, columns: int) -> tuple[int, int]:
+def _moments(slot: Slot) -> InputMoments:
+    moments = getattr(slot.layer, "moments", None)
+    if not isinstance(moments, InputMoments):
+        raise CalibrationError(
+            f"{slot.name} was not calibrated for INT4 weights: say that it has 4 bits before the "
+            'calibration, or choose weight_rounding="nearest"'
+        )
+    return moments
+
+
+def _format(config: QuantizationConfig, slot: Slot, columns: int) -> tuple[int, int]:
     """Bits and group size of a weight with this many columns: INT8 has a scale per row."""
-    bits = config.weight_bits(part)
+    bits = config.weight_bits(slot.part, slot.name)
     return bits, min(config.group_size, columns) if bits == 4 else columns
 
 
-def _replace(
-    owner: nn.Module, name: str, weight: PackedWeight | TrainableWeight | HalfWeight
-) -> None:
-    is_embedding = isinstance(getattr(owner, name), nn.Embedding | QuantizedEmbedding)
-    device = next(getattr(owner, name).parameters()).device
-    layer: QuantizedEmbedding | QuantizedLinear
-    if is_embedding:
-        layer = QuantizedEmbedding(weight)
-    elif isinstance(weight, HalfWeight):
-        raise TypeError("only the embedding can be stored in float16")
-    else:
-        layer = QuantizedLinear(weight)
-    setattr(owner, name, layer.to(device).train(owner.training))
+def _replace(slot: Slot, weight: PackedWeight | TrainableWeight | HalfWeight) -> None:
+    is_embedding = isinstance(slot.layer, nn.Embedding | QuantizedEmbedding)
+    device = next(slot.layer.parameters()).device
+    layer = (QuantizedEmbedding if is_embedding else QuantizedLinear)(weight)
+    setattr(slot.owner, slot.attribute, layer.to(device).train(slot.owner.training))
 
 
 def _mixers(model: nn.Module) -> Iterator[ResolventMixer]:

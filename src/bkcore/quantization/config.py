@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
 from bkcore.errors import InputError
@@ -42,10 +42,13 @@ class QuantizationConfig:
         weight_rounding: of INT4 weights after training: "gptq" (default) lets later columns make
             up for the errors of earlier ones, with the second moments of the activations that
             calibration saw; "nearest" rounds every weight by itself. See `gptq`.
+        tensor_bits: bits of single weights of the language model by their names, such as
+            {"layers.0.experts.experts.3.up": 8}: 4, 8, or 16 for float16, which QAT has not. They
+            go before what the mode says, which holds for all others.
 
     Raises:
         InputError: for an unknown mode, observer or rounding, a group size below 1, a percentile
-            out of range or a flag that is not a bool.
+            out of range, a flag that is not a bool, or bits that a weight cannot have.
     """
 
     mode: str = "ptq_int8"
@@ -55,6 +58,7 @@ class QuantizationConfig:
     observer: str | None = None
     percentile: float = 99.9
     weight_rounding: str = "gptq"
+    tensor_bits: dict[str, int] | None = field(default=None, hash=False)
 
     PTQ_INT8: ClassVar[str] = "ptq_int8"
     QAT_INT8: ClassVar[str] = "qat_int8"
@@ -76,6 +80,7 @@ class QuantizationConfig:
                 f"unknown weight_rounding {self.weight_rounding!r}; "
                 f"choose one of {WEIGHT_ROUNDINGS}"
             )
+        self._check_tensor_bits()
 
     @property
     def bits(self) -> int:
@@ -97,19 +102,28 @@ class QuantizationConfig:
         """True for the modes that train with fake quantization."""
         return self.mode.startswith("qat")
 
-    def weight_bits(self, part: Part) -> int:
-        """Bits of the weights in a part of the language model: 4, 8 or 16 (float16)."""
+    def weight_bits(self, part: Part, name: str | None = None) -> int:
+        """Bits of the weights in a part of the language model: 4, 8 or 16 (float16).
+
+        Args:
+            part: where the weight is.
+            name: the weight's name, for which `tensor_bits` may say something else.
+        """
+        if self.tensor_bits is not None and name in self.tensor_bits:
+            return self.tensor_bits[name]
         if self.mode == self.MIXED_PRECISION:
             return {"expert": 4, "core": 8, "head": 16}[part]
         return self.bits
 
-    def compensates(self, part: Part) -> bool:
+    def compensates(self, part: Part, name: str | None = None) -> bool:
         """True if the weights of a part are INT4 codes that make up for each other's errors.
+
+        Arguments as in `weight_bits`.
 
         The head's do not: its rows are the embedding too, and what is nearest for the one is not
         for the other.
         """
-        is_int4 = self.weight_bits(part) == 4 and part != "head"
+        is_int4 = self.weight_bits(part, name) == 4 and part != "head"
         return is_int4 and not self.is_qat and self.weight_rounding == "gptq"
 
     def core_group_size(self, num_channels: int) -> int:
@@ -117,8 +131,25 @@ class QuantizationConfig:
         return self.group_size if self.per_channel else num_channels
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
-        return asdict(self)
+        """The fields, ready for JSON; `tensor_bits` only if there are any."""
+        fields = asdict(self)
+        if self.tensor_bits is None:
+            del fields["tensor_bits"]
+        return fields
+
+    def _check_tensor_bits(self) -> None:
+        if self.tensor_bits is None:
+            return
+        if not isinstance(self.tensor_bits, dict):
+            raise InputError(
+                f"tensor_bits must be a dictionary of names and bits, not {self.tensor_bits!r}"
+            )
+        allowed = (4, 8) if self.is_qat else (4, 8, 16)
+        for name, bits in self.tensor_bits.items():
+            if isinstance(bits, bool) or bits not in allowed:
+                raise InputError(
+                    f"tensor_bits[{name!r}] is {bits!r}; mode {self.mode!r} takes {allowed}"
+                )
 
 
 def check_group_size(group_size: int) -> None:

@@ -96,11 +96,16 @@ def project(x: Tensor, weight: PackedWeight | TrainableWeight | HalfWeight) -> T
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer without bias whose weight is packed (inference) or trainable (QAT)."""
+    """A linear layer without bias whose weight is packed, trainable (QAT) or in float16."""
 
-    def __init__(self, weight: PackedWeight | TrainableWeight) -> None:
+    def __init__(self, weight: PackedWeight | TrainableWeight | HalfWeight) -> None:
         super().__init__()
         self.weight = weight
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a row of the result is the same, bit for bit, whatever other rows there are."""
+        return not isinstance(self.weight, HalfWeight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x real (..., K) -> (..., O) in the dtype of x."""

@@ -1,0 +1,295 @@
+"""The receipt of a quantized model: what was done to every one of its tensors, ready for JSON.
+
+Nothing in it is taken from what a mode promises. Bits and sizes are those of the layers that are
+there, errors are computed from the weights before and after, and the kernel is the product that
+PyTorch dispatched when the layer was called.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bkcore.errors import CheckpointError
+from bkcore.model import checkpoint, quantized
+from bkcore.model.mixer import CoreQuantizers, ResolventMixer
+from bkcore.model.moe import MixtureOfExperts, of_all_processes
+from bkcore.quantization import affine
+from bkcore.quantization.config import QuantizationConfig
+from bkcore.quantization.linear import QuantizedEmbedding
+from bkcore.quantization.quantizers import GroupWiseQuantizer
+from bkcore.quantization.weights import HalfWeight, PackedWeight, TrainableWeight
+
+Receipt = dict[str, Any]
+"""Fields: see `of_quantized`."""
+
+_ROWS = 32  # of the call that tells which kernel a layer runs
+
+_FLOAT_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::linear"}
+_PRODUCTS = {*_FLOAT_PRODUCTS, "aten::_int_mm"}
+
+
+def start_counting(model: nn.Module) -> None:
+    """Count from now on the tokens that reach the experts; quantizers count by themselves."""
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts) and module.router is not None:
+            module.calibration_load = module.new_count()
+
+
+def of_calibration(model: nn.Module) -> Receipt:
+    """End the count, of all processes together.
+
+    Returns:
+        `calibration`, the tokens that reached each expert, each quantizer of the core, and the
+        projections beside them and the embedding, by name.
+    """
+    seen: dict[str, int] = {}
+    for name, quantizer in _core_quantizers(model):
+        seen[name] = quantizer.values_seen // quantizer.num_channels
+        mixer = name.partition(".quantizers.")[0]
+        seen |= dict.fromkeys((f"{mixer}.in_proj", f"{mixer}.out_proj"), seen[name])
+    seen["embedding"] = max(seen.values())
+    for path, module in model.named_modules():
+        if isinstance(module, MixtureOfExperts):
+            load = [seen["embedding"]]
+            if module.calibration_load is not None:
+                load = of_all_processes(module.calibration_load).tolist()
+            for number, tokens in enumerate(load):
+                expert = f"{path}.experts.{number}"
+                seen |= dict.fromkeys((f"{expert}.up", f"{expert}.down"), tokens)
+            module.calibration_load = None
+    return {"calibration": seen}
+
+
+def float_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The float weights that are going to be packed, by the names of their layers."""
+    weights = {slot.name: slot.layer.weight for slot in quantized.quantizable(model)}
+    return {
+        name: (weight.weight if isinstance(weight, TrainableWeight) else weight).detach()
+        for name, weight in weights.items()
+    }
+
+
+def of_quantized(
+    model: nn.Module, config: QuantizationConfig, before: dict[str, Tensor], calibration: Receipt
+) -> Receipt:
+    """The receipt of a model whose weights were just packed.
+
+    Args:
+        model: quantized.
+        config: how.
+        before: its weights before that, from `float_weights`. QAT's are those behind the codes.
+        calibration: from `of_calibration`; empty if that is not known.
+
+    Returns:
+        `quantization`, the fields of the configuration; `calibration` as given; `weights`,
+        `activations` and `float`, an entry for each tensor. `calibration_tokens` in them are those
+        that reached the tensor, None if that is not known. `clipping_rate` is the share of values
+        beyond the range of the codes, which saturate. `relative_error` of a weight is the norm of
+        the difference over that of the weight.
+    """
+    seen = calibration.get("calibration", {})
+    return {
+        "quantization": config.to_dict(),
+        "calibration": seen,
+        "weights": [
+            _weight_entry(slot, before[slot.name], config) | _tokens(seen, slot.name)
+            for slot in quantized.quantizable(model)
+        ],
+        "activations": [
+            _activation_entry(name, quantizer) | _tokens(seen, name)
+            for name, quantizer in _core_quantizers(model)
+        ],
+        "float": list(_float_entries(model)),
+    }
+
+
+def problems(receipt: Receipt) -> list[str]:
+    """What in a receipt is not as its mode promises, a sentence for each tensor.
+
+    That is a weight that is not in the bits that the mode names, or whose product runs in float
+    though it has codes; a tensor that stayed float without a reason that is documented; and an
+    expert or a quantizer that no calibration data reached.
+    """
+    config = QuantizationConfig(**receipt["quantization"])
+    found = []
+    for entry in receipt["weights"]:
+        asked = config.weight_bits(entry["part"], entry["name"])
+        if entry["bits"] != asked:
+            found.append(f"{entry['name']} has {entry['bits']} bits instead of {asked}")
+        elif asked < 16 and _FLOAT_PRODUCTS & set(entry["kernel"].split(" + ")):
+            found.append(f"{entry['name']} is multiplied in float ({entry['kernel']})")
+    for entry in [*receipt["weights"], *receipt["activations"]]:
+        if not entry["calibration_tokens"]:
+            found.append(f"{entry['name']} was reached by no calibration data that is known of")
+    for entry in receipt["float"]:
+        if entry["reason"] is None:
+            found.append(f"{entry['name']} stayed float, which no mode provides for")
+    return found
+
+
+def read(folder: Path) -> Receipt:
+    """The receipt in a checkpoint's folder.
+
+    Raises:
+        CheckpointError: if there is no whole checkpoint, or it has no receipt: a float one, or one
+            of a version that wrote none.
+    """
+    checkpoint.verify(folder)
+    receipt = find(folder)
+    if receipt is None or "weights" not in receipt:
+        raise CheckpointError(
+            f"the checkpoint {folder} has no receipt: it is not quantized, or was saved by a "
+            "version that wrote none; quantize it again with bkcore quantize"
+        )
+    return receipt
+
+
+def find(folder: Path) -> Receipt | None:
+    """What a checkpoint, already verified, says of its quantization; None if it says nothing."""
+    if checkpoint.RECEIPT not in checkpoint.files(folder):
+        return None
+    try:
+        return dict(json.loads((folder / checkpoint.RECEIPT).read_text()))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / checkpoint.RECEIPT} cannot be read: {error}") from error
+
+
+def write(receipt: Receipt, folder: Path) -> None:
+    """Write a receipt into a folder."""
+    (folder / checkpoint.RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n")
+
+
+def _tokens(seen: dict[str, int], name: str) -> dict[str, int | None]:
+    return {"calibration_tokens": seen.get(name)}
+
+
+def _weight_entry(
+    slot: quantized.Slot, before: Tensor, config: QuantizationConfig
+) -> dict[str, Any]:
+    layer = slot.layer
+    entry = {
+        "name": slot.name,
+        "part": slot.part,
+        "shape": list(before.shape),
+        "kernel": _kernel(layer),
+        "bytes": quantized.storage_bytes(layer),
+    }
+    weight = layer.weight
+    if isinstance(weight, HalfWeight):
+        return entry | {
+            "bits": 16,
+            "scheme": "float16",
+            "relative_error": _relative_error(before, weight.packed.float()),
+        }
+    if not isinstance(weight, PackedWeight):
+        return entry | {"bits": 8 * before.element_size(), "scheme": "float"}
+    # A ragged last group has a scale of its own, as all others.
+    scales = weight.scales().repeat_interleave(weight.group_size, 1)[:, : before.shape[1]]
+    low, high = affine.code_range(weight.bits)
+    codes = (before / scales).round()
+    return entry | {
+        "bits": weight.bits,
+        "scheme": "symmetric",
+        "group_size": weight.group_size,
+        "scales": weight.stored_scales.numel() if config.per_channel else 1,
+        "range_method": "learned" if config.is_qat else "mse",
+        "rounding": "gptq" if int(weight.tokens_seen) else "nearest",
+        "clipping_rate": ((codes < low) | (codes > high)).double().mean().item(),
+        "relative_error": _relative_error(before, weight.codes() * scales),
+    }
+
+
+def _relative_error(before: Tensor, after: Tensor) -> float:
+    norm = before.double().norm().item()
+    return (after.double() - before.double()).norm().item() / norm if norm else 0.0
+
+
+def _activation_entry(name: str, quantizer: GroupWiseQuantizer) -> dict[str, Any]:
+    scales = quantizer.scales
+    return {
+        "name": name,
+        "bits": quantizer.bits,
+        "scheme": "symmetric" if quantizer.symmetric else "asymmetric",
+        "channels": quantizer.num_channels,
+        "scales": quantizer.num_groups,
+        "smallest_scale": scales.min().item(),
+        "largest_scale": scales.max().item(),
+        "range_method": quantizer.method,
+        "clipping_rate": quantizer.clipped_share if quantizer.values_seen else None,
+        "bytes": quantized.storage_bytes(quantizer),
+    }
+
+
+def _core_quantizers(model: nn.Module) -> Iterator[tuple[str, GroupWiseQuantizer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, GroupWiseQuantizer):
+            yield name, module
+
+
+def _float_entries(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Every tensor that is neither of a weight that modes name nor of the core's quantizers."""
+    known = {id(slot.layer) for slot in quantized.quantizable(model)}
+    inside = {
+        id(part)
+        for module in model.modules()
+        if id(module) in known or isinstance(module, CoreQuantizers)
+        for part in module.modules()
+    }
+    for path, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            yield {
+                "name": f"{path}.{name}",
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "shape": list(tensor.shape),
+                "bytes": tensor.numel() * tensor.element_size(),
+                "reason": _reason(path, module),
+            }
+
+
+def _reason(path: str, module: nn.Module) -> str | None:
+    """Why the parameters of a module stay float in every mode; None where nothing says so."""
+    if isinstance(module, nn.RMSNorm):
+        return "norm: a number for each channel"
+    if isinstance(module, nn.Conv1d):
+        return "short convolution: a few taps for each channel"
+    if isinstance(module, ResolventMixer):
+        return "chain of a head: a number for each head"
+    if isinstance(module, nn.Linear) and path.endswith(".router"):
+        return "router: small, and decides which experts serve"
+    return None
+
+
+class _Products(TorchDispatchMode):
+    """Notes the matrix products that are dispatched, and kernels that are not PyTorch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[str, None] = {}  # in order, each once
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition(".")[0]
+        if name in _PRODUCTS or not name.startswith(("aten::", "prim")):
+            self.names[name] = None
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def _kernel(layer: nn.Module) -> str:
+    """The product that a layer runs."""
+    call = layer.logits if isinstance(layer, QuantizedEmbedding) else layer
+    weight: Any = layer.weight
+    shape = weight.packed.shape if isinstance(weight, HalfWeight) else weight.shape
+    device = next(iter([*layer.parameters(), *layer.buffers()])).device
+    with _Products() as products:
+        call(torch.ones(_ROWS, shape[1], device=device))
+    return " + ".join(products.names)
