@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "quantization": {"core", "kernels"},
     "model": {"quantization", "core"},
     "text": set(),
-    "evaluation": {"model", "text"},
+    "evaluation": {"model", "quantization", "text"},
     "training": {"model", "text"},
     "report": {"evaluation", "training", "model", "text", "quantization"},
     "bench": {"report", "evaluation", "model", "quantization", "core", "kernels"},

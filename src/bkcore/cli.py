@@ -36,6 +36,18 @@ MarkdownOption = Annotated[Path | None, typer.Option(help="Write a Markdown tabl
 PlotOption = Annotated[Path | None, typer.Option(help="Draw a picture: .png or .svg.")]
 
 
+def _percent(text: str) -> float:
+    """The number in "1%" or "1".
+
+    Raises:
+        typer.BadParameter: if there is none.
+    """
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no percentage, such as 1%") from error
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"bkcore {version('bkcore')}")
@@ -110,6 +122,101 @@ def export(
 
     export_half(checkpoint, output)
     typer.echo(f"Checkpoint: {output}")
+
+
+@app.command()
+def quantize(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a float model.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="ptq_int8, ptq_int4, mixed_precision, qat_int8 or qat_int4. "
+            "Default: ptq_int8, or mixed_precision with a bit budget."
+        ),
+    ] = None,
+    data: DataOption = None,
+    group_size: Annotated[
+        int, typer.Option(min=1, help="Inputs of an INT4 weight that share a scale.")
+    ] = 128,
+    calibration_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of the training text to calibrate on.")
+    ] = 32_768,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps of the QAT modes.")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate of the QAT modes.")] = 4e-4,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Most bits of a weight on average, scales included: 4, 8 or 16 each."),
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PERCENT",
+            help="The smallest model whose perplexity on held-out training text rises by no more.",
+        ),
+    ] = None,
+    frontier: Annotated[
+        Path | None,
+        typer.Option(help="Measure models of all sizes, and draw them: .png or .svg."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option(help="Write nothing if a tensor is not as its mode promises.")
+    ] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Quantize a checkpoint, and print the receipt that is saved with it."""
+    from bkcore.report import budget, files
+    from bkcore.report.quantize import QuantizeSettings, as_json, run_quantize
+    from bkcore.report.receipt import tables
+
+    console = Console()
+    if json_file is not None:
+        files.prepare_file(json_file)
+    if frontier is not None:
+        files.prepare_plot(frontier)
+    has_budget = target_bits is not None or max_ppl_increase is not None
+    settings = QuantizeSettings(
+        mode=mode or ("mixed_precision" if has_budget else "ptq_int8"),
+        group_size=group_size,
+        calibration_tokens=calibration_tokens,
+        steps=steps,
+        learning_rate=learning_rate,
+        strict=strict,
+        target_bits=target_bits,
+        max_increase=None if max_ppl_increase is None else _percent(max_ppl_increase),
+        frontier=frontier is not None,
+    )
+    result = run_quantize(checkpoint, output, data, settings, console)
+    for table in tables(result["receipt"]):
+        console.print(table)
+    if has_budget:
+        console.print(budget.sensitivity_table(result["sensitivity"], result["assignment"]))
+        console.print(budget.frontier_table(result["points"]))
+    if frontier is not None:
+        budget.draw_frontier(result["points"], frontier)
+    if json_file is not None:
+        files.write_json(as_json(result), json_file)
+    console.print(f"Checkpoint: {output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def receipt(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a quantized model.")],
+    json_file: JsonOption = None,
+) -> None:
+    """Print what was done to every tensor of a quantized checkpoint."""
+    from bkcore.report import files
+    from bkcore.report.receipt import read_receipt, tables
+
+    console = Console()
+    content = read_receipt(checkpoint)
+    for table in tables(content):
+        console.print(table)
+    if json_file is not None:
+        files.prepare_file(json_file)
+        files.write_json(content, json_file)
 
 
 @app.command()

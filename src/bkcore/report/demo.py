@@ -10,7 +10,6 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -26,7 +25,7 @@ from bkcore.model import LanguageModel, ResNetBKForCausalLM
 from bkcore.quantization.config import MODES
 from bkcore.report.files import prepare_folder
 from bkcore.report.progress import Plan
-from bkcore.text import Corpus, TokenWindows, encode, load_corpus, train_tokenizer
+from bkcore.text import Corpus, TokenWindows, encode, load_corpus, spread, train_tokenizer
 from bkcore.training import Schedule, train
 
 _CALIBRATION_BATCHES = 8
@@ -178,7 +177,9 @@ class _Demo:
         with self.plan.stage(f"quantize {mode}"):
             model = ResNetBKForCausalLM.from_pretrained(self.output / "float32")
             model.configure_quantization(mode)
-            model.calibrate_quantization(self._calibration_batches())
+            batch_size = self.settings.batch_size
+            picks = spread(self.windows, _CALIBRATION_BATCHES * batch_size)
+            model.calibrate_quantization(picks.split(batch_size))
         if mode.startswith("qat"):
             self._train(model, self.settings.qat, mode)
             model.convert()
@@ -188,13 +189,6 @@ class _Demo:
         model = ResNetBKForCausalLM.from_pretrained(self.output / "float32")
         self._train(model, self.settings.qat, CONTROL)
         self._save(model, CONTROL)
-
-    def _calibration_batches(self) -> list[Tensor]:
-        """Windows spread evenly over the training text."""
-        count = min(_CALIBRATION_BATCHES * self.settings.batch_size, len(self.windows))
-        picks = torch.linspace(0, len(self.windows) - 1, count).long().tolist()
-        windows = torch.stack([self.windows[pick]["input_ids"] for pick in picks])
-        return list(windows.split(self.settings.batch_size))
 
     def _save(self, model: ResNetBKForCausalLM, name: str) -> None:
         model.save_pretrained(self._folder(name))

@@ -10,7 +10,7 @@ from bkcore.text.tokenizer import (
     tokenizer_hash,
     train_tokenizer,
 )
-from bkcore.text.windows import TokenWindows, scored_windows
+from bkcore.text.windows import TokenWindows, scored_windows, spread
 
 __all__ = [
     "END_OF_TEXT",
@@ -26,6 +26,7 @@ __all__ = [
     "load_corpus",
     "open_corpus",
     "scored_windows",
+    "spread",
     "tokenizer_hash",
     "train_tokenizer",
     "write_shards",

@@ -1,12 +1,12 @@
 """Token ids cut into windows: one way to train on them, one way to score every one of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.errors import DataError, DTypeError, InputError, ShapeError
 from bkcore.text.shards import TokenShards
 
 
@@ -47,6 +47,35 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         start = range(0, len(self) * self._length, self._length)[index]
         window = self._tokens[start : start + self._length].long()
         return {"input_ids": window, "labels": window}
+
+
+def spread(windows: TokenWindows, count: int, apart_from: int = 0) -> Tensor:
+    """Windows spread evenly over a text, its first and its last among them.
+
+    Args:
+        windows: of the text.
+        count: how many, at least 1; all of them if there are fewer.
+        apart_from: take none that a spread of so many windows takes.
+
+    Returns:
+        Token ids, int64 (at most `count`, length).
+
+    Raises:
+        DataError: if no window is left.
+    """
+    taken = set(_evenly(range(len(windows)), apart_from))
+    free = [index for index in range(len(windows)) if index not in taken]
+    if not free:
+        raise DataError(
+            f"the text has {len(windows)} windows, and all of them are taken; give more text, "
+            "or take fewer"
+        )
+    return torch.stack([windows[index]["input_ids"] for index in _evenly(free, count)])
+
+
+def _evenly(items: Sequence[int], count: int) -> list[int]:
+    places = torch.linspace(0, len(items) - 1, min(count, len(items))).long().tolist()
+    return [items[place] for place in places]
 
 
 def scored_windows(tokens: Tensor, length: int, bos_id: int) -> Iterator[tuple[Tensor, Tensor]]:

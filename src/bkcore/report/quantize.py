@@ -1,0 +1,299 @@
+"""Quantizing a checkpoint: calibration on the training text, never on what models are judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from bkcore.errors import InputError, ReceiptError
+from bkcore.evaluation.checkpoints import load_checkpoint
+from bkcore.evaluation.sensitivity import Sensitivity, measure, units
+from bkcore.model import ResNetBKForCausalLM
+from bkcore.model.receipt import problems
+from bkcore.quantization.budget import Assignment, total_loss
+from bkcore.quantization.config import QuantizationConfig
+from bkcore.report.budget import Judge, Search
+from bkcore.report.files import prepare_folder
+from bkcore.report.progress import Plan
+from bkcore.text import TokenWindows, encode, load_corpus, spread
+from bkcore.training import Schedule, train
+
+_TOKENS_A_BATCH = 4096
+_SENSITIVITY_TOKENS = 8192
+
+UNIFORM_MODES = ("ptq_int8", "ptq_int4", "mixed_precision")
+"""What the frontier of a bit budget is compared with."""
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """How a checkpoint is quantized.
+
+    Attributes:
+        mode, group_size: as in `QuantizationConfig`.
+        calibration_tokens: tokens of the training text to calibrate on, in windows of the length
+            of the model's training; at least one window is taken.
+        steps: of training, which the QAT modes need and the others do not have.
+        learning_rate: the peak of that training.
+        strict: refuse a model that is not, tensor for tensor, what its mode promises.
+        target_bits: bits of a weight on average over all weights that modes quantize
+            (projections, experts, embedding), scales included; at most so many.
+        max_increase: percent by which perplexity on held-out training text may rise, the upper
+            end of its 95 % interval; the smallest model is taken.
+        frontier: measure models of all sizes beside the one that is saved, and the uniform modes.
+
+    Raises:
+        InputError: for an unknown mode or group size, a QAT mode without steps, steps without
+            a QAT mode, or a bit budget in another mode than mixed precision.
+    """
+
+    mode: str = QuantizationConfig.PTQ_INT8
+    group_size: int = 128
+    calibration_tokens: int = 32_768
+    steps: int | None = None
+    learning_rate: float = 4e-4
+    strict: bool = False
+    target_bits: float | None = None
+    max_increase: float | None = None
+    frontier: bool = False
+
+    def __post_init__(self) -> None:
+        if self.config.is_qat and self.steps is None:
+            raise InputError(
+                f"mode {self.mode!r} trains: say for how long with --steps; a tenth of the steps "
+                "of the float training is plenty"
+            )
+        if not self.config.is_qat and self.steps is not None:
+            raise InputError(f"mode {self.mode!r} does not train, and takes no --steps")
+        if self.target_bits is not None and self.max_increase is not None:
+            raise InputError("give --target-bits or --max-ppl-increase, not both")
+        if self.frontier and not self.has_budget:
+            raise InputError("--frontier needs --target-bits or --max-ppl-increase")
+        if self.has_budget and self.mode != QuantizationConfig.MIXED_PRECISION:
+            raise InputError(
+                f"a bit budget mixes precisions: it goes with mode 'mixed_precision', whose core "
+                f"is INT8, not with {self.mode!r}"
+            )
+
+    @property
+    def config(self) -> QuantizationConfig:
+        """The choice that the model gets."""
+        return QuantizationConfig(self.mode, self.group_size)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether bits are given to weights one by one."""
+        return self.target_bits is not None or self.max_increase is not None
+
+    def schedule(self, window: int) -> Schedule:
+        """Length and speed of the training in a QAT mode, with windows of so many tokens."""
+        assert self.steps is not None
+        return Schedule(
+            steps=self.steps,
+            batch_size=_windows(_TOKENS_A_BATCH, window),
+            learning_rate=self.learning_rate,
+            warmup_fraction=0.1,
+            weight_decay=0.0,
+        )
+
+
+def run_quantize(
+    checkpoint: Path,
+    output: Path,
+    data: str | Path | None,
+    settings: QuantizeSettings,
+    console: Console,
+) -> dict[str, Any]:
+    """Quantize a float checkpoint and save it with its tokenizer and its receipt.
+
+    Args:
+        checkpoint: folder with a float model and its tokenizer.
+        output: folder to write, another one.
+        data: as in `bkcore.text.load_corpus`; None takes the embedded corpus.
+        settings: how.
+        console: where progress is drawn.
+
+    Returns:
+        `receipt`, see `bkcore.model.receipt.of_quantized`, and `corpus`, the name of the text.
+        With a bit budget also `sensitivity`, a list of `Sensitivity`; `assignment`, the `Choice`
+        of each unit; and `points`, rows of `Search.point`: the model that was saved comes first.
+
+    Raises:
+        InputError: if the checkpoint is not float, both folders are the same, or no model is
+            within the budget.
+        CheckpointError: if it cannot be loaded, or `output` not written.
+        DataError: if the text is missing, unreadable or too small.
+        ReceiptError: if `settings.strict` finds something; nothing is written then.
+    """
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    if output.resolve() == checkpoint.resolve():
+        raise InputError(f"{output} is the checkpoint itself; name another folder")
+    load_float(checkpoint)
+    prepare_folder(output)
+    corpus = load_corpus(data)
+    with Plan(_stages(settings), console) as plan:
+        with plan.stage("read text"):
+            model, tokenizer = load_float(checkpoint)
+            windows = TokenWindows(encode(tokenizer, corpus.train), model.config.n_seq)
+        run = _Run(checkpoint, windows, tokenizer, settings, plan)
+        model, result = run.with_budget(model) if settings.has_budget else run.by_mode(model)
+    assert model.receipt is not None
+    if settings.strict:
+        check_strictly(model.receipt)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return {"receipt": model.receipt, "corpus": corpus.name, **result}
+
+
+def check_strictly(receipt: dict[str, Any]) -> None:
+    """Raise `ReceiptError`, which names every tensor, unless a receipt has nothing amiss."""
+    found = problems(receipt)
+    if found:
+        raise ReceiptError("--strict: " + "; ".join(found))
+
+
+def load_float(checkpoint: Path) -> tuple[ResNetBKForCausalLM, PreTrainedTokenizerFast]:
+    """Load a float model and its tokenizer.
+
+    Raises:
+        InputError: if it is quantized.
+        CheckpointError: if either is missing or damaged.
+    """
+    model, tokenizer = load_checkpoint(checkpoint)
+    if model.quantization_state != "float":
+        raise InputError(
+            f"{checkpoint} is {model.quantization_state.value}; "
+            "quantize the float checkpoint it was made from"
+        )
+    return model, tokenizer
+
+
+def _stages(settings: QuantizeSettings) -> dict[str, float]:
+    """Stages and about how long each takes."""
+    stages = {"read text": 5.0, "calibrate": 5.0}
+    if settings.steps is not None:
+        stages["train"] = 1.0 * settings.steps
+    if settings.has_budget:
+        stages |= {"measure sensitivity": 100.0, "spend the budget": 20.0}
+    if settings.frontier:
+        stages["measure the frontier"] = 80.0
+    return stages
+
+
+@dataclass
+class _Run:
+    """What the ways to quantize share."""
+
+    checkpoint: Path
+    windows: TokenWindows
+    tokenizer: PreTrainedTokenizerFast
+    settings: QuantizeSettings
+    plan: Plan
+
+    @property
+    def length(self) -> int:
+        return self.windows[0]["input_ids"].numel()
+
+    @property
+    def batch_size(self) -> int:
+        return _windows(_TOKENS_A_BATCH, self.length)
+
+    @property
+    def calibration_windows(self) -> int:
+        return _windows(self.settings.calibration_tokens, self.length)
+
+    def by_mode(self, model: ResNetBKForCausalLM) -> tuple[ResNetBKForCausalLM, dict[str, Any]]:
+        with self.plan.stage("calibrate"):
+            self._quantize(model, self.settings.config)
+        if self.settings.steps is not None:
+            schedule = self.settings.schedule(self.length)
+            with self.plan.stage("train") as advance:
+                train(
+                    model,
+                    self.windows,
+                    schedule,
+                    on_step=lambda step: advance(step / schedule.steps),
+                )
+                model.convert()
+        return model, {}
+
+    def with_budget(self, model: ResNetBKForCausalLM) -> tuple[ResNetBKForCausalLM, dict[str, Any]]:
+        settings = self.settings
+        with self.plan.stage("calibrate"):
+            # Any weight may become INT4, and is calibrated for that.
+            every = {name: 4 for names in units(model).values() for name in names}
+            model.configure_quantization(replace(settings.config, tensor_bits=every))
+            model.start_calibration()
+            with torch.no_grad():
+                for batch in self._calibration_batches():
+                    model(batch)
+            model.end_calibration()
+        with self.plan.stage("measure sensitivity") as advance:
+            ids = torch.cat(self._calibration_batches())
+            some = ids[:: max(1, ids.numel() // _SENSITIVITY_TOKENS)]
+            batches = some.split(self.batch_size)
+            found = measure(model, settings.config, batches, on_progress=advance)
+        with self.plan.stage("spend the budget") as advance:
+            search = Search(model, found, self._judge())
+            quantized, assignment = self._spend(search, advance)
+            points = [search.point("saved", quantized, total_loss(assignment))]
+        if settings.frontier:
+            with self.plan.stage("measure the frontier") as advance:
+                rivals = [self._uniform(search, mode) for mode in UNIFORM_MODES]
+                sizes = [row["average_bits"] for row in rivals]
+                points += search.points(sizes, advance) + rivals
+        result = {"sensitivity": found, "assignment": assignment, "points": points}
+        return quantized, result
+
+    def _spend(
+        self, search: Search, advance: Callable[[float], None]
+    ) -> tuple[ResNetBKForCausalLM, Assignment]:
+        if self.settings.target_bits is None:
+            assert self.settings.max_increase is not None
+            return search.smallest_within(self.settings.max_increase, advance)
+        assignment = search.within(self.settings.target_bits)
+        return search.quantize(assignment), assignment
+
+    def _uniform(self, search: Search, mode: str) -> dict[str, Any]:
+        model, _ = load_float(self.checkpoint)
+        self._quantize(model, QuantizationConfig(mode, self.settings.group_size))
+        return search.point(mode, model, None)
+
+    def _quantize(self, model: ResNetBKForCausalLM, config: QuantizationConfig) -> None:
+        model.configure_quantization(config)
+        model.calibrate_quantization(self._calibration_batches())
+
+    def _calibration_batches(self) -> tuple[Tensor, ...]:
+        return spread(self.windows, self.calibration_windows).split(self.batch_size)
+
+    def _judge(self) -> Judge:
+        """Of as many windows as calibration took, and none of those."""
+        held_out = spread(self.windows, self.calibration_windows, self.calibration_windows)
+        bos_id: int = self.tokenizer.bos_token_id
+        return Judge(held_out.flatten(), self.length, self.batch_size, bos_id)
+
+
+def _windows(tokens: int, length: int) -> int:
+    """How many windows of a length hold about so many tokens, at least one."""
+    return max(1, tokens // length)
+
+
+def as_json(result: dict[str, Any]) -> dict[str, Any]:
+    """What `run_quantize` returns, ready for JSON."""
+    sensitivity: list[Sensitivity] = result.get("sensitivity", [])
+    assignment: Assignment = result.get("assignment", {})
+    if not sensitivity:
+        return result
+    return result | {
+        "sensitivity": [vars(entry) for entry in sensitivity],
+        "assignment": {unit: vars(choice) for unit, choice in assignment.items()},
+    }

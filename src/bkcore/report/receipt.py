@@ -1,0 +1,116 @@
+"""The receipt of a quantized model as tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from bkcore.model.receipt import Receipt, read
+
+
+def read_receipt(folder: Path) -> Receipt:
+    """The receipt in a checkpoint's folder; errors as in `bkcore.model.receipt.read`."""
+    return read(folder)
+
+
+def tables(receipt: dict[str, Any]) -> list[Table]:
+    """Tables of the weights, of the activations of the core, and of what stayed float.
+
+    Args:
+        receipt: see `bkcore.model.receipt.of_quantized`.
+    """
+    return [_weights(receipt), _activations(receipt), _float(receipt)]
+
+
+def average_bits(receipt: dict[str, Any]) -> float:
+    """Bits of a weight that the mode names, scales included, on average over all of them."""
+    weights = receipt["weights"]
+    count = sum(rows * columns for rows, columns in (entry["shape"] for entry in weights))
+    return float(8 * sum(entry["bytes"] for entry in weights) / count)
+
+
+def _weights(receipt: dict[str, Any]) -> Table:
+    config = receipt["quantization"]
+    table = _table(f"weights, {config['mode']}: {average_bits(receipt):.3f} bits on average")
+    table.add_column("weight", no_wrap=True)
+    table.add_column("bits")
+    table.add_column("group", justify="right")
+    table.add_column("range")
+    for heading in ("clipped\n%", "error\n%", "tokens\nseen", "bytes"):
+        table.add_column(heading, justify="right")
+    table.add_column("kernel")
+    for entry in receipt["weights"]:
+        table.add_row(
+            _short(entry["name"]),
+            str(entry["bits"]),
+            str(entry.get("group_size", "")),
+            _range(entry),
+            _percent(entry.get("clipping_rate")),
+            _percent(entry.get("relative_error")),
+            _count(entry["calibration_tokens"]),
+            f"{entry['bytes']:,}",
+            entry["kernel"].replace("aten::", ""),
+        )
+    return table
+
+
+def _activations(receipt: dict[str, Any]) -> Table:
+    table = _table("what enters and leaves the core")
+    table.add_column("quantizer", no_wrap=True)
+    for heading in ("bits", "scheme", "range"):
+        table.add_column(heading)
+    for heading in ("scales", "smallest", "largest", "clipped\n%", "tokens\nseen"):
+        table.add_column(heading, justify="right")
+    for entry in receipt["activations"]:
+        table.add_row(
+            _short(entry["name"]),
+            str(entry["bits"]),
+            entry["scheme"].replace("metric", "."),
+            str(entry["range_method"]),
+            str(entry["scales"]),
+            f"{entry['smallest_scale']:.2e}",
+            f"{entry['largest_scale']:.2e}",
+            _percent(entry.get("clipping_rate")),
+            _count(entry["calibration_tokens"]),
+        )
+    return table
+
+
+def _float(receipt: dict[str, Any]) -> Table:
+    table = _table("float in every mode")
+    table.add_column("tensor", no_wrap=True)
+    table.add_column("shape")
+    table.add_column("bytes", justify="right")
+    table.add_column("reason")
+    for entry in receipt["float"]:
+        shape = " x ".join(map(str, entry["shape"]))
+        table.add_row(
+            _short(entry["name"]), shape, f"{entry['bytes']:,}", entry["reason"] or "none"
+        )
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the other columns: 0.experts.3.up is of expert 3 of layer 0."""
+    name = name.removeprefix("layers.").replace(".experts.experts.", ".experts.")
+    return name.replace(".mixer.quantizers.", ".")
+
+
+def _range(entry: dict[str, Any]) -> str:
+    method = str(entry.get("range_method", entry["scheme"]))
+    return f"{method}, gptq" if entry.get("rounding") == "gptq" else method
+
+
+def _percent(rate: float | None) -> str:
+    return "" if rate is None else f"{100 * rate:.3g}"
+
+
+def _count(tokens: int | None) -> str:
+    return "unknown" if tokens is None else f"{tokens:,}"

@@ -1,0 +1,194 @@
+"""`bkcore quantize`: modes, bit budgets, the receipt, and what --strict refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from bkcore.cli import app
+from bkcore.errors import CheckpointError, InputError, ReceiptError
+from bkcore.evaluation.checkpoints import load_checkpoint
+from bkcore.model import LanguageModel
+from bkcore.model.receipt import read
+from bkcore.report.quantize import QuantizeSettings, run_quantize
+from bkcore.report.receipt import average_bits
+from bkcore.text import encode, train_tokenizer
+
+LINES = [
+    f"the {('slow', 'quick', 'lonely')[i * i % 3]} fox sees site {i * 7 % 11} again .\n"
+    for i in range(1500)
+]
+TRAIN, VALID = "".join(LINES[100:]), "".join(LINES[:100])
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "train.txt").write_text(TRAIN)
+    (folder / "valid.txt").write_text(VALID)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model whose second expert is all but deaf to noise: its output is nearly zero."""
+    folder = tmp_path_factory.mktemp("float")
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(TRAIN, 300)
+    model = LanguageModel(
+        len(tokenizer), 16, 1, 32, num_experts=2, experts_per_token=2, expert_size=24, key_size=4
+    )
+    torch.nn.init.normal_(model.layers[0].mixer.out_proj.weight, std=0.3)
+    model.embedding.weight.data.mul_(20)
+    model.layers[0].experts.experts[1].down.weight.data.mul_(1e-3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def settings(**options: object) -> QuantizeSettings:
+    return QuantizeSettings(group_size=8, calibration_tokens=512, **options)  # type: ignore[arg-type]
+
+
+def test_the_saved_model_is_the_one_of_the_python_interface(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    found = run_quantize(checkpoint, tmp_path, text, settings(mode="ptq_int4", strict=True), QUIET)
+    model, tokenizer = load_checkpoint(tmp_path)
+    assert model.quant_config.mode == "ptq_int4"
+    assert model.quant_config.group_size == 8
+    assert model.receipt == read(tmp_path) == found["receipt"]
+    ids = encode(tokenizer, VALID)[None, :40].long()
+    reference, _ = load_checkpoint(checkpoint)
+    assert not torch.equal(model(ids).logits, reference(ids).logits)
+
+
+def test_it_calibrates_on_the_training_text_alone(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "text"
+    other.mkdir()
+    (other / "train.txt").write_text(TRAIN)
+    (other / "valid.txt").write_text("something else entirely . " * 200)
+    tensors = []
+    for data, name in ((text, "one"), (other, "two")):
+        run_quantize(
+            checkpoint,
+            tmp_path / name,
+            data,
+            settings(mode="mixed_precision", target_bits=7.0),
+            QUIET,
+        )
+        tensors.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert tensors[0] == tensors[1]
+
+
+def test_training_in_a_qat_mode(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    options = settings(mode="qat_int8", steps=2, learning_rate=1e-3, strict=True)
+    found = run_quantize(checkpoint, tmp_path, text, options, QUIET)
+    model, _ = load_checkpoint(tmp_path)
+    assert model.quantization_state == "quantized"
+    assert {entry["range_method"] for entry in found["receipt"]["weights"]} == {"learned"}
+    ptq = run_quantize(checkpoint, tmp_path / "ptq", text, settings(mode="ptq_int8"), QUIET)
+    assert (tmp_path / "model.safetensors").stat().st_size > 0
+    assert ptq["receipt"]["weights"] != found["receipt"]["weights"]
+
+
+@pytest.mark.parametrize("bits", [7.0, 9.5])
+def test_a_budget_of_bits_is_kept_and_loads_by_itself(
+    checkpoint: Path, text: Path, tmp_path: Path, bits: float
+) -> None:
+    options = settings(mode="mixed_precision", target_bits=bits, strict=True)
+    found = run_quantize(checkpoint, tmp_path, text, options, QUIET)
+    model, _ = load_checkpoint(tmp_path)
+    assert average_bits(found["receipt"]) <= bits
+    given = {entry["name"]: entry["bits"] for entry in found["receipt"]["weights"]}
+    assert given == model.quant_config.tensor_bits
+    assert len(set(given.values())) > 1
+    # What is nearly deaf never gets more than what is not.
+    choice = {unit: given.bits for unit, given in found["assignment"].items()}
+    assert choice["layers.0.experts.experts.1"] <= choice["layers.0.experts.experts.0"]
+
+
+def test_the_frontier_goes_from_small_to_good(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", str(checkpoint), str(tmp_path / "out"), "--data", str(text)]
+    arguments += ["--group-size=8", "--calibration-tokens=512", "--max-ppl-increase=1%"]
+    picture, report = tmp_path / "frontier.svg", tmp_path / "report.json"
+    arguments += ["--frontier", str(picture), "--json", str(report)]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert picture.read_bytes().startswith(b"<?xml")
+    points = json.loads(report.read_text())["points"]
+    assert points[0]["name"] == "saved"
+    assert points[0]["ci_high_pct"] <= 1
+    line = [point for point in points if point["name"] == "budget"]
+    assert [point["bytes"] for point in line] == sorted(point["bytes"] for point in line)
+    # All in 4 bits and all in 16 but the core: what is between lies between.
+    assert line[0]["ppl_token"] > line[-1]["ppl_token"]
+    assert {point["name"] for point in points[-3:]} == {"ptq_int8", "ptq_int4", "mixed_precision"}
+
+
+def test_an_increase_that_cannot_be_had_is_refused(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    options = settings(mode="mixed_precision", max_increase=-50.0)
+    with pytest.raises(InputError, match="allow more than -50"):
+        run_quantize(checkpoint, tmp_path / "out", text, options, QUIET)
+    options = settings(mode="mixed_precision", target_bits=4.0)
+    with pytest.raises(InputError, match="allow more bits"):
+        run_quantize(checkpoint, tmp_path / "out", text, options, QUIET)
+
+
+def test_strict_names_what_is_amiss_and_writes_nothing(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = load_checkpoint(checkpoint)
+    with torch.no_grad():  # with one expert a token, all go to the first
+        model.layers[0].experts.router.weight.zero_()
+    model.config.experts_per_token = 1
+    model.save_pretrained(tmp_path / "deaf")
+    tokenizer.save_pretrained(tmp_path / "deaf")
+    with pytest.raises(ReceiptError, match=r"experts\.1\.up was reached by no calibration data"):
+        run_quantize(tmp_path / "deaf", tmp_path / "out", text, settings(strict=True), QUIET)
+    assert list((tmp_path / "out").iterdir()) == []
+    run_quantize(tmp_path / "deaf", tmp_path / "out", text, settings(), QUIET)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "qat_int8"}, "--steps"),
+        ({"mode": "ptq_int8", "steps": 3}, "does not train"),
+        ({"mode": "ptq_int4", "target_bits": 5.0}, "mixes precisions"),
+        ({"frontier": True}, "--frontier needs"),
+        ({"mode": "mixed_precision", "target_bits": 5.0, "max_increase": 1.0}, "not both"),
+        ({"mode": "int8"}, "unknown quantization mode"),
+    ],
+)
+def test_choices_that_exclude_each_other(options: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        settings(**options)
+
+
+def test_folders_that_cannot_be(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is the checkpoint itself"):
+        run_quantize(checkpoint, checkpoint, text, settings(), QUIET)
+    run_quantize(checkpoint, tmp_path / "int8", text, settings(), QUIET)
+    with pytest.raises(InputError, match="is quantized"):
+        run_quantize(tmp_path / "int8", tmp_path / "again", text, settings(), QUIET)
+    with pytest.raises(CheckpointError, match="has no receipt"):
+        read(checkpoint)
+
+
+def test_the_receipt_is_printed(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    run_quantize(checkpoint, tmp_path, text, settings(mode="mixed_precision"), QUIET)
+    output = CliRunner().invoke(app, ["receipt", str(tmp_path)], catch_exceptions=False).output
+    for part in ("0.experts.1.down", "_int_mm", "0.found.imag", "router: small", "asym."):
+        assert part in output
