@@ -1,0 +1,56 @@
+"""The checkpoint in the repository: small, whole, and as good as its report says."""
+
+import json
+from pathlib import Path
+
+import torch
+from typer.testing import CliRunner
+
+from bkcore.cli import app
+from bkcore.evaluation.checkpoints import load_checkpoint
+from bkcore.evaluation.perplexity import perplexity_per_word, score
+from bkcore.report.recipe import read_recipe
+from bkcore.text import count_words, encode, load_corpus, tokenizer_hash
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT = ROOT / "checkpoints" / "wikitext2"
+REPORT = json.loads((CHECKPOINT / "training.json").read_text())
+
+
+def test_it_is_small_and_half_precision() -> None:
+    assert sum(path.stat().st_size for path in CHECKPOINT.iterdir()) <= 10_000_000
+    assert json.loads((CHECKPOINT / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_it_is_what_the_recipe_makes() -> None:
+    recipe = read_recipe(ROOT / "configs" / "wikitext2.yaml")
+    assert REPORT["recipe"] == recipe.as_dict()
+    model, tokenizer = load_checkpoint(CHECKPOINT)
+    assert {name: getattr(model.config, name) for name in recipe.model} == recipe.model
+    assert model.config.n_seq == recipe.window
+    assert tokenizer_hash(tokenizer) == REPORT["protocol"]["tokenizer_hash"]
+    assert sum(parameter.numel() for parameter in model.parameters()) == REPORT["parameters"]
+
+
+def test_it_generates_at_once(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    result = CliRunner().invoke(app, ["generate", "--prompt", "The game was", "--tokens", "20"])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("The game was")
+    assert len(result.output.split()) > 6
+
+
+def test_it_is_as_good_as_its_report_says(wikitext_dir: Path) -> None:
+    """float16 moves each weight by at most 2^-11 of itself, some 1e-4 of the loss."""
+    torch.set_num_threads(2)
+    model, tokenizer = load_checkpoint(CHECKPOINT)
+    text = load_corpus(wikitext_dir).valid
+    scores = score(
+        model,
+        encode(tokenizer, text),
+        window=REPORT["protocol"]["window"],
+        batch_size=8,
+        bos_id=tokenizer.bos_token_id,
+    )
+    found = perplexity_per_word(scores, count_words(text))
+    assert abs(found / REPORT["best"]["eval_ppl_word"] - 1) < 1e-3
