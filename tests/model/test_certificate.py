@@ -76,9 +76,10 @@ def test_the_bound_covers_the_error(build, tokens, mode, state, clip):
         _, opening, _ = mixer.core_inputs(x, mixer.first_state(len(x)))
         gate = torch.nn.functional.silu(opening)[:, :, None]
         found = gated.unflatten(-1, (3, -1))[:, :, 1:] / gate
-        torch.testing.assert_close(
-            certificate.error, (found.double() - exact).abs(), rtol=0, atol=2e-5
-        )
+        # A gate of 0, which integer products do give, lets nothing be seen behind it.
+        error = torch.where(gate == 0, certificate.error, (found.double() - exact).abs())
+        assert (gate == 0).double().mean() < 0.05
+        torch.testing.assert_close(certificate.error, error, rtol=0, atol=2e-5)
         assert bool((certificate.error <= certificate.bound).all())
         # Not by saying nothing: |y| <= sqrt(U) alone would be a bound.
         if not clip and mode.endswith("int8"):
