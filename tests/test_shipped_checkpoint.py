@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
 from typer.testing import CliRunner
 
 from bkcore.cli import app
@@ -42,7 +41,6 @@ def test_it_generates_at_once(monkeypatch) -> None:
 
 def test_it_is_as_good_as_its_report_says(wikitext_dir: Path) -> None:
     """float16 moves each weight by at most 2^-11 of itself, some 1e-4 of the loss."""
-    torch.set_num_threads(2)
     model, tokenizer = load_checkpoint(CHECKPOINT)
     text = load_corpus(wikitext_dir).valid
     scores = score(

@@ -145,7 +145,9 @@ def quantize(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps of the QAT modes.")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Peak rate of the QAT modes.")] = 4e-4,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak rate of the QAT modes; default: 4e-4.")
+    ] = None,
     target_bits: Annotated[
         float | None,
         typer.Option(help="Most bits of a weight on average, scales included: 4, 8 or 16 each."),

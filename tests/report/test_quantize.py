@@ -165,7 +165,8 @@ def test_strict_names_what_is_amiss_and_writes_nothing(
     ("options", "message"),
     [
         ({"mode": "qat_int8"}, "--steps"),
-        ({"mode": "ptq_int8", "steps": 3}, "does not train"),
+        ({"mode": "ptq_int8", "steps": 3}, "takes no --steps"),
+        ({"mode": "ptq_int8", "learning_rate": 1e-3}, "takes no --learning-rate"),
         ({"mode": "ptq_int4", "target_bits": 5.0}, "mixes precisions"),
         ({"frontier": True}, "--frontier needs"),
         ({"mode": "mixed_precision", "target_bits": 5.0, "max_increase": 1.0}, "not both"),

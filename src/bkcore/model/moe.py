@@ -6,7 +6,7 @@ with the top-k weights normalized to sum to one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -35,22 +35,33 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (M, D) -> (M, D)."""
-        if self.training or all(
-            isinstance(layer, QuantizedLinear) and layer.is_exact for layer in (self.up, self.down)
-        ):
+        if self.training:
             return self.perceptron(x)
-        return torch.cat([self._padded(block) for block in x.split(_BLOCK)])
+        layers = (self.up, self.down)
+        if all(isinstance(layer, QuantizedLinear) and layer.is_exact for layer in layers):
+            return self.down(_in_blocks(F.silu, self.up(x)))
+        return _in_blocks(self.perceptron, x)
 
     def perceptron(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D), in one product whatever the number of rows."""
         return self.down(F.silu(self.up(x)))
 
-    def _padded(self, block: Tensor) -> Tensor:
-        # How many tokens an expert serves depends on tokens to come, and a float product may round
-        # a row differently when the number of rows changes. Blocks of one size keep causality
-        # bit for bit. (Integer products are exact, so experts of codes need none of this.)
+
+def _in_blocks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of rows (M, D), each of which gets the same bits whatever M is.
+
+    A float product may round a row differently when the number of rows changes, and PyTorch's
+    exponential does so at the end of a tensor, where no whole vector is left. How many tokens an
+    expert serves depends on tokens to come, and a stream has one token where a whole text has
+    many: blocks of one size keep causality, and streams, bit for bit. (Products of codes are exact,
+    so they need none of this.)
+    """
+
+    def padded(block: Tensor) -> Tensor:
         rows = block.shape[0]
-        return self.perceptron(F.pad(block, (0, 0, 0, _BLOCK - rows)))[:rows]
+        return function(F.pad(block, (0, 0, 0, _BLOCK - rows)))[:rows]
+
+    return torch.cat([padded(block) for block in x.split(_BLOCK)])
 
 
 class MixtureOfExperts(nn.Module):
@@ -83,7 +94,8 @@ class MixtureOfExperts(nn.Module):
         if self.router is None:
             return cast(Expert, self.experts[0]).perceptron(x), x.new_zeros(())
         tokens = x.reshape(-1, x.shape[-1])
-        probabilities = self.router(tokens).float().softmax(-1)
+        scores = self.router(tokens) if self.training else _in_blocks(self.router, tokens)
+        probabilities = scores.float().softmax(-1)
         weights, chosen = probabilities.topk(self.experts_per_token)
         weights = weights / weights.sum(-1, keepdim=True)
         load = (chosen[..., None] == torch.arange(len(self.experts), device=x.device)).sum((0, 1))

@@ -352,7 +352,8 @@ def _search_group_ranges(
             low, high = _shrink_one_end(low, high, error, bits, move_low=False)
             low, high = _shrink_one_end(low, high, error, bits, move_low=True)
     scale, zero_point = affine_from_range(low, high, bits, symmetric)
-    scale, zero_point = _best_neighbour(scale, zero_point, cost, shift=not symmetric)
+    widest, _ = affine_from_range(observer.low[groups], observer.high[groups], bits, symmetric)
+    scale, zero_point = _best_neighbour(scale, zero_point, widest, cost, shift=not symmetric)
     return scale, zero_point.to(torch.int8)
 
 
@@ -374,16 +375,23 @@ def _bin_errors(values: Tensor, scale: Tensor, zero: Tensor, bits: int, norm: in
 
 
 def _best_neighbour(
-    scale: Tensor, zero_point: Tensor, cost: Callable[[Tensor, Tensor], Tensor], *, shift: bool
+    scale: Tensor,
+    zero_point: Tensor,
+    widest: Tensor,
+    cost: Callable[[Tensor, Tensor], Tensor],
+    *,
+    shift: bool,
 ) -> tuple[Tensor, Tensor]:
     """The best of the scales within a tenth, and of the zero points beside, if they may shift.
+
+    No scale is wider than `widest` (G,), with which the codes hold all that was seen.
 
     A zero point is a whole number, so that at 4 bits the error jumps by percents from one to the
     next, and the ends of the range alone do not find the best pair.
     """
     factors = torch.linspace(0.9, 1.1, 17).repeat(3 if shift else 1)
     shifts = torch.arange(-1, 2).repeat_interleave(17) if shift else torch.zeros(17)
-    scales = affine.storable(scale[:, None] * factors)
+    scales = torch.minimum(affine.storable(scale[:, None] * factors), widest[:, None])
     zero_points = (zero_point[:, None] + shifts).clamp(-128, 127)
     # The present pair is first among equals: data that every range fits keep theirs.
     scales = torch.cat((scale[:, None], scales), 1)

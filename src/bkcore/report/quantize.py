@@ -28,6 +28,7 @@ from bkcore.training import Schedule, train
 
 _TOKENS_A_BATCH = 4096
 _SENSITIVITY_TOKENS = 8192
+_LEARNING_RATE = 4e-4
 
 UNIFORM_MODES = ("ptq_int8", "ptq_int4", "mixed_precision")
 """What the frontier of a bit budget is compared with."""
@@ -42,7 +43,7 @@ class QuantizeSettings:
         calibration_tokens: tokens of the training text to calibrate on, in windows of the length
             of the model's training; at least one window is taken.
         steps: of training, which the QAT modes need and the others do not have.
-        learning_rate: the peak of that training.
+        learning_rate: the peak of that training; None is 4e-4.
         strict: refuse a model that is not, tensor for tensor, what its mode promises.
         target_bits: bits of a weight on average over all weights that modes quantize
             (projections, experts, embedding), scales included; at most so many.
@@ -51,15 +52,15 @@ class QuantizeSettings:
         frontier: measure models of all sizes beside the one that is saved, and the uniform modes.
 
     Raises:
-        InputError: for an unknown mode or group size, a QAT mode without steps, steps without
-            a QAT mode, or a bit budget in another mode than mixed precision.
+        InputError: for an unknown mode or group size, a QAT mode without steps, steps or a
+            learning rate without a QAT mode, or a bit budget in another mode than mixed precision.
     """
 
     mode: str = QuantizationConfig.PTQ_INT8
     group_size: int = 128
     calibration_tokens: int = 32_768
     steps: int | None = None
-    learning_rate: float = 4e-4
+    learning_rate: float | None = None
     strict: bool = False
     target_bits: float | None = None
     max_increase: float | None = None
@@ -73,6 +74,8 @@ class QuantizeSettings:
             )
         if not self.config.is_qat and self.steps is not None:
             raise InputError(f"mode {self.mode!r} does not train, and takes no --steps")
+        if not self.config.is_qat and self.learning_rate is not None:
+            raise InputError(f"mode {self.mode!r} does not train, and takes no --learning-rate")
         if self.target_bits is not None and self.max_increase is not None:
             raise InputError("give --target-bits or --max-ppl-increase, not both")
         if self.frontier and not self.has_budget:
@@ -99,7 +102,7 @@ class QuantizeSettings:
         return Schedule(
             steps=self.steps,
             batch_size=_windows(_TOKENS_A_BATCH, window),
-            learning_rate=self.learning_rate,
+            learning_rate=_LEARNING_RATE if self.learning_rate is None else self.learning_rate,
             warmup_fraction=0.1,
             weight_decay=0.0,
         )
