@@ -99,7 +99,8 @@ def test_equals_the_three_steps(
 
 @pytest.mark.parametrize("two_sided", [False, True])
 def test_few_long_chains_equal_the_three_steps(two_sided: bool) -> None:
-    p = problem(1, 1100, 3, two_sided=two_sided, group_size=128)
+    # Blocks round differently in the last bit, which turns one code in some 10^5.
+    p = problem(1, 400_000, 3, two_sided=two_sided, group_size=128)
     assert torch.equal(sweep_rounded(**p), expected(p))
 
 

@@ -129,6 +129,28 @@ def test_a_float_row_does_not_depend_on_how_many_there_are(rows):
     assert torch.equal(expert(x[:rows]), expert(x)[:rows])
 
 
+@pytest.mark.parametrize("mode", ["ptq_int8", "ptq_int4", "mixed_precision"])
+@torch.no_grad()
+def test_a_row_of_a_quantized_expert_does_not_either(build, mode):
+    """What is between its products is seen: of the rest, codes hide most of a last bit."""
+    expert = build(mode, "quantized").layers[0].experts.experts[0]
+    hidden: list[torch.Tensor] = []
+    expert.down.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    x = 3 * torch.randn(300, 24)
+    whole = expert(x)
+    for rows in (*range(1, 40), 128, 129, 299):
+        assert torch.equal(expert(x[:rows]), whole[:rows]), rows
+        assert torch.equal(hidden[-1], hidden[0][:rows]), rows
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 127, 128, 129, 299])
+@torch.no_grad()
+def test_what_a_token_gets_does_not_depend_on_how_many_there_are(rows):
+    layer = mixture(d_model=64, expert_size=96)
+    x = torch.randn(1, 300, 64)
+    assert torch.equal(layer(x[:, :rows])[0], layer(x)[0][:, :rows])
+
+
 def test_data_parallel_processes_share_their_load(tmp_path):
     """The mean of the losses and gradients of two processes is that of one with the whole batch."""
     code = """
