@@ -229,7 +229,7 @@ def test_attention_is_enclosed(
     exact = attention_problem(seed, sites, barrier)
     used = AttentionInputs(*(rounded(x, bits, 1.5) for x in exact))  # much of it clips
     width = torch.tensor([eta, 2 * eta], dtype=torch.float64)
-    g, real, imag = attention_enclosure(exact, used, width)
+    g, real, imag, memory = attention_enclosure(exact, used, width)
     out, green = dense_attention(exact, width)
     norm = 4 + float(exact.potential.abs().max())
     slack = 32 * sites * U * norm / eta**2
@@ -237,6 +237,7 @@ def test_attention_is_enclosed(
     assert ((g.centre - green).abs() <= g.radius + slack).all()
     assert ((real.centre - out.real).abs() <= real.radius + slack * scale).all()
     assert ((imag.centre - out.imag).abs() <= imag.radius + slack * scale).all()
+    assert ((memory.centre - green.imag / width).abs() <= memory.radius + slack / width).all()
     # The centre is what attention makes of the inputs that are used; float32 is bounded, too.
     result, _, _ = resolvent_attention(*(x.float() for x in used), width.float())
     assert (real.bound(result.real) >= (result.real - out.real).abs() - slack * scale).all()
@@ -246,7 +247,7 @@ def test_a_hopping_hardly_moves_g() -> None:
     """Without a potential g stays 1, whatever the bonds: c_i carries 1 - g', not 1."""
     exact = attention_problem(0, 40, 0.0)
     moved = exact._replace(hopping=exact.hopping * 0.9)
-    g, real, _ = attention_enclosure(exact, moved, torch.full((2,), 1e-9, dtype=torch.float64))
+    g, real, _, _ = attention_enclosure(exact, moved, torch.full((2,), 1e-9, dtype=torch.float64))
     assert g.radius.max() < 1e-7
     assert real.radius[:, 1:].min() > 0
 
@@ -254,7 +255,7 @@ def test_a_hopping_hardly_moves_g() -> None:
 def test_the_imaginary_part_has_a_bound_of_its_own_order() -> None:
     exact = attention_problem(1, 20, 0.0)
     used = AttentionInputs(*(rounded(x, 8, 4.0) for x in exact))
-    _, real, imag = attention_enclosure(exact, used, torch.full((2,), 1e-6, dtype=torch.float64))
+    _, real, imag, _ = attention_enclosure(exact, used, torch.full((2,), 1e-6, dtype=torch.float64))
     assert imag.radius.mean() < 1e-4 * real.radius.mean()
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from bkcore.core.bounds import Enclosure
 from bkcore.errors import LifecycleError
 from bkcore.model import core_certificates
-from bkcore.model.certificate import _normalized
-from bkcore.model.mixer import ResolventMixer, unit_mean_square
+from bkcore.model.certificate import _over_power
+from bkcore.model.mixer import ResolventMixer
 
 
 def dense_core(mixer: ResolventMixer, x: Tensor) -> Tensor:
@@ -31,9 +31,9 @@ def dense_core(mixer: ResolventMixer, x: Tensor) -> Tensor:
     for i in range(sites):
         rows[..., i, : i + 1] = torch.linalg.inv(shifted[..., : i + 1, : i + 1])[..., i, :]
     out = (rows * (query @ key.mT)) @ value.to(rows.dtype)
-    parts = [out.real, out.imag / eta[:, None, None]]
-    found = [unit_mean_square(p.transpose(1, 2), mixer.norm_eps).flatten(2) for p in parts]
-    return torch.stack(found, 2)
+    remembered = rows.abs().square().sum(-1, keepdim=True)  # Ward: Im g / eta
+    parts = [out.real / remembered**0.5, out.imag / eta[:, None, None] / remembered**1.5]
+    return torch.stack([part.transpose(1, 2).flatten(2) for part in parts], 2)
 
 
 def run(model, ids):
@@ -59,8 +59,11 @@ def test_the_bound_covers_the_error(build, tokens, mode, state, clip):
     model, ids = build(mode, state), tokens(2, 13)
     if clip:
         for layer in model.layers:
-            for part in layer.mixer.quantizers.parts():
-                (part.log_scales if part.learnable else part.stored_scales.log_()).sub_(2)
+            *inputs, real, imag = layer.mixer.quantizers.parts()
+            for part in (*inputs, real, imag):
+                # What clipped inputs make is small, and must be clipped nevertheless.
+                by = 10 if part in (real, imag) else 2
+                (part.log_scales if part.learnable else part.stored_scales.log_()).sub_(by)
                 if not part.learnable:
                     part.stored_scales.exp_()
     logits, seen, features = run(model, ids)
@@ -98,12 +101,22 @@ def test_a_float_core_has_no_certificate(build, tokens):
             core_certificates(model, tokens(1, 4))
 
 
-def test_the_ball_behind_the_normalization():
+@pytest.mark.parametrize("power", [0.5, 1.5])
+def test_the_ball_behind_the_quotient(power):
     centre = torch.randn(200, 5, dtype=torch.float64) * torch.logspace(-3, 1, 200)[:, None]
     radius = torch.rand(200, 5, dtype=torch.float64) * torch.logspace(-4, 1, 20).repeat(10)[:, None]
-    ball = _normalized(Enclosure(centre, radius), 1e-6)
-    assert ball.radius.max() <= 2 * 5**0.5 * (1 + 1e-12)
-    for corner in range(32):
-        signs = torch.tensor([1.0 if corner >> k & 1 else -1.0 for k in range(5)])
-        moved = unit_mean_square(centre + signs * radius, 1e-6)
-        assert ((moved - ball.centre).abs() <= ball.radius).all()
+    w = torch.rand(200, dtype=torch.float64) + 0.5
+    off = 0.9 * torch.rand(200, dtype=torch.float64) * w
+    ball = _over_power(Enclosure(centre, radius), Enclosure(w, off), power)
+    reached = torch.zeros_like(centre)
+    for x in (centre - radius, centre, centre + radius):
+        for y in (w - off, w, w + off):
+            distance = (x / y[:, None] ** power - ball.centre).abs()
+            assert (distance <= ball.radius).all()
+            reached = torch.maximum(reached, distance)
+    assert (reached >= 0.99 * ball.radius).all()
+
+
+def test_a_memory_that_may_be_none_bounds_nothing():
+    one = torch.ones(1, 1, dtype=torch.float64)
+    assert _over_power(Enclosure(one, one), Enclosure(one[0], 2 * one[0]), 0.5).radius.isinf().all()

@@ -162,11 +162,14 @@ def test_an_unreadable_manifest(saved, text):
         ResNetBKForCausalLM.from_pretrained(saved[0])
 
 
-def test_a_newer_format(saved):
+@pytest.mark.parametrize(
+    ("off", "remedy"), [(1, "Install a newer bkcore"), (-1, "Train the model again")]
+)
+def test_another_format(saved, off, remedy):
     manifest = json.loads((saved[0] / MANIFEST).read_text())
-    manifest["format_version"] = FORMAT_VERSION + 1
+    manifest["format_version"] = FORMAT_VERSION + off
     (saved[0] / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="Install a newer bkcore"):
+    with pytest.raises(CheckpointError, match=remedy):
         ResNetBKForCausalLM.from_pretrained(saved[0])
 
 

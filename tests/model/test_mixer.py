@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from bkcore.core import resolvent_attention
 from bkcore.errors import InputError, LifecycleError
 from bkcore.model import LanguageModel, ResNetBKConfig, ResNetBKForCausalLM
-from bkcore.model.mixer import ResolventMixer, causal_convolution
+from bkcore.model.mixer import ResolventMixer, causal_convolution, over_memory, unit_length
 from bkcore.text import TokenWindows
 from bkcore.training import Schedule, train
 
@@ -116,3 +119,41 @@ def test_impossible_configurations_are_named():
         ResNetBKConfig(d_model=128, num_heads=3)
     with pytest.raises(InputError, match="key_size"):
         ResNetBKConfig(key_size=0)
+
+
+@pytest.mark.parametrize("copies", [1, 2, 30])
+def test_copies_add_up_to_the_root_of_their_number(copies):
+    """A memory of n sites alike: R_ij = 1 and w = n, so that n copies of u are found as n^(1/2) u.
+
+    What is left out is of order (eta n^2)^2 = 1e-18; rounding errors add up to some n^2 u.
+    """
+    one = torch.ones(1, copies, 1, 1, dtype=torch.float64)
+    value = torch.tensor([2.0, -3.0], dtype=torch.float64).expand(1, copies, 1, 2)
+    eta = torch.tensor([2.0**-40], dtype=torch.float64)
+    out, g, _ = resolvent_attention(one, one, value, one[..., 0], 0 * one[..., 0], eta)
+    memory = g.imag / eta
+    number = torch.arange(1, copies + 1, dtype=torch.float64)[None, :, None]
+    torch.testing.assert_close(memory, number, rtol=1e-12, atol=0)
+    real, _ = over_memory(out, memory, eta)
+    torch.testing.assert_close(real, value * number[..., None].sqrt(), rtol=1e-12, atol=0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32), length=st.integers(1, 40), log_eta=st.floats(-12, 0))
+def test_what_is_found_is_never_larger_than_the_values(seed, length, log_eta):
+    """|Re out_iu| <= w^(1/2) (sum_j u_ju^2)^(1/2) for queries and keys of unit length."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    query, key = (unit_length(normal(1, length, 2, 3), 1e-6) for _ in range(2))
+    assert query.square().sum(-1).max() <= 1
+    value = normal(1, length, 2, 4)
+    hopping, potential = normal(1, length, 2).sigmoid(), normal(1, length, 2).square()
+    eta = torch.full((2,), 10.0**log_eta, dtype=torch.float64)
+    out, g, _ = resolvent_attention(query, key, value, hopping, potential, eta)
+    real, imag = over_memory(out, g.imag / eta, eta)
+    most = value.square().cumsum(1).sqrt()
+    assert (real.abs() <= most * (1 + 1e-6)).all()
+    assert torch.isfinite(imag).all()

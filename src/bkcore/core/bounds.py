@@ -117,11 +117,16 @@ class AttentionInputs(NamedTuple):
 
 
 class AttentionEnclosure(NamedTuple):
-    """Balls around g, complex (B, N, H), and around Re and Im of out, (B, N, H, U) each."""
+    """Balls around g, complex (B, N, H), and around Re and Im of out, (B, N, H, U) each.
+
+    And one around Im g / eta, (B, N, H), whose centre is computed from the exact inputs: its radius
+    is round-off alone.
+    """
 
     g: Enclosure
     real: Enclosure
     imag: Enclosure
+    memory: Enclosure
 
 
 def disc_range(eta: Number) -> tuple[tuple[Number, Number], tuple[Number, Number]]:
@@ -383,7 +388,7 @@ def propagated_enclosure(
         _Chain(potential + shift - 1j * width, potential.abs() + size, t, one, b, one)
         for potential, b, t in both
     ]
-    g, psi, (modulus, _, _) = _enclose(chains[0], chains[1], width)
+    g, _, psi, (modulus, _, _) = _enclose(chains[0], chains[1], width)
     return g, Enclosure(psi[..., 0], modulus[..., 0])
 
 
@@ -424,8 +429,9 @@ def attention_enclosure(
         chains.append(_Chain(diagonal, size, t, query, key, value))
     if any(x.shape != y.shape for x, y in zip(exact, perturbed, strict=True)):
         raise ShapeError("the exact and the perturbed inputs must have the same shapes")
-    g, out, (_, real, imag) = _enclose(chains[0], chains[1], eta.double())
-    return AttentionEnclosure(g, Enclosure(out.real, real), Enclosure(out.imag, imag))
+    g, exact_g, out, (_, real, imag) = _enclose(chains[0], chains[1], eta.double())
+    memory = Enclosure(exact_g.centre.imag / eta, exact_g.radius / eta * (1 + 4 * UNIT))
+    return AttentionEnclosure(g, Enclosure(out.real, real), Enclosure(out.imag, imag), memory)
 
 
 @dataclass(frozen=True)
@@ -491,9 +497,12 @@ class _Chain(NamedTuple):
 
 def _enclose(
     exact: _Chain, perturbed: _Chain, eta: Tensor
-) -> tuple[Enclosure, Tensor, tuple[Tensor, ...]]:
-    """The enclosure of g; out' (B, N, H, U); and bounds on |out' - out|, its Re and its Im."""
-    greens, sizes, drifts = _green_drift(exact, perturbed, eta)
+) -> tuple[Enclosure, Enclosure, Tensor, tuple[Tensor, ...]]:
+    """Balls around g, of g' and of its own; out' (B, N, H, U); bounds on |out' - out|, Re and Im.
+
+    The second ball around g has round-off alone for its radius.
+    """
+    greens, unchanged, sizes, drifts = _green_drift(exact, perturbed, eta)
     keys, values = exact.key.shape[-1], exact.value.shape[-1]
     psi = greens.new_zeros(*greens[:, 0].shape, keys, values)
     drift = _Size.of(psi)
@@ -507,17 +516,18 @@ def _enclose(
     rounding = 1 + 64 * (len(outs) + keys) * UNIT
     moved = torch.stack([x.modulus for x in drifts], 1)
     bounds = [torch.stack(parts, 1) * rounding for parts in zip(*radii, strict=True)]
-    return Enclosure(greens, moved * rounding), torch.stack(outs, 1), tuple(bounds)
+    changed = Enclosure(greens, moved * rounding)
+    return changed, unchanged, torch.stack(outs, 1), tuple(bounds)
 
 
 def _green_drift(
     exact: _Chain, perturbed: _Chain, eta: Tensor
-) -> tuple[Tensor, list[_Size], list[_Size]]:
-    """g' (B, N, H); and site by site (B, H) bounds on g and on g' - g, both exact."""
+) -> tuple[Tensor, Enclosure, list[_Size], list[_Size]]:
+    """g' and a ball around g (B, N, H); site by site (B, H) bounds on g and g' - g, both exact."""
     g = g2 = torch.zeros_like(exact.diagonal[:, 0])
     lost = torch.zeros_like(eta) * g.real  # round-off of g
     drift = _Size.of(g)
-    greens, sizes, drifts = [], [], []
+    greens, sizes, drifts, unchanged = [], [], [], []
     for i in range(exact.diagonal.shape[1]):
         a, a2 = exact.diagonal[:, i], perturbed.diagonal[:, i]
         t, t2 = exact.hopping[:, i], perturbed.hopping[:, i]
@@ -540,7 +550,9 @@ def _green_drift(
         greens.append(g2)
         sizes.append(_Size.of(g).widened(lost))
         drifts.append(drift)
-    return torch.stack(greens, 1), sizes, drifts
+        unchanged.append(Enclosure(g, lost))
+    ball = Enclosure(*(torch.stack(parts, 1) for parts in zip(*unchanged, strict=True)))
+    return torch.stack(greens, 1), ball, sizes, drifts
 
 
 def _psi_drift(

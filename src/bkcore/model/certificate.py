@@ -14,7 +14,7 @@ from bkcore.core import resolvent_attention
 from bkcore.core.bounds import UNIT, AttentionInputs, Enclosure, attention_enclosure
 from bkcore.errors import LifecycleError
 from bkcore.model.language_model import ResNetBKForCausalLM
-from bkcore.model.mixer import ResolventMixer, unit_mean_square
+from bkcore.model.mixer import ResolventMixer, over_memory
 from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.quantization.quantizers import GroupWiseQuantizer
 
@@ -25,8 +25,8 @@ class CoreCertificate:
 
     Attributes:
         layer: from 0.
-        error: float64 (B, N, 2, D): how far Re and Im of what the core found (of unit mean square
-            in each head, decoded) are from what it finds, without codes, for the same inputs.
+        error: float64 (B, N, 2, D): how far Re and Im of what the core found (over what is
+            remembered, decoded) are from what it finds, without codes, for the same inputs.
         bound: float64 (B, N, 2, D): what `error` cannot exceed.
         clipped: how many numbers lay beyond the codes, by the name of the quantizer.
     """
@@ -92,17 +92,14 @@ def _certify(layer: int, mixer: ResolventMixer, x: Tensor) -> CoreCertificate:
     exact = mixer.attention_inputs(inputs, torch.float64)
     attended = mixer.attention_inputs(used, used.value.dtype)
     eta = mixer.log_eta.exp().double()
-    _, real, imag = attention_enclosure(exact, attended, eta)
+    _, real, imag, memory = attention_enclosure(exact, attended, eta)
     imag = Enclosure(imag.centre / eta[:, None], imag.radius / eta[:, None])
     bounds = [
-        _normalized(ball, mixer.norm_eps).bound(part.unflatten(-1, (mixer.heads, -1)))
-        for ball, part in zip((real, imag), found.unbind(2), strict=True)
+        _over_power(ball, memory, power).bound(part.unflatten(-1, (mixer.heads, -1)))
+        for ball, power, part in zip((real, imag), (0.5, 1.5), found.unbind(2), strict=True)
     ]
-    out, _, _ = resolvent_attention(*AttentionInputs(*(t.double() for t in exact)), eta)
-    truth = [
-        unit_mean_square(part, mixer.norm_eps).flatten(2)
-        for part in (out.real, out.imag / eta[:, None])
-    ]
+    out, g, _ = resolvent_attention(*AttentionInputs(*(t.double() for t in exact)), eta)
+    truth = [part.flatten(2) for part in over_memory(out, g.imag / eta, eta)]
     assert mixer.quantizers is not None
     named = {**inputs._asdict(), "found.real": parts[0], "found.imag": parts[1]}
     return CoreCertificate(
@@ -116,20 +113,15 @@ def _certify(layer: int, mixer: ResolventMixer, x: Tensor) -> CoreCertificate:
     )
 
 
-def _normalized(ball: Enclosure, eps: float) -> Enclosure:
-    """The ball behind `unit_mean_square`: of y = x / n, n = sqrt(mean_u x_u^2 + eps).
+def _over_power(ball: Enclosure, memory: Enclosure, power: float) -> Enclosure:
+    """The ball around x / w^power, of balls around x (B, N, H, U) and w > 0 (B, N, H).
 
-    n' - n is at most m, the root mean square of the radii, since n is a norm of (x / sqrt(U),
-    sqrt(eps)). So `y' - y = (x' - x + y (n - n')) / n' = (x' - x + y' (n - n')) / n`, with n at
-    least n' - m and sqrt(eps), and |y| <= sqrt(U) gives three bounds, of which the least is taken.
+    With m the centre of w's ball, s its radius and f = (m / (m - s))^power, `|w^-power - m^-power|`
+    is at most `(f - 1) m^-power`: the power is convex, so that the smaller w moves it further.
     """
-    centre = unit_mean_square(ball.centre, eps)
-    most = centre.shape[-1] ** 0.5
-    norm = (ball.centre.square().mean(-1, keepdim=True) + eps).sqrt()
-    moved = ball.radius.square().mean(-1, keepdim=True).sqrt()
-    by_norm = (ball.radius + most * moved) / norm
-    least = (norm - moved).clamp(min=eps**0.5)
-    by_centre = (ball.radius + centre.abs() * moved) / least
-    radius = torch.minimum(torch.minimum(by_norm, by_centre), centre.abs() + most)
-    rounding = (4 * centre.shape[-1] + 32) * UNIT
-    return Enclosure(centre, radius * (1 + rounding) + rounding * centre.abs())
+    scale = memory.centre[..., None] ** -power
+    least = (memory.centre - memory.radius).clamp(min=0)[..., None]
+    grown = (memory.centre[..., None] / least) ** power
+    centre = ball.centre * scale
+    radius = ball.radius * scale * grown + centre.abs() * (grown - 1)
+    return Enclosure(centre, (radius + 32 * UNIT * centre.abs()) * (1 + 32 * UNIT))

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from bkcore.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 was of models that brought to unit mean square what their heads found."""
+
 MANIFEST = "bkcore.json"
 RECEIPT = "receipt.json"
 
@@ -55,8 +57,8 @@ def verify(folder: Path) -> None:
     """Check a checkpoint folder against its manifest.
 
     Raises:
-        CheckpointError: if a file is missing, truncated or altered, or the format is newer than
-            this version reads.
+        CheckpointError: if a file is missing, truncated or altered, or the format is not the one
+            that this version reads.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -69,8 +71,14 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from error
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has checkpoint format {version}; this bkcore reads up to {FORMAT_VERSION}. "
+            f"{folder} has checkpoint format {version}; this bkcore reads {FORMAT_VERSION}. "
             "Install a newer bkcore"
+        )
+    if version < FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {version}, of a layer that this bkcore no longer has; "
+            f"it reads {FORMAT_VERSION}, and what these weights would compute now is not what they "
+            "were trained for. Train the model again, or load it with the bkcore that saved it"
         )
     for file, digest in digests.items():
         if not (folder / file).is_file():

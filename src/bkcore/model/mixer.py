@@ -73,7 +73,11 @@ class CoreQuantizers(nn.Module):
 
 
 class CoreInputs(NamedTuple):
-    """What enters the core: query, key (B, N, H K), value (B, N, D), gate and barrier (B, N, H)."""
+    """What enters the core.
+
+    query, key (B, N, H K), of unit length in each head, value (B, N, D), gate and barrier
+    (B, N, H).
+    """
 
     query: Tensor
     key: Tensor
@@ -86,9 +90,10 @@ class ResolventMixer(nn.Module):
     """Mix a sequence by resolvent attention: a memory of fixed size that can recall.
 
     H heads, each a chain of its own. The input gives queries, keys and values through short causal
-    convolutions, and for every site the hopping t in (0, 1), a forget gate, and a potential v > 0,
-    a barrier. What is read out: the value itself, and Re and Im of what the query finds, of unit
-    mean square in each head; all gated.
+    convolutions, queries and keys brought to unit length, and for every site the hopping t in
+    (0, 1), a forget gate, and a potential v > 0, a barrier. What is read out: the value itself, and
+    Re and Im of what the query finds, divided by what Ward's identity makes of the memory
+    (`over_memory`); all gated.
     """
 
     def __init__(self, config: ResNetBKConfig) -> None:
@@ -164,6 +169,10 @@ class ResolventMixer(nn.Module):
         taps = mixed[:, mixed.shape[1] - state.taps.shape[1] :]
         mixed = F.silu(self.conv(mixed.transpose(1, 2)).transpose(1, 2))
         value, query, key = mixed.split((self.width, self.keys, self.keys), dim=-1)
+        query, key = (
+            unit_length(x.unflatten(-1, (self.heads, -1)), self.norm_eps).flatten(2)
+            for x in (query, key)
+        )
         gate, barrier = dynamics.chunk(2, dim=-1)
         return CoreInputs(query, key, value, gate, barrier), opening, taps
 
@@ -192,13 +201,9 @@ class ResolventMixer(nn.Module):
         """Re and Im of what was found, (B, N, D) each; and the state of the core."""
         eta = self.log_eta.exp()
         attended = self.attention_inputs(inputs, inputs.value.dtype)
-        out, _, state = resolvent_attention(*attended, eta, state)
-        # Im is of first order in eta, and would drown in norm_eps.
-        real, imag = (
-            unit_mean_square(part, self.norm_eps).flatten(2)
-            for part in (out.real, out.imag / eta[:, None])
-        )
-        return (real, imag), state
+        out, g, state = resolvent_attention(*attended, eta, state)
+        real, imag = over_memory(out, g.imag / eta, eta)
+        return (real.flatten(2), imag.flatten(2)), state
 
     def _quantized(self, name: str, x: Tensor) -> Tensor:
         if self.quantizers is None:
@@ -274,10 +279,36 @@ MIXERS: dict[str, type[nn.Module]] = {
 """By the name that `ResNetBKConfig.mixer` gives them."""
 
 
-def unit_mean_square(x: Tensor, eps: float) -> Tensor:
-    """x (..., U) over the root of its mean square along the last axis."""
-    # Spelled out: F.rms_norm rounds differently when it is compiled, and codes would differ.
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+def unit_length(x: Tensor, eps: float) -> Tensor:
+    """x (..., K) over its length, the root of its sum of squares and eps along the last axis."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+
+
+def over_memory(out: Tensor, memory: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+    """`Re out / w^(1/2)` and `Im out / (eta w^(3/2))`: what was found, whatever is remembered.
+
+    w is the memory: by Ward's identity `Im g_i / eta = sum_j |R_ij|^2`, R the last row of the
+    resolvent of the sites so far. Where n sites are remembered alike, R_ij = 1, it is n. Then by
+    Cauchy and Schwarz, with queries and keys of unit length,
+
+        |Re out_iu| <= w^(1/2) (sum_j u_ju^2)^(1/2),
+
+    so that values that do not know of each other keep their size, however many are remembered,
+    while copies of one add up to n^(1/2) times theirs: what is found can be counted, as it could
+    not behind a norm of its own. Im R is eta G G*, of first order in eta, whose rows are of length
+    n^(3/2) in such a memory.
+
+    Args:
+        out: complex (B, N, H, U), from `resolvent_attention`.
+        memory: (B, N, H), w.
+        eta: (H,).
+
+    Returns:
+        Real (B, N, H, U), twice.
+    """
+    w = memory[..., None]
+    # Roots and quotients, which every unit rounds correctly: a stream and a whole text agree.
+    return out.real / w.sqrt(), out.imag / eta[:, None] / (w * w.sqrt())
 
 
 def depthwise(channels: int, taps: int) -> nn.Conv1d:
