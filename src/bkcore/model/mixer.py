@@ -295,8 +295,8 @@ def over_memory(out: Tensor, memory: Tensor, eta: Tensor) -> tuple[Tensor, Tenso
 
     so that values that do not know of each other keep their size, however many are remembered,
     while copies of one add up to n^(1/2) times theirs: what is found can be counted, as it could
-    not behind a norm of its own. Im R is eta G G*, of first order in eta, whose rows are of length
-    n^(3/2) in such a memory.
+    not behind a norm of its own. Im R is of first order in eta, the last row of eta G G*; its power
+    of w is one that was found to train well.
 
     Args:
         out: complex (B, N, H, U), from `resolvent_attention`.
