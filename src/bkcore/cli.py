@@ -148,6 +148,14 @@ def quantize(
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak rate of the QAT modes; default: 4e-4.")
     ] = None,
+    control: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Train the float model for the same steps, too, and save it here: what a QAT "
+            "model is to be compared with.",
+        ),
+    ] = None,
     target_bits: Annotated[
         float | None,
         typer.Option(help="Most bits of a weight on average, scales included: 4, 8 or 16 each."),
@@ -190,7 +198,7 @@ def quantize(
         max_increase=None if max_ppl_increase is None else _percent(max_ppl_increase),
         frontier=frontier is not None,
     )
-    result = run_quantize(checkpoint, output, data, settings, console)
+    result = run_quantize(checkpoint, output, data, settings, console, control)
     for table in tables(result["receipt"]):
         console.print(table)
     if has_budget:

@@ -17,7 +17,8 @@ from bkcore.model import LanguageModel
 from bkcore.model.receipt import read
 from bkcore.report.quantize import QuantizeSettings, run_quantize
 from bkcore.report.receipt import average_bits
-from bkcore.text import encode, train_tokenizer
+from bkcore.text import TokenWindows, encode, train_tokenizer
+from bkcore.training import train
 
 LINES = [
     f"the {('slow', 'quick', 'lonely')[i * i % 3]} fox sees site {i * 7 % 11} again .\n"
@@ -98,6 +99,32 @@ def test_training_in_a_qat_mode(checkpoint: Path, text: Path, tmp_path: Path) ->
     ptq = run_quantize(checkpoint, tmp_path / "ptq", text, settings(mode="ptq_int8"), QUIET)
     assert (tmp_path / "model.safetensors").stat().st_size > 0
     assert ptq["receipt"]["weights"] != found["receipt"]["weights"]
+
+
+def test_the_control_trains_in_float_for_the_same_steps(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    how = settings(mode="qat_int8", steps=3, learning_rate=0.01)
+    run_quantize(checkpoint, tmp_path / "int8", text, how, QUIET, tmp_path / "control")
+    control, tokenizer = load_checkpoint(tmp_path / "control")
+    assert control.quantization_state == "float"
+    expected, _ = load_checkpoint(checkpoint)
+    windows = TokenWindows(encode(tokenizer, TRAIN), 32)
+    train(expected, windows, how.schedule(32))
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(control.state_dict()[name], tensor), name
+    quantized, _ = load_checkpoint(tmp_path / "int8")
+    assert quantized.quantization_state == "quantized"
+
+
+def test_a_control_that_cannot_be(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not train"):
+        run_quantize(checkpoint, tmp_path / "a", text, settings(), QUIET, tmp_path / "b")
+    how = settings(mode="qat_int8", steps=1)
+    for folder in (checkpoint, tmp_path / "a"):
+        with pytest.raises(InputError, match="folder of its own"):
+            run_quantize(checkpoint, tmp_path / "a", text, how, QUIET, folder)
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("bits", [7.0, 9.5])

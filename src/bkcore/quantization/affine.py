@@ -63,12 +63,17 @@ class _StraightThroughCast(torch.autograd.Function):
         return grads[0]
 
 
+def rounded(x: Tensor) -> Tensor:
+    """Round to values that survive storage, as float32; the gradient passes unchanged."""
+    return _StraightThroughCast.apply(x)
+
+
 def storable(scale: Tensor) -> Tensor:
     """Round positive float scales to values that survive storage, as float32; differentiable.
 
     What would round to zero becomes the smallest normal number: a scale of zero makes NaN.
     """
-    return _StraightThroughCast.apply(scale).clamp(min=torch.finfo(SCALE_DTYPE).tiny)
+    return rounded(scale).clamp(min=torch.finfo(SCALE_DTYPE).tiny)
 
 
 def scale_from_log(log_scale: Tensor) -> Tensor:

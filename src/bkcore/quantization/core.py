@@ -27,8 +27,9 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
 
     Build it, calibrate it on potentials like those it will see, then `apply_ptq()` (PTQ modes) or
     `enable_qat()`, train and `convert()` (QAT modes). Until then its forward pass is float, and
-    the diagnostics say so. The core has no weights, so what QAT trains here are the step sizes,
-    and whatever model stands in front of the core.
+    the diagnostics say so. The core has no weights, so what QAT trains here are the step sizes and
+    the levels, which need not be evenly spaced (`bkcore.quantization.levels`), and whatever model
+    stands in front of the core.
 
     Args:
         n_seq: sequence length N; scales belong to positions (in groups), so N is fixed.
@@ -64,6 +65,7 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
             learnable=config.is_qat,
             observer=config.observer,
             percentile=config.percentile,
+            nonuniform=config.is_qat and config.nonuniform,
         )
         self.G_quantizer = ComplexQuantizer(
             n_seq,
@@ -73,6 +75,7 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
             learnable=config.is_qat,
             observer=config.observer,
             percentile=config.percentile,
+            nonuniform=config.is_qat and config.nonuniform,
         )
         self._history: deque[dict[str, float]] = deque(maxlen=_HISTORY)
 
@@ -258,8 +261,14 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
             self.v_quantizer.group_size,
             self.v_quantizer.bits,
             not core.causal,
+            levels=self._levels(),
         )
         return parts.permute(0, 3, 1, 2).reshape(*v.shape, 2)
+
+    def _levels(self) -> Tensor | None:
+        tables = [q.table for q in (self.v_quantizer, self.G_quantizer.real, self.G_quantizer.imag)]
+        values = [table.values for table in tables if table is not None]
+        return torch.stack(values) if values else None
 
     def _observe(self, v: Tensor) -> Tensor:
         features = self.core(v)

@@ -198,7 +198,7 @@ class HistogramObserver:
 
     def error(self, scales: Tensor, zero_points: Tensor, bits: int, norm: int) -> float:
         """Summed weight * |error|^norm of all values, taken at the middle of their bins."""
-        values = _centers(self.half_range.float())
+        values = bin_centers(self.half_range.float())
         restored = affine.fake_quantize(values, scales[:, None], zero_points[:, None], bits)
         errors = (restored.double() - values.double()).abs()
         return float((errors**norm * self.costs).sum() / WEIGHT_STEPS)
@@ -206,7 +206,7 @@ class HistogramObserver:
     def clipped(self, scales: Tensor, zero_points: Tensor, bits: int) -> int:
         """How many observed values lie more than half a step beyond the last codes."""
         qmin, qmax = affine.code_range(bits)
-        codes = _centers(self.half_range.float()) / scales[:, None] + zero_points[:, None]
+        codes = bin_centers(self.half_range.float()) / scales[:, None] + zero_points[:, None]
         outside = (codes < qmin - 0.5) | (codes > qmax + 0.5)
         return int(self.counts[outside].sum())
 
@@ -242,7 +242,7 @@ def _bins(values: Tensor, half_range: Tensor) -> Tensor:
     return torch.where(values < 0, BINS // 2 - 1 - distance, BINS // 2 + distance)
 
 
-def _centers(half_range: Tensor) -> Tensor:
+def bin_centers(half_range: Tensor) -> Tensor:
     """Middles of the bins, float32 (G, BINS), of half ranges (G,)."""
     return ((torch.arange(BINS) + 0.5) * (2 / BINS) - 1) * half_range[:, None]
 

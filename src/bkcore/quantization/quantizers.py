@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bkcore.errors import CalibrationError, DTypeError, InputError, LifecycleError, ShapeError
-from bkcore.quantization import affine
+from bkcore.quantization import affine, levels
 from bkcore.quantization.config import check_group_size, check_observer
+from bkcore.quantization.levels import LevelTable
 from bkcore.quantization.observers import METHODS, HistogramObserver
 from bkcore.quantization.storage import StoredDtypes
 
@@ -31,9 +32,11 @@ class GroupWiseQuantizer(StoredDtypes):
         observer: how the range is chosen, as in `QuantizationConfig`; None minimizes the error
             that counts.
         percentile: percent of the values inside the range of the observer "percentile".
+        nonuniform: learn the levels, too, which need `learnable`.
 
     Attributes:
         scales: (num_groups,) float32; NaN before calibration.
+        table: a `LevelTable` of what the codes stand for, or None if they are evenly spaced.
         zero_points: (num_groups,) int8.
         record: (3,) int64, what calibration found, in the state dict: 1 plus the place of the
             method in `METHODS`, the values seen, and those clipped. Zeros before calibration.
@@ -52,10 +55,13 @@ class GroupWiseQuantizer(StoredDtypes):
         norm: int = 1,
         observer: str | None = None,
         percentile: float = 99.9,
+        nonuniform: bool = False,
     ) -> None:
         super().__init__()
         check_group_size(group_size)
         check_observer(observer, percentile)
+        if nonuniform and not learnable:
+            raise InputError("nonuniform levels are learned: they need learnable=True")
         if num_channels < 1:
             raise InputError(f"num_channels must be at least 1, not {num_channels}")
         if bits not in (4, 8):
@@ -68,6 +74,7 @@ class GroupWiseQuantizer(StoredDtypes):
         self.observer = observer or ("mae" if norm == 1 else "mse")
         self.percentile = percentile
         self._histograms: HistogramObserver | None = None
+        self.table = LevelTable(bits) if nonuniform else None
         unknown = torch.full((self.num_groups,), torch.nan)
         self.register_buffer("zero_points", torch.zeros(self.num_groups, dtype=torch.int8))
         self.register_buffer("record", torch.zeros(3, dtype=torch.int64))
@@ -130,12 +137,14 @@ class GroupWiseQuantizer(StoredDtypes):
 
     @property
     def storage_bytes(self) -> int:
-        """Bytes of the quantization parameters: two per scale, one per zero point if fitted."""
-        return self.num_groups * (2 if self.symmetric else 3)
+        """Bytes of the quantization parameters: scales, zero points if fitted, and the table."""
+        table = self.table.storage_bytes if self.table else 0
+        return self.num_groups * (2 if self.symmetric else 3) + table
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         scheme = "symmetric" if self.symmetric else "asymmetric"
+        scheme += ", nonuniform" if self.table else ""
         return f"{self.num_channels}, group_size={self.group_size}, bits={self.bits}, {scheme}"
 
     def observe(self, x: Tensor, weight: Tensor | None = None) -> None:
@@ -187,6 +196,8 @@ class GroupWiseQuantizer(StoredDtypes):
             self.zero_points.copy_(choice.zero_points)
             method = 1 + METHODS.index(choice.method)
             self.record.copy_(torch.tensor([method, choice.seen, choice.clipped]))
+        if self.table is not None:
+            self.table.fit(observer, choice.scales, choice.zero_points, self.norm)
         self._histograms = None
 
     def calibrate(self, x: Tensor) -> None:
@@ -206,6 +217,9 @@ class GroupWiseQuantizer(StoredDtypes):
         if not bool(torch.isfinite(x).all()):
             raise InputError("cannot quantize NaN or infinity to integer codes; check the input")
         scale, zero_point = self._per_channel()
+        if self.table is not None:
+            index = levels.nearest(x / scale + zero_point, self.table.values)
+            return (index + self.qmin).to(torch.int8)
         return affine.quantize(x, scale, zero_point, self.bits).to(torch.int8)
 
     def dequantize(self, codes: Tensor) -> Tensor:
@@ -217,8 +231,10 @@ class GroupWiseQuantizer(StoredDtypes):
         if codes.dtype != torch.int8:
             raise DTypeError(f"dequantize takes int8 codes, not {codes.dtype}")
         # Differences of int8 codes and int8 zero points would wrap around.
-        codes = codes.float()
+        whole, codes = codes.long(), codes.float()
         self._check(codes, calibrated=True)
+        if self.table is not None:
+            codes = self.table.values[whole - self.qmin]
         return affine.dequantize(codes, *self._per_channel())
 
     def fake_quantize(self, x: Tensor) -> Tensor:
@@ -228,6 +244,8 @@ class GroupWiseQuantizer(StoredDtypes):
             LifecycleError: before calibration.
         """
         self._check(x, calibrated=True)
+        if self.table is not None:
+            return levels.fake_quantize(x, *self._per_channel(), self.table.values)
         return affine.fake_quantize(x, *self._per_channel(), self.bits)
 
     def clips(self, x: Tensor) -> Tensor:
@@ -238,11 +256,15 @@ class GroupWiseQuantizer(StoredDtypes):
         """
         self._check(x, calibrated=True)
         scale, zero_point = self._per_channel()
+        if self.table is not None:
+            return levels.beyond(x / scale + zero_point, self.table.values)
         codes = (x / scale).round() + zero_point
         return (codes < self.qmin) | (codes > self.qmax)
 
     def freeze(self) -> None:
-        """Turn learned scales into stored ones of the same value."""
+        """Turn learned scales and levels into stored ones of the same value."""
+        if self.table is not None:
+            self.table.freeze()
         if self.learnable:
             scales = self.scales.detach().to(affine.SCALE_DTYPE)
             del self.log_scales
@@ -297,7 +319,7 @@ class ComplexQuantizer(nn.Module):
         group_size: channels that share a scale.
         symmetric: None makes the real part symmetric and the imaginary part asymmetric, the right
             choice for a resolvent, where Im G >= 0; True or False forces both.
-        learnable, norm, observer, percentile: as in `GroupWiseQuantizer`.
+        learnable, norm, observer, percentile, nonuniform: as in `GroupWiseQuantizer`.
 
     Attributes:
         real, imag: the two `GroupWiseQuantizer`s.
@@ -315,6 +337,7 @@ class ComplexQuantizer(nn.Module):
         norm: int = 1,
         observer: str | None = None,
         percentile: float = 99.9,
+        nonuniform: bool = False,
     ) -> None:
         super().__init__()
         check_group_size(group_size)
@@ -330,6 +353,7 @@ class ComplexQuantizer(nn.Module):
                 norm=norm,
                 observer=observer,
                 percentile=percentile,
+                nonuniform=nonuniform,
             )
 
         self.real = part(default_symmetric=True)

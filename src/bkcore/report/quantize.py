@@ -114,6 +114,7 @@ def run_quantize(
     data: str | Path | None,
     settings: QuantizeSettings,
     console: Console,
+    control: Path | None = None,
 ) -> dict[str, Any]:
     """Quantize a float checkpoint and save it with its tokenizer and its receipt.
 
@@ -123,6 +124,8 @@ def run_quantize(
         data: as in `bkcore.text.load_corpus`; None takes the embedded corpus.
         settings: how.
         console: where progress is drawn.
+        control: folder to save the float model in after the steps that a QAT mode trained; None
+            does not train it.
 
     Returns:
         `receipt`, see `bkcore.model.receipt.of_quantized`, and `corpus`, the name of the text.
@@ -130,31 +133,47 @@ def run_quantize(
         of each unit; and `points`, rows of `Search.point`: the model that was saved comes first.
 
     Raises:
-        InputError: if the checkpoint is not float, both folders are the same, or no model is
-            within the budget.
+        InputError: if the checkpoint is not float, two folders are the same, no model is within
+            the budget, or there is a control in a mode that does not train.
         CheckpointError: if it cannot be loaded, or `output` not written.
         DataError: if the text is missing, unreadable or too small.
         ReceiptError: if `settings.strict` finds something; nothing is written then.
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    if output.resolve() == checkpoint.resolve():
-        raise InputError(f"{output} is the checkpoint itself; name another folder")
+    _check_folders(checkpoint, output, control)
+    if control is not None and settings.steps is None:
+        raise InputError(f"mode {settings.mode!r} does not train: there is nothing to control for")
     load_float(checkpoint)
-    prepare_folder(output)
+    for folder in (output, control):
+        if folder is not None:
+            prepare_folder(folder)
     corpus = load_corpus(data)
-    with Plan(_stages(settings), console) as plan:
+    with Plan(_stages(settings, control), console) as plan:
         with plan.stage("read text"):
             model, tokenizer = load_float(checkpoint)
             windows = TokenWindows(encode(tokenizer, corpus.train), model.config.n_seq)
         run = _Run(checkpoint, windows, tokenizer, settings, plan)
         model, result = run.with_budget(model) if settings.has_budget else run.by_mode(model)
-    assert model.receipt is not None
-    if settings.strict:
-        check_strictly(model.receipt)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+        assert model.receipt is not None
+        if settings.strict:
+            check_strictly(model.receipt)
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+        if control is not None:
+            other, _ = load_float(checkpoint)
+            run.train(other, "train the control")
+            other.save_pretrained(control)
+            tokenizer.save_pretrained(control)
     return {"receipt": model.receipt, "corpus": corpus.name, **result}
+
+
+def _check_folders(checkpoint: Path, output: Path, control: Path | None) -> None:
+    """Raise `InputError` if two of them are one."""
+    if output.resolve() == checkpoint.resolve():
+        raise InputError(f"{output} is the checkpoint itself; name another folder")
+    if control is not None and control.resolve() in (checkpoint.resolve(), output.resolve()):
+        raise InputError(f"the control needs a folder of its own, not {control}")
 
 
 def check_strictly(receipt: dict[str, Any]) -> None:
@@ -180,11 +199,13 @@ def load_float(checkpoint: Path) -> tuple[ResNetBKForCausalLM, PreTrainedTokeniz
     return model, tokenizer
 
 
-def _stages(settings: QuantizeSettings) -> dict[str, float]:
+def _stages(settings: QuantizeSettings, control: Path | None) -> dict[str, float]:
     """Stages and about how long each takes."""
     stages = {"read text": 5.0, "calibrate": 5.0}
     if settings.steps is not None:
         stages["train"] = 1.0 * settings.steps
+    if control is not None:
+        stages["train the control"] = stages["train"]
     if settings.has_budget:
         stages |= {"measure sensitivity": 100.0, "spend the budget": 20.0}
     if settings.frontier:
@@ -218,16 +239,19 @@ class _Run:
         with self.plan.stage("calibrate"):
             self._quantize(model, self.settings.config)
         if self.settings.steps is not None:
-            schedule = self.settings.schedule(self.length)
-            with self.plan.stage("train") as advance:
-                train(
-                    model,
-                    self.windows,
-                    schedule,
-                    on_step=lambda step: advance(step / schedule.steps),
-                )
-                model.convert()
+            self.train(model, "train")
+            model.convert()
         return model, {}
+
+    def train(self, model: ResNetBKForCausalLM, stage: str) -> None:
+        schedule = self.settings.schedule(self.length)
+        with self.plan.stage(stage) as advance:
+            train(
+                model,
+                self.windows,
+                schedule,
+                on_step=lambda step: advance(step / schedule.steps),
+            )
 
     def with_budget(self, model: ResNetBKForCausalLM) -> tuple[ResNetBKForCausalLM, dict[str, Any]]:
         settings = self.settings

@@ -1,0 +1,180 @@
+"""Levels that are not evenly spaced: a lookup table for the codes, learned in training.
+
+A code q of a quantizer with scale s and zero point z stands for s * (level of q - z), where evenly
+spaced codes would have level q, and x becomes the code whose level is nearest to x / s + z;
+halfway, the lower one. All groups of a quantizer share one table.
+
+A table is piecewise linear in the code, as in companded telephony (ITU-T G.711). At 8 bits it has
+23 segments of equal steps, short ones at the ends, where the density of values falls off: 48 bytes
+instead of 512 for 256 free levels. At 4 bits every step is its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bkcore.quantization import affine
+from bkcore.quantization.observers import HistogramObserver, bin_centers
+from bkcore.quantization.storage import StoredDtypes
+
+_SEGMENTS = {4: [1] * 15, 8: [1, 2, 4, 8, *[15] * 15, 8, 4, 2, 1]}
+"""Steps of equal width, by bits."""
+
+_SMALLEST_LOG_STEP, _LARGEST_LOG_STEP = -5.0, 4.0
+"""In units of the even step: small enough for any density, and levels stay apart in float32."""
+
+_FARTHEST = 1024.0
+_GRID = 512
+
+
+class LevelTable(StoredDtypes):
+    """Ascending levels for all codes of 4 or 8 bits, in units of evenly spaced codes.
+
+    Until `freeze`, the first level and the logarithms of the steps are parameters.
+
+    Attributes:
+        first_level: () float32, the level of the lowest code.
+        log_steps: float32, (23,) at 8 bits and (15,) at 4: the step of each segment.
+    """
+
+    stored = ("stored_levels",)
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self._lengths = _SEGMENTS[bits]
+        self.first_level = nn.Parameter(torch.tensor(torch.nan))
+        self.log_steps = nn.Parameter(torch.full((len(self._lengths),), torch.nan))
+        self.stored_levels: Tensor
+
+    @property
+    def learnable(self) -> bool:
+        """True until `freeze`."""
+        return "log_steps" in self._parameters
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of the table as it is stored: two a step, and two for the first level."""
+        return 2 * (1 + len(self._lengths))
+
+    @property
+    def values(self) -> Tensor:
+        """The levels, float32 (2^bits,), ascending; NaN before `fit`."""
+        parts = affine.rounded(self._parts()) if self.learnable else self.stored_levels.float()
+        first, steps = parts[0], parts[1:]
+        lengths = torch.tensor(self._lengths, device=steps.device)
+        widths = steps * lengths
+        starts = first + torch.cat((widths.new_zeros(1), widths.cumsum(0)))
+        segment = torch.arange(len(lengths), device=steps.device).repeat_interleave(lengths)
+        within = torch.cat([torch.arange(n, device=steps.device) for n in self._lengths])
+        return torch.cat((starts[segment] + within * steps[segment], starts[-1:]))
+
+    @torch.no_grad()
+    def fit(self, observer: HistogramObserver, scales: Tensor, zeros: Tensor, norm: int) -> None:
+        """Choose the levels for what was observed, all groups together.
+
+        The density of levels of least mean |error|^p is proportional to the density of the values
+        (here, of what their errors cost) to the power 1 / (1 + p): Panter and Dite, "Quantization
+        distortion in pulse-count modulation with nonuniform spacing of levels", 1951, for p = 2;
+        Gersho and Gray, "Vector Quantization and Signal Compression", section 5.6.
+
+        Args:
+            scales, zeros: (num_groups,), of evenly spaced codes.
+            norm: p, 1 or 2.
+        """
+        places = bin_centers(observer.half_range.float()) / scales[:, None] + zeros[:, None]
+        cost = observer.costs.double().flatten()
+        places = places.double().flatten()[cost > 0]
+        cost = cost[cost > 0]
+        low, high = float(places.min()), float(places.max())
+        if not low < high:
+            low, high = low - 0.5, high + 0.5
+        cell = ((places - low) * (_GRID / (high - low))).long().clamp(max=_GRID - 1)
+        density = torch.bincount(cell, cost, minlength=_GRID) ** (1 / (1 + norm))
+        # Levels in the middles of cells of equal share: at (k + 1/2) / 2^bits of the whole.
+        share = torch.cat((density.new_zeros(1), density.cumsum(0)))
+        share = share / share[-1]
+        knots = torch.tensor([0, *torch.tensor(self._lengths).cumsum(0).tolist()])
+        wanted = (knots.double() + 0.5) / 2**self.bits
+        above = torch.searchsorted(share, wanted).clamp(1, _GRID)
+        rest = (wanted - share[above - 1]) / (share[above] - share[above - 1])
+        levels = low + (above - 1 + rest) * ((high - low) / _GRID)
+        steps = levels.diff() / torch.tensor(self._lengths)
+        log_steps = steps.log().clamp(_SMALLEST_LOG_STEP, _LARGEST_LOG_STEP)
+        if self.learnable:
+            self.first_level.copy_(levels[0])
+            self.log_steps.copy_(log_steps)
+        else:
+            self.stored_levels.copy_(torch.cat((levels[:1], log_steps.exp())))
+
+    def freeze(self) -> None:
+        """Turn the parameters into the table that is stored, of the same values."""
+        if self.learnable:
+            stored = self._parts().detach().to(affine.SCALE_DTYPE)
+            del self.first_level, self.log_steps
+            self.register_buffer("stored_levels", stored)
+
+    def _parts(self) -> Tensor:
+        """The first level and the steps, whatever an optimizer made of them."""
+        first = self.first_level.clamp(-_FARTHEST, _FARTHEST)
+        steps = self.log_steps.clamp(_SMALLEST_LOG_STEP, _LARGEST_LOG_STEP).exp()
+        return torch.cat((first[None], steps))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.learnable and prefix + "stored_levels" in state_dict:
+            self.freeze()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def nearest(places: Tensor, levels: Tensor) -> Tensor:
+    """int64 index of the level (L,) that is nearest to each place; halfway, the lower one."""
+    bounds = levels[:-1] + (levels[1:] - levels[:-1]) / 2
+    return torch.searchsorted(bounds.detach(), places.detach().contiguous())
+
+
+class _NearestLevel(torch.autograd.Function):
+    """Round to scale * (level - zero point), straight through, with learned scale and levels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor) -> Tensor:
+        ratio = x / scale
+        places = ratio + zero_point
+        index = nearest(places, levels)
+        inside = (places >= levels[0]) & (places <= levels[-1])
+        ctx.save_for_backward(torch.where(inside, ratio, 0), inside, index, scale)
+        ctx.zero_point, ctx.levels = zero_point, levels
+        chosen = torch.where(places.isnan(), places, levels[index])
+        return scale * (chosen - zero_point)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ratio, inside, index, scale = ctx.saved_tensors
+        grad = grads[0]
+        moved = ctx.levels[index] - ctx.zero_point - ratio
+        by_levels = torch.zeros_like(ctx.levels)
+        by_levels.index_add_(0, index.flatten(), (grad * scale).flatten().to(by_levels.dtype))
+        by_scale = (grad * moved).sum_to_size(scale.shape)
+        return torch.where(inside, grad, 0), by_scale, None, by_levels
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor) -> Tensor:
+    """What storing x as the code of the nearest level would make of it; NaN stays NaN.
+
+    Differentiable in levels, in scale (LSQ, Esser et al., ICLR 2020, eq. 3) and, straight through,
+    in x: 1 between the outermost levels and 0 beyond.
+
+    Args:
+        x: real floating, any shape.
+        scale, zero_point: broadcastable to x.
+        levels: (L,), ascending.
+    """
+    return _NearestLevel.apply(x, scale, zero_point, levels)
+
+
+def beyond(places: Tensor, levels: Tensor) -> Tensor:
+    """Where places lie more than half a step outside of the outermost levels, bool."""
+    low, high = levels[0] - (levels[1] - levels[0]) / 2, levels[-1] + (levels[-1] - levels[-2]) / 2
+    return (places < low) | (places > high)
