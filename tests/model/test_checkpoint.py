@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,16 @@ def test_a_missing_file(saved, file):
     (saved[0] / file).unlink()
     with pytest.raises(CheckpointError, match=f"lacks its file {file}"):
         ResNetBKForCausalLM.from_pretrained(saved[0])
+
+
+def test_others_may_read_what_the_umask_lets_them(build, tmp_path):
+    before = os.umask(0o027)
+    try:
+        build().save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert set(modes.values()) == {0o640}, modes
 
 
 def test_a_missing_manifest(saved):

@@ -49,6 +49,8 @@ def writing(folder: Path) -> Iterator[Path]:
             "sha256": {file: _sha256(staged / file) for file in files},
         }
         (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        for file in files:  # safetensors makes files that nobody but their owner can read
+            (staged / file).chmod((staged / MANIFEST).stat().st_mode)
         for file in [*files, MANIFEST]:
             os.replace(staged / file, folder / file)
 
