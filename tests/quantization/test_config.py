@@ -37,6 +37,7 @@ def test_defaults_are_the_documented_ones():
         "observer": None,
         "percentile": 99.9,
         "weight_rounding": "gptq",
+        "nonuniform": True,
     }
     assert QuantizationConfig(**config.to_dict()) == config
 
