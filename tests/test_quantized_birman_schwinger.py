@@ -759,6 +759,8 @@ def test_a_float_core_is_certified_to_float32():
         (1.0, "ptq_int4", 5.7),
         (0.3, "ptq_int8", 1.0),
         (0.3, "ptq_int4", 12.6),
+        (1.0, "qat_int8", 0.31),
+        (1.0, "qat_int4", 5.0),
     ],
 )
 def test_error_of_held_out_potentials(epsilon, mode, percent):
@@ -768,7 +770,7 @@ def test_error_of_held_out_potentials(epsilon, mode, percent):
     core.start_calibration()
     core(torch.randn(160, 512))
     core.end_calibration()
-    core.apply_ptq()
+    core.enable_qat() if mode in QAT_MODES else core.apply_ptq()
     v = torch.randn(128, 512)
     exact = core.core(v)
     with torch.no_grad():
@@ -776,15 +778,20 @@ def test_error_of_held_out_potentials(epsilon, mode, percent):
     assert 100 * error <= percent
 
 
-@pytest.mark.parametrize("mode", ["ptq_int8", "ptq_int4"])
-def test_one_pass_equals_three(mode):
+@pytest.mark.parametrize("state", ["training", "quantized"])
+@pytest.mark.parametrize("mode", MODES)
+def test_one_pass_equals_three(mode, state):
     """Without gradients potentials and features are rounded within the sweep: the same bits."""
+    if state == "training" and mode not in QAT_MODES:
+        pytest.skip("no training in this mode")
     for batch, causal in ((5, False), (1, True)):
         core = QuantizedBirmanSchwingerCore(1100, mode, causal=causal, energy=0.3)
         core.start_calibration()
         core(torch.randn(40, 1100))
         core.end_calibration()
-        core.apply_ptq()
+        core.enable_qat() if mode in QAT_MODES else core.apply_ptq()
+        if mode in QAT_MODES and state == "quantized":
+            core.convert()
         v = torch.randn(batch, 3, 1100)
         with torch.no_grad():
             found = core(v)
