@@ -140,7 +140,8 @@ def quantize(
         int, typer.Option(min=1, help="Inputs of an INT4 weight that share a scale.")
     ] = 128,
     calibration_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of the training text to calibrate on.")
+        int,
+        typer.Option(min=1, help="Tokens of the training text to calibrate on, in whole windows."),
     ] = 32_768,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps of the QAT modes.")
@@ -209,6 +210,10 @@ def quantize(
     if json_file is not None:
         files.write_json(as_json(result), json_file)
     console.print(f"Checkpoint: {output}", highlight=False, soft_wrap=True)
+    if control is not None:
+        console.print(f"Control: {control}", highlight=False, soft_wrap=True)
+    if control is not None:
+        console.print(f"Control: {control}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bkcore.cli import app
-from bkcore.errors import CheckpointError, InputError, ReceiptError
+from bkcore.errors import CheckpointError, DataError, InputError, ReceiptError
 from bkcore.evaluation.checkpoints import load_checkpoint
 from bkcore.model import LanguageModel
 from bkcore.model.receipt import read
@@ -198,6 +198,7 @@ def test_strict_names_what_is_amiss_and_writes_nothing(
         ({"frontier": True}, "--frontier needs"),
         ({"mode": "mixed_precision", "target_bits": 5.0, "max_increase": 1.0}, "not both"),
         ({"mode": "int8"}, "unknown quantization mode"),
+        ({"mode": "qat_int8", "steps": 3, "learning_rate": -1.0}, "learning_rate must be"),
     ],
 )
 def test_choices_that_exclude_each_other(options: dict[str, object], message: str) -> None:
@@ -211,6 +212,9 @@ def test_folders_that_cannot_be(checkpoint: Path, text: Path, tmp_path: Path) ->
     run_quantize(checkpoint, tmp_path / "int8", text, settings(), QUIET)
     with pytest.raises(InputError, match="is quantized"):
         run_quantize(tmp_path / "int8", tmp_path / "again", text, settings(), QUIET)
+    with pytest.raises(DataError):
+        run_quantize(checkpoint, tmp_path / "again", tmp_path / "nowhere", settings(), QUIET)
+    assert not (tmp_path / "again").exists()
     with pytest.raises(CheckpointError, match="has no receipt"):
         read(checkpoint)
 

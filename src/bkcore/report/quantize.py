@@ -53,7 +53,8 @@ class QuantizeSettings:
 
     Raises:
         InputError: for an unknown mode or group size, a QAT mode without steps, steps or a
-            learning rate without a QAT mode, or a bit budget in another mode than mixed precision.
+            learning rate without a QAT mode, a rate that is not positive, or a bit budget in
+            another mode than mixed precision.
     """
 
     mode: str = QuantizationConfig.PTQ_INT8
@@ -76,6 +77,8 @@ class QuantizeSettings:
             raise InputError(f"mode {self.mode!r} does not train, and takes no --steps")
         if not self.config.is_qat and self.learning_rate is not None:
             raise InputError(f"mode {self.mode!r} does not train, and takes no --learning-rate")
+        if self.steps is not None:
+            self.schedule(window=1)  # refuses a rate that cannot be
         if self.target_bits is not None and self.max_increase is not None:
             raise InputError("give --target-bits or --max-ppl-increase, not both")
         if self.frontier and not self.has_budget:
@@ -145,10 +148,10 @@ def run_quantize(
     if control is not None and settings.steps is None:
         raise InputError(f"mode {settings.mode!r} does not train: there is nothing to control for")
     load_float(checkpoint)
+    corpus = load_corpus(data)
     for folder in (output, control):
         if folder is not None:
             prepare_folder(folder)
-    corpus = load_corpus(data)
     with Plan(_stages(settings, control), console) as plan:
         with plan.stage("read text"):
             model, tokenizer = load_float(checkpoint)
