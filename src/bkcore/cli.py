@@ -212,8 +212,6 @@ def quantize(
     console.print(f"Checkpoint: {output}", highlight=False, soft_wrap=True)
     if control is not None:
         console.print(f"Control: {control}", highlight=False, soft_wrap=True)
-    if control is not None:
-        console.print(f"Control: {control}", highlight=False, soft_wrap=True)
 
 
 @app.command()

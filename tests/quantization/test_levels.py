@@ -36,8 +36,8 @@ def test_even_values_get_even_levels(bits):
     """Of values spread evenly over a range, the k-th level is at (k + 1/2) / 2^bits of it."""
     table = fitted(torch.linspace(-1, 1, 200_001), bits)
     even = (torch.arange(2**bits) + 0.5) * (2 / 2**bits) - 1
-    # A step is stored in 8 bits of mantissa, and so is the first level; a histogram has 2,048 bins.
-    tolerance = 2 * 2**-8 + 2 / 2048
+    # Steps and the first level are stored with 8 significant bits; a histogram has 2,048 bins.
+    tolerance = (2 + 1) * 2**-9 + 2 / 2048
     torch.testing.assert_close(table.values.detach(), even, rtol=0, atol=tolerance)
 
 

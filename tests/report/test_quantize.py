@@ -117,6 +117,15 @@ def test_the_control_trains_in_float_for_the_same_steps(
     assert quantized.quantization_state == "quantized"
 
 
+def test_the_command_names_both_folders_once(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    out, control = str(tmp_path / "int8"), str(tmp_path / "control")
+    how = ["--mode", "qat_int8", "--steps", "1", "--calibration-tokens", "64", "--data", str(text)]
+    result = CliRunner().invoke(app, ["quantize", str(checkpoint), out, *how, "--control", control])
+    assert result.exit_code == 0, result.output
+    assert result.output.count(f"Checkpoint: {out}\n") == 1
+    assert result.output.count(f"Control: {control}\n") == 1
+
+
 def test_a_control_that_cannot_be(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not train"):
         run_quantize(checkpoint, tmp_path / "a", text, settings(), QUIET, tmp_path / "b")

@@ -27,7 +27,10 @@ _SMALLEST_LOG_STEP, _LARGEST_LOG_STEP = -5.0, 4.0
 """In units of the even step: small enough for any density, and levels stay apart in float32."""
 
 _FARTHEST = 1024.0
+"""How far the first level may lie from 0, in the same units."""
+
 _GRID = 512
+"""Cells that the density of the values is measured in, two bins of a histogram or more each."""
 
 
 class LevelTable(StoredDtypes):
@@ -66,11 +69,8 @@ class LevelTable(StoredDtypes):
         parts = affine.rounded(self._parts()) if self.learnable else self.stored_levels.float()
         first, steps = parts[0], parts[1:]
         lengths = torch.tensor(self._lengths, device=steps.device)
-        widths = steps * lengths
-        starts = first + torch.cat((widths.new_zeros(1), widths.cumsum(0)))
-        segment = torch.arange(len(lengths), device=steps.device).repeat_interleave(lengths)
-        within = torch.cat([torch.arange(n, device=steps.device) for n in self._lengths])
-        return torch.cat((starts[segment] + within * steps[segment], starts[-1:]))
+        above = steps.repeat_interleave(lengths).cumsum(0)
+        return first + torch.cat((above.new_zeros(1), above))
 
     @torch.no_grad()
     def fit(self, observer: HistogramObserver, scales: Tensor, zeros: Tensor, norm: int) -> None:
@@ -97,7 +97,7 @@ class LevelTable(StoredDtypes):
         # Levels in the middles of cells of equal share: at (k + 1/2) / 2^bits of the whole.
         share = torch.cat((density.new_zeros(1), density.cumsum(0)))
         share = share / share[-1]
-        knots = torch.tensor([0, *torch.tensor(self._lengths).cumsum(0).tolist()])
+        knots = torch.tensor([0, *self._lengths]).cumsum(0)
         wanted = (knots.double() + 0.5) / 2**self.bits
         above = torch.searchsorted(share, wanted).clamp(1, _GRID)
         rest = (wanted - share[above - 1]) / (share[above] - share[above - 1])
@@ -144,17 +144,17 @@ class _NearestLevel(torch.autograd.Function):
         places = ratio + zero_point
         index = nearest(places, levels)
         inside = (places >= levels[0]) & (places <= levels[-1])
-        ctx.save_for_backward(torch.where(inside, ratio, 0), inside, index, scale)
-        ctx.zero_point, ctx.levels = zero_point, levels
+        ratio = torch.where(inside, ratio, 0)
+        ctx.save_for_backward(ratio, inside, index, scale, zero_point, levels)
         chosen = torch.where(places.isnan(), places, levels[index])
         return scale * (chosen - zero_point)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ratio, inside, index, scale = ctx.saved_tensors
+        ratio, inside, index, scale, zero_point, levels = ctx.saved_tensors
         grad = grads[0]
-        moved = ctx.levels[index] - ctx.zero_point - ratio
-        by_levels = torch.zeros_like(ctx.levels)
+        moved = levels[index] - zero_point - ratio
+        by_levels = torch.zeros_like(levels)
         by_levels.index_add_(0, index.flatten(), (grad * scale).flatten().to(by_levels.dtype))
         by_scale = (grad * moved).sum_to_size(scale.shape)
         return torch.where(inside, grad, 0), by_scale, None, by_levels
