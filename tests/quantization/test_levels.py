@@ -105,6 +105,7 @@ def test_frozen_saved_and_loaded_the_values_stay(bits):
     fresh = quantizer(bits)
     fresh.load_state_dict(made.state_dict())
     assert torch.equal(fresh.half().fake_quantize(x)[1:], before[1:])
+    assert fresh.table.stored_levels.dtype == torch.bfloat16
     assert made.storage_bytes == 2 * 3 + {4: 32, 8: 48}[bits]
 
 
