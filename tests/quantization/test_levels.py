@@ -142,6 +142,18 @@ def test_they_beat_even_ones(bits):
     assert errors[True] < {4: 0.95, 8: 0.8}[bits] * errors[False]
 
 
+def test_values_whose_errors_cost_next_to_nothing_count_alike():
+    x = torch.randn(200, 3)
+    tables = []
+    for weight in (None, torch.full_like(x, 1e-6)):
+        made = GroupWiseQuantizer(3, 3, 4, learnable=True, nonuniform=True, observer="minmax")
+        made.start_calibration()
+        made.observe(x, weight)
+        made.end_calibration()
+        tables.append(made.table.values)
+    assert torch.equal(*tables)
+
+
 def test_levels_that_cannot_be_learned_are_refused():
     with pytest.raises(InputError, match="learnable=True"):
         GroupWiseQuantizer(4, nonuniform=True)

@@ -86,7 +86,9 @@ class LevelTable(StoredDtypes):
             norm: p, 1 or 2.
         """
         places = bin_centers(observer.half_range.float()) / scales[:, None] + zeros[:, None]
-        cost = observer.costs.double().flatten()
+        # Costs are kept in steps, and may all be less than one: then every value counts the same.
+        costs = observer.costs if bool(observer.costs.any()) else observer.counts
+        cost = costs.double().flatten()
         places = places.double().flatten()[cost > 0]
         cost = cost[cost > 0]
         low, high = float(places.min()), float(places.max())
