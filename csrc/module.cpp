@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-
+#include "product.h"
 #include "sweep.h"
 
 namespace nb = nanobind;
@@ -35,6 +35,7 @@ constexpr Index kFewChains = 8, kSitesPerBlock = 64, kBlocks = 1024;
 struct Isa {
   std::string name;
   KernelTable table;
+  ProductKernels product;
 };
 
 std::vector<Isa> detect() {
@@ -43,11 +44,14 @@ std::vector<Isa> detect() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-    found.push_back({"avx512", sweep_kernels_avx512()});
-  if (avx2) found.push_back({"avx2", sweep_kernels_avx2()});
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+    const bool vnni = __builtin_cpu_supports("avx512vnni");
+    found.push_back({"avx512", sweep_kernels_avx512(),
+                     vnni ? product_kernels_vnni() : product_kernels_avx2()});
+  }
+  if (avx2) found.push_back({"avx2", sweep_kernels_avx2(), product_kernels_avx2()});
 #endif
-  found.push_back({"baseline", sweep_kernels_baseline()});
+  found.push_back({"baseline", sweep_kernels_baseline(), product_kernels_baseline()});
   return found;
 }
 
@@ -72,21 +76,26 @@ const Kernels<T> &kernels(const std::string &isa) {
   }
 }
 
-// Memory of the calling thread, kept for its next call: fresh pages cost more than a sweep.
-void *scratch(std::size_t bytes) {
-  static thread_local std::vector<std::byte> memory;
+// Aligned memory in a vector that is kept for the next call: fresh pages cost more than a sweep.
+void *aligned(std::vector<std::byte> &memory, std::size_t bytes) {
   constexpr std::size_t kLine = 64;
   if (memory.size() < bytes + kLine) memory.resize(bytes + kLine);
   const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
   return memory.data() + (kLine - address % kLine) % kLine;
 }
 
+// Memory of the calling thread, its own until its next call.
+void *scratch(std::size_t bytes) {
+  static thread_local std::vector<std::byte> memory;
+  return aligned(memory, bytes);
+}
+
 Index ceil_divide(Index a, Index b) { return (a + b - 1) / b; }
 Index round_up(Index a, Index b) { return ceil_divide(a, b) * b; }
 
-Index worthwhile_threads(Index elements, Index allowed) {
+Index worthwhile_threads(Index elements, Index allowed, Index each = kElementsPerThread) {
 #ifdef _OPENMP
-  return std::max<Index>(1, std::min(allowed, elements / kElementsPerThread));
+  return std::max<Index>(1, std::min(allowed, elements / each));
 #else
   return 1;
 #endif
@@ -361,6 +370,64 @@ void attention_backward(const std::string &isa, Index threads, bool is_double, A
   is_double ? run(double()) : run(float());
 }
 
+// Rows that share a panel, and the fewest products of codes that are worth a thread.
+constexpr Index kRowsPerPanel = 384, kProductsPerThread = Index{1} << 18;
+
+EncodedRows encoded_rows(const Product &p, Index words) {
+  static thread_local std::vector<std::byte> memory;
+  const Index each = round_up(words, 16) + p.groups + 1;
+  auto *start = static_cast<std::uint32_t *>(aligned(memory, p.rows * each * sizeof(std::uint32_t)));
+  auto *sums = reinterpret_cast<std::int32_t *>(start + p.rows * words);
+  return {reinterpret_cast<float *>(sums + p.rows * p.groups), sums, start};
+}
+
+void product(const std::string &isa, Index allowed, Index bits,
+             std::tuple<Index, Index, Index, Index> shape, const std::vector<Address> &tensors) {
+  const auto [rows, inputs, outputs, group_size] = shape;
+  const Product p = {rows,
+                     outputs,
+                     inputs,
+                     bits,
+                     ceil_divide(inputs, group_size),
+                     group_size,
+                     reinterpret_cast<const float *>(tensors[0]),
+                     reinterpret_cast<const std::uint8_t *>(tensors[1]),
+                     reinterpret_cast<const std::uint16_t *>(tensors[2]),
+                     reinterpret_cast<float *>(tensors[3])};
+  const ProductKernels &kernels = find_isa(isa).product;
+  const EncodedRows encoded = encoded_rows(p, words_of(p, kernels.depth));
+  const Index threads = worthwhile_threads(rows * outputs * inputs, allowed, kProductsPerThread);
+  const Index panels = ceil_divide(outputs, kernels.panel), chunks = ceil_divide(rows, kRowsPerPanel);
+  parallel_for(chunks, threads, [&](Index chunk) {
+    const Index first = chunk * kRowsPerPanel, end = std::min(rows, first + kRowsPerPanel);
+    for (Index row = first; row < end; ++row) kernels.encode(p, row, encoded);
+  });
+  parallel_for(panels * chunks, threads, [&](Index i) {
+    const Index first = i / panels * kRowsPerPanel;
+    kernels.multiply(p, encoded, i % panels * kernels.panel, first,
+                     std::min(kRowsPerPanel, rows - first), scratch);
+  });
+}
+
+void round_channels(const std::string &isa, Index threads, Index bits, Shape shape,
+                    const std::vector<Address> &tensors) {
+  const auto [rows, channels, group_size] = shape;
+  const Rounding r = {rows,
+                      channels,
+                      bits,
+                      group_size,
+                      reinterpret_cast<const float *>(tensors[0]),
+                      reinterpret_cast<const std::uint16_t *>(tensors[1]),
+                      reinterpret_cast<const std::int8_t *>(tensors[2]),
+                      reinterpret_cast<float *>(tensors[3])};
+  threads = worthwhile_threads(rows * channels, threads);
+  const Index share = ceil_divide(std::max<Index>(rows, 1), threads);
+  const auto kernel = find_isa(isa).product.round;
+  parallel_for(ceil_divide(rows, share), threads, [&](Index i) {
+    kernel(r, i * share, std::min(share, rows - i * share), scratch);
+  });
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const Isa &isa : isas()) names.push_back(isa.name);
@@ -386,6 +453,8 @@ NB_MODULE(_native, m) {
   m.attr("attention_chunk") = bkcore::kAttentionChunk;
   m.def("attention", &bkcore::attention, Unlocked());
   m.def("attention_backward", &bkcore::attention_backward, Unlocked());
+  m.def("product", &bkcore::product, Unlocked());
+  m.def("round_channels", &bkcore::round_channels, Unlocked());
   m.def("step", &bkcore::step);  // shorter than letting go of the interpreter
   m.def("sweep_backward", &bkcore::backward, Unlocked());
 }

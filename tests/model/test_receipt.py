@@ -14,6 +14,7 @@ from bkcore.model.config import ResNetBKConfig
 from bkcore.model.moe import Expert, counting_load
 from bkcore.quantization import QuantizationConfig, linear
 from bkcore.quantization.affine import code_range
+from bkcore.quantization.packing import unpack_int4
 from bkcore.quantization.weights import HalfWeight
 
 MIXED = {
@@ -126,14 +127,14 @@ def test_the_kernel_is_what_runs(build, monkeypatch):
     model = mixed(build)
     kernels = {entry["name"]: entry["kernel"] for entry in model.receipt["weights"]}
     for name, kernel in kernels.items():
-        assert kernel == ("aten::mm" if MIXED.get(name) == 16 else "aten::_int_mm")
+        assert kernel == ("aten::mm" if MIXED.get(name) == 16 else "bkcore::product")
     assert receipt.problems(model.receipt) == []
 
-    def in_float(codes, token_scale, weight_codes, weight_scales, group_size):
-        scales = weight_scales.repeat_interleave(group_size, 1)[:, : codes.shape[1]]
-        return (codes * token_scale) @ (weight_codes * scales).t()
+    def in_float(x, weight, scales, group_size, bits):
+        codes = weight if bits == 8 else unpack_int4(weight, x.shape[1])
+        return x @ (codes * scales.float().repeat_interleave(group_size, 1)[:, : x.shape[1]]).t()
 
-    monkeypatch.setattr(linear, "integer_product", in_float)
+    monkeypatch.setattr(linear, "product", in_float)
     found = receipt.problems(mixed(build).receipt)
     assert len(found) == len(kernels) - list(MIXED.values()).count(16)
     assert all("is multiplied in float (aten::mm)" in problem for problem in found)

@@ -47,7 +47,7 @@ def output_error(x: Tensor, weight: Tensor, codes: Tensor, scales: Tensor, size:
     per_tensor=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_outputs_change_less_than_by_plain_rounding(
+def test_outputs_never_change_more_than_by_plain_rounding(
     rows, columns, group_size, rank, per_tensor, seed
 ):
     x = correlated(300, columns, rank, seed)
@@ -55,7 +55,8 @@ def test_outputs_change_less_than_by_plain_rounding(
     codes, scales = gptq(weight, moments_of(x), 4, group_size, per_tensor=per_tensor)
     plain = pack_weight(weight, 4, group_size, per_tensor)
     error = output_error(x, weight, codes, scales, group_size)
-    assert error < output_error(x, weight, plain.codes(), plain.scales(), group_size)
+    # Rows that plain rounding serves better keep it, and all of a few may.
+    assert error <= output_error(x, weight, plain.codes(), plain.scales(), group_size)
 
     assert codes.dtype == torch.int8
     assert codes.shape == weight.shape

@@ -10,13 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bkcore.errors import CalibrationError
+from bkcore.kernels.product import integer_product, quantize_rows
 from bkcore.quantization import affine
-from bkcore.quantization.linear import (
-    QuantizedEmbedding,
-    QuantizedLinear,
-    integer_product,
-    quantize_tokens,
-)
+from bkcore.quantization.linear import QuantizedEmbedding, QuantizedLinear
 from bkcore.quantization.weights import (
     HalfWeight,
     PackedWeight,
@@ -66,7 +62,7 @@ def test_integer_product_equals_an_int64_oracle(rows, inputs, outputs, group_siz
     packed = pack_weight(weight, bits, group_size)
     assert torch.equal(packed.scales(), scales)
     x = torch.randn(rows, inputs, generator=generator)
-    codes, token_scale = quantize_tokens(x)
+    codes, token_scale = quantize_rows(x)
     product = integer_product(codes, token_scale, packed.codes(), scales, group_size)
     expected = oracle(codes, token_scale, packed.codes(), scales, group_size)
     assert product.dtype == torch.float32
@@ -90,7 +86,7 @@ def test_sums_beyond_float32_are_exact_integers_first():
 
 def test_tokens_are_quantized_each_with_its_own_scale():
     x = torch.randn(50, 9) * 10 ** torch.empty(50, 1).uniform_(-6, 6)
-    codes, scale = quantize_tokens(x)
+    codes, scale = quantize_rows(x)
     assert codes.dtype == torch.int8
     assert (codes.abs().amax(1) == 127).all()
     # Half a step, and float32 roundings of codes below 2^7.
@@ -225,7 +221,7 @@ def test_training_backward_is_that_of_the_dequantized_product(bits, group_size):
     found = (x.grad.clone(), training.weight.grad.clone(), training.log_scales.grad.clone())
 
     training.zero_grad()
-    codes, token_scale = quantize_tokens(x.detach())
+    codes, token_scale = quantize_rows(x.detach())
     used = (codes * token_scale).requires_grad_()
     (used @ training.codes_and_values()[1].t()).backward(cotangent)
     expected = (used.grad, training.weight.grad, training.log_scales.grad)
@@ -275,7 +271,7 @@ def test_rows_and_logits_share_one_weight(kind):
     if kind == "half":
         assert torch.equal(embedding.logits(hidden), torch.nn.functional.linear(hidden, rows))
         return
-    codes, scale = quantize_tokens(hidden)
+    codes, scale = quantize_rows(hidden)
     # Six products: the order of the float sums may differ.
     torch.testing.assert_close(
         embedding.logits(hidden), (codes * scale) @ rows.t(), rtol=1e-5, atol=1e-5

@@ -3,6 +3,8 @@
 from bkcore.kernels.attention import attention
 from bkcore.kernels.codes import sweep_codes
 from bkcore.kernels.ops import sweep
+from bkcore.kernels.product import product
+from bkcore.kernels.round import round_channels
 from bkcore.kernels.rounded import sweep_rounded
 from bkcore.kernels.selection import BackendInfo, backends, use_backend
 from bkcore.kernels.stream import step
@@ -11,6 +13,8 @@ __all__ = [
     "BackendInfo",
     "attention",
     "backends",
+    "product",
+    "round_channels",
     "step",
     "sweep",
     "sweep_codes",

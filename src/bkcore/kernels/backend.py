@@ -86,6 +86,24 @@ class SweepRoundedFunction(Protocol):
     ) -> Tensor: ...
 
 
+class ProductFunction(Protocol):
+    """The product with a weight in codes on checked, contiguous tensors; see
+    `bkcore.kernels.product`."""
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: int
+    ) -> Tensor: ...
+
+
+class RoundChannelsFunction(Protocol):
+    """Rounding to what codes stand for on checked, contiguous tensors; see
+    `bkcore.kernels.round`."""
+
+    def __call__(
+        self, x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits: int
+    ) -> Tensor: ...
+
+
 class StepFunction(Protocol):
     """One site of a stream, in place, on checked tensors; see `bkcore.kernels.stream`."""
 
@@ -156,6 +174,8 @@ class Backend:
     sweep_backward: SweepBackwardFunction
     sweep_codes: SweepCodesFunction
     sweep_rounded: SweepRoundedFunction
+    product: ProductFunction
+    round_channels: RoundChannelsFunction
     step: StepFunction
     attention: AttentionFunction
     attention_backward: AttentionBackwardFunction

@@ -268,6 +268,31 @@ def sweep_rounded(
     return parts
 
 
+def product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: int) -> Tensor:
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    _native.product(
+        isa(),
+        torch.get_num_threads(),
+        bits,
+        (*x.shape, weight.shape[0], group_size),
+        _addresses(x, weight, scales, out),
+    )
+    return out
+
+
+def round_channels(x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits: int) -> Tensor:
+    out = torch.empty_like(x)
+    channels = x.shape[-1]
+    _native.round_channels(
+        isa(),
+        torch.get_num_threads(),
+        bits,
+        (x.numel() // max(channels, 1), channels, group_size),
+        _addresses(x, scale, zero, out),
+    )
+    return out
+
+
 def step(
     state: Tensor,
     v: Tensor,
@@ -394,6 +419,8 @@ BACKEND = Backend(
     sweep_backward=sweep_backward,
     sweep_codes=sweep_codes,
     sweep_rounded=sweep_rounded,
+    product=product,
+    round_channels=round_channels,
     step=step,
     attention=attention,
     attention_backward=attention_backward,

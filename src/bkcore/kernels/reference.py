@@ -175,6 +175,52 @@ def step(
     state.copy_(torch.stack(values, 1))
 
 
+def product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: int) -> Tensor:
+    codes, row_scale = quantize_rows(x)
+    weight_codes = _bytes(weight, x.shape[1], bits)
+    return integer_product(codes, row_scale, weight_codes, scales.float(), group_size)
+
+
+def round_channels(x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits: int) -> Tensor:
+    channels = torch.arange(x.shape[-1], device=x.device) // group_size
+    s, z = scale.float()[channels], zero[channels]
+    low = -(1 << (bits - 1))
+    return s * (((x / s).round() + z).clamp(low, -low - 1) - z)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """INT8 codes (M, K) and float32 scales (M, 1) of the rows of x; see `product.py`."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
+    # The quotient is at most 127 up to rounding, so there is nothing to clamp.
+    return torch.where(scale.isfinite(), x / scale, 0.0).round_().to(torch.int8), scale
+
+
+def integer_product(
+    codes: Tensor, row_scale: Tensor, weight_codes: Tensor, weight_scales: Tensor, group_size: int
+) -> Tensor:
+    """Products of codes, rescaled in the order of roundings of `bkcore.kernels.product`.
+
+    Args:
+        codes, row_scale: int8 (M, K) and float32 (M, 1), from `quantize_rows`.
+        weight_codes, weight_scales: int8 (O, K) and float32 (O, G).
+        group_size: inputs that share a weight scale.
+
+    Returns:
+        float32 (M, O).
+    """
+    if codes.shape[1] == 1:  # torch._int_mm reads beyond a matrix of one column (2.13)
+        codes, weight_codes = (torch.nn.functional.pad(x, (0, 1)) for x in (codes, weight_codes))
+    total: Tensor | None = None
+    for group, scale in enumerate(weight_scales.unbind(1)):
+        columns = slice(group * group_size, (group + 1) * group_size)
+        sums = torch._int_mm(codes[:, columns], weight_codes[:, columns].t())
+        term = sums * scale
+        total = term if total is None else total.add_(term)
+    assert total is not None
+    return total.mul_(row_scale)
+
+
 def _bytes(codes: Tensor, lanes: int, bits: int) -> Tensor:
     if bits == 8:
         return codes
@@ -406,6 +452,8 @@ BACKEND = Backend(
     sweep_backward=sweep_backward,
     sweep_codes=sweep_codes,
     sweep_rounded=sweep_rounded,
+    product=product,
+    round_channels=round_channels,
     step=step,
     attention=attention,
     attention_backward=attention_backward,

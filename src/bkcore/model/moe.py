@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bkcore.model.config import ResNetBKConfig
 from bkcore.quantization.linear import QuantizedLinear
 
-_BLOCK = 128
+_BLOCK = 32
 
 
 class Expert(nn.Module):

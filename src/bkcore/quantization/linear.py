@@ -1,7 +1,7 @@
 """Integer products with quantized weights: INT8 activations per token, int32 sums, one rescale.
 
-Training (QAT) uses the very same forward; only its backward is float, straight through. So the
-converted model equals the trained one bit for bit by construction.
+Training (QAT) has the same roundings in the same order (`bkcore.kernels.product`); only its
+backward is float, straight through. So the converted model equals the trained one bit for bit.
 """
 
 from __future__ import annotations
@@ -12,49 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bkcore.quantization import affine
+from bkcore.kernels.product import integer_product, product, quantize_rows
 from bkcore.quantization.weights import HalfWeight, PackedWeight, TrainableWeight
-
-
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """INT8 codes (M, K) and float32 scales (M, 1) of the rows of x; symmetric, max |x| is 127.
-
-    A row of zeros gets the scale 1. A row with NaN or infinity gets a scale that is not finite,
-    and so does every product with it.
-    """
-    largest = x.abs().amax(-1, keepdim=True)
-    scale = torch.where(largest == 0, 1.0, largest / affine.code_range(8)[1])
-    # The quotient is at most 127 up to rounding, so there is nothing to clamp.
-    return (x / scale).round_().to(torch.int8), scale
-
-
-def integer_product(
-    codes: Tensor, token_scale: Tensor, weight_codes: Tensor, weight_scales: Tensor, group_size: int
-) -> Tensor:
-    """Rows of activations times the rows of a weight, both as int8 codes.
-
-    The order of roundings, the same everywhere: int32 sums inside a group are exact, each becomes
-    float32 and is multiplied by its weight scale; groups are added from first to last; the token's
-    scale comes last.
-
-    Args:
-        codes, token_scale: int8 (M, K) and float32 (M, 1), from `quantize_tokens`.
-        weight_codes, weight_scales: int8 (O, K) and float32 (O, G).
-        group_size: inputs that share a weight scale.
-
-    Returns:
-        float32 (M, O).
-    """
-    if codes.shape[1] == 1:  # torch._int_mm reads beyond a matrix of one column (2.13)
-        codes, weight_codes = F.pad(codes, (0, 1)), F.pad(weight_codes, (0, 1))
-    total: Tensor | None = None
-    for group, scale in enumerate(weight_scales.unbind(1)):
-        columns = slice(group * group_size, (group + 1) * group_size)
-        sums = torch._int_mm(codes[:, columns], weight_codes[:, columns].t())
-        term = sums * scale
-        total = term if total is None else total.add_(term)
-    assert total is not None
-    return total.mul_(token_scale)
 
 
 class _StraightThroughProduct(torch.autograd.Function):
@@ -64,7 +23,7 @@ class _StraightThroughProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, values: Tensor, weight_codes: Tensor, scales: Tensor, group_size: int
     ) -> Tensor:
-        codes, token_scale = quantize_tokens(x)
+        codes, token_scale = quantize_rows(x)
         ctx.save_for_backward(codes, token_scale, values)
         return integer_product(codes, token_scale, weight_codes, scales, group_size)
 
@@ -84,9 +43,8 @@ def project(x: Tensor, weight: PackedWeight | TrainableWeight | HalfWeight) -> T
     if isinstance(weight, HalfWeight):
         out = F.linear(rows, weight.packed.float())
     elif isinstance(weight, PackedWeight):
-        codes, token_scale = quantize_tokens(rows)
-        out = integer_product(
-            codes, token_scale, weight.codes(), weight.scales(), weight.group_size
+        out = product(
+            rows.detach(), weight.packed, weight.stored_scales, weight.group_size, weight.bits
         )
     else:
         weight_codes, values = weight.codes_and_values()

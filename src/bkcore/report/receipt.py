@@ -52,7 +52,7 @@ def _weights(receipt: dict[str, Any]) -> Table:
             _percent(entry.get("relative_error")),
             _count(entry["calibration_tokens"]),
             f"{entry['bytes']:,}",
-            entry["kernel"].replace("aten::", ""),
+            entry["kernel"].replace("aten::", "").replace("bkcore::", ""),
         )
     return table
 

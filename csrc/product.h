@@ -1,0 +1,62 @@
+// What the integer products and their caller agree on; the order of roundings is that of
+// src/bkcore/kernels/product.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace bkcore {
+
+// Rows of activations times the rows of a weight in codes; all contiguous.
+struct Product {
+  std::int64_t rows, outputs, inputs, bits, groups, group_size;
+  const float *x;              // (rows, inputs)
+  const std::uint8_t *weight;  // int8 (outputs, inputs), or two codes a byte (outputs, inputs / 2)
+  const std::uint16_t *scales;  // bfloat16 (outputs, groups)
+  float *out;                  // (rows, outputs)
+};
+
+// Activations as codes: in every row the groups one after the other, each filled up with zeros to
+// whole words of `depth` codes.
+struct EncodedRows {
+  float *scale;         // (rows)
+  std::int32_t *sums;   // (rows, groups): of the codes, which corrects for weights made unsigned
+  std::uint32_t *words;  // (rows, words)
+};
+
+// Rows of channels, rounded to what their codes stand for (src/bkcore/kernels/round.py).
+struct Rounding {
+  std::int64_t rows, channels, bits, group_size;
+  const float *x;              // (rows, channels)
+  const std::uint16_t *scale;  // bfloat16 (groups)
+  const std::int8_t *zero;     // (groups)
+  float *out;                  // (rows, channels)
+};
+
+struct ProductKernels {
+  using Scratch = void *(*)(std::size_t bytes);
+  std::int64_t panel;  // outputs that are computed together
+  std::int64_t depth;  // codes in a word
+  void (*encode)(const Product &, std::int64_t row, const EncodedRows &);
+  // The panel of outputs that begins at `output`, for `count` rows from `first` on.
+  void (*multiply)(const Product &, const EncodedRows &, std::int64_t output, std::int64_t first,
+                   std::int64_t count, Scratch);
+  void (*round)(const Rounding &, std::int64_t first, std::int64_t count, Scratch);
+};
+
+namespace {
+
+// Words of one row of codes.
+inline std::int64_t words_of(const Product &p, std::int64_t depth) {
+  const std::int64_t whole = p.inputs / p.group_size, rest = p.inputs % p.group_size;
+  return whole * ((p.group_size + depth - 1) / depth) + (rest + depth - 1) / depth;
+}
+
+}  // namespace
+
+// One function per instruction set, from one source compiled several times.
+ProductKernels product_kernels_baseline();
+ProductKernels product_kernels_avx2();
+ProductKernels product_kernels_vnni();
+
+}  // namespace bkcore

@@ -1,0 +1,107 @@
+"""Rounding of channels: bit for bit what the one rounding function gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.kernels import cpu, round_channels, use_backend
+from bkcore.quantization import GroupWiseQuantizer, affine
+
+ISAS = cpu.supported_isas()
+
+
+def problem(rows, channels, group_size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-channels // group_size)
+    scale = torch.logspace(-30, 30, groups).mul(0.013).bfloat16()
+    zero = torch.randint(-128, 128, (groups,), generator=generator, dtype=torch.int8)
+    each = scale.float().repeat_interleave(group_size)[:channels]
+    x = torch.randn(rows, channels, generator=generator) * 100 * each
+    halfway = torch.randint(-200, 200, x.shape, generator=generator) + 0.5
+    special = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e38, -1e-40])
+    kind = torch.randint(0, 10, x.shape, generator=generator)
+    x = torch.where(kind < 2, halfway * each, x)
+    return torch.where(kind > 2, x, special[kind % 7]), scale, zero
+
+
+@settings(max_examples=100)
+@given(
+    rows=st.integers(0, 9),
+    channels=st.integers(1, 70),
+    group_size=st.integers(1, 80),
+    bits=st.sampled_from([4, 8]),
+    seed=st.integers(0, 2**16),
+)
+def test_every_instruction_set_equals_fake_quantize(rows, channels, group_size, bits, seed):
+    x, scale, zero = problem(rows, channels, group_size, seed)
+    zero = zero.clamp(*affine.code_range(bits))
+    each = torch.arange(channels) // group_size
+    expected = affine.fake_quantize(x, scale.float()[each], zero[each], bits)
+
+    def same(out):
+        return torch.allclose(out, expected, rtol=0, atol=0, equal_nan=True)
+
+    for isa in ISAS:
+        with cpu.use_isa(isa):
+            assert same(round_channels(x, scale, zero, group_size, bits))
+    with use_backend("reference"):
+        assert same(round_channels(x, scale, zero, group_size, bits))
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_a_quantizer_rounds_alike_with_and_without_a_derivative(learnable):
+    torch.manual_seed(0)
+    quantizer = GroupWiseQuantizer(40, 16, bits=4, symmetric=False, learnable=learnable)
+    x = 3 * torch.randn(5, 7, 40) + 1
+    quantizer.calibrate(x)
+    outside = 2 * x.requires_grad_()
+    with_derivative = quantizer.fake_quantize(outside)
+    assert with_derivative.requires_grad
+    with torch.no_grad():
+        assert torch.equal(quantizer.fake_quantize(outside), with_derivative)
+        strided = outside.transpose(0, 1)
+        assert torch.equal(quantizer.fake_quantize(strided), with_derivative.transpose(0, 1))
+        half = outside.bfloat16()
+        assert torch.equal(quantizer.fake_quantize(half), quantizer.fake_quantize(half.float()))
+
+
+def test_threads_change_nothing():
+    x, scale, zero = problem(300, 64, 4, 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = round_channels(x, scale, zero, 4, 8)
+    torch.set_num_threads(3)
+    try:
+        together = round_channels(x, scale, zero, 4, 8)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.allclose(together, alone, rtol=0, atol=0, equal_nan=True)
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    x, scale, zero = problem(3, 40, 16, 0)
+    with pytest.raises(InputError, match="bits must be 4 or 8, not 2"):
+        round_channels(x, scale, zero, 16, 2)
+    with pytest.raises(InputError, match="group_size must be at least 1"):
+        round_channels(x, scale, zero, 0, 8)
+    with pytest.raises(ShapeError, match=r"scale must be \(4,\)"):
+        round_channels(x, scale, zero, 10, 8)
+    with pytest.raises(DTypeError, match=r"scale must be torch\.bfloat16"):
+        round_channels(x, scale.float(), zero, 16, 8)
+    with pytest.raises(DTypeError, match=r"x must be torch\.float32"):
+        round_channels(x.double(), scale, zero, 16, 8)
+    with pytest.raises(ShapeError, match="axis of channels"):
+        round_channels(x[0, 0], scale, zero, 16, 8)
+
+
+def test_it_has_a_fake_form():
+    x, scale, zero = problem(3, 40, 16, 0)
+    torch.library.opcheck(
+        torch.ops.bkcore.round_channels.default,
+        (torch.nan_to_num(x), scale, zero, 16, 8),
+        test_utils=("test_schema", "test_faketensor"),
+    )
