@@ -364,6 +364,29 @@ def bench_kernels(
         draw(results, plot)
 
 
+@bench.command("inference")
+def bench_inference(
+    json_file: JsonOption = None,
+    markdown: MarkdownOption = None,
+    only: Annotated[str, typer.Option(help="Only cases whose names begin so.")] = "",
+) -> None:
+    """Time quantized models against float32, and against GPT-2 and Mamba of transformers."""
+    from bkcore.bench.inference import run_inference
+    from bkcore.bench.result import markdown_table, report, table
+    from bkcore.report import files
+
+    console = Console()
+    for path in (json_file, markdown):
+        if path is not None:
+            files.prepare_file(path)
+    results = run_inference(console, only)
+    console.print(table(results))
+    if json_file is not None:
+        files.write_json(report(results), json_file)
+    if markdown is not None:
+        markdown.write_text(markdown_table(results))
+
+
 @bench.command("memory")
 def bench_memory(
     json_file: JsonOption = None,

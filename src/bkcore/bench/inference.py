@@ -1,0 +1,232 @@
+"""The cases of `bkcore bench inference`: quantized models against the same in float32, and rivals.
+
+Models have random weights: nothing here judges what they say, and no time depends on it. Before a
+quantized model is timed, its products are compared with the reference backend, bit for bit, and
+its streamed logits with those of the parallel pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bkcore.bench import rivals
+from bkcore.bench.result import Result
+from bkcore.bench.timing import Call, interleaved, torch_threads
+from bkcore.errors import BenchmarkError, InputError
+from bkcore.kernels import use_backend
+from bkcore.model import LanguageModel, ResNetBKForCausalLM, StreamState
+from bkcore.quantization import QuantizationConfig
+from bkcore.quantization.linear import QuantizedLinear
+from bkcore.quantization.weights import PackedWeight
+from bkcore.report.progress import Plan
+
+WIDTHS = (256, 512, 1024)
+SEQUENCES = (1, 8, 64)
+CONTEXTS = (512, 4096, 16384)
+
+_MODES = {"INT8": "ptq_int8", "INT4": "ptq_int4"}
+_PREFILL_TARGETS = {"INT8": 2.0, "INT4": 1.5}
+_DECODE_TARGETS = {"INT8": 1.5, "INT4": 2.0}
+_TARGET_WIDTH = 512  # from here on decoding has targets; below, it must not be slower
+_VOCABULARY = 4096
+_LAYERS = 4
+_BATCH, _WINDOW = 8, 512
+_RIVAL_WIDTH = 256
+_CALIBRATION = (4, 128)
+_MOST_SECONDS = 10.0  # of a rival's prefill
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model in the middle of a text, ready to read one more token of each sequence again and
+    again: its state is not kept."""
+
+    model: ResNetBKForCausalLM
+    state: StreamState
+    tokens: Tensor
+
+    def __call__(self) -> Tensor:
+        logits: Tensor = self.model(self.tokens, cache_params=self.state).logits
+        return logits
+
+
+@torch.inference_mode()
+def run_inference(console: Console, only: str = "") -> list[Result]:
+    """Time every case whose name begins with `only`, with progress on the console.
+
+    Raises:
+        InputError: if no case is called so.
+        BenchmarkError: if a quantized model is wrong.
+    """
+    counts = sorted({1, min(2, torch.get_num_threads())})
+    cases: dict[str, Callable[[], Iterator[Result]]] = {
+        **{f"width {width}": partial(_each, at_width, width, counts) for width in WIDTHS},
+        "serving": partial(_each, serving, SEQUENCES, counts),
+        "rivals": partial(_each, against_rivals, CONTEXTS, counts[-1:]),
+    }
+    chosen = {name: case for name, case in cases.items() if name.startswith(only)}
+    if not chosen:
+        raise InputError(f"no case begins with {only!r}; there are: {', '.join(cases)}")
+    results: list[Result] = []
+    with Plan(dict.fromkeys(chosen, 60.0), console) as plan:
+        for name, case in chosen.items():
+            with plan.stage(name):
+                results += case()
+    return results
+
+
+def _each(case: Callable[..., Iterator[Result]], size: Any, counts: Sequence[int]) -> Any:
+    for threads in counts:
+        with torch_threads(threads):
+            yield from case(size, threads)
+
+
+def build(width: int) -> dict[str, ResNetBKForCausalLM]:
+    """A float32 model and what the modes make of it, by name; checked."""
+    torch.manual_seed(0)
+    model = LanguageModel(
+        _VOCABULARY, d_model=width, n_layers=_LAYERS, n_seq=_WINDOW, expert_size=2 * width
+    ).eval()
+    for layer in model.layers:  # a new model's mixers add nothing, and would pass every check
+        nn.init.normal_(layer.mixer.out_proj.weight, std=0.05)
+    models = {"float32": model}
+    for name, mode in _MODES.items():
+        quantized = deepcopy(model)
+        # How weights are rounded makes no difference to the time.
+        quantized.configure_quantization(QuantizationConfig(mode, weight_rounding="nearest"))
+        quantized.calibrate_quantization([_tokens(*_CALIBRATION)])
+        check_products(quantized.eval())
+        models[name] = quantized
+    for model in models.values():
+        check_stream(model)
+    return models
+
+
+def check_products(model: nn.Module) -> None:
+    """Compare every product of codes with that of the reference backend.
+
+    Raises:
+        BenchmarkError: if a bit differs.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear) and isinstance(layer.weight, PackedWeight):
+            x = torch.randn(5, layer.weight.shape[1])
+            with use_backend("reference"):
+                expected = layer(x)
+            if not torch.equal(layer(x), expected) or not torch.equal(layer(x[:1]), expected[:1]):
+                raise BenchmarkError(f"the product of {name} is not that of the reference backend")
+
+
+def check_stream(model: ResNetBKForCausalLM) -> None:
+    """Compare the logits of single tokens with those of a whole text.
+
+    Raises:
+        BenchmarkError: if they differ by more than rounding.
+    """
+    tokens = _tokens(1, 24)
+    whole = model(tokens).logits
+    state = model(tokens[:, :16], use_cache=True).cache_params
+    for index in range(16, 24):
+        output = model(tokens[:, index : index + 1], cache_params=state)
+        state, expected = output.cache_params, whole[0, index]
+        error = float((output.logits[0, 0] - expected).abs().max())
+        if not error <= 1e-3 * float(expected.abs().max()):
+            raise BenchmarkError(f"a streamed token has logits that differ by {error:.2e}")
+
+
+def at_width(width: int, threads: int) -> Iterator[Result]:
+    """Prefill and decoding, each mode against float32."""
+    models = build(width)
+    batch = _tokens(_BATCH, _WINDOW)
+    prefill = {name: partial(model, batch) for name, model in models.items()}
+    for name, row in _against_float(f"prefill {width}", (_BATCH, _WINDOW), threads, prefill):
+        yield _with_target(row, _PREFILL_TARGETS[name])
+    for name, row in _against_float(
+        f"decode {width}", (1, 1), threads, _decoders(models, batch, [_WINDOW])
+    ):
+        yield _with_target(row, _DECODE_TARGETS[name] if width >= _TARGET_WIDTH else 1.0)
+
+
+def serving(counts: Sequence[int], threads: int) -> Iterator[Result]:
+    """One more token of sequences of different ages in one batch."""
+    models = build(_TARGET_WIDTH)
+    batch = _tokens(1, _WINDOW)
+    for count in counts:
+        ages = [1 + n * (_WINDOW - 1) // count for n in range(count)]
+        rows = _against_float("serving", (count, 1), threads, _decoders(models, batch, ages), True)
+        for _, row in rows:
+            yield Result(**{**vars(row), "note": f"{count / row.seconds:,.0f} tokens a second"})
+
+
+def against_rivals(contexts: Sequence[int], threads: int) -> Iterator[Result]:
+    """ResNet-BK against GPT-2 and Mamba of as many parameters: prefill of one context, and
+    decoding behind it. A prefill that would take too long is left out."""
+    ours = build(_RIVAL_WIDTH)
+    parameters = sum(p.numel() for p in ours["float32"].parameters())
+    slowest: dict[str, float] = {}
+    for before, context in zip((0, *contexts), contexts, strict=False):
+        text, token = _tokens(1, context), _tokens(1, 1)
+        decoders = _decoders(ours, text, [context])
+        for rival in rivals.build(parameters, _VOCABULARY, context):
+            expected = slowest.get(rival.name, 0.0) * (context / max(before, 1)) ** rival.order
+            note = f"{rival.parameters / 1e6:.1f} M parameters, here {parameters / 1e6:.1f} M"
+            for mine, theirs in (("float32", "float32"), ("INT8", "INT8"), ("INT4", "INT8")):
+                model = rival.models[theirs]
+                calls = {"decode": (decoders[mine], rivals.decoder(model, text, token))}
+                if expected < _MOST_SECONDS:
+                    calls["prefill"] = partial(ours[mine], text), rivals.prefill(model, text)
+                for kind, pair in calls.items():
+                    seconds, baseline = interleaved(*pair)
+                    if kind == "prefill":
+                        slowest[rival.name] = max(slowest.get(rival.name, 0.0), baseline)
+                    name, shape = f"{kind} at {context} {mine}", (1, context)
+                    other = f"{rival.name} {theirs}"
+                    yield Result(name, shape, threads, seconds, baseline, other, note=note)
+
+
+def _against_float(
+    name: str,
+    shape: tuple[int, int],
+    threads: int,
+    calls: Mapping[str, Call],
+    include: bool = False,
+) -> Iterator[tuple[str, Result]]:
+    """A row for each mode, and if `include` says so one for float32 itself, all in alternation."""
+    seconds = dict(zip(calls, interleaved(*calls.values()), strict=True))
+    for mode, time in seconds.items():
+        if include or mode != "float32":
+            row = Result(f"{name} {mode}", shape, threads, time, seconds["float32"], "float32")
+            yield mode, row
+
+
+def _with_target(row: Result, target: float) -> Result:
+    return Result(**{**vars(row), "target": target})
+
+
+def _decoders(
+    models: dict[str, ResNetBKForCausalLM], text: Tensor, ages: Sequence[int]
+) -> dict[str, Call]:
+    """Of every model, one sequence for each age, which has read the first `age` tokens of text."""
+    tokens = _tokens(len(ages), 1)
+    return {
+        name: Decoder(model, StreamState.batch([_read(model, text[:1, :n]) for n in ages]), tokens)
+        for name, model in models.items()
+    }
+
+
+def _read(model: PreTrainedModel, text: Tensor) -> StreamState:
+    state: StreamState = model(text, use_cache=True).cache_params
+    return state
+
+
+def _tokens(*shape: int) -> Tensor:
+    return torch.randint(_VOCABULARY, shape)
