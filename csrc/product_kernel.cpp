@@ -367,6 +367,10 @@ void multiply_inputs(const Product &p, const EncodedRows &rows, const Panel &pan
   if (bits == 4) split_codes(p, words, split);
   for (Index o = 0; o < panel.count; o += 16) {
     const Index outputs = least(16, panel.count - o);
+    // Sixteen rows side by side are more streams than the hardware looks ahead in.
+    const std::uint8_t *next = p.weight + (panel.first + o + 16) * width;
+    const Index ahead = least(16, p.outputs - panel.first - o - 16) * width;
+    for (Index b = 0; b < ahead; b += 64) _mm_prefetch(next + b, _MM_HINT_T0);
     __m512 total = _mm512_setzero_ps();
     const std::int8_t *x = split;
     for_groups(p, [&](Index group, Index first, Index count, Index word, Index) {
