@@ -140,14 +140,26 @@ def test_tensors_that_do_not_fit_are_refused():
         product(x, codes, scales, 16, 4)
     with pytest.raises(DTypeError, match=r"x must be torch\.float32"):
         product(x.double(), codes, scales, 16, 8)
-    with pytest.raises(ShapeError, match=r"weight must be \(O, 39\)"):
+    with pytest.raises(ShapeError, match=r"weight must be \(20, 39\)"):
         product(x[:, :39], codes, scales, 16, 8)
     with pytest.raises(ShapeError, match=r"scales must be \(20, 4\)"):
         product(x, codes, scales, 10, 8)
-    with pytest.raises(ShapeError, match="two axes"):
-        product(x[0], codes, scales, 16, 8)
+    with pytest.raises(ShapeError, match=r"weight must be \(800, 40\).*got \(800,\)"):
+        product(x, codes.flatten(), scales, 16, 8)
+    with pytest.raises(InputError, match="at least 1 wide"):
+        product(x[0, 0], codes, scales, 16, 8)
     with pytest.raises(InputError, match="group_size=0"):
         product(x, codes, scales, 0, 8)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_rows_have_any_number_of_axes(backend):
+    x, codes, scales = problem(6, 40, 20, 16, 8, 0)
+    with use_backend(backend):
+        whole = product(x, codes, scales, 16, 8)
+        assert torch.equal(product(x.view(2, 3, 40), codes, scales, 16, 8), whole.view(2, 3, 20))
+        assert torch.equal(product(x[4], codes, scales, 16, 8), whole[4])
+        assert product(x.view(2, 3, 40)[:0], codes, scales, 16, 8).shape == (0, 3, 20)
 
 
 def test_it_compiles_and_has_no_derivative():

@@ -269,12 +269,13 @@ def sweep_rounded(
 
 
 def product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: int) -> Tensor:
-    out = x.new_empty(x.shape[0], weight.shape[0])
+    inputs, outputs = x.shape[-1], len(weight)
+    out = x.new_empty(*x.shape[:-1], outputs)
     _native.product(
         isa(),
         torch.get_num_threads(),
         bits,
-        (*x.shape, weight.shape[0], group_size),
+        (x.numel() // inputs, inputs, outputs, group_size),
         _addresses(x, weight, scales, out),
     )
     return out

@@ -15,10 +15,10 @@ not depend on what other rows there are. A row with NaN or infinity gives NaN th
 
 Layout
 ------
-    x       float32 (M, K), contiguous in memory or copied
+    x       float32 (..., K): M rows; contiguous in memory or copied
     weight  8 bits: int8 (O, K);  4 bits: uint8 (O, ceil(K / 2)), the even input low
     scales  bfloat16 (O, G), s, of groups of `group_size` inputs; G = ceil(K / group_size)
-    result  float32 (M, O)
+    result  float32 (..., O)
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: in
     """Multiply rows with the rows of a weight in codes; layout and roundings as in this module.
 
     Returns:
-        float32 (M, O).
+        float32 (..., O).
 
     Raises:
         ShapeError, DTypeError, InputError: the tensors do not fit together, bits is not 4 or 8, or
@@ -59,39 +59,33 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: in
 def _check(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: int) -> None:
     if bits not in (4, 8):
         raise InputError(f"bits must be 4 or 8, not {bits}")
-    for name, tensor, dtype in (
-        ("x", x, torch.float32),
-        ("weight", weight, torch.int8 if bits == 8 else torch.uint8),
-        ("scales", scales, torch.bfloat16),
-    ):
-        if tensor.ndim != 2:
-            raise ShapeError(f"{name} must have two axes, got {tuple(tensor.shape)}")
-        if tensor.dtype != dtype:
-            raise DTypeError(f"{name} must be {dtype} at {bits} bits, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise InputError(f"{name} is on {tensor.device} but x is on {x.device}; move one")
-    inputs = x.shape[1]
+    inputs = x.shape[-1] if x.ndim else 0
     if inputs < 1 or group_size < 1:
         raise InputError(f"x {tuple(x.shape)} and group_size={group_size} must be at least 1 wide")
     if min(group_size, inputs) > _LARGEST_GROUP:
         raise InputError(f"{inputs} inputs in one group may overflow int32; make groups smaller")
+    outputs = len(weight) if weight.ndim else 0
     width = inputs if bits == 8 else -(-inputs // 2)
-    if weight.shape[1] != width:
-        raise ShapeError(
-            f"weight must be (O, {width}) for {inputs} inputs of {bits} bits, "
-            f"got {tuple(weight.shape)}"
-        )
-    shape = (weight.shape[0], -(-inputs // group_size))
-    if scales.shape != shape:
-        raise ShapeError(
-            f"scales must be {shape} for {inputs} inputs in groups of {group_size}, "
-            f"got {tuple(scales.shape)}"
-        )
+    wanted = (
+        ("x", x, torch.float32, x.shape),
+        ("weight", weight, torch.int8 if bits == 8 else torch.uint8, (outputs, width)),
+        ("scales", scales, torch.bfloat16, (outputs, -(-inputs // group_size))),
+    )
+    for name, tensor, dtype, shape in wanted:
+        if tensor.dtype != dtype:
+            raise DTypeError(f"{name} must be {dtype} at {bits} bits, got {tensor.dtype}")
+        if tensor.shape != shape:
+            raise ShapeError(
+                f"{name} must be {tuple(shape)} for {inputs} inputs of {bits} bits in groups of "
+                f"{group_size}, got {tuple(tensor.shape)}"
+            )
+        if tensor.device != x.device:
+            raise InputError(f"{name} is on {tensor.device} but x is on {x.device}; move one")
 
 
 def _product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: int) -> Tensor:
     _check(x, weight, scales, group_size, bits)
-    group_size = min(group_size, x.shape[1])
+    group_size = min(group_size, x.shape[-1])
     backend = select(x)
     return backend.product(
         x.contiguous(), weight.contiguous(), scales.contiguous(), group_size, bits
@@ -100,7 +94,7 @@ def _product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: i
 
 def _product_fake(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: int) -> Tensor:
     _check(x, weight, scales, group_size, bits)
-    return x.new_empty(x.shape[0], weight.shape[0])
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 _library.impl("product", _product, "CompositeExplicitAutograd")

@@ -176,9 +176,10 @@ def step(
 
 
 def product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: int) -> Tensor:
-    codes, row_scale = quantize_rows(x)
-    weight_codes = _bytes(weight, x.shape[1], bits)
-    return integer_product(codes, row_scale, weight_codes, scales.float(), group_size)
+    codes, row_scale = quantize_rows(x.flatten(0, -2) if x.ndim > 1 else x[None])
+    weight_codes = _bytes(weight, x.shape[-1], bits)
+    out = integer_product(codes, row_scale, weight_codes, scales.float(), group_size)
+    return out.view(*x.shape[:-1], len(weight))
 
 
 def round_channels(x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits: int) -> Tensor:

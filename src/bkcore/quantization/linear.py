@@ -39,13 +39,14 @@ def project(x: Tensor, weight: PackedWeight | TrainableWeight | HalfWeight) -> T
 
     Whatever that dtype is, the product and its scales are those of float32.
     """
+    if isinstance(weight, PackedWeight):
+        rows = x.detach().float()
+        return product(
+            rows, weight.packed, weight.stored_scales, weight.group_size, weight.bits
+        ).to(x.dtype)
     rows = x.reshape(-1, x.shape[-1]).float()
     if isinstance(weight, HalfWeight):
         out = F.linear(rows, weight.packed.float())
-    elif isinstance(weight, PackedWeight):
-        out = product(
-            rows.detach(), weight.packed, weight.stored_scales, weight.group_size, weight.bits
-        )
     else:
         weight_codes, values = weight.codes_and_values()
         scales = weight.scales().detach()

@@ -75,6 +75,7 @@ class GroupWiseQuantizer(StoredDtypes):
         self.observer = observer or ("mae" if norm == 1 else "mse")
         self.percentile = percentile
         self._histograms: HistogramObserver | None = None
+        self._calibrated = False
         self.table = LevelTable(bits) if nonuniform else None
         unknown = torch.full((self.num_groups,), torch.nan)
         self.register_buffer("zero_points", torch.zeros(self.num_groups, dtype=torch.int8))
@@ -118,7 +119,9 @@ class GroupWiseQuantizer(StoredDtypes):
     @property
     def calibrated(self) -> bool:
         """True once the scales are known; it travels with them in the state dict."""
-        return not bool(self.scales.isnan().any())
+        if not self._calibrated:  # looking at values costs as much as rounding one token
+            self._calibrated = not bool(self.scales.isnan().any())
+        return self._calibrated
 
     @property
     def method(self) -> str | None:
@@ -316,6 +319,7 @@ class GroupWiseQuantizer(StoredDtypes):
         # have learned ones; take its form, so that a converted model loads into a fresh one.
         if self.learnable and prefix + "stored_scales" in state_dict:
             self.freeze()
+        self._calibrated = False
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
