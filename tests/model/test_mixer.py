@@ -11,7 +11,14 @@ from torch.nn import functional as F
 from bkcore.core import resolvent_attention
 from bkcore.errors import InputError, LifecycleError
 from bkcore.model import LanguageModel, ResNetBKConfig, ResNetBKForCausalLM
-from bkcore.model.mixer import ResolventMixer, causal_convolution, over_memory, unit_length
+from bkcore.model.mixer import (
+    ResolventMixer,
+    causal_convolution,
+    convolution,
+    depthwise,
+    over_memory,
+    unit_length,
+)
 from bkcore.text import TokenWindows
 from bkcore.training import Schedule, train
 
@@ -119,6 +126,24 @@ def test_impossible_configurations_are_named():
         ResNetBKConfig(d_model=128, num_heads=3)
     with pytest.raises(InputError, match="key_size"):
         ResNetBKConfig(key_size=0)
+
+
+@pytest.mark.parametrize(("length", "channels", "taps"), [(1, 48, 4), (9, 50, 3), (300, 64, 1)])
+def test_the_convolution_is_the_same_with_and_without_a_derivative(length, channels, taps):
+    torch.manual_seed(0)
+    conv = depthwise(channels, taps)
+    x = torch.randn(3, length + taps - 1, channels)
+    expected = convolution(conv, x)
+    oracle = conv.double()(x.double().transpose(1, 2)).transpose(1, 2)
+    conv.float()
+    with torch.no_grad():
+        whole = convolution(conv, x)
+        # One rounding for each of `taps` products and sums, of numbers below 5 * 5.
+        torch.testing.assert_close(whole.double(), oracle, rtol=0, atol=2 * taps * 25 * 2.0**-24)
+        torch.testing.assert_close(whole, expected, rtol=0, atol=4 * taps * 25 * 2.0**-24)
+        for first in range(0, length, 4):  # a part of a text has the same bits
+            part = x[:1, first : first + 3 + taps]
+            assert torch.equal(convolution(conv, part), whole[:1, first : first + 4])
 
 
 @pytest.mark.parametrize("copies", [1, 2, 30])

@@ -167,7 +167,7 @@ class ResolventMixer(nn.Module):
         mixed, opening, dynamics = self.in_proj(x).split(self.sizes, dim=-1)
         mixed = torch.cat((state.taps.to(mixed.dtype), mixed), 1)
         taps = mixed[:, mixed.shape[1] - state.taps.shape[1] :]
-        mixed = F.silu(self.conv(mixed.transpose(1, 2)).transpose(1, 2))
+        mixed = F.silu(convolution(self.conv, mixed))
         value, query, key = mixed.split((self.width, self.keys, self.keys), dim=-1)
         query, key = (
             unit_length(x.unflatten(-1, (self.heads, -1)), self.norm_eps).flatten(2)
@@ -316,7 +316,19 @@ def depthwise(channels: int, taps: int) -> nn.Conv1d:
     return nn.Conv1d(channels, channels, taps, groups=channels, bias=False)
 
 
+def convolution(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """Convolve x (B, N + taps - 1, C) over time: (B, N, C)."""
+    if torch.is_grad_enabled():
+        return conv(x.transpose(1, 2)).transpose(1, 2)
+    # Without a derivative to take, tap by tap: for one token that is several times faster.
+    first, *others = conv.weight[:, 0].unbind(1)
+    sites = x.shape[1] - len(others)
+    out = x[:, :sites] * first
+    for tap, weight in enumerate(others, start=1):
+        out = torch.addcmul(out, x[:, tap : tap + sites], weight)
+    return out
+
+
 def causal_convolution(conv: nn.Conv1d, x: Tensor) -> Tensor:
     """Convolve x (B, N, C) over time; position i of the result depends on x up to i only."""
-    padded = F.pad(x.transpose(1, 2), (conv.kernel_size[0] - 1, 0))
-    return conv(padded).transpose(1, 2)
+    return convolution(conv, F.pad(x, (0, 0, conv.kernel_size[0] - 1, 0)))
