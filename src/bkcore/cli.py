@@ -433,6 +433,30 @@ def bench_stream(
         files.write_json(report(result), json_file)
 
 
+@bench.command("stability")
+def bench_stability(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a quantized model.")],
+    reference: Annotated[
+        Path, typer.Option(help="Folder of the float model that it was made of.")
+    ] = Path("checkpoints/wikitext2"),
+    data: DataOption = None,
+    json_file: JsonOption = None,
+    length: Annotated[int, typer.Option(help="Tokens to read.")] = 1_000_000,
+    step: Annotated[int, typer.Option(help="Tokens a call; 1 reads as decoding does.")] = 4_096,
+) -> None:
+    """Read a long text and see whether a quantized model stays as near to float as it was."""
+    from bkcore.bench.stability import report, run_stability, table
+    from bkcore.report import files
+
+    console = Console()
+    if json_file is not None:
+        files.prepare_file(json_file)
+    ages = run_stability(console, checkpoint, reference, data, length, step)
+    console.print(table(ages))
+    if json_file is not None:
+        files.write_json(report(ages, step), json_file)
+
+
 def main() -> None:
     """Run the command; an error that bkcore foresaw is one sentence, not a traceback.
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import linear_regression, median
 from time import perf_counter
 from typing import Any
@@ -26,6 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bkcore.bench.machine import machine
+from bkcore.bench.process import peak_bytes, require_counts
 from bkcore.errors import InputError
 from bkcore.evaluation.perplexity import score
 from bkcore.memory import keep_freed_memory
@@ -76,8 +75,7 @@ def run_memory(console: Console, longest: int = LONGEST) -> list[Point]:
     """
     if longest < SHORTEST:
         raise InputError(f"longest is {longest}, but must be at least {SHORTEST}")
-    if not _STATUS.exists():
-        raise InputError(f"peak memory is read from {_STATUS}, which only Linux has")
+    require_counts()
     lengths = [SHORTEST << octave for octave in range((longest // SHORTEST).bit_length())]
     names = {f"{kind}, N={n:,}": (kind, n) for n in lengths for kind in KINDS}
     points = []
@@ -180,14 +178,14 @@ def measure(kind: str, length: int, threads: int) -> Point:
     torch.manual_seed(0)
     run = _step(LanguageModel(**MODEL), kind)
     run(torch.randint(MODEL["vocab_size"], (_WARM_UP_LENGTH,)))
-    before = _peak_bytes()
+    before = peak_bytes()
     tokens = torch.randint(MODEL["vocab_size"], (length,))
     times = []
     for _ in range(_STEPS):
         start = perf_counter()
         run(tokens)
         times.append(perf_counter() - start)
-    return Point(kind, length, _peak_bytes() - before, median(times))
+    return Point(kind, length, peak_bytes() - before, median(times))
 
 
 def _step(model: ResNetBKForCausalLM, kind: str) -> Callable[[Tensor], object]:
@@ -203,13 +201,3 @@ def _step(model: ResNetBKForCausalLM, kind: str) -> Callable[[Tensor], object]:
         optimizer.zero_grad()
 
     return train
-
-
-_STATUS = Path("/proc/self/status")
-
-
-def _peak_bytes() -> int:
-    """The most resident memory that this process has had."""
-    found = re.search(r"^VmHWM:\s*(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024

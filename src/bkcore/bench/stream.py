@@ -6,9 +6,7 @@ ratio of their times does not depend on what else the machine does.
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from bkcore.bench.machine import machine
 from bkcore.bench.memory import MODEL
+from bkcore.bench.process import require_counts, resident_bytes
 from bkcore.errors import BenchmarkError, InputError
 from bkcore.model import LanguageModel, ResNetBKForCausalLM, StreamState
 from bkcore.report.progress import Plan
@@ -60,8 +59,7 @@ def run_stream(console: Console, length: int) -> StreamResult:
     """
     if length < 8 * YOUNG:
         raise InputError(f"length is {length}, but must be at least {8 * YOUNG}")
-    if not _STATUS.exists():
-        raise InputError(f"resident memory is read from {_STATUS}, which only Linux has")
+    require_counts()
     torch.manual_seed(0)
     model = LanguageModel(**MODEL).eval()
     for layer in model.layers:  # a new model's mixers add nothing, and would pass every check
@@ -71,11 +69,11 @@ def run_stream(console: Console, length: int) -> StreamResult:
         with plan.stage("read") as advance:
             young = _read(model, model.first_state(), YOUNG)
             old = _read(model, young, length // 8 - YOUNG)
-            before = _resident_bytes()
+            before = resident_bytes()
             while int(old.seen) < length:
                 old = _read(model, old, min(_CHUNK, length - int(old.seen)))
                 advance(int(old.seen) / length)
-            growth = _resident_bytes() - before
+            growth = resident_bytes() - before
         with plan.stage("time"):
             _check(model, tokens, old)
             times = _time_in_alternation(model, tokens, (young, old))
@@ -149,12 +147,3 @@ def _time_in_alternation(
             pair.append(perf_counter() - start)
         times.append((pair[0], pair[1]))
     return times
-
-
-_STATUS = Path("/proc/self/status")
-
-
-def _resident_bytes() -> int:
-    found = re.search(r"^VmRSS:\s*(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024

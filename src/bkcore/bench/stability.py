@@ -1,0 +1,160 @@
+"""The cases of `bkcore bench stability`: does a quantized model stay what it is while it reads on?
+
+A quantized model and its float reference read the same long text. On the way the same probe is put
+behind what both have read, from states of growing age: what the quantized model has lost by then is
+the divergence of its next-token distributions on the probe. Beside it stand the certificates of
+its cores on the text at hand, and the memory of the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bkcore.bench.machine import machine
+from bkcore.bench.process import require_counts, resident_bytes
+from bkcore.errors import InputError
+from bkcore.evaluation.checkpoints import load_checkpoint
+from bkcore.model import ResNetBKForCausalLM, StreamState, core_certificates
+from bkcore.report.progress import Plan
+from bkcore.text import encode, load_corpus
+
+FIRST = 1_000
+_PROBE = 2_048
+_CERTIFIED = 512
+
+
+@dataclass(frozen=True)
+class Age:
+    """The figures at one age of the states.
+
+    Attributes:
+        position: tokens read before.
+        kl: mean divergence KL(reference || quantized) on the probe, nats a token.
+        standard_error: of that mean.
+        worst: for each layer the largest error of its core over its certified bound, on the tokens
+            before: at most 1.
+        resident_bytes: of the process.
+    """
+
+    position: int
+    kl: float
+    standard_error: float
+    worst: tuple[float, ...]
+    resident_bytes: int
+
+
+@torch.inference_mode()
+def run_stability(
+    console: Console,
+    checkpoint: Path,
+    reference: Path,
+    data: str | Path | None,
+    length: int,
+    step: int,
+) -> list[Age]:
+    """Read `length` tokens of the validation text, over and over again, `step` at a time.
+
+    Raises:
+        InputError: if `length` is below 1,000, `step` below 1, or the system is not Linux.
+        CheckpointError: if a folder holds no checkpoint.
+        LifecycleError: if `checkpoint` is not quantized.
+    """
+    if length < FIRST or step < 1:
+        raise InputError(f"length is {length} and step {step}: at least {FIRST} and 1 are needed")
+    require_counts()
+    quantized, tokenizer = load_checkpoint(checkpoint)
+    models = (quantized, load_checkpoint(reference)[0])
+    text = encode(tokenizer, load_corpus(data).valid)
+    probe = text[None, :_PROBE]
+    states = [model.first_state() for model in models]
+    ages, seen = [], 0
+    with Plan({"read": length / 10_000}, console) as plan, plan.stage("read") as advance:
+        for position in positions(length):
+            for piece in _pieces(text, seen, position, step):
+                states = [
+                    _read(model, piece, state) for model, state in zip(models, states, strict=True)
+                ]
+                seen += piece.shape[1]
+                advance(seen / length)
+            ages.append(_judge(models, states, text, probe, position))
+    return ages
+
+
+def positions(length: int) -> list[int]:
+    """1,000 and its tenfolds up to `length`, and that."""
+    found = []
+    position = FIRST
+    while position < length:
+        found.append(position)
+        position *= 10
+    return [*found, length]
+
+
+def report(ages: Sequence[Age], step: int) -> dict[str, Any]:
+    """The JSON file."""
+    return {"machine": machine(), "step": step, "ages": [asdict(age) for age in ages]}
+
+
+def table(ages: Sequence[Age]) -> Table:
+    """A row for every age."""
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for heading in ("tokens read", "KL, millinats", "±", "worst error / bound", "resident, MB"):
+        grid.add_column(heading, justify="right")
+    for age in ages:
+        grid.add_row(
+            f"{age.position:,}",
+            f"{1e3 * age.kl:.3f}",
+            f"{1e3 * age.standard_error:.3f}",
+            f"{max(age.worst):.3f}",
+            f"{age.resident_bytes / 1e6:,.0f}",
+        )
+    return grid
+
+
+def divergence(reference: Tensor, logits: Tensor) -> tuple[float, float]:
+    """Mean of KL(p || q) over the rows of two tensors of logits (N, V), and its standard error."""
+    p, q = (x.double().log_softmax(-1) for x in (reference, logits))
+    each = (p.exp() * (p - q)).sum(-1)
+    return float(each.mean()), float(each.std() / len(each) ** 0.5)
+
+
+def _judge(
+    models: Sequence[ResNetBKForCausalLM],
+    states: Sequence[StreamState],
+    text: Tensor,
+    probe: Tensor,
+    position: int,
+) -> Age:
+    logits = [
+        model(probe, cache_params=state).logits[0]
+        for model, state in zip(models, states, strict=True)
+    ]
+    before = next(_pieces(text, max(position - _CERTIFIED, 0), position, _CERTIFIED))
+    worst = tuple(
+        # Where a bound is 0 so is the error, or the certificate is wrong and this is infinite.
+        float((c.error / c.bound.clamp(min=torch.finfo(torch.float64).tiny)).max())
+        for c in core_certificates(models[0], before)
+    )
+    kl, error = divergence(logits[1], logits[0])
+    return Age(position, kl, error, worst, resident_bytes())
+
+
+def _read(model: ResNetBKForCausalLM, piece: Tensor, state: StreamState) -> StreamState:
+    after: StreamState = model(piece, cache_params=state).cache_params
+    return after
+
+
+def _pieces(text: Tensor, start: int, end: int, step: int) -> Iterator[Tensor]:
+    """Tokens `start` to `end` of a text that repeats itself, (1, at most `step`) each."""
+    for first in range(start, end, step):
+        places = torch.arange(first, min(first + step, end)) % len(text)
+        yield text[None, places]
