@@ -9,11 +9,12 @@ import torch
 
 from bkcore.errors import CalibrationError, CheckpointError, InputError, LifecycleError
 from bkcore.evaluation import sensitivity
-from bkcore.model import ResNetBKForCausalLM, quantized, receipt
+from bkcore.model import ResNetBKForCausalLM, core_certificates, quantized, receipt
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.moe import Expert, counting_load
 from bkcore.quantization import QuantizationConfig, linear
 from bkcore.quantization.affine import code_range
+from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.quantization.packing import unpack_int4
 from bkcore.quantization.weights import HalfWeight
 
@@ -115,6 +116,24 @@ def test_a_count_inside_a_count_counts_for_both(build, tokens):
     assert outer[0].sum() == 2 * 18
 
 
+def test_the_errors_of_the_cores_are_those_of_their_certificates(build, tokens, mode):
+    model = build()
+    model.train().configure_quantization(mode)
+    sample = tokens(2, 150)
+    model.calibrate_quantization([tokens(2, 20), sample])
+    if model.quantization_state is QuantizationState.TRAINING:
+        model.convert()
+    assert model.training
+    certificates = core_certificates(model.eval(), sample[:1, :128])
+    assert len(model.receipt["cores"]) == len(certificates) == 2
+    for entry, certificate in zip(model.receipt["cores"], certificates, strict=True):
+        assert entry["tokens"] == 128
+        assert entry["error"] == float(certificate.error.mean())
+        assert 0 < entry["error"] < entry["bound"] == float(certificate.bound.mean())
+        assert 0 < entry["worst"] <= 1
+        assert entry["clipped"] == certificate.clipped
+
+
 def test_a_single_expert_sees_every_token(build, tokens):
     model = build(num_experts=1, experts_per_token=1)
     model.configure_quantization("ptq_int8")
@@ -131,8 +150,8 @@ def test_the_kernel_is_what_runs(build, monkeypatch):
     assert receipt.problems(model.receipt) == []
 
     def in_float(x, weight, scales, group_size, bits):
-        codes = weight if bits == 8 else unpack_int4(weight, x.shape[1])
-        return x @ (codes * scales.float().repeat_interleave(group_size, 1)[:, : x.shape[1]]).t()
+        codes = weight if bits == 8 else unpack_int4(weight, x.shape[-1])
+        return x @ (codes * scales.float().repeat_interleave(group_size, 1)[:, : x.shape[-1]]).t()
 
     monkeypatch.setattr(linear, "product", in_float)
     found = receipt.problems(mixed(build).receipt)

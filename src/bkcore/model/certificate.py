@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -13,10 +13,12 @@ from torch import Tensor
 from bkcore.core import resolvent_attention
 from bkcore.core.bounds import UNIT, AttentionInputs, Enclosure, attention_enclosure
 from bkcore.errors import LifecycleError
-from bkcore.model.language_model import ResNetBKForCausalLM
 from bkcore.model.mixer import ResolventMixer, over_memory
 from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.quantization.quantizers import GroupWiseQuantizer
+
+if TYPE_CHECKING:
+    from bkcore.model.language_model import ResNetBKForCausalLM
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,12 @@ def core_certificates(model: ResNetBKForCausalLM, input_ids: Tensor) -> list[Cor
             f"the core runs in float, the model is {model.quantization_state.value}: there is no "
             "error of quantization to certify; calibrate and quantize it first"
         )
+    return certify(model, input_ids)
+
+
+@torch.no_grad()
+def certify(model: ResNetBKForCausalLM, input_ids: Tensor) -> list[CoreCertificate]:
+    """`core_certificates` of a model whose core runs quantized, whatever its state is called."""
     mixers = [module for module in model.modules() if isinstance(module, ResolventMixer)]
     with _seen_by(mixers) as seen:
         model(input_ids)

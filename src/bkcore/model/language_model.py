@@ -18,14 +18,18 @@ from transformers.utils.generic import ModelOutput
 
 from bkcore.errors import CheckpointError, DTypeError, InputError, LifecycleError, ShapeError
 from bkcore.model import checkpoint, quantized, receipt
+from bkcore.model.certificate import certify
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.loss import IGNORED, next_token_loss
 from bkcore.model.mixer import MIXERS, ConvolutionMixer, GreenMixer, ResolventMixer
-from bkcore.model.moe import MixtureOfExperts
+from bkcore.model.moe import MixtureOfExperts, uncounted
 from bkcore.model.state import LayerState, StreamState
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.lifecycle import QuantizationLifecycle, QuantizationState
 from bkcore.quantization.linear import QuantizedEmbedding
+
+_SAMPLE = 128
+"""Tokens of the calibration data that the receipt certifies the cores on."""
 
 
 class TokenEmbedding(nn.Embedding):
@@ -103,6 +107,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__(config)
         self.receipt: receipt.Receipt | None = None
+        self._certified_ids: Tensor | None = None  # some of the calibration data
         self.embedding: TokenEmbedding | QuantizedEmbedding = TokenEmbedding(
             config.vocab_size, config.d_model
         )
@@ -307,7 +312,9 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             self.eval()
             with torch.no_grad():
                 for batch in batches:
-                    self(batch["input_ids"] if isinstance(batch, dict) else batch)
+                    ids = batch["input_ids"] if isinstance(batch, dict) else batch
+                    self(ids)
+                    self._certified_ids = ids[:1, :_SAMPLE].clone()
             self.end_calibration()
         except BaseException:
             self._abandon_calibration()
@@ -397,6 +404,11 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
                 quantizer.freeze()
         quantized.set_phase(self, "quantize")
         self.receipt = receipt.of_quantized(self, config, before, self.receipt or {})
+        if self._certified_ids is not None:
+            was_training = self.training
+            with uncounted(self.eval()):
+                self.receipt |= receipt.of_cores(certify(self, self._certified_ids))
+            self.train(was_training)
 
     def _abandon_calibration(self) -> None:
         if self._state is QuantizationState.CALIBRATING:

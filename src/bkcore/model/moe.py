@@ -165,3 +165,17 @@ def counting_load(model: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for layer, before, count in zip(layers, outer, counts, strict=True):
             layer.load = before if before is None else before.add_(count)
+
+
+@contextmanager
+def uncounted(model: nn.Module) -> Iterator[None]:
+    """Hide a with block from `counting_load`."""
+    layers = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    counts = [layer.load for layer in layers]
+    for layer in layers:
+        layer.load = None
+    try:
+        yield
+    finally:
+        for layer, count in zip(layers, counts, strict=True):
+            layer.load = count

@@ -8,7 +8,7 @@ PyTorch dispatched when the layer was called.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bkcore.errors import CheckpointError
 from bkcore.model import checkpoint, quantized
+from bkcore.model.certificate import CoreCertificate
 from bkcore.model.mixer import CoreQuantizers, ResolventMixer
 from bkcore.model.moe import MixtureOfExperts, of_all_processes
 from bkcore.quantization import affine
@@ -89,10 +90,10 @@ def of_quantized(
 
     Returns:
         `quantization`, the fields of the configuration; `calibration` as given; `weights`,
-        `activations` and `float`, an entry for each tensor. `calibration_tokens` in them are those
-        that reached the tensor, None if that is not known. `clipping_rate` is the share of values
-        beyond the range of the codes, which saturate. `relative_error` of a weight is the norm of
-        the difference over that of the weight.
+        `activations` and `float`, an entry for each tensor; and `cores`, empty, which `of_cores`
+        fills. `calibration_tokens` in them are those that reached the tensor, None if that is not
+        known. `clipping_rate` is the share of values beyond the range of the codes, which saturate.
+        `relative_error` of a weight is the norm of the difference over that of the weight.
     """
     seen = calibration.get("calibration", {})
     return {
@@ -107,6 +108,32 @@ def of_quantized(
             for name, quantizer in _core_quantizers(model)
         ],
         "float": list(_float_entries(model)),
+        "cores": [],
+    }
+
+
+def of_cores(certificates: Sequence[CoreCertificate]) -> Receipt:
+    """The errors of the cores on a part of the calibration data, and what bounds them.
+
+    Returns:
+        `cores`, for each layer: its number `layer`; `tokens` that it was measured on; the mean of
+        the error and of its certified bound, `error` and `bound`, over Re and Im of all that was
+        found; the largest quotient of the two, `worst`, at most 1; and `clipped`, how many
+        numbers lay beyond the codes, by quantizer.
+    """
+    tiny = torch.finfo(torch.float64).tiny  # where a bound is 0 so is the error
+    return {
+        "cores": [
+            {
+                "layer": each.layer,
+                "tokens": each.error.shape[0] * each.error.shape[1],
+                "error": float(each.error.mean()),
+                "bound": float(each.bound.mean()),
+                "worst": float((each.error / each.bound.clamp(min=tiny)).max()),
+                "clipped": each.clipped,
+            }
+            for each in certificates
+        ]
     }
 
 

@@ -17,12 +17,13 @@ def read_receipt(folder: Path) -> Receipt:
 
 
 def tables(receipt: dict[str, Any]) -> list[Table]:
-    """Tables of the weights, of the activations of the core, and of what stayed float.
+    """Tables of the weights, the activations of the core, its errors, and what stayed float.
 
     Args:
         receipt: see `bkcore.model.receipt.of_quantized`.
     """
-    return [_weights(receipt), _activations(receipt), _float(receipt)]
+    cores = [_cores(receipt)] if receipt.get("cores") else []
+    return [_weights(receipt), _activations(receipt), *cores, _float(receipt)]
 
 
 def average_bits(receipt: dict[str, Any]) -> float:
@@ -75,6 +76,29 @@ def _activations(receipt: dict[str, Any]) -> Table:
             f"{entry['largest_scale']:.2e}",
             _percent(entry.get("clipping_rate")),
             _count(entry["calibration_tokens"]),
+        )
+    return table
+
+
+def _cores(receipt: dict[str, Any]) -> Table:
+    table = _table("errors of the core and what bounds them")
+    for heading in (
+        "layer",
+        "tokens",
+        "error",
+        "certified bound",
+        "worst ratio",
+        "clipped",
+    ):
+        table.add_column(heading, justify="right")
+    for entry in receipt["cores"]:
+        table.add_row(
+            str(entry["layer"]),
+            f"{entry['tokens']:,}",
+            f"{entry['error']:.2e}",
+            f"{entry['bound']:.2e}",
+            f"{entry['worst']:.3f}",
+            f"{sum(entry['clipped'].values()):,}",
         )
     return table
 
