@@ -24,7 +24,10 @@ class ResNetBKConfig(PreTrainedConfig):
         expert_size: hidden units of one expert.
         mixer: "resolvent", or for comparison "convolution" (no core at all) or "green" (the Green's
             function g alone), which cannot be quantized.
-        num_heads, key_size: heads H of the core, which divide D, and the size K of their keys.
+        num_heads, key_size: heads H of the core, and the size K of their keys.
+        value_size: the size of their values; None is D / H, which H then has to divide.
+        add_features: whether a mixer adds the value and Re and Im of what was found, with learned
+            weights for each channel, or projects the three side by side.
         conv_width: taps of the causal depthwise convolution.
         dropout: probability with which training drops an embedded feature, and one of what a mixer
             or a mixture of experts adds.
@@ -46,6 +49,8 @@ class ResNetBKConfig(PreTrainedConfig):
     mixer: str = "resolvent"
     num_heads: int = 4
     key_size: int = 32
+    value_size: int | None = None
+    add_features: bool = False
     conv_width: int = 4
     dropout: float = 0.0
     load_balancing: float = 0.1
@@ -71,5 +76,19 @@ class ResNetBKConfig(PreTrainedConfig):
             raise InputError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
         if self.mixer not in _MIXERS:
             raise InputError(f"mixer must be one of {', '.join(_MIXERS)}, not {self.mixer!r}")
-        if self.mixer == "resolvent" and self.d_model % self.num_heads:
-            raise InputError(f"num_heads={self.num_heads} must divide d_model={self.d_model}")
+        if self.value_size is None and self.mixer == "resolvent" and self.d_model % self.num_heads:
+            raise InputError(
+                f"num_heads={self.num_heads} must divide d_model={self.d_model}, or value_size say "
+                "how large the values of a head are"
+            )
+        if self.value_size is not None and (
+            not isinstance(self.value_size, int) or self.value_size < 1
+        ):
+            raise InputError(f"value_size must be a positive integer, not {self.value_size!r}")
+
+    @property
+    def value_width(self) -> int:
+        """Channels of the values of all heads together."""
+        if self.value_size is None:
+            return self.d_model
+        return self.num_heads * self.value_size

@@ -21,7 +21,7 @@ from bkcore.model import checkpoint, quantized, receipt
 from bkcore.model.certificate import certify
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.loss import IGNORED, next_token_loss
-from bkcore.model.mixer import MIXERS, ConvolutionMixer, GreenMixer, ResolventMixer
+from bkcore.model.mixer import MIXERS, ConvolutionMixer, Features, GreenMixer, ResolventMixer
 from bkcore.model.moe import MixtureOfExperts, uncounted
 from bkcore.model.state import LayerState, StreamState
 from bkcore.quantization.config import QuantizationConfig
@@ -579,6 +579,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             init.zeros_(module.out_proj.get_parameter("weight"))
             if isinstance(module, ResolventMixer | GreenMixer):
                 module.reset()
+        elif isinstance(module, Features):
+            module.reset()
 
 
 def _quantized_keys(state_dict: Mapping[str, Any]) -> set[str]:

@@ -98,19 +98,24 @@ class ResolventMixer(nn.Module):
 
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__()
-        width = config.d_model
+        width = config.value_width
         self.heads = config.num_heads
         self.keys = config.num_heads * config.key_size
         self.width = width
         self.norm_eps = config.norm_eps
         mixed = width + 2 * self.keys
         self.sizes = (mixed, width, 2 * self.heads)
-        self.in_proj: nn.Linear | QuantizedLinear = nn.Linear(width, sum(self.sizes), bias=False)
+        self.in_proj: nn.Linear | QuantizedLinear = nn.Linear(
+            config.d_model, sum(self.sizes), bias=False
+        )
         self.conv = depthwise(mixed, config.conv_width)
         self.log_rate = nn.Parameter(torch.empty(self.heads))
         self.log_barrier = nn.Parameter(torch.empty(self.heads))
         self.log_eta = nn.Parameter(torch.empty(self.heads))
-        self.out_proj: nn.Linear | QuantizedLinear = nn.Linear(3 * width, width, bias=False)
+        self.features = Features(config)
+        self.out_proj: nn.Linear | QuantizedLinear = nn.Linear(
+            self.features.size, config.d_model, bias=False
+        )
         self.quantizers: CoreQuantizers | None = None
 
     @torch.no_grad()
@@ -156,10 +161,7 @@ class ResolventMixer(nn.Module):
         inputs, opening, taps = self.core_inputs(x, state)
         inputs = self.quantized_inputs(inputs)
         parts, (g, psi) = self.recall(inputs, (state.g, state.psi))
-        value = inputs.value[:, :, None]
-        # The core and the quantizers work in float32 at least, whatever the model is cast to.
-        features = torch.cat((value, self.quantized_found(parts)), 2).to(opening.dtype)
-        out = self.out_proj((features * F.silu(opening)[:, :, None]).flatten(2))
+        out = self.out_proj(self.features(inputs.value, self.quantized_found(parts), opening))
         return out, LayerState(taps, g, psi)
 
     def core_inputs(self, x: Tensor, state: LayerState) -> tuple[CoreInputs, Tensor, Tensor]:
@@ -213,15 +215,51 @@ class ResolventMixer(nn.Module):
         return self.quantizers.apply_to(quantizer, x)
 
 
+class Features(nn.Module):
+    """What a mixer reads out, gated: the value and two parts of what the past made of it.
+
+    They stand side by side, or are added with learned weights for each channel
+    (`config.add_features`).
+
+    Attributes:
+        size: channels of the result.
+    """
+
+    def __init__(self, config: ResNetBKConfig) -> None:
+        super().__init__()
+        width = config.value_width
+        self.weight: nn.Parameter | None = None
+        self.size = 3 * width
+        if config.add_features:
+            self.weight = nn.Parameter(torch.empty(3, width))
+            self.size = width
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Begin with the value and Re alike, and little of Im, which is larger."""
+        if self.weight is not None:
+            self.weight.copy_(torch.tensor([[1.0], [1.0], [0.1]]))
+
+    def forward(self, value: Tensor, parts: Tensor, opening: Tensor) -> Tensor:
+        """value and opening (B, N, W), parts (B, N, 2, W) -> (B, N, size), dtype of opening."""
+        # The core and the quantizers work in float32 at least, whatever the model is cast to.
+        if self.weight is None:
+            features = torch.cat((value[:, :, None], parts), 2).to(opening.dtype)
+            return (features * F.silu(opening)[:, :, None]).flatten(2)
+        first, second = parts.unbind(2)
+        a, b, c = self.weight
+        return (a * value + b * first + c * second).to(opening.dtype) * F.silu(opening)
+
+
 class ConvolutionMixer(nn.Module):
     """A `ResolventMixer` without its core: the value, gated. The ablation of what it gains."""
 
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__()
-        width = config.d_model
-        self.in_proj = nn.Linear(width, 2 * width, bias=False)
+        width = config.value_width
+        self.in_proj = nn.Linear(config.d_model, 2 * width, bias=False)
         self.conv = depthwise(width, config.conv_width)
-        self.out_proj = nn.Linear(width, width, bias=False)
+        self.out_proj = nn.Linear(width, config.d_model, bias=False)
 
     def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
         """x (B, N, D) -> (B, N, D), and no state: it is not there to stream."""
@@ -238,13 +276,14 @@ class GreenMixer(nn.Module):
 
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__()
-        width = config.d_model
-        self.in_proj = nn.Linear(width, 3 * width, bias=False)
+        width = config.value_width
+        self.in_proj = nn.Linear(config.d_model, 3 * width, bias=False)
         self.conv = depthwise(2 * width, config.conv_width)
         self.log_eta = nn.Parameter(torch.empty(width))
         self.energy = nn.Parameter(torch.empty(width))
         self.hopping = nn.Parameter(torch.empty(width))
-        self.out_proj = nn.Linear(3 * width, width, bias=False)
+        self.features = Features(config)
+        self.out_proj = nn.Linear(self.features.size, config.d_model, bias=False)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -257,7 +296,7 @@ class GreenMixer(nn.Module):
 
     def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
         """x (B, N, D) -> (B, N, D), and no state: it is not there to stream."""
-        width = x.shape[-1]
+        width = len(self.energy)
         mixed, opening = self.in_proj(x).split((2 * width, width), dim=-1)
         value, potential = causal_convolution(self.conv, mixed).chunk(2, dim=-1)
         g = causal_sweep_parts(
@@ -267,8 +306,7 @@ class GreenMixer(nn.Module):
             hopping=self.hopping,
             onsite=0.0,
         )
-        features = torch.cat((F.silu(value)[:, :, None], g.to(value.dtype)), 2)
-        return self.out_proj((features * F.silu(opening)[:, :, None]).flatten(2)), None
+        return self.out_proj(self.features(F.silu(value), g.to(value.dtype), opening)), None
 
 
 MIXERS: dict[str, type[nn.Module]] = {

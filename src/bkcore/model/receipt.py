@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bkcore.errors import CheckpointError
 from bkcore.model import checkpoint, quantized
 from bkcore.model.certificate import CoreCertificate
-from bkcore.model.mixer import CoreQuantizers, ResolventMixer
+from bkcore.model.mixer import CoreQuantizers, Features, ResolventMixer
 from bkcore.model.moe import MixtureOfExperts, of_all_processes
 from bkcore.quantization import affine
 from bkcore.quantization.config import QuantizationConfig
@@ -289,6 +289,8 @@ def _reason(path: str, module: nn.Module) -> str | None:
         return "norm: a number for each channel"
     if isinstance(module, nn.Conv1d):
         return "short convolution: a few taps for each channel"
+    if isinstance(module, Features):
+        return "features: three numbers for each channel"
     if isinstance(module, ResolventMixer):
         return "chain of a head: a number for each head"
     if isinstance(module, nn.Linear) and path.endswith(".router"):
