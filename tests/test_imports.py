@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"model", "quantization", "text"},
     "training": {"model", "text"},
     "report": {"evaluation", "training", "model", "text", "quantization"},
-    "bench": {"report", "evaluation", "model", "quantization", "core", "kernels"},
+    "bench": {"report", "evaluation", "model", "text", "quantization", "core", "kernels"},
     "comparison": {"report", "evaluation", "training", "model", "text"},
     "cli": {"report", "bench", "comparison"},
 }

@@ -120,7 +120,8 @@ class GroupWiseQuantizer(StoredDtypes):
     def calibrated(self) -> bool:
         """True once the scales are known; it travels with them in the state dict."""
         if not self._calibrated:  # looking at values costs as much as rounding one token
-            self._calibrated = not bool(self.scales.isnan().any())
+            with torch.no_grad():
+                self._calibrated = not bool(self.scales.isnan().any())
         return self._calibrated
 
     @property
