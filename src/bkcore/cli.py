@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from bkcore.errors import BenchmarkError, BKCoreError
 from bkcore.memory import keep_freed_memory
+
+if TYPE_CHECKING:
+    from bkcore.bench.result import Result
 
 app = typer.Typer(
     add_completion=False,
@@ -34,6 +38,7 @@ DataOption = Annotated[
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")]
 MarkdownOption = Annotated[Path | None, typer.Option(help="Write a Markdown table here, too.")]
 PlotOption = Annotated[Path | None, typer.Option(help="Draw a picture: .png or .svg.")]
+OnlyOption = Annotated[str, typer.Option(help="Only cases whose names begin so.")]
 
 
 def _percent(text: str) -> float:
@@ -335,56 +340,59 @@ def generate(
     typer.echo(continue_text(checkpoint, prompt, tokens, temperature, seed))
 
 
-@bench.command("kernels")
-def bench_kernels(
-    json_file: JsonOption = None,
-    markdown: MarkdownOption = None,
-    plot: PlotOption = None,
-    only: Annotated[str, typer.Option(help="Only cases whose names begin so.")] = "",
-) -> None:
-    """Time the kernels against copies, limits and other ways to the same result."""
-    from bkcore.bench.kernels import run_kernels
-    from bkcore.bench.plot import draw
-    from bkcore.bench.result import markdown_table, report, table
+def _prepare_rows(json_file: Path | None, markdown: Path | None) -> None:
     from bkcore.report import files
 
-    console = Console()
     for path in (json_file, markdown):
         if path is not None:
             files.prepare_file(path)
-    if plot is not None:
-        files.prepare_plot(plot)
-    results = run_kernels(console, only)
+
+
+def _publish_rows(
+    console: Console, results: Sequence[Result], json_file: Path | None, markdown: Path | None
+) -> None:
+    from bkcore.bench.result import markdown_table, report, table
+    from bkcore.report import files
+
     console.print(table(results))
     if json_file is not None:
         files.write_json(report(results), json_file)
     if markdown is not None:
         markdown.write_text(markdown_table(results))
+
+
+@bench.command("kernels")
+def bench_kernels(
+    json_file: JsonOption = None,
+    markdown: MarkdownOption = None,
+    plot: PlotOption = None,
+    only: OnlyOption = "",
+) -> None:
+    """Time the kernels against copies, limits and other ways to the same result."""
+    from bkcore.bench.kernels import run_kernels
+    from bkcore.bench.plot import draw
+    from bkcore.report import files
+
+    console = Console()
+    _prepare_rows(json_file, markdown)
+    if plot is not None:
+        files.prepare_plot(plot)
+    results = run_kernels(console, only)
+    _publish_rows(console, results, json_file, markdown)
     if plot is not None:
         draw(results, plot)
 
 
 @bench.command("inference")
 def bench_inference(
-    json_file: JsonOption = None,
-    markdown: MarkdownOption = None,
-    only: Annotated[str, typer.Option(help="Only cases whose names begin so.")] = "",
+    json_file: JsonOption = None, markdown: MarkdownOption = None, only: OnlyOption = ""
 ) -> None:
     """Time quantized models against float32, and against GPT-2 and Mamba of transformers."""
     from bkcore.bench.inference import run_inference
-    from bkcore.bench.result import markdown_table, report, table
-    from bkcore.report import files
 
     console = Console()
-    for path in (json_file, markdown):
-        if path is not None:
-            files.prepare_file(path)
-    results = run_inference(console, only)
-    console.print(table(results))
-    if json_file is not None:
-        files.write_json(report(results), json_file)
-    if markdown is not None:
-        markdown.write_text(markdown_table(results))
+    _prepare_rows(json_file, markdown)
+    _publish_rows(console, run_inference(console, only), json_file, markdown)
 
 
 @bench.command("memory")
