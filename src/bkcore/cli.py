@@ -38,7 +38,9 @@ DataOption = Annotated[
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")]
 MarkdownOption = Annotated[Path | None, typer.Option(help="Write a Markdown table here, too.")]
 PlotOption = Annotated[Path | None, typer.Option(help="Draw a picture: .png or .svg.")]
-OnlyOption = Annotated[str, typer.Option(help="Only cases whose names begin so.")]
+OnlyOption = Annotated[
+    str, typer.Option(help="Only cases whose names begin so; a wrong name lists them.")
+]
 
 
 def _percent(text: str) -> float:
@@ -206,7 +208,7 @@ def quantize(
     )
     result = run_quantize(checkpoint, output, data, settings, console, control)
     for table in tables(result["receipt"]):
-        console.print(table)
+        console.print(table, "")
     if has_budget:
         console.print(budget.sensitivity_table(result["sensitivity"], result["assignment"]))
         console.print(budget.frontier_table(result["points"]))
@@ -231,7 +233,7 @@ def receipt(
     console = Console()
     content = read_receipt(checkpoint)
     for table in tables(content):
-        console.print(table)
+        console.print(table, "")
     if json_file is not None:
         files.prepare_file(json_file)
         files.write_json(content, json_file)
@@ -449,20 +451,22 @@ def bench_stability(
     ] = Path("checkpoints/wikitext2"),
     data: DataOption = None,
     json_file: JsonOption = None,
-    length: Annotated[int, typer.Option(help="Tokens to read.")] = 1_000_000,
-    step: Annotated[int, typer.Option(help="Tokens a call; 1 reads as decoding does.")] = 4_096,
+    length: Annotated[int, typer.Option(min=1_000, help="Tokens to read.")] = 1_000_000,
+    step: Annotated[
+        int, typer.Option(min=1, help="Tokens a call; 1 reads as decoding does.")
+    ] = 4_096,
 ) -> None:
-    """Read a long text and see whether a quantized model stays as near to float as it was."""
+    """Read a text over and over: does a quantized model stay as near to float as it was?"""
     from bkcore.bench.stability import report, run_stability, table
     from bkcore.report import files
 
     console = Console()
     if json_file is not None:
         files.prepare_file(json_file)
-    ages = run_stability(console, checkpoint, reference, data, length, step)
-    console.print(table(ages))
+    result = run_stability(console, checkpoint, reference, data, length, step)
+    console.print(table(result.ages))
     if json_file is not None:
-        files.write_json(report(ages, step), json_file)
+        files.write_json(report(result), json_file)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from bkcore.bench import stability
-from bkcore.errors import InputError, LifecycleError
+from bkcore.errors import InputError
 from bkcore.model import LanguageModel
 from bkcore.text import train_tokenizer
 
@@ -45,13 +45,20 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folders: dict[str, Path], length: int = 2_500, step: int = 300) -> list[stability.Age]:
+    return measure(folders, length, step).ages
+
+
+def measure(folders: dict[str, Path], length: int, step: int) -> stability.Stability:
     return stability.run_stability(
         QUIET, folders["int8"], folders["float"], folders["text"], length, step
     )
 
 
 def test_every_age_has_its_figures(folders: dict[str, Path]) -> None:
-    ages = run(folders)
+    result = measure(folders, 2_500, 300)
+    ages = result.ages
+    assert result.protocol["probe_tokens"] == 64
+    assert result.protocol["text_tokens"] > 1_000
     assert [age.position for age in ages] == [1_000, 2_500]
     for age in ages:
         assert 0 < age.standard_error < age.kl < 0.1
@@ -59,7 +66,7 @@ def test_every_age_has_its_figures(folders: dict[str, Path]) -> None:
         assert all(0 < ratio <= 1 for ratio in age.worst)
         assert age.resident_bytes > 1e8
     assert "2,500" in str(stability.table(ages).columns[0]._cells)
-    json.dumps(stability.report(ages, 300))
+    json.dumps(stability.report(result))
 
 
 def test_the_step_changes_nothing(folders: dict[str, Path]) -> None:
@@ -97,10 +104,18 @@ def test_divergence_is_that_of_pytorch() -> None:
     assert stability.divergence(p, p)[0] == 0
 
 
-def test_what_cannot_be_read_is_refused(folders: dict[str, Path]) -> None:
-    with pytest.raises(InputError, match="at least 1000 and 1"):
-        run(folders, 10)
-    with pytest.raises(InputError, match="at least 1000 and 1"):
-        run(folders, step=0)
-    with pytest.raises(LifecycleError, match="runs in float"):
-        run({**folders, "int8": folders["float"]}, 1_000)
+def test_models_that_do_not_belong_together_are_refused(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="is float, not quantized; bkcore quantize"):
+        run({**folders, "int8": folders["float"]})
+    with pytest.raises(InputError, match="is not a float model"):
+        run({**folders, "float": folders["int8"]})
+    other = LanguageModel(280, d_model=32, n_layers=1, num_experts=2, expert_size=32)
+    other.save_pretrained(tmp_path)
+    train_tokenizer(WORDS, 280).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="different tokenizers"):
+        run({**folders, "float": tmp_path})
+    monkeypatch.setattr(stability, "_PROBE", 10**6)
+    with pytest.raises(InputError, match="tokens, the probe 1000000"):
+        run(folders)

@@ -18,14 +18,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from bkcore.bench.machine import machine
 from bkcore.bench.process import require_counts, resident_bytes
 from bkcore.errors import InputError
 from bkcore.evaluation.checkpoints import load_checkpoint
 from bkcore.model import ResNetBKForCausalLM, StreamState, core_certificates
+from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.report.progress import Plan
-from bkcore.text import encode, load_corpus
+from bkcore.text import encode, load_corpus, tokenizer_hash
 
 FIRST = 1_000
 _PROBE = 2_048
@@ -52,6 +55,20 @@ class Age:
     resident_bytes: int
 
 
+@dataclass(frozen=True)
+class Stability:
+    """The ages of a model, and how they were measured.
+
+    Attributes:
+        protocol: checkpoint, reference, corpus, text_tokens (of the text that is repeated),
+            probe_tokens, step and threads.
+        ages: youngest first.
+    """
+
+    protocol: dict[str, Any]
+    ages: list[Age]
+
+
 @torch.inference_mode()
 def run_stability(
     console: Console,
@@ -60,20 +77,23 @@ def run_stability(
     data: str | Path | None,
     length: int,
     step: int,
-) -> list[Age]:
+) -> Stability:
     """Read `length` tokens of the validation text, over and over again, `step` at a time.
 
+    The probe is the beginning of the same text.
+
     Raises:
-        InputError: if `length` is below 1,000, `step` below 1, or the system is not Linux.
+        InputError: if the text is shorter than the probe, the models do not belong together, or
+            the system is not Linux.
         CheckpointError: if a folder holds no checkpoint.
-        LifecycleError: if `checkpoint` is not quantized.
     """
-    if length < FIRST or step < 1:
-        raise InputError(f"length is {length} and step {step}: at least {FIRST} and 1 are needed")
     require_counts()
-    quantized, tokenizer = load_checkpoint(checkpoint)
-    models = (quantized, load_checkpoint(reference)[0])
-    text = encode(tokenizer, load_corpus(data).valid)
+    transformers_logging.disable_progress_bar()
+    models, tokenizer = _pair(checkpoint, reference)
+    corpus = load_corpus(data)
+    text = encode(tokenizer, corpus.valid)
+    if len(text) < _PROBE:
+        raise InputError(f"the validation text has {len(text)} tokens, the probe {_PROBE}")
     probe = text[None, :_PROBE]
     states = [model.first_state() for model in models]
     ages, seen = [], 0
@@ -86,7 +106,36 @@ def run_stability(
                 seen += piece.shape[1]
                 advance(seen / length)
             ages.append(_judge(models, states, text, probe, position))
-    return ages
+    protocol = {
+        "checkpoint": str(checkpoint),
+        "reference": str(reference),
+        "corpus": corpus.name,
+        "text_tokens": len(text),
+        "probe_tokens": _PROBE,
+        "step": step,
+        "threads": torch.get_num_threads(),
+    }
+    return Stability(protocol, ages)
+
+
+def _pair(
+    checkpoint: Path, reference: Path
+) -> tuple[tuple[ResNetBKForCausalLM, ResNetBKForCausalLM], PreTrainedTokenizerFast]:
+    """The quantized model, its float reference, and the tokenizer of both."""
+    (quantized, tokenizer), (exact, other) = map(load_checkpoint, (checkpoint, reference))
+    if quantized.quantization_state is not QuantizationState.QUANTIZED:
+        raise InputError(
+            f"the model in {checkpoint} is {quantized.quantization_state.value}, not quantized; "
+            "bkcore quantize makes one that is"
+        )
+    if exact.quantization_state is not QuantizationState.FLOAT:
+        raise InputError(f"the reference in {reference} is not a float model")
+    if tokenizer_hash(tokenizer) != tokenizer_hash(other):
+        raise InputError(
+            f"{checkpoint} and {reference} have different tokenizers: name with --reference the "
+            "float model that was quantized"
+        )
+    return (quantized, exact), tokenizer
 
 
 def positions(length: int) -> list[int]:
@@ -99,9 +148,9 @@ def positions(length: int) -> list[int]:
     return [*found, length]
 
 
-def report(ages: Sequence[Age], step: int) -> dict[str, Any]:
-    """The JSON file."""
-    return {"machine": machine(), "step": step, "ages": [asdict(age) for age in ages]}
+def report(result: Stability) -> dict[str, Any]:
+    """The JSON file; divergences in nats, quotients for each layer."""
+    return {"machine": machine(), **asdict(result)}
 
 
 def table(ages: Sequence[Age]) -> Table:

@@ -62,6 +62,8 @@ def verify(folder: Path) -> None:
         CheckpointError: if a file is missing, truncated or altered, or the format is not the one
             that this version reads.
     """
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; a checkpoint is a folder")
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         version, digests = int(manifest["format_version"]), dict(manifest["sha256"])

@@ -72,7 +72,9 @@ class QuantizationConfig:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise InputError(f"unknown quantization mode {self.mode!r}; choose one of {MODES}")
+            raise InputError(
+                f"unknown quantization mode {self.mode!r}; choose one of {', '.join(MODES)}"
+            )
         check_group_size(self.group_size)
         for name in ("per_channel", "nonuniform"):
             if not isinstance(getattr(self, name), bool):

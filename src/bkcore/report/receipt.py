@@ -36,13 +36,15 @@ def average_bits(receipt: dict[str, Any]) -> float:
 def _weights(receipt: dict[str, Any]) -> Table:
     config = receipt["quantization"]
     table = _table(f"weights, {config['mode']}: {average_bits(receipt):.3f} bits on average")
+    if any(entry.get("rounding") == "gptq" for entry in receipt["weights"]):
+        table.caption = "* rounded by GPTQ, which makes up for errors of other weights"
     table.add_column("weight", no_wrap=True)
     table.add_column("bits")
     table.add_column("group", justify="right")
     table.add_column("range")
     for heading in ("clipped\n%", "error\n%", "tokens\nseen", "bytes"):
         table.add_column(heading, justify="right")
-    table.add_column("kernel")
+    table.add_column("kernel", no_wrap=True, min_width=7)
     for entry in receipt["weights"]:
         table.add_row(
             _short(entry["name"]),
@@ -129,7 +131,7 @@ def _short(name: str) -> str:
 
 def _range(entry: dict[str, Any]) -> str:
     method = str(entry.get("range_method", entry["scheme"]))
-    return f"{method}, gptq" if entry.get("rounding") == "gptq" else method
+    return f"{method} *" if entry.get("rounding") == "gptq" else method
 
 
 def _percent(rate: float | None) -> str:
