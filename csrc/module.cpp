@@ -428,6 +428,18 @@ void round_channels(const std::string &isa, Index threads, Index bits, Shape sha
   });
 }
 
+void round_rows(const std::string &isa, Index threads, Index rows, Index count, Address x,
+                Address out) {
+  threads = worthwhile_threads(rows * count, threads);
+  const auto kernel = find_isa(isa).product.round_row;
+  constexpr Index kShare = 64;
+  parallel_for(ceil_divide(rows, kShare), threads, [&](Index i) {
+    for (Index row = i * kShare; row < std::min(rows, (i + 1) * kShare); ++row)
+      kernel(reinterpret_cast<const float *>(x) + row * count, count,
+             reinterpret_cast<float *>(out) + row * count);
+  });
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const Isa &isa : isas()) names.push_back(isa.name);
@@ -455,6 +467,7 @@ NB_MODULE(_native, m) {
   m.def("attention_backward", &bkcore::attention_backward, Unlocked());
   m.def("product", &bkcore::product, Unlocked());
   m.def("round_channels", &bkcore::round_channels, Unlocked());
+  m.def("round_rows", &bkcore::round_rows, Unlocked());
   m.def("step", &bkcore::step);  // shorter than letting go of the interpreter
   m.def("sweep_backward", &bkcore::backward, Unlocked());
 }

@@ -42,6 +42,8 @@ struct ProductKernels {
   void (*multiply)(const Product &, const EncodedRows &, std::int64_t output, std::int64_t first,
                    std::int64_t count, Scratch);
   void (*round)(const Rounding &, std::int64_t first, std::int64_t count, Scratch);
+  // A row of activations (count), rounded to what `encode` makes of it.
+  void (*round_row)(const float *x, std::int64_t count, float *out);
 };
 
 namespace {

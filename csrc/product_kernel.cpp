@@ -146,13 +146,11 @@ BKCORE_INLINE void for_groups(const Product &p, const Work &work) {
   }
 }
 
-// The codes of one row of activations and their scale, as `quantize_rows` in
-// src/bkcore/kernels/reference.py has them.
-void encode(const Product &p, Index row, const EncodedRows &rows) {
-  const float *x = p.x + row * p.inputs;
+// The scale of a row of activations, and the bits of its largest absolute value.
+BKCORE_INLINE float row_scale(const float *x, Index count, std::uint32_t &bits) {
   // As integers absolute values have the order of the numbers, and NaN comes after infinity.
-  std::uint32_t bits = 0;
-  for (Index i = 0; i < p.inputs; ++i) {
+  bits = 0;
+  for (Index i = 0; i < count; ++i) {
     std::uint32_t one;
     std::memcpy(&one, x + i, sizeof one);
     one &= 0x7FFFFFFFu;
@@ -161,7 +159,15 @@ void encode(const Product &p, Index row, const EncodedRows &rows) {
   float scale;
   std::memcpy(&scale, &bits, sizeof scale);
   scale /= 127.0f;
-  if (scale < kSmallest) scale = 1.0f;
+  return scale < kSmallest ? 1.0f : scale;
+}
+
+// The codes of one row of activations and their scale, as `quantize_rows` in
+// src/bkcore/kernels/reference.py has them.
+void encode(const Product &p, Index row, const EncodedRows &rows) {
+  const float *x = p.x + row * p.inputs;
+  std::uint32_t bits;
+  const float scale = row_scale(x, p.inputs, bits);
   rows.scale[row] = scale;
 
   const Index words = words_of(p, Dot::depth);
@@ -454,10 +460,19 @@ void round_rows(const Rounding &r, Index first, Index count, ProductKernels::Scr
   }
 }
 
+void round_row(const float *x, Index count, float *out) {
+  std::uint32_t bits;
+  const float scale = row_scale(x, count, bits);
+  const bool finite = bits < 0x7F800000u;
+  // Codes of 0 times a scale that is not finite are NaN.
+  for (Index i = 0; i < count; ++i)
+    out[i] = finite ? scale * ((x[i] / scale + kRound) - kRound) : scale * 0.0f;
+}
+
 }  // namespace
 
 ProductKernels BKCORE_TABLE(BKCORE_ISA)() {
-  return {kPanel, Dot::depth, encode, multiply, round_rows};
+  return {kPanel, Dot::depth, encode, multiply, round_rows, round_row};
 }
 
 }  // namespace bkcore

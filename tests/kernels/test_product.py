@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.kernels import cpu, product, use_backend
-from bkcore.kernels.product import quantize_rows
+from bkcore.kernels.reference import quantize_rows
 from bkcore.quantization.packing import pack_int4
 
 ISAS = cpu.supported_isas()

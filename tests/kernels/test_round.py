@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bkcore.errors import DTypeError, InputError, ShapeError
-from bkcore.kernels import cpu, round_channels, use_backend
+from bkcore.kernels import cpu, round_channels, round_rows, use_backend
+from bkcore.kernels.reference import quantize_rows
 from bkcore.quantization import GroupWiseQuantizer, affine
 
 ISAS = cpu.supported_isas()
@@ -103,5 +104,40 @@ def test_it_has_a_fake_form():
     torch.library.opcheck(
         torch.ops.bkcore.round_channels.default,
         (torch.nan_to_num(x), scale, zero, 16, 8),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@settings(max_examples=60)
+@given(rows=st.integers(0, 70), count=st.integers(1, 130), seed=st.integers(0, 2**16))
+def test_rows_are_rounded_to_the_codes_of_products(rows, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = (
+        torch.randn(rows, count, generator=generator)
+        * torch.logspace(-40, 30, max(rows, 1))[:rows, None]
+    )
+    special = torch.randint(0, 20, (rows,), generator=generator)
+    for row, kind in enumerate(special.tolist()):
+        if kind < 4:
+            x[row, kind % count] = (torch.nan, torch.inf, -torch.inf, 0.0)[kind]
+    codes, scale = quantize_rows(x)
+    expected = codes * scale
+    for isa in ISAS:
+        with cpu.use_isa(isa):
+            assert torch.allclose(round_rows(x), expected, rtol=0, atol=0, equal_nan=True)
+            strided = round_rows(x.t().contiguous().t())
+            assert torch.allclose(strided, expected, rtol=0, atol=0, equal_nan=True)
+    with use_backend("reference"):
+        assert torch.allclose(round_rows(x), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_rows_that_do_not_fit_are_refused():
+    with pytest.raises(ShapeError, match=r"\(\.\.\., K\) with K >= 1"):
+        round_rows(torch.zeros(3, 0))
+    with pytest.raises(DTypeError, match=r"float32, got torch\.float64"):
+        round_rows(torch.zeros(3, 2).double())
+    torch.library.opcheck(
+        torch.ops.bkcore.round_rows.default,
+        (torch.randn(2, 3, 5),),
         test_utils=("test_schema", "test_faketensor"),
     )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bkcore.errors import CalibrationError
-from bkcore.kernels.product import integer_product, quantize_rows
+from bkcore.kernels.reference import integer_product, quantize_rows
 from bkcore.quantization import affine
 from bkcore.quantization.linear import QuantizedEmbedding, QuantizedLinear
 from bkcore.quantization.weights import (

@@ -4,7 +4,7 @@ from bkcore.kernels.attention import attention
 from bkcore.kernels.codes import sweep_codes
 from bkcore.kernels.ops import sweep
 from bkcore.kernels.product import product
-from bkcore.kernels.round import round_channels
+from bkcore.kernels.round import round_channels, round_rows
 from bkcore.kernels.rounded import sweep_rounded
 from bkcore.kernels.selection import BackendInfo, backends, use_backend
 from bkcore.kernels.stream import step
@@ -15,6 +15,7 @@ __all__ = [
     "backends",
     "product",
     "round_channels",
+    "round_rows",
     "step",
     "sweep",
     "sweep_codes",

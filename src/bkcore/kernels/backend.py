@@ -176,6 +176,7 @@ class Backend:
     sweep_rounded: SweepRoundedFunction
     product: ProductFunction
     round_channels: RoundChannelsFunction
+    round_rows: Callable[[Tensor], Tensor]
     step: StepFunction
     attention: AttentionFunction
     attention_backward: AttentionBackwardFunction

@@ -294,6 +294,14 @@ def round_channels(x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits
     return out
 
 
+def round_rows(x: Tensor) -> Tensor:
+    out, count = torch.empty_like(x), x.shape[-1]
+    _native.round_rows(
+        isa(), torch.get_num_threads(), x.numel() // count, count, x.data_ptr(), out.data_ptr()
+    )
+    return out
+
+
 def step(
     state: Tensor,
     v: Tensor,
@@ -422,6 +430,7 @@ BACKEND = Backend(
     sweep_rounded=sweep_rounded,
     product=product,
     round_channels=round_channels,
+    round_rows=round_rows,
     step=step,
     attention=attention,
     attention_backward=attention_backward,

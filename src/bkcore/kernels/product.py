@@ -27,10 +27,7 @@ import torch
 from torch import Tensor
 
 from bkcore.errors import DTypeError, InputError, ShapeError
-from bkcore.kernels.reference import integer_product, quantize_rows
 from bkcore.kernels.selection import select
-
-__all__ = ["integer_product", "product", "quantize_rows"]
 
 _LARGEST_GROUP = (2**31 - 1) // (128 * 127)
 """Products of codes that an int32 holds the sum of, whatever they are."""

@@ -197,6 +197,11 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(scale.isfinite(), x / scale, 0.0).round_().to(torch.int8), scale
 
 
+def round_rows(x: Tensor) -> Tensor:
+    codes, scale = quantize_rows(x)
+    return codes * scale
+
+
 def integer_product(
     codes: Tensor, row_scale: Tensor, weight_codes: Tensor, weight_scales: Tensor, group_size: int
 ) -> Tensor:
@@ -455,6 +460,7 @@ BACKEND = Backend(
     sweep_rounded=sweep_rounded,
     product=product,
     round_channels=round_channels,
+    round_rows=round_rows,
     step=step,
     attention=attention,
     attention_backward=attention_backward,

@@ -1,13 +1,15 @@
-"""Rounding to what codes stand for, channel by channel: the operator `bkcore::round_channels`.
+"""Rounding to what codes stand for: the operators `bkcore::round_channels` and `round_rows`.
 
-It gives, bit for bit, what `bkcore.quantization.affine.fake_quantize` gives, in one pass:
+The first gives, bit for bit, what `bkcore.quantization.affine.fake_quantize` gives, in one pass:
 
     scale * (clamp(round(x / scale) + zero, -2^(bits-1), 2^(bits-1) - 1) - zero)
 
-with ties to even. NaN stays NaN. It has no derivative.
+with ties to even. NaN stays NaN. The second gives scale times codes of what `bkcore::product` makes
+of its activations, rows (..., K) of float32, each with the INT8 scale of its largest number; see
+`bkcore.kernels.product`. Neither has a derivative.
 
-Layout
-------
+Layout of `round_channels`
+-------------------------
     x       float32 (..., C), contiguous in memory or copied
     scale   bfloat16 (G,), zero  int8 (G,), of groups of `group_size` neighbouring channels; the
             last one may be smaller: G = ceil(C / group_size)
@@ -23,6 +25,7 @@ from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.kernels.selection import select
 
 _library = torch.library.Library("bkcore", "FRAGMENT")
+_library.define("round_rows(Tensor x) -> Tensor")
 _library.define(
     "round_channels(Tensor x, Tensor scale, Tensor zero, int group_size, int bits) -> Tensor"
 )
@@ -40,6 +43,37 @@ def round_channels(x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits
     """
     out: Tensor = torch.ops.bkcore.round_channels.default(x, scale, zero, group_size, bits)
     return out
+
+
+def round_rows(x: Tensor) -> Tensor:
+    """Round every row of x (..., K) to INT8 with a scale of its own; see this module's text.
+
+    Returns:
+        float32, of the shape of x.
+
+    Raises:
+        ShapeError, DTypeError: if x is not float32 (..., K) with K >= 1.
+        BackendError: a forced backend is absent or cannot take the tensor.
+    """
+    out: Tensor = torch.ops.bkcore.round_rows.default(x)
+    return out
+
+
+def _check_rows(x: Tensor) -> None:
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise ShapeError(f"x must be (..., K) with K >= 1, got {tuple(x.shape)}")
+    if x.dtype != torch.float32:
+        raise DTypeError(f"x must be float32, got {x.dtype}")
+
+
+def _round_rows(x: Tensor) -> Tensor:
+    _check_rows(x)
+    return select(x).round_rows(x.contiguous())
+
+
+def _round_rows_fake(x: Tensor) -> Tensor:
+    _check_rows(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _check(x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits: int) -> None:
@@ -80,4 +114,6 @@ def _round_channels_fake(
 
 
 _library.impl("round_channels", _round_channels, "CompositeExplicitAutograd")
+_library.impl("round_rows", _round_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("bkcore::round_rows", _round_rows_fake, lib=_library)
 torch.library.register_fake("bkcore::round_channels", _round_channels_fake, lib=_library)

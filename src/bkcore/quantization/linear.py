@@ -1,7 +1,7 @@
 """Integer products with quantized weights: INT8 activations per token, int32 sums, one rescale.
 
-Training (QAT) has the same roundings in the same order (`bkcore.kernels.product`); only its
-backward is float, straight through. So the converted model equals the trained one bit for bit.
+Training (QAT) has the very same forward (`bkcore.kernels.product`); only its backward is float,
+straight through. So the converted model equals the trained one bit for bit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bkcore.kernels.product import integer_product, product, quantize_rows
+from bkcore.kernels import product, round_rows
+from bkcore.quantization import affine
 from bkcore.quantization.weights import HalfWeight, PackedWeight, TrainableWeight
 
 
@@ -23,15 +24,15 @@ class _StraightThroughProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, values: Tensor, weight_codes: Tensor, scales: Tensor, group_size: int
     ) -> Tensor:
-        codes, token_scale = quantize_rows(x)
-        ctx.save_for_backward(codes, token_scale, values)
-        return integer_product(codes, token_scale, weight_codes, scales, group_size)
+        ctx.save_for_backward(x, values)
+        # Codes of 4 bits are codes of 8, too, and the scales are values that storage keeps.
+        return product(x, weight_codes, scales.to(affine.SCALE_DTYPE), group_size, 8)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        codes, token_scale, values = ctx.saved_tensors
+        x, values = ctx.saved_tensors
         grad = grads[0]
-        return grad @ values, grad.t() @ (codes * token_scale), None, None, None
+        return grad @ values, grad.t() @ round_rows(x), None, None, None
 
 
 def project(x: Tensor, weight: PackedWeight | TrainableWeight | HalfWeight) -> Tensor:
