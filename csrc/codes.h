@@ -16,9 +16,6 @@
 namespace bkcore {
 namespace {
 
-// 1.5 * 2^23: adding it to a small number rounds that to an integer, ties to even.
-constexpr float kRound = 12582912.0f;
-
 // round(x / scale) + zero within the range of codes, as an integer in float. low and high are the
 // range less the zero point, so that clamping comes first and rounding cannot leave the range.
 BKCORE_INLINE float code_of(float x, float scale, float low, float high, float zero) {

@@ -375,8 +375,8 @@ constexpr Index kRowsPerPanel = 384, kProductsPerThread = Index{1} << 18;
 
 EncodedRows encoded_rows(const Product &p, Index words) {
   static thread_local std::vector<std::byte> memory;
-  const Index each = round_up(words, 16) + p.groups + 1;
-  auto *start = static_cast<std::uint32_t *>(aligned(memory, p.rows * each * sizeof(std::uint32_t)));
+  const std::size_t bytes = p.rows * (words + p.groups + 1) * sizeof(std::uint32_t);
+  auto *start = static_cast<std::uint32_t *>(aligned(memory, bytes));
   auto *sums = reinterpret_cast<std::int32_t *>(start + p.rows * words);
   return {reinterpret_cast<float *>(sums + p.rows * p.groups), sums, start};
 }

@@ -1,4 +1,5 @@
-// Two INT4 codes a byte, the even one in the low half.
+// What all kernels of codes share: how numbers are rounded to them, and two INT4 codes a byte, the
+// even one in the low half.
 #pragma once
 
 #include "simd.h"
@@ -9,6 +10,10 @@ namespace {
 #if defined(__AVX512F__) || defined(__AVX2__)
 #define BKCORE_VECTOR_CODES 1
 #endif
+
+// 1.5 * 2^23: adding it to a small number rounds that to an integer, ties to even, which then
+// stands in the low bits of the sum.
+constexpr float kRound = 12582912.0f;
 
 BKCORE_INLINE void unpack(const std::uint8_t *packed, Index count, std::int8_t *codes) {
   Index h = 0;

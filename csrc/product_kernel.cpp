@@ -21,10 +21,6 @@ namespace {
 
 using Word = std::uint32_t;
 
-// 1.5 * 2^23: adding it to a small number rounds that to an integer, ties to even, which then
-// stands in the low bits of the sum.
-constexpr float kRound = 12582912.0f;
-
 constexpr float kSmallest = 1.17549435e-38f;  // normal number
 
 // `Dot` is what the instruction set offers: vectors of `lanes` int32 sums, to which products of

@@ -62,6 +62,11 @@ def test_a_quantizer_rounds_alike_with_and_without_a_derivative(learnable):
     outside = 2 * x.requires_grad_()
     with_derivative = quantizer.fake_quantize(outside)
     assert with_derivative.requires_grad
+    (gradient,) = torch.autograd.grad(with_derivative.sum(), outside)
+    clipped = quantizer.clips(outside)
+    assert clipped.any()
+    # In steps of its scale, times the scale: two roundings away from 1.
+    torch.testing.assert_close(gradient, (~clipped).float(), rtol=2.0**-22, atol=0)
     with torch.no_grad():
         assert torch.equal(quantizer.fake_quantize(outside), with_derivative)
         strided = outside.transpose(0, 1)

@@ -497,3 +497,13 @@ def test_complex_gradient_reaches_both_parts():
     assert x.grad.real.abs().sum() > 0
     assert x.grad.imag.abs().sum() > 0
     assert all(parameter.grad.abs().sum() > 0 for parameter in quantizer.parameters())
+
+
+def test_a_state_without_scales_takes_them_away():
+    quantizer, empty = (GroupWiseQuantizer(8, 4) for _ in range(2))
+    quantizer.calibrate(torch.randn(50, 8))
+    assert quantizer.calibrated
+    quantizer.load_state_dict(empty.state_dict())
+    assert not quantizer.calibrated
+    with pytest.raises(LifecycleError, match="no scales yet"):
+        quantizer.fake_quantize(torch.randn(2, 8))
