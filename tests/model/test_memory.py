@@ -23,15 +23,18 @@ def memory(name):
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(name + r":\\s*(\\d+) kB", status)[1])
 
+def load(folder):
+    model = ResNetBKForCausalLM.from_pretrained(folder)
+    tensors = [*model.parameters(), *model.buffers()]
+    for x in tensors:  # files are mapped: read a byte of every page, and copy nothing
+        x.reshape(-1).view(torch.uint8)[::4096].sum()
+    return model, tensors
+
 small, large = sys.argv[1:]
-ResNetBKForCausalLM.from_pretrained(small)  # what every load needs once
+load(small)  # what every load needs once
 before = memory("VmRSS")
-model = ResNetBKForCausalLM.from_pretrained(large)
-tensors = [*model.parameters(), *model.buffers()]
-for x in tensors:
-    x.float().sum()  # files are mapped: read them
-sizes = {"bytes": sum(x.nbytes for x in tensors), "resident": memory("VmRSS") - before}
-sizes["peak"] = memory("VmHWM") - before
+model, tensors = load(large)
+sizes = {"bytes": sum(x.nbytes for x in tensors), "peak": memory("VmHWM") - before}
 print(json.dumps(sizes))
 """
 
@@ -57,6 +60,6 @@ def test_loading_makes_no_float_copy(mode: str, share: float, tmp_path: Path) ->
     stored = (tmp_path / "large" / "model.safetensors").stat().st_size
     assert stored <= share * float_bytes
     assert sizes["bytes"] <= stored
-    # The largest layer is turned into float by this test itself, and the allocator rounds up.
-    assert sizes["resident"] <= 1.1 * stored + 6e6
-    assert sizes["peak"] < 0.5 * float_bytes
+    # Beside the codes stand the modules as Python has them, about 4 MB. A float copy of one layer
+    # in four would already pass this bound.
+    assert sizes["peak"] <= stored + 0.15 * float_bytes
