@@ -37,9 +37,9 @@ class Frame:
     Attributes:
         vocab_size: tokens.
         window: the longest sequence.
-        width: of the residual stream.
-        layers: of ResNet-BK, GPT-2 and Llama, each a mixer and an MLP. A layer of Mamba has no
-            MLP, so Mamba has more of them.
+        width: of the residual stream, a multiple of 8.
+        layers: of GPT-2 and Llama, each a mixer and an MLP. Layers of Mamba have no MLP, and those
+            of ResNet-BK small ones: they have more layers, see `_more`.
     """
 
     vocab_size: int
@@ -70,15 +70,22 @@ def resnet_bk(
 ) -> PreTrainedModel:
     """ResNet-BK, or an ablation of it, with experts of `size` hidden units.
 
-    One expert a layer where mixers are compared, so that all parameters are active ones: with
-    more, an ablation, whose mixer is smaller, would have larger experts, and more of them idle.
+    Twelve heads in three groups that share 32 keys, values one and a half times as wide as the
+    residual stream, features added. One expert a layer where mixers are compared, so that all
+    parameters are active ones: with more, an ablation, whose mixer is smaller, would have larger
+    experts, and more of them idle.
     """
     return LanguageModel(
         frame.vocab_size,
         frame.width,
-        frame.layers,
+        _more(frame.layers),
         frame.window,
         mixer=mixer,
+        num_heads=12,
+        key_size=32,
+        key_groups=3,
+        value_size=frame.width // 8,
+        add_features=True,
         num_experts=experts,
         experts_per_token=chosen,
         expert_size=size,
@@ -122,11 +129,11 @@ def llama(frame: Frame, size: int) -> PreTrainedModel:
 
 
 def mamba(frame: Frame, size: int) -> PreTrainedModel:
-    """Mamba with `size` inner channels, and 5 layers for every 3 of the frame."""
+    """Mamba with `size` inner channels."""
     config = MambaConfig(
         vocab_size=frame.vocab_size,
         hidden_size=frame.width,
-        num_hidden_layers=round(frame.layers * 5 / 3),
+        num_hidden_layers=_more(frame.layers),
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
@@ -135,6 +142,11 @@ def mamba(frame: Frame, size: int) -> PreTrainedModel:
     )
     config.intermediate_size = size
     return MambaForCausalLM(config)
+
+
+def _more(layers: int) -> int:
+    """Five layers for every three."""
+    return round(layers * 5 / 3)
 
 
 _PERCEPTRON = "hidden units of a perceptron"
