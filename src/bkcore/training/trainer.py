@@ -2,7 +2,7 @@
 
 What is added to the Trainer: an order of the windows that can begin at any step (`WindowOrder`),
 resume checkpoints that are known to be whole (`checkpoints`), evaluation by a function, weight
-decay of matrices only, and a limit of time.
+decay of matrices only, a limit of time, and faster products (`products`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from bkcore.errors import CheckpointError, InputError
 from bkcore.training import checkpoints
 from bkcore.training.order import WindowOrder
+from bkcore.training.products import onednn_products
 from bkcore.training.schedule import Schedule
 from bkcore.training.sharding import is_sharded
 
@@ -122,7 +123,8 @@ def train(
                 callbacks=_callbacks(schedule, clock, on_step, on_log),
             )
             trainer.take(order, run, clock, evaluation)
-            trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            with onednn_products():
+                trainer.train(resume_from_checkpoint=None if start is None else str(start))
         state = trainer.state
     if output is not None:
         _load_weights(model, best_checkpoint(output))
