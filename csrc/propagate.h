@@ -2,7 +2,8 @@
 // derivation: src/bkcore/kernels/attention.py.
 //
 // One unit of work is one chain (batch, head). Its state psi (2, keys, values), the real parts before
-// the imaginary ones, stays in the first-level cache; vectors go along the values.
+// the imaginary ones, stays in the first-level cache; vectors go along the values. The rows of a chain
+// lie a row of every other head apart, too far for a processor to guess: they are prefetched.
 #pragma once
 
 #include "simd.h"
@@ -39,6 +40,30 @@ struct ChainRows {
     return {a.first_g[2 * chain()], a.first_g[2 * chain() + 1]};
   }
 };
+
+constexpr Index kAhead = 12;
+
+template <class T>
+BKCORE_INLINE void prefetch(const T *row, Index count) {
+  constexpr Index line = 64 / sizeof(T);
+  for (Index at = 0; at < count; at += line) __builtin_prefetch(row + at);
+  __builtin_prefetch(row + count - 1);
+}
+
+template <class T>
+BKCORE_INLINE void prefetch_to_write(T *row, Index count) {
+  constexpr Index line = 64 / sizeof(T);
+  for (Index at = 0; at < count; at += line) __builtin_prefetch(row + at, 1);
+  __builtin_prefetch(row + count - 1, 1);
+}
+
+template <class T>
+BKCORE_INLINE void prefetch_inputs(const ChainRows<T> &rows, Index i) {
+  prefetch(rows.query(i), rows.a.keys);
+  prefetch(rows.key(i), rows.a.keys);
+  prefetch(rows.value(i), rows.a.values);
+  prefetch(rows.a.hopping + rows.site(i), 1);
+}
 
 // psi := g (key value^T + t psi), from one array to another or in place, and query^T psi into `out`
 // unless that is null.
@@ -91,6 +116,11 @@ void attention(const Attention<T> &a, Index batch, Index head) {
   Pair<T> g = rows.g_before(0);
   for (Index i = 0; i < a.sites; ++i) {
     const Index site = rows.site(i);
+    if (const Index next = i + kAhead; next < a.sites) {
+      prefetch_inputs(rows, next);
+      prefetch(a.v + rows.site(next), 1);
+      prefetch_to_write(a.out + rows.site(next) * 2 * a.values, 2 * a.values);
+    }
     if (a.checkpoints && i % kAttentionChunk == 0)
       copy_row(a.checkpoints + (chain * chunks + i / kAttentionChunk) * size, psi, size);
     const T t = a.hopping[site], tt = t * t;
@@ -103,6 +133,17 @@ void attention(const Attention<T> &a, Index batch, Index head) {
   }
 }
 
+template <class T>
+BKCORE_INLINE void prefetch_outputs(const ChainRows<T> &rows, const AttentionAdjoint<T> &d,
+                                    Index i) {
+  const Index site = rows.site(i), keys = rows.a.keys, values = rows.a.values;
+  prefetch_inputs(rows, i);
+  prefetch(d.dout + site * 2 * values, 2 * values);
+  prefetch_to_write(d.dquery + site * keys, keys);
+  prefetch_to_write(d.dkey + site * keys, keys);
+  prefetch_to_write(d.dvalue + site * values, values);
+}
+
 // The part of the adjoint of one site that goes over the matrix: from M' = t' g' M of the site above,
 // in `m`, to M = query c^T + M' and then t g M, again in `m`.
 template <class T>
@@ -111,9 +152,10 @@ struct SiteSums {
   Pair<T> source;  // key^T M value
 };
 
+// `partial` has two vectors for every key: what is still to be summed over lanes.
 template <class T>
 BKCORE_INLINE SiteSums<T> adjoint_site(const ChainRows<T> &rows, const AttentionAdjoint<T> &d,
-                                       Index i, const T *before, const T *now, T *m, T *sums) {
+                                       Index i, const T *before, const T *now, T *m, T *partial) {
   using S = Simd<T>;
   const Index keys = rows.a.keys, values = rows.a.values, plane = keys * values;
   const Index site = rows.site(i);
@@ -121,46 +163,53 @@ BKCORE_INLINE SiteSums<T> adjoint_site(const ChainRows<T> &rows, const Attention
   const T *grad = d.dout + site * 2 * values;
   const Pair<T> g = rows.g(i);
   const T t = rows.a.hopping[site];
+  const auto g_re = S::set(g.re), g_im = S::set(g.im);
   const auto p_re = S::set(g.re * t), p_im = S::set(g.im * t), none = S::set(0);
-  auto before_re = none, before_im = none;
-  Pair<T> source = {0, 0};
-  std::memset(sums, 0, 2 * values * sizeof(T));
-  for (Index k = 0; k < keys; ++k) {
-    auto query_sum = none, key_re = none, key_im = none;
-    const auto q = S::set(query[k]), kk = S::set(key[k]);
-    for_vectors<T>(values, [&](Index u, auto place) {
+  auto source_re = none, source_im = none;
+  // Two sums each, so that no product waits for the one before it.
+  auto re_re = none, im_im = none, re_im = none, im_re = none;
+  for_vectors<T>(values, [&](Index u, auto place) {
+    const auto c_re = load<T>(grad + u, place), c_im = -load<T>(grad + values + u, place);
+    const auto w = load<T>(value + u, place);
+    auto value_re = none, value_im = none;
+    for (Index k = 0; k < keys; ++k) {
       const Index at = k * values + u;
-      const auto c_re = load<T>(grad + u, place), c_im = -load<T>(grad + values + u, place);
+      T *sums = partial + 2 * k * S::width;
+      const auto q = S::set(query[k]), kk = S::set(key[k]);
       const auto m_re = S::madd(q, c_re, load<T>(m + at, place));
       const auto m_im = S::madd(q, c_im, load<T>(m + plane + at, place));
       const auto psi_re = load<T>(now + at, place), psi_im = load<T>(now + plane + at, place);
-      query_sum = S::madd(psi_re, c_re, S::madd(-psi_im, c_im, query_sum));
       const auto b_re = load<T>(before + at, place), b_im = load<T>(before + plane + at, place);
-      before_re = S::madd(m_re, b_re, S::madd(-m_im, b_im, before_re));
-      before_im = S::madd(m_re, b_im, S::madd(m_im, b_re, before_im));
-      const auto w = load<T>(value + u, place);
-      key_re = S::madd(m_re, w, key_re);
-      key_im = S::madd(m_im, w, key_im);
-      store<T>(sums + u, S::madd(kk, m_re, load<T>(sums + u, place)), place);
-      store<T>(sums + values + u, S::madd(kk, m_im, load<T>(sums + values + u, place)), place);
+      re_re = S::madd(m_re, b_re, re_re);
+      im_im = S::madd(m_im, b_im, im_im);
+      re_im = S::madd(m_re, b_im, re_im);
+      im_re = S::madd(m_im, b_re, im_re);
+      const auto query_sum = S::madd(psi_re, c_re, -(psi_im * c_im));
+      const auto moved = S::madd(g_re, m_re, -(g_im * m_im));
+      S::store(sums, u ? S::load(sums) + query_sum : query_sum);
+      S::store(sums + S::width, u ? S::madd(moved, w, S::load(sums + S::width)) : moved * w);
+      value_re = S::madd(kk, m_re, value_re);
+      value_im = S::madd(kk, m_im, value_im);
       store<T>(m + at, S::madd(p_re, m_re, -(p_im * m_im)), place);
       store<T>(m + plane + at, S::madd(p_re, m_im, p_im * m_re), place);
-    });
-    d.dquery[site * keys + k] = S::sum(query_sum);
-    const Pair<T> moment = {S::sum(key_re), S::sum(key_im)};
-    d.dkey[site * keys + k] = g.re * moment.re - g.im * moment.im;
-    source.re += key[k] * moment.re;
-    source.im += key[k] * moment.im;
+    }
+    source_re = S::madd(w, value_re, source_re);
+    source_im = S::madd(w, value_im, source_im);
+    store<T>(d.dvalue + site * values + u, S::madd(g_re, value_re, -(g_im * value_im)), place);
+  });
+  for (Index k = 0; k < keys; ++k) {
+    const T *sums = partial + 2 * k * S::width;
+    d.dquery[site * keys + k] = S::sum(S::load(sums));
+    d.dkey[site * keys + k] = S::sum(S::load(sums + S::width));
   }
-  T *dvalue = d.dvalue + site * values;
-  for (Index u = 0; u < values; ++u) dvalue[u] = g.re * sums[u] - g.im * sums[values + u];
-  return {{S::sum(before_re), S::sum(before_im)}, source};
+  return {{S::sum(re_re) - S::sum(im_im), S::sum(re_im) + S::sum(im_re)},
+          {S::sum(source_re), S::sum(source_im)}};
 }
 
 template <class T>
 Index attention_adjoint_bytes(const Attention<T> &a) {
-  const Index state = 2 * a.keys * a.values;
-  return ((kAttentionChunk + 2) * state + 2 * a.values) * static_cast<Index>(sizeof(T));
+  const Index state = 2 * a.keys * a.values, partial = 2 * a.keys * Simd<T>::width;
+  return ((kAttentionChunk + 2) * state + partial) * static_cast<Index>(sizeof(T));
 }
 
 template <class T>
@@ -169,7 +218,7 @@ void attention_adjoint(const Attention<T> &a, const AttentionAdjoint<T> &d, Inde
   const ChainRows<T> rows{a, batch, head};
   const Index chain = rows.chain(), size = rows.state(), plane = size / 2;
   const Index chunks = (a.sites + kAttentionChunk - 1) / kAttentionChunk;
-  T *states = memory, *m = memory + (kAttentionChunk + 1) * size, *sums = m + size;
+  T *states = memory, *m = memory + (kAttentionChunk + 1) * size, *partial = m + size;
   copy_row(m, d.dpsi + chain * size, size);
   for (Index j = plane; j < size; ++j) m[j] = -m[j];  // a cotangent is dL/dRe - i dL/dIm
   Pair<T> carry = {0, 0};
@@ -178,13 +227,15 @@ void attention_adjoint(const Attention<T> &a, const AttentionAdjoint<T> &d, Inde
     const Index start = chunk * kAttentionChunk, end = least(a.sites, start + kAttentionChunk);
     copy_row<T>(states, a.checkpoints + (chain * chunks + chunk) * size, size);
     for (Index i = start; i < end; ++i) {
+      if (i + kAhead < end) prefetch_inputs(rows, i + kAhead);
       T *from = states + (i - start) * size;
       propagate_site<T>(rows, i, from, from + size, nullptr);
     }
     for (Index i = end - 1; i >= start; --i) {
       const Index site = rows.site(i);
+      if (i >= kAhead) prefetch_outputs(rows, d, i - kAhead);
       const T *before = states + (i - start) * size;
-      const SiteSums<T> s = adjoint_site<T>(rows, d, i, before, before + size, m, sums);
+      const SiteSums<T> s = adjoint_site<T>(rows, d, i, before, before + size, m, partial);
       const T t = a.hopping[site];
       const Pair<T> g = rows.g(i), last = rows.g_before(i);
       const Pair<T> lambda = {d.dg[2 * site] + s.source.re + t * s.before.re + carry.re,
