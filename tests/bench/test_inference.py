@@ -45,6 +45,7 @@ def test_every_case_and_its_target() -> None:
     for count in threads:
         assert rows["prefill 32 INT8", count].target == 2.0
         assert rows["prefill 32 INT4", count].target == 1.5
+        assert rows["prefill 32 float32 by oneDNN", count].target is None
         assert rows["decode 32 INT8", count].target == 1.5
         assert rows["decode 32 INT4", count].target == 2.0
     served = [row for row in results if row.name.startswith("serving")]

@@ -2,7 +2,7 @@
 
 What is added to the Trainer: an order of the windows that can begin at any step (`WindowOrder`),
 resume checkpoints that are known to be whole (`checkpoints`), evaluation by a function, weight
-decay of matrices only, a limit of time, and faster products (`products`).
+decay of matrices only, a limit of time, and the faster products of `bkcore.products`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from bkcore.errors import CheckpointError, InputError
+from bkcore.products import onednn_products
 from bkcore.training import checkpoints
 from bkcore.training.order import WindowOrder
-from bkcore.training.products import onednn_products
 from bkcore.training.schedule import Schedule
 from bkcore.training.sharding import is_sharded
 

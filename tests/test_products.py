@@ -1,12 +1,12 @@
-"""Products of training are float32 ones, whoever computes them."""
+"""Products by oneDNN are float32 ones, whoever computes them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from bkcore.training import products
-from bkcore.training.products import onednn_products
+from bkcore import products
+from bkcore.products import onednn_products
 
 # The largest error of a sum of n products, whatever its order, is about n units of its terms' sum
 # of magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1).

@@ -1,4 +1,4 @@
-"""Float32 products of training by oneDNN, where PyTorch would take slower ones.
+"""Float32 products by oneDNN, where PyTorch would take slower ones.
 
 PyTorch multiplies float32 matrices with MKL, which on processors of AMD takes vectors of 256 bits
 where 512 are there: half the speed. oneDNN takes the wide ones. The only switch for it is the
@@ -37,7 +37,8 @@ def onednn_products() -> Iterator[None]:
 
 
 def _is_exact(size: int) -> bool:
-    """Whether 1 + 2^-20, which bfloat16 does not have, outlives all products of a training."""
+    """Whether 1 + 2^-20, which bfloat16 does not have, outlives the products of a layer and of its
+    gradients."""
     weight = torch.full((size, 96), 1 + 2.0**-20)
     unit = torch.eye(96)
     x = weight.t().contiguous()
