@@ -67,9 +67,9 @@ def test_ids_are_integers(build, dtype):
         build()(torch.zeros(1, 3, dtype=dtype))
 
 
-@pytest.mark.parametrize("token", [-1, 61])
-def test_an_unknown_token_raises_in_every_form(build, executed_form, token):
-    with pytest.raises(IndexError):
+@pytest.mark.parametrize(("token", "ends"), [(-1, "-1 to 3"), (61, "3 to 61")])
+def test_an_unknown_token_raises_in_every_form(build, executed_form, token, ends):
+    with pytest.raises(InputError, match=f"go from {ends}.*another model's tokenizer"):
         build(*executed_form)(torch.tensor([[3, token]]))
 
 

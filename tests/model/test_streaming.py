@@ -118,6 +118,9 @@ def test_states_are_saved_batched_and_reordered(build, tokens, tmp_path):
     batch = StreamState.batch([StreamState.load(tmp_path / f"{n}.safetensors") for n in range(4)])
     assert batch.seen.tolist() == [3, 17, 8, 0]
     assert same(batch, StreamState.batch(states))
+    for wrong in (4, -1):
+        with pytest.raises(InputError, match=f"rows \\[0, {wrong}\\] must be in \\[0, 4\\)"):
+            batch.select(torch.tensor([0, wrong]))
     order = torch.tensor([2, 0, 0, 3, 1])
     later = tokens(5, 6)
     together, after = read(model, later, [2], batch.select(order))

@@ -154,8 +154,9 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
 
         Raises:
             ShapeError, DTypeError: if `input_ids` is not an integer tensor (B, N).
-            InputError: if a token follows padding, neither logits nor a loss are wanted, or a
-                state is asked for that does not fit, is not there, or would have read padding.
+            InputError: if an id is not in the vocabulary, a token follows padding, neither logits
+                nor a loss are wanted, or a state is asked for that does not fit, is not there, or
+                would have read padding.
         """
         if return_logits is None:
             return_logits = labels is None or not (self.training and self.config.chunked_loss)
@@ -188,6 +189,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
 
         Raises:
             ShapeError, DTypeError: if `input_ids` is not an integer tensor (B, N).
+            InputError: if an id is not in the vocabulary.
         """
         hidden, _, _ = self._hidden(input_ids)
         for piece in hidden.flatten(0, 1).split(positions):
@@ -203,7 +205,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         _check_ids(input_ids)
         if attention_mask is not None:
             _check_padding(attention_mask, input_ids)
-        hidden = self.dropout(self.embedding(input_ids).to(self.final_norm.weight.dtype))
+        hidden = self.dropout(self._embedded(input_ids).to(self.final_norm.weight.dtype))
         balance = hidden.new_zeros(())
         befores: Sequence[LayerState | None] = [None] * len(self.layers)
         if state is not None:
@@ -216,6 +218,16 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         seen = input_ids.new_full(input_ids.shape[:1], input_ids.shape[1])
         seen = seen if state is None else state.seen + seen
         return self.final_norm(hidden), balance, StreamState(tuple(afters), seen)
+
+    def _embedded(self, input_ids: Tensor) -> Tensor:
+        try:
+            embedded: Tensor = self.embedding(input_ids)
+        except IndexError as error:
+            raise InputError(
+                f"input_ids go from {int(input_ids.min())} to {int(input_ids.max())}, but must be "
+                f"in [0, {self.config.vocab_size}): were they made by another model's tokenizer?"
+            ) from error
+        return embedded
 
     def _check_stream(
         self, input_ids: Tensor, attention_mask: Tensor | None, state: StreamState | None

@@ -53,7 +53,16 @@ class StreamState:
         return len(self.seen)
 
     def select(self, rows: Tensor) -> StreamState:
-        """Some sequences, in another order or several times: rows is int64 (R,) below len(self)."""
+        """Some sequences, in another order or several times.
+
+        Args:
+            rows: int64 (R,), in [0, len(self)).
+
+        Raises:
+            InputError: if there is no such row.
+        """
+        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
+            raise InputError(f"rows {rows.tolist()} must be in [0, {len(self)})")
         picked = [
             LayerState(*(getattr(layer, f.name)[rows] for f in fields(layer)))
             for layer in self.layers
