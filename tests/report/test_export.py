@@ -47,6 +47,9 @@ def test_a_model_in_float16_is_half_as_large_and_computes_in_float32(
 def test_what_cannot_be_exported_is_named(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is the checkpoint itself"):
         export_half(checkpoint, checkpoint)
+    export_half(checkpoint, tmp_path / "half")
+    with pytest.raises(InputError, match="half holds a float model, which would be lost"):
+        export_half(checkpoint, tmp_path / "half")
     model, tokenizer = load_checkpoint(checkpoint)
     model.configure_quantization("ptq_int8")
     model.calibrate_quantization([torch.randint(len(tokenizer), (2, 20))])

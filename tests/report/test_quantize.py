@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,7 @@ def test_folders_that_cannot_be(checkpoint: Path, text: Path, tmp_path: Path) ->
     with pytest.raises(InputError, match="is the checkpoint itself"):
         run_quantize(checkpoint, checkpoint, text, settings(), QUIET)
     run_quantize(checkpoint, tmp_path / "int8", text, settings(), QUIET)
+    run_quantize(checkpoint, tmp_path / "int8", text, settings(), QUIET)  # quickly made again
     with pytest.raises(InputError, match="is quantized"):
         run_quantize(tmp_path / "int8", tmp_path / "again", text, settings(), QUIET)
     with pytest.raises(DataError):
@@ -226,6 +228,17 @@ def test_folders_that_cannot_be(checkpoint: Path, text: Path, tmp_path: Path) ->
     assert not (tmp_path / "again").exists()
     with pytest.raises(CheckpointError, match="has no receipt"):
         read(checkpoint)
+
+
+def test_no_float_model_is_lost(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    before = (other / "model.safetensors").read_bytes()
+    how = settings(mode="qat_int8", steps=1)
+    for output, control in ((other, None), (tmp_path / "new", other)):
+        with pytest.raises(InputError, match="other holds a float model, which would be lost"):
+            run_quantize(checkpoint, output, text, how, QUIET, control)
+    assert (other / "model.safetensors").read_bytes() == before
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_receipt_is_printed(checkpoint: Path, text: Path, tmp_path: Path) -> None:

@@ -26,6 +26,23 @@ def prepare_folder(folder: Path) -> None:
         ) from error
 
 
+def refuse_model(folder: Path) -> None:
+    """Make sure that no model is lost which cannot be made again in minutes, as quantized ones can.
+
+    Raises:
+        InputError: if the folder holds a model that is not quantized.
+    """
+    config = folder / "config.json"
+    try:
+        quantization = json.loads(config.read_text()).get("quantization") if config.exists() else {}
+    except (OSError, ValueError):
+        return  # nothing that could be loaded
+    if quantization is None or quantization.get("state") == "float":
+        raise InputError(
+            f"{folder} holds a float model, which would be lost; name another folder, or delete it"
+        )
+
+
 def prepare_file(path: Path) -> None:
     """Make sure that a file can be written later.
 

@@ -21,7 +21,7 @@ from bkcore.model.receipt import problems
 from bkcore.quantization.budget import Assignment, total_loss
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.report.budget import Judge, Search
-from bkcore.report.files import prepare_folder
+from bkcore.report.files import prepare_folder, refuse_model
 from bkcore.report.progress import Plan
 from bkcore.text import TokenWindows, encode, load_corpus, spread
 from bkcore.training import Schedule, train
@@ -136,8 +136,9 @@ def run_quantize(
         of each unit; and `points`, rows of `Search.point`: the model that was saved comes first.
 
     Raises:
-        InputError: if the checkpoint is not float, two folders are the same, no model is within
-            the budget, or there is a control in a mode that does not train.
+        InputError: if the checkpoint is not float, two folders are the same, one to write holds a
+            float model, no model is within the budget, or there is a control in a mode that does
+            not train.
         CheckpointError: if it cannot be loaded, or `output` not written.
         DataError: if the text is missing, unreadable or too small.
         ReceiptError: if `settings.strict` finds something; nothing is written then.
@@ -172,11 +173,14 @@ def run_quantize(
 
 
 def _check_folders(checkpoint: Path, output: Path, control: Path | None) -> None:
-    """Raise `InputError` if two of them are one."""
+    """Raise `InputError` if two of them are one, or a float model would be lost."""
     if output.resolve() == checkpoint.resolve():
         raise InputError(f"{output} is the checkpoint itself; name another folder")
     if control is not None and control.resolve() in (checkpoint.resolve(), output.resolve()):
         raise InputError(f"the control needs a folder of its own, not {control}")
+    for folder in (output, control):
+        if folder is not None:
+            refuse_model(folder)
 
 
 def check_strictly(receipt: dict[str, Any]) -> None:
