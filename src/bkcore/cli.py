@@ -259,13 +259,13 @@ def evaluate(
     If it is interrupted, the same command continues where it was.
     """
     from bkcore.report import files
-    from bkcore.report.evaluate import load_table, run_evaluation
+    from bkcore.report.evaluate import load_table, run_evaluation, summary
 
     console = Console()
     if json_file is not None:
         files.prepare_file(json_file)
     result = run_evaluation(checkpoint, data, reference, console, window, output)
-    console.print_json(data=result)
+    console.print(summary(result))
     if result["expert_load"]:
         console.print(load_table(result["expert_load"]))
     if json_file is not None:

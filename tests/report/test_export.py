@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from bkcore.errors import InputError
 from bkcore.evaluation.checkpoints import load_checkpoint
 from bkcore.model import LanguageModel
 from bkcore.report.curve import draw_curve
-from bkcore.report.evaluate import run_evaluation
 from bkcore.report.export import export_half
 from bkcore.text import train_tokenizer
 
@@ -57,22 +55,6 @@ def test_what_cannot_be_exported_is_named(checkpoint: Path, tmp_path: Path) -> N
     tokenizer.save_pretrained(tmp_path / "int8")
     with pytest.raises(InputError, match="is quantized"):
         export_half(tmp_path / "int8", tmp_path / "other")
-
-
-def test_the_window_is_that_of_the_training(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from bkcore.evaluation import checkpoints
-    from bkcore.report import evaluate
-
-    monkeypatch.setattr(evaluate, "evaluate_in_new_process", checkpoints.evaluate_checkpoint)
-    folder = tmp_path / "text"
-    folder.mkdir()
-    (folder / "train.txt").write_text(TEXT)
-    (folder / "valid.txt").write_text(TEXT[:6000])
-    quiet = Console(quiet=True)
-    assert run_evaluation(checkpoint, folder, None, quiet)["protocol"]["window"] == 48
-    assert run_evaluation(checkpoint, folder, None, quiet, 20)["protocol"]["window"] == 20
 
 
 def test_a_curve_is_drawn(tmp_path: Path) -> None:

@@ -103,6 +103,34 @@ def load_summary(tokens: list[int]) -> dict[str, Any]:
     }
 
 
+def summary(result: dict[str, Any]) -> Table:
+    """What `run_evaluation` returned, a number a line, without the load of the experts."""
+    protocol = result["protocol"]
+    table = Table(
+        title=f"{result['mode']} on {protocol['corpus']}, {protocol['split']}",
+        box=None,
+        show_header=False,
+    )
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("perplexity per word", f"{result['ppl_word']:.2f}")
+    table.add_row("perplexity per token", f"{result['ppl_token']:.3f}")
+    table.add_row("perplexity per byte", f"{result['ppl_byte']:.4f}")
+    table.add_row("standard error, nats per token", f"{result['standard_error_nats']:.4f}")
+    if result["kl_nats"] is not None:
+        low, high = result["ci_low_pct"], result["ci_high_pct"]
+        table.add_row("change from the reference, %", f"{result['delta_pct']:+.2f}")
+        table.add_row("its 95 % interval, %", f"{low:+.2f} to {high:+.2f}")
+        table.add_row("KL divergence from it, nats per token", f"{result['kl_nats']:.5f}")
+        table.add_row("times smaller", f"{result['size_ratio']:.2f}")
+        table.add_row("times as fast", f"{result['speedup']:.2f}")
+    table.add_row("size, MB", f"{result['bytes'] / 1e6:.2f}")
+    table.add_row("tokens per second", f"{result['tokens_per_second']:,.0f}")
+    table.add_row("tokens scored", f"{protocol['tokens']:,}")
+    table.add_row("tokens a window", f"{protocol['window']:,}")
+    return table
+
+
 def load_table(expert_load: list[dict[str, Any]]) -> Table:
     """The load of the experts, a row for each layer; shares are times an even share."""
     table = Table(title="load of the experts, 1 is even", box=box.SIMPLE_HEAD, show_edge=False)
