@@ -74,6 +74,8 @@ BKCORE_INLINE void encode_bytes(Rows<const float> x, Index sites, Index count,
   Index h = 0;
 #ifdef BKCORE_VECTOR_CODES
   using S = Simd<float>;
+  S::Bounds search = {};
+  if (bounds.table) search = S::bounds(bounds.table, bounds.half);
   for (; h + S::width <= count; h += S::width) {
     const auto scale = S::load(rows.scale + h), inverse = S::load(rows.inverse + h);
     const auto zero = S::load(rows.zero + h);
@@ -83,7 +85,7 @@ BKCORE_INLINE void encode_bytes(Rows<const float> x, Index sites, Index count,
       const auto rough = value * inverse;
       const auto exact = S::correct(rough, S::madd(-rough, scale, value), inverse);
       if (bounds.table) {
-        S::search(codes[k] + h, exact + zero, bounds.table, bounds.half);
+        S::search(codes[k] + h, exact + zero, search);
       } else {
         S::narrow(codes[k] + h, S::clamp(exact, low, high), zero);
       }

@@ -32,6 +32,8 @@ BKCORE_INLINE void round_rows(Rows<float> rows, Index sites, Index count, const 
   using S = Simd<float>;
   const auto scale = S::set(grid.scale), inverse = S::set(1 / grid.scale), zero = S::set(grid.zero);
   const auto low = S::set(grid.low), high = S::set(grid.high), shift = S::set(kRound);
+  S::Bounds bounds = {};
+  if (grid.bounds.table) bounds = S::bounds(grid.bounds.table, grid.bounds.half);
   for (; h + S::width <= count; h += S::width) {
     for (Index k = 0; k < sites; ++k) {
       const auto x = S::load(rows[k] + h);
@@ -40,7 +42,7 @@ BKCORE_INLINE void round_rows(Rows<float> rows, Index sites, Index count, const 
       typename S::V step;
       if (grid.levels.table) {
         std::int8_t codes[S::width];
-        S::search(codes, exact + zero, grid.bounds.table, grid.bounds.half);
+        S::search(codes, exact + zero, bounds);
         step = S::look_up(grid.levels.table, codes, grid.levels.half) - zero;
       } else {
         step = (S::clamp(exact, low, high) + shift) - shift;

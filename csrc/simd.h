@@ -63,15 +63,44 @@ struct Simd<float> {
     const __m512i place = _mm512_add_epi32(_mm512_cvtepi8_epi32(codes), _mm512_set1_epi32(half));
     return at(table, place, half);
   }
-  // How many of the 2 half bounds, ascending and the last of them infinity, x is above; less half.
-  static BKCORE_INLINE void search(std::int8_t *p, V x, const float *bounds, int half) {
+  // The 2 half bounds of a search, ascending and the last of them infinity. Of 256 every eighth is kept
+  // in registers, so that five of eight steps need no gather.
+  struct Bounds {
+    const float *table;
+    int half;
+    V eighths[2];
+  };
+  static BKCORE_INLINE Bounds bounds(const float *table, int half) {
+    Bounds all = {table, half, {set(0), set(0)}};
+    if (half == 128) {
+      const __m512i places = _mm512_setr_epi32(7, 15, 23, 31, 39, 47, 55, 63, 71, 79, 87, 95, 103,
+                                               111, 119, 127);
+      all.eighths[0] = _mm512_i32gather_ps(places, table, sizeof(float));
+      all.eighths[1] = _mm512_i32gather_ps(places, table + 128, sizeof(float));
+    }
+    return all;
+  }
+  // How many of the bounds x is above; less half.
+  static BKCORE_INLINE void search(std::int8_t *p, V x, const Bounds &bounds) {
+    const __m512i one = _mm512_set1_epi32(1);
     __m512i count = _mm512_setzero_si512();
-    for (int step = half; step > 0; step /= 2) {
+    int step = bounds.half;
+    if (bounds.half == 128) {
+      for (int eighths = 16; eighths > 0; eighths /= 2) {
+        const __m512i next = _mm512_add_epi32(count, _mm512_set1_epi32(eighths));
+        const V bound = _mm512_permutex2var_ps(bounds.eighths[0], _mm512_sub_epi32(next, one),
+                                               bounds.eighths[1]);
+        count = _mm512_mask_mov_epi32(count, _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), next);
+      }
+      count = _mm512_slli_epi32(count, 3);
+      step = 4;
+    }
+    for (; step > 0; step /= 2) {
       const __m512i next = _mm512_add_epi32(count, _mm512_set1_epi32(step));
-      const V bound = at(bounds, _mm512_sub_epi32(next, _mm512_set1_epi32(1)), half);
+      const V bound = at(bounds.table, _mm512_sub_epi32(next, one), bounds.half);
       count = _mm512_mask_mov_epi32(count, _mm512_cmp_ps_mask(x, bound, _CMP_GT_OQ), next);
     }
-    const __m512i codes = _mm512_sub_epi32(count, _mm512_set1_epi32(half));
+    const __m512i codes = _mm512_sub_epi32(count, _mm512_set1_epi32(bounds.half));
     _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtepi32_epi8(codes));
   }
   static BKCORE_INLINE V at(const float *table, __m512i place, int half) {
@@ -164,15 +193,20 @@ struct Simd<float> : SimdBase<float, Float8, 8> {
     const __m256i place = _mm256_add_epi32(_mm256_cvtepi8_epi32(codes), _mm256_set1_epi32(half));
     return _mm256_i32gather_ps(table, place, sizeof(float));
   }
-  static BKCORE_INLINE void search(std::int8_t *p, V x, const float *bounds, int half) {
+  struct Bounds {
+    const float *table;
+    int half;
+  };
+  static BKCORE_INLINE Bounds bounds(const float *table, int half) { return {table, half}; }
+  static BKCORE_INLINE void search(std::int8_t *p, V x, const Bounds &bounds) {
     __m256i count = _mm256_setzero_si256();
-    for (int step = half; step > 0; step /= 2) {
+    for (int step = bounds.half; step > 0; step /= 2) {
       const __m256i next = _mm256_add_epi32(count, _mm256_set1_epi32(step));
-      const V bound = _mm256_i32gather_ps(bounds - 1, next, sizeof(float));
+      const V bound = _mm256_i32gather_ps(bounds.table - 1, next, sizeof(float));
       const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(x, bound, _CMP_GT_OQ));
       count = _mm256_blendv_epi8(count, next, above);
     }
-    narrow_words(p, _mm256_sub_epi32(count, _mm256_set1_epi32(half)));
+    narrow_words(p, _mm256_sub_epi32(count, _mm256_set1_epi32(bounds.half)));
   }
   static BKCORE_INLINE void narrow(std::int8_t *p, V x, V zero) {
     const __m256i codes = _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_cvtps_epi32(zero));
