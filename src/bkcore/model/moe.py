@@ -20,6 +20,10 @@ from bkcore.quantization.linear import QuantizedLinear
 
 _BLOCK = 32
 
+_TRAINED_ROWS = 64
+"""Experts train on multiples of so many rows, for whose shapes oneDNN keeps its kernels: one made
+for the rows of a step would cost as much as the product."""
+
 
 class Expert(nn.Module):
     """A two-layer perceptron D -> F -> D with SiLU."""
@@ -36,7 +40,7 @@ class Expert(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (M, D) -> (M, D)."""
         if self.training:
-            return self.perceptron(x)
+            return _padded(self.perceptron, x, len(x) + -len(x) % _TRAINED_ROWS)
         layers = (self.up, self.down)
         if all(isinstance(layer, QuantizedLinear) and layer.is_exact for layer in layers):
             return self.down(_in_blocks(F.silu, self.up(x)))
@@ -56,12 +60,14 @@ def _in_blocks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     many: blocks of one size keep causality, and streams, bit for bit. (Products of codes are exact,
     so they need none of this.)
     """
+    return torch.cat([_padded(function, block, _BLOCK) for block in x.split(_BLOCK)])
 
-    def padded(block: Tensor) -> Tensor:
-        rows = block.shape[0]
-        return function(F.pad(block, (0, 0, 0, _BLOCK - rows)))[:rows]
 
-    return torch.cat([padded(block) for block in x.split(_BLOCK)])
+def _padded(function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
+    """A function of rows (M, D), called with so many of them."""
+    if len(x) == rows:
+        return function(x)
+    return function(F.pad(x, (0, 0, 0, rows - len(x))))[: len(x)]
 
 
 class MixtureOfExperts(nn.Module):
