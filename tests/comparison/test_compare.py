@@ -30,7 +30,7 @@ SMALL = Comparison(
         batch_size=4,
         width=32,
         layers=1,
-        parameters=30_000,
+        parameters=50_000,
     ),
     SyntheticSettings(
         steps=2, batch_size=4, test_sequences=8, width=32, layers=1, parameters=20_000

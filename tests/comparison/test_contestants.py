@@ -20,27 +20,30 @@ from bkcore.comparison.contestants import (
     open_size,
     total_parameters,
 )
-from bkcore.comparison.language import LanguageSettings
+from bkcore.comparison.language import LanguageComparison, LanguageSettings
 from bkcore.comparison.synthetic import SyntheticSettings
+from bkcore.comparison.tasks import TASKS
 from bkcore.errors import InputError
 from bkcore.model import LanguageModel
+from bkcore.text import Corpus
 
-FULL = LanguageSettings()
+LANGUAGE = LanguageComparison(Corpus("none", "", ""), LanguageSettings())
 SMALL = SyntheticSettings()
 
 
 @pytest.mark.parametrize(
-    ("settings", "names"),
-    [(FULL, list(language.CONTESTANTS)), (SMALL, list(synthetic.CONTESTANTS))],
-    ids=["language", "synthetic"],
+    ("frame", "parameters", "names"),
+    [
+        (LANGUAGE.frame, LANGUAGE.settings.parameters, list(language.CONTESTANTS)),
+        *((synthetic.frame(t, SMALL), SMALL.parameters, synthetic.CONTESTANTS) for t in TASKS),
+    ],
 )
 def test_active_parameters_agree_within_three_percent(
-    settings: LanguageSettings | SyntheticSettings, names: list[Contestant]
+    frame: Frame, parameters: int, names: list[Contestant]
 ) -> None:
-    frame = Frame(getattr(settings, "vocab_size", 128), 256, settings.width, settings.layers)
     found = {}
     for contestant in names:
-        model = contestant.build(frame, open_size(contestant, frame, settings.parameters))
+        model = contestant.build(frame, open_size(contestant, frame, parameters))
         found[contestant.name] = active_parameters(model)
     assert max(found.values()) <= 1.03 * min(found.values()), found
 
@@ -48,7 +51,7 @@ def test_active_parameters_agree_within_three_percent(
 @pytest.mark.parametrize("contestant", [RESNET_BK, CONVOLUTION, GREEN, GPT2, LLAMA, MAMBA])
 def test_logits_do_not_see_what_follows(contestant: Contestant) -> None:
     torch.manual_seed(0)
-    model = contestant.build(Frame(50, 16, 64, 2), 64).eval()
+    model = contestant.build(Frame(50, 16, 64, 2, 2), 64).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)  # some start at zero, and would hide a leak
     ids = torch.randint(50, (1, 16))
@@ -62,14 +65,14 @@ def test_logits_do_not_see_what_follows(contestant: Contestant) -> None:
 
 @pytest.mark.parametrize("contestant", [RESNET_BK, CONVOLUTION, GPT2, LLAMA, MAMBA])
 def test_embeddings_are_tied(contestant: Contestant) -> None:
-    frames = [Frame(vocabulary, 16, 64, 2) for vocabulary in (50, 51)]
+    frames = [Frame(vocabulary, 16, 64, 2, 2) for vocabulary in (50, 51)]
     totals = [total_parameters(contestant.build(frame, 64)) for frame in frames]
     assert totals[1] - totals[0] == 64
 
 
 @pytest.mark.parametrize("contestant", [GPT2, LLAMA])
 def test_attention_is_the_fused_one(contestant: Contestant) -> None:
-    config = contestant.build(Frame(50, 16, 64, 2), 64).config
+    config = contestant.build(Frame(50, 16, 64, 2, 2), 64).config
     assert config._attn_implementation == "sdpa"
 
 
@@ -81,4 +84,4 @@ def test_idle_experts_are_not_active() -> None:
 
 def test_a_size_that_cannot_be_met_is_refused() -> None:
     with pytest.raises(InputError, match=r"gpt2 cannot have 10,000 active parameters.*with 1 "):
-        open_size(GPT2, Frame(50, 16, 64, 2), 10_000)
+        open_size(GPT2, Frame(50, 16, 64, 2, 2), 10_000)

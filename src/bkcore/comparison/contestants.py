@@ -38,14 +38,16 @@ class Frame:
         vocab_size: tokens.
         window: the longest sequence.
         width: of the residual stream, a multiple of 8.
-        layers: of GPT-2 and Llama, each a mixer and an MLP. Layers of Mamba have no MLP, and those
-            of ResNet-BK small ones: they have more layers, see `_more`.
+        layers: of GPT-2 and Llama, each attention and an MLP. Layers of Mamba have no MLP: it has
+            five of them for every three.
+        mixers: layers of ResNet-BK, whose MLPs may be small.
     """
 
     vocab_size: int
     window: int
     width: int
     layers: int
+    mixers: int
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def resnet_bk(
     return LanguageModel(
         frame.vocab_size,
         frame.width,
-        _more(frame.layers),
+        frame.mixers,
         frame.window,
         mixer=mixer,
         num_heads=12,
@@ -133,7 +135,7 @@ def mamba(frame: Frame, size: int) -> PreTrainedModel:
     config = MambaConfig(
         vocab_size=frame.vocab_size,
         hidden_size=frame.width,
-        num_hidden_layers=_more(frame.layers),
+        num_hidden_layers=round(frame.layers * 5 / 3),
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
@@ -142,11 +144,6 @@ def mamba(frame: Frame, size: int) -> PreTrainedModel:
     )
     config.intermediate_size = size
     return MambaForCausalLM(config)
-
-
-def _more(layers: int) -> int:
-    """Five layers for every three."""
-    return round(layers * 5 / 3)
 
 
 _PERCEPTRON = "hidden units of a perceptron"

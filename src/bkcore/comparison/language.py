@@ -111,12 +111,14 @@ class LanguageComparison:
         }
 
     @property
-    def _frame(self) -> Frame:
+    def frame(self) -> Frame:
+        """What the models have in common."""
         settings = self.settings
-        return Frame(settings.vocab_size, settings.window, settings.width, settings.layers)
+        mixers = round(settings.layers * 5 / 3)  # with small perceptrons, as many as Mamba has
+        return Frame(settings.vocab_size, settings.window, settings.width, settings.layers, mixers)
 
     def _open_size(self, contestant: Contestant) -> int:
-        return open_size(contestant, self._frame, self.settings.parameters)
+        return open_size(contestant, self.frame, self.settings.parameters)
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerFast:
@@ -137,7 +139,7 @@ class LanguageComparison:
         schedule = Schedule(settings.steps, settings.batch_size, contestant.learning_rate)
         size = self._open_size(contestant)
         torch.manual_seed(seed)
-        model = contestant.build(self._frame, size)
+        model = contestant.build(self.frame, size)
         windows = self._windows
         times = StepTimes(folder / "steps.txt")
 

@@ -79,12 +79,14 @@ def runs(settings: SyntheticSettings, seeds: Sequence[int] = (0,)) -> list[Run]:
 def _settings_of(
     task: Task, contestant: Contestant, settings: SyntheticSettings, seed: int
 ) -> dict[str, Any]:
-    size = open_size(contestant, _frame(task, settings), settings.parameters)
+    size = open_size(contestant, frame(task, settings), settings.parameters)
     return {**asdict(settings), "task": task.name, "open_size": size, "seed": seed}
 
 
-def _frame(task: Task, settings: SyntheticSettings) -> Frame:
-    return Frame(task.vocab_size, task.length, settings.width, settings.layers)
+def frame(task: Task, settings: SyntheticSettings) -> Frame:
+    """What the models for a task have in common."""
+    # Two layers: with more, convolutions alone would see further than the nearest answers.
+    return Frame(task.vocab_size, task.length, settings.width, settings.layers, settings.layers)
 
 
 def _execute(
@@ -99,9 +101,9 @@ def _execute(
     generator = torch.Generator().manual_seed(seed)
     examples = task.draw(schedule.steps * schedule.batch_size, generator)
     test = task.draw(settings.test_sequences, generator.manual_seed(_TEST_SEED + seed))
-    size = open_size(contestant, _frame(task, settings), settings.parameters)
+    size = open_size(contestant, frame(task, settings), settings.parameters)
     torch.manual_seed(seed)
-    model = contestant.build(_frame(task, settings), size)
+    model = contestant.build(frame(task, settings), size)
     times = StepTimes(folder / "steps.txt")
 
     def on_step(step: int) -> None:
