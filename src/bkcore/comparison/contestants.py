@@ -37,7 +37,7 @@ class Frame:
     Attributes:
         vocab_size: tokens.
         window: the longest sequence.
-        width: of the residual stream, a multiple of 4.
+        width: of the residual stream, a multiple of 8.
         layers: of GPT-2 and Llama, each attention and an MLP. Layers of Mamba have no MLP: it has
             five of them for every three.
         mixers: layers of ResNet-BK, whose MLPs may be small.
@@ -72,7 +72,7 @@ def resnet_bk(
 ) -> PreTrainedModel:
     """ResNet-BK, or an ablation of it, with experts of `size` hidden units.
 
-    Six heads of 16 keys, values one and a half times as wide as the residual stream, features
+    Four heads of 32 keys, values one and a half times as wide as the residual stream, features
     added. One expert a layer where mixers are compared, so that all parameters are active ones:
     with more, an ablation, whose mixer is smaller, would have larger experts, and more of them
     idle.
@@ -83,9 +83,9 @@ def resnet_bk(
         frame.mixers,
         frame.window,
         mixer=mixer,
-        num_heads=6,
-        key_size=16,
-        value_size=frame.width // 4,
+        num_heads=4,
+        key_size=32,
+        value_size=frame.width * 3 // 8,
         add_features=True,
         num_experts=experts,
         experts_per_token=chosen,
@@ -100,7 +100,7 @@ def gpt2(frame: Frame, size: int) -> PreTrainedModel:
         n_positions=frame.window,
         n_embd=frame.width,
         n_layer=frame.layers,
-        n_head=frame.width // 32,
+        n_head=frame.width * 3 // 82,
         n_inner=size,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
@@ -119,7 +119,7 @@ def llama(frame: Frame, size: int) -> PreTrainedModel:
         max_position_embeddings=frame.window,
         hidden_size=frame.width,
         num_hidden_layers=frame.layers,
-        num_attention_heads=frame.width // 32,
+        num_attention_heads=frame.width * 3 // 82,
         intermediate_size=size,
         tie_word_embeddings=True,
         bos_token_id=0,
