@@ -1,4 +1,4 @@
-"""Values of any width, and features that are added instead of standing side by side."""
+"""Values of any width, keys that heads share, and features that are added."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bkcore.model import (
 )
 from bkcore.model.mixer import ResolventMixer
 
-WIDE = {"value_size": 9, "add_features": True}
+WIDE = {"value_size": 9, "add_features": True, "key_groups": 2}
 
 
 def randomize(model: ResNetBKForCausalLM) -> None:
@@ -53,6 +53,28 @@ def test_added_features_are_side_by_side_ones_behind_a_thinner_projection():
         apart.out_proj.weight.copy_(torch.cat(blocks, 1))
     x = torch.randn(2, 50, 24)
     torch.testing.assert_close(added(x)[0], apart(x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_heads_of_a_group_share_queries_and_keys():
+    """Their own queries and keys, made equal, find the same."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "d_model": 24, "num_heads": 6, "key_size": 7}
+    shared = ResolventMixer(ResNetBKConfig(**sizes, key_groups=2))
+    apart = ResolventMixer(ResNetBKConfig(**sizes))
+    for mixer in (shared, apart):
+        mixer.reset()
+    values, keys = 24, 2 * 7
+    rows = [torch.arange(values)]
+    for first in (values, values + keys):
+        rows += [first + 7 * group + torch.arange(7) for group in (0, 0, 0, 1, 1, 1)]
+    mixed = torch.cat(rows)
+    rest = torch.arange(values + 2 * keys, shared.in_proj.out_features)
+    with torch.no_grad():
+        apart.in_proj.weight.copy_(shared.in_proj.weight[torch.cat((mixed, rest))])
+        apart.conv.weight.copy_(shared.conv.weight[mixed])
+        apart.out_proj.weight.copy_(shared.out_proj.weight)
+    x = torch.randn(2, 50, 24)
+    torch.testing.assert_close(shared(x)[0], apart(x)[0])
 
 
 def test_they_begin_with_the_value_and_re():
@@ -104,3 +126,5 @@ def test_sizes_that_do_not_fit_are_refused():
     assert ResNetBKConfig(vocab_size=61, d_model=24, num_heads=5, value_size=6).value_width == 30
     with pytest.raises(InputError, match="value_size must be None or a positive integer, not 0"):
         ResNetBKConfig(vocab_size=61, value_size=0)
+    with pytest.raises(InputError, match="key_groups=3 must divide num_heads=4"):
+        ResNetBKConfig(vocab_size=61, num_heads=4, key_groups=3)

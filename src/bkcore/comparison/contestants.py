@@ -37,7 +37,7 @@ class Frame:
     Attributes:
         vocab_size: tokens.
         window: the longest sequence.
-        width: of the residual stream, a multiple of 8.
+        width: of the residual stream, a multiple of 4.
         layers: of GPT-2 and Llama, each attention and an MLP. Layers of Mamba have no MLP: it has
             five of them for every three.
         mixers: layers of ResNet-BK, whose MLPs may be small.
@@ -72,10 +72,10 @@ def resnet_bk(
 ) -> PreTrainedModel:
     """ResNet-BK, or an ablation of it, with experts of `size` hidden units.
 
-    Four heads of 32 keys, values one and a half times as wide as the residual stream, features
-    added. One expert a layer where mixers are compared, so that all parameters are active ones:
-    with more, an ablation, whose mixer is smaller, would have larger experts, and more of them
-    idle.
+    Six heads in three pairs that share 32 keys, values one and a half times as wide as the residual
+    stream, features added. One expert a layer where mixers are compared, so that all parameters are
+    active ones: with more, an ablation, whose mixer is smaller, would have larger experts, and more
+    of them idle.
     """
     return LanguageModel(
         frame.vocab_size,
@@ -83,9 +83,10 @@ def resnet_bk(
         frame.mixers,
         frame.window,
         mixer=mixer,
-        num_heads=4,
+        num_heads=6,
         key_size=32,
-        value_size=frame.width * 3 // 8,
+        key_groups=3,
+        value_size=frame.width // 4,
         add_features=True,
         num_experts=experts,
         experts_per_token=chosen,

@@ -25,6 +25,8 @@ class ResNetBKConfig(PreTrainedConfig):
         mixer: "resolvent", or for comparison "convolution" (no core at all) or "green" (the Green's
             function g alone), which cannot be quantized.
         num_heads, key_size: heads H of the core, and the size K of their keys.
+        key_groups: groups of heads that share queries and keys, which divide num_heads; None gives
+            each head its own.
         value_size: the size of their values; None is D / H, which H then has to divide.
         add_features: whether a mixer adds the value and Re and Im of what was found, with learned
             weights for each channel, or projects the three side by side.
@@ -49,6 +51,7 @@ class ResNetBKConfig(PreTrainedConfig):
     mixer: str = "resolvent"
     num_heads: int = 4
     key_size: int = 32
+    key_groups: int | None = None
     value_size: int | None = None
     add_features: bool = False
     conv_width: int = 4
@@ -81,11 +84,14 @@ class ResNetBKConfig(PreTrainedConfig):
                 f"num_heads={self.num_heads} must divide d_model={self.d_model}, or value_size say "
                 "how large the values of a head are"
             )
-        if self.value_size is not None and (
-            not isinstance(self.value_size, int) or self.value_size < 1
-        ):
+        for name in ("key_groups", "value_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise InputError(f"{name} must be None or a positive integer, not {value!r}")
+        if self.key_groups is not None and self.num_heads % self.key_groups:
             raise InputError(
-                f"value_size must be None or a positive integer, not {self.value_size!r}"
+                f"key_groups={self.key_groups} must divide num_heads={self.num_heads}: groups are "
+                "of one size"
             )
 
     @property

@@ -75,8 +75,8 @@ class CoreQuantizers(nn.Module):
 class CoreInputs(NamedTuple):
     """What enters the core.
 
-    query, key (B, N, H K), of unit length in each head, value (B, N, W), gate and barrier
-    (B, N, H).
+    query, key (B, N, G K), of unit length in each group of heads, value (B, N, W), gate and
+    barrier (B, N, H).
     """
 
     query: Tensor
@@ -89,9 +89,10 @@ class CoreInputs(NamedTuple):
 class ResolventMixer(nn.Module):
     """Mix a sequence by resolvent attention: a memory of fixed size that can recall.
 
-    H heads, each a chain of its own. The input gives queries, keys and values through short causal
-    convolutions, queries and keys brought to unit length, and for every site the hopping t in
-    (0, 1), a forget gate, and a potential v > 0, a barrier. What is read out: the value itself, and
+    H heads, each a chain of its own, in G groups that share queries and keys. The input gives
+    queries, keys and values through short causal convolutions, queries and keys brought to unit
+    length, and for every site and head the hopping t in (0, 1), a forget gate, and a potential
+    v > 0, a barrier. What is read out: the value itself, and
     Re and Im of what the query finds, divided by what Ward's identity makes of the memory
     (`over_memory`); all gated.
     """
@@ -100,7 +101,8 @@ class ResolventMixer(nn.Module):
         super().__init__()
         width = config.value_width
         self.heads = config.num_heads
-        self.keys = config.num_heads * config.key_size
+        self.groups = config.key_groups or config.num_heads
+        self.keys = self.groups * config.key_size
         self.width = width
         self.norm_eps = config.norm_eps
         mixed = width + 2 * self.keys
@@ -147,7 +149,7 @@ class ResolventMixer(nn.Module):
         return LayerState(
             taps=like(batch, self.conv.kernel_size[0] - 1, self.sizes[0]),
             g=like(batch, self.heads, 2, dtype=core),
-            psi=like(batch, self.heads, 2, self.keys // self.heads, values, dtype=core),
+            psi=like(batch, self.heads, 2, self.keys // self.groups, values, dtype=core),
         )
 
     def forward(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
@@ -172,7 +174,7 @@ class ResolventMixer(nn.Module):
         mixed = F.silu(convolution(self.conv, mixed))
         value, query, key = mixed.split((self.width, self.keys, self.keys), dim=-1)
         query, key = (
-            unit_length(x.unflatten(-1, (self.heads, -1)), self.norm_eps).flatten(2)
+            unit_length(x.unflatten(-1, (self.groups, -1)), self.norm_eps).flatten(2)
             for x in (query, key)
         )
         gate, barrier = dynamics.chunk(2, dim=-1)
@@ -189,13 +191,19 @@ class ResolventMixer(nn.Module):
 
     def attention_inputs(self, inputs: CoreInputs, dtype: torch.dtype) -> AttentionInputs:
         """What resolvent attention takes, hoppings and potentials rounded from float64 to dtype."""
-        query, key, value = (x.unflatten(-1, (self.heads, -1)) for x in inputs[:3])
+        query, key = (self._for_every_head(x) for x in (inputs.query, inputs.key))
+        value = inputs.value.unflatten(-1, (self.heads, -1))
         # PyTorch's vectors and single numbers round these functions differently in the last bit,
         # which would tell a stream from a whole text; behind float64 they agree.
         gate, barrier = inputs.gate.double(), inputs.barrier.double()
         hopping = torch.exp(-2 * self.log_rate.exp() * torch.sigmoid(gate)).to(dtype)
         potential = (self.log_barrier.exp() * F.softplus(barrier)).to(dtype)
         return AttentionInputs(query, key, value, hopping, potential)
+
+    def _for_every_head(self, x: Tensor) -> Tensor:
+        """What groups share, (B, N, G K) -> (B, N, H, K)."""
+        grouped = x.unflatten(-1, (self.groups, 1, -1))
+        return grouped.expand(-1, -1, -1, self.heads // self.groups, -1).flatten(2, 3)
 
     def recall(
         self, inputs: CoreInputs, state: tuple[Tensor, Tensor]
