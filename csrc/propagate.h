@@ -41,28 +41,21 @@ struct ChainRows {
   }
 };
 
-constexpr Index kAhead = 12;
+constexpr Index kAhead = 12;  // sites: far enough for memory, near enough for the first-level cache
 
-template <class T>
+template <int kWrite, class T>
 BKCORE_INLINE void prefetch(const T *row, Index count) {
   constexpr Index line = 64 / sizeof(T);
-  for (Index at = 0; at < count; at += line) __builtin_prefetch(row + at);
-  __builtin_prefetch(row + count - 1);
-}
-
-template <class T>
-BKCORE_INLINE void prefetch_to_write(T *row, Index count) {
-  constexpr Index line = 64 / sizeof(T);
-  for (Index at = 0; at < count; at += line) __builtin_prefetch(row + at, 1);
-  __builtin_prefetch(row + count - 1, 1);
+  for (Index at = 0; at < count; at += line) __builtin_prefetch(row + at, kWrite);
+  __builtin_prefetch(row + count - 1, kWrite);
 }
 
 template <class T>
 BKCORE_INLINE void prefetch_inputs(const ChainRows<T> &rows, Index i) {
-  prefetch(rows.query(i), rows.a.keys);
-  prefetch(rows.key(i), rows.a.keys);
-  prefetch(rows.value(i), rows.a.values);
-  prefetch(rows.a.hopping + rows.site(i), 1);
+  prefetch<0>(rows.query(i), rows.a.keys);
+  prefetch<0>(rows.key(i), rows.a.keys);
+  prefetch<0>(rows.value(i), rows.a.values);
+  prefetch<0>(rows.a.hopping + rows.site(i), 1);
 }
 
 // psi := g (key value^T + t psi), from one array to another or in place, and query^T psi into `out`
@@ -118,8 +111,8 @@ void attention(const Attention<T> &a, Index batch, Index head) {
     const Index site = rows.site(i);
     if (const Index next = i + kAhead; next < a.sites) {
       prefetch_inputs(rows, next);
-      prefetch(a.v + rows.site(next), 1);
-      prefetch_to_write(a.out + rows.site(next) * 2 * a.values, 2 * a.values);
+      prefetch<0>(a.v + rows.site(next), 1);
+      prefetch<1>(a.out + rows.site(next) * 2 * a.values, 2 * a.values);
     }
     if (a.checkpoints && i % kAttentionChunk == 0)
       copy_row(a.checkpoints + (chain * chunks + i / kAttentionChunk) * size, psi, size);
@@ -138,10 +131,10 @@ BKCORE_INLINE void prefetch_outputs(const ChainRows<T> &rows, const AttentionAdj
                                     Index i) {
   const Index site = rows.site(i), keys = rows.a.keys, values = rows.a.values;
   prefetch_inputs(rows, i);
-  prefetch(d.dout + site * 2 * values, 2 * values);
-  prefetch_to_write(d.dquery + site * keys, keys);
-  prefetch_to_write(d.dkey + site * keys, keys);
-  prefetch_to_write(d.dvalue + site * values, values);
+  prefetch<0>(d.dout + site * 2 * values, 2 * values);
+  prefetch<1>(d.dquery + site * keys, keys);
+  prefetch<1>(d.dkey + site * keys, keys);
+  prefetch<1>(d.dvalue + site * values, values);
 }
 
 // The part of the adjoint of one site that goes over the matrix: from M' = t' g' M of the site above,

@@ -57,3 +57,9 @@ def test_rounded_factors_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_is_exact", lambda size: size < 100)
     with onednn_products():
         assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_bfloat16_is_seen() -> None:
+    assert products._is_exact(64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not products._is_exact(64)

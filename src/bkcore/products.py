@@ -39,10 +39,12 @@ def onednn_products() -> Iterator[None]:
 def _is_exact(size: int) -> bool:
     """Whether 1 + 2^-20, which bfloat16 does not have, outlives the products of a layer and of its
     gradients."""
-    weight = torch.full((size, 96), 1 + 2.0**-20)
-    unit = torch.eye(96)
+    weight, unit = torch.full((size, 96), 1 + 2.0**-20), torch.eye(96)
     x = weight.t().contiguous()
-    return all(
-        bool((product == 1 + 2.0**-20).all())
-        for product in (weight @ unit, weight @ unit.t(), unit @ x, unit @ weight.t())
+    products = (
+        (weight @ unit, weight),
+        (weight @ unit.t(), weight),
+        (unit @ x, x),
+        (unit @ weight.t(), x),
     )
+    return all(bool((product == exact).all()) for product, exact in products)

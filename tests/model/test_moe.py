@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -265,3 +266,22 @@ def test_one_expert_is_saved_and_trained(build, tokens, tmp_path):
     trained = build("qat_int4", "training", num_experts=1, experts_per_token=1).train()
     trained(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in trained.layers[0].experts.parameters())
+
+
+@pytest.mark.parametrize("rows", [0, 1, 64, 65, 130])
+def test_an_expert_trains_on_whole_blocks_of_rows(rows):
+    """Few shapes, for the kernels that are made for each; what is filled up leaves no trace."""
+    torch.manual_seed(0)
+    expert = Expert(ResNetBKConfig(vocab_size=10, d_model=8, expert_size=12)).train()
+    seen = []
+    expert.up.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    x = torch.randn(rows, 8, requires_grad=True)
+    out = expert(x)
+    assert seen == [64 * math.ceil(rows / 64)]
+    torch.testing.assert_close(out, expert.perceptron(x))
+    out.square().sum().backward()
+    found = [x.grad, expert.up.weight.grad, expert.down.weight.grad]
+    loss = expert.perceptron(x).square().sum()
+    expected = torch.autograd.grad(loss, [x, expert.up.weight, expert.down.weight])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

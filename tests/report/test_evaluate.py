@@ -12,12 +12,8 @@ from typer.testing import CliRunner
 
 from bkcore.cli import app
 from bkcore.evaluation import checkpoints
-from bkcore.model import LanguageModel
 from bkcore.report import evaluate
 from bkcore.report.evaluate import run_evaluation
-from bkcore.text import train_tokenizer
-
-TEXT = "the slow fox sees the quick dog and the dog sees the fox. " * 600
 
 
 @pytest.fixture(autouse=True)
@@ -27,37 +23,27 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer(TEXT, 300)
-    model = LanguageModel(len(tokenizer), 32, 1, 48, num_experts=2, expert_size=16, key_size=4)
-    model.save_pretrained(tmp_path / "float")
-    tokenizer.save_pretrained(tmp_path / "float")
+def quantized(fox_checkpoint: Path) -> Path:
+    model, tokenizer = checkpoints.load_checkpoint(fox_checkpoint)
     model.configure_quantization("ptq_int4")
     model.calibrate_quantization([torch.randint(len(tokenizer), (2, 20))])
-    model.save_pretrained(tmp_path / "int4")
-    tokenizer.save_pretrained(tmp_path / "int4")
-    return tmp_path / "float"
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    folder = tmp_path / "text"
-    folder.mkdir()
-    (folder / "train.txt").write_text(TEXT)
-    (folder / "valid.txt").write_text(TEXT[:6000])
+    folder = fox_checkpoint.parent / "int4"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
-def test_the_window_is_that_of_the_training(checkpoint: Path, text: Path) -> None:
+def test_the_window_is_that_of_the_training(fox_checkpoint: Path, fox_text: Path) -> None:
     quiet = Console(quiet=True)
-    assert run_evaluation(checkpoint, text, None, quiet)["protocol"]["window"] == 48
-    assert run_evaluation(checkpoint, text, None, quiet, 20)["protocol"]["window"] == 20
+    assert run_evaluation(fox_checkpoint, fox_text, None, quiet)["protocol"]["window"] == 48
+    assert run_evaluation(fox_checkpoint, fox_text, None, quiet, 20)["protocol"]["window"] == 20
 
 
-def test_the_table_says_what_the_file_does(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_the_table_says_what_the_file_does(
+    quantized: Path, fox_checkpoint: Path, fox_text: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "found.json"
-    paths = [str(checkpoint.parent / "int4"), "--reference", str(checkpoint), "--data", str(text)]
+    paths = [str(quantized), "--reference", str(fox_checkpoint), "--data", str(fox_text)]
     how = ["--json", str(file), "--output", str(tmp_path / "unfinished")]
     run = CliRunner().invoke(app, ["evaluate", *paths, *how], catch_exceptions=False)
     found = json.loads(file.read_text())
@@ -72,10 +58,10 @@ def test_the_table_says_what_the_file_does(checkpoint: Path, text: Path, tmp_pat
 
 
 def test_without_a_reference_nothing_is_compared(
-    checkpoint: Path, text: Path, tmp_path: Path
+    fox_checkpoint: Path, fox_text: Path, tmp_path: Path
 ) -> None:
-    how = ["--data", str(text), "--window", "20", "--output", str(tmp_path / "unfinished")]
-    run = CliRunner().invoke(app, ["evaluate", str(checkpoint), *how], catch_exceptions=False)
+    how = ["--data", str(fox_text), "--window", "20", "--output", str(tmp_path / "unfinished")]
+    run = CliRunner().invoke(app, ["evaluate", str(fox_checkpoint), *how], catch_exceptions=False)
     output = run.output
     assert "perplexity per word" in output
     assert "reference" not in output

@@ -9,29 +9,15 @@ import torch
 
 from bkcore.errors import InputError
 from bkcore.evaluation.checkpoints import load_checkpoint
-from bkcore.model import LanguageModel
 from bkcore.report.curve import draw_curve
 from bkcore.report.export import export_half
-from bkcore.text import train_tokenizer
-
-TEXT = "the slow fox sees the quick dog and the dog sees the fox. " * 600
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer(TEXT, 300)
-    model = LanguageModel(len(tokenizer), 32, 1, 48, num_experts=2, expert_size=16, key_size=4)
-    model.save_pretrained(tmp_path / "float")
-    tokenizer.save_pretrained(tmp_path / "float")
-    return tmp_path / "float"
 
 
 def test_a_model_in_float16_is_half_as_large_and_computes_in_float32(
-    checkpoint: Path, tmp_path: Path
+    fox_checkpoint: Path, tmp_path: Path
 ) -> None:
-    export_half(checkpoint, tmp_path / "half")
-    whole, tokenizer = load_checkpoint(checkpoint)
+    export_half(fox_checkpoint, tmp_path / "half")
+    whole, tokenizer = load_checkpoint(fox_checkpoint)
     half, _ = load_checkpoint(tmp_path / "half")
     assert half.dtype == torch.float32
     for (name, x), y in zip(whole.named_parameters(), half.parameters(), strict=True):
@@ -42,13 +28,13 @@ def test_a_model_in_float16_is_half_as_large_and_computes_in_float32(
     torch.testing.assert_close(half(ids).logits, whole(ids).logits, rtol=0, atol=0.02)
 
 
-def test_what_cannot_be_exported_is_named(checkpoint: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_named(fox_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is the checkpoint itself"):
-        export_half(checkpoint, checkpoint)
-    export_half(checkpoint, tmp_path / "half")
+        export_half(fox_checkpoint, fox_checkpoint)
+    export_half(fox_checkpoint, tmp_path / "half")
     with pytest.raises(InputError, match="half holds a float model, which would be lost"):
-        export_half(checkpoint, tmp_path / "half")
-    model, tokenizer = load_checkpoint(checkpoint)
+        export_half(fox_checkpoint, tmp_path / "half")
+    model, tokenizer = load_checkpoint(fox_checkpoint)
     model.configure_quantization("ptq_int8")
     model.calibrate_quantization([torch.randint(len(tokenizer), (2, 20))])
     model.save_pretrained(tmp_path / "int8")

@@ -237,6 +237,9 @@ def test_no_float_model_is_lost(checkpoint: Path, text: Path, tmp_path: Path) ->
     for output, control in ((other, None), (tmp_path / "new", other)):
         with pytest.raises(InputError, match="other holds a float model, which would be lost"):
             run_quantize(checkpoint, output, text, how, QUIET, control)
+    (other / "config.json").write_text("{")
+    with pytest.raises(InputError, match="other may hold a model, but its config"):
+        run_quantize(checkpoint, other, text, how, QUIET)
     assert (other / "model.safetensors").read_bytes() == before
     assert not (tmp_path / "new").exists()
 

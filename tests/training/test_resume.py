@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from bkcore.errors import CheckpointError, DataError, InputError
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
+from bkcore.products import onednn_products
 from bkcore.text import TokenWindows
 from bkcore.training import Schedule, best_checkpoint, save_whole, shard, train
 
@@ -230,3 +231,14 @@ def test_impossible_requests(tmp_path: Path) -> None:
         train(small(), WINDOWS, Schedule(**{**SCHEDULE, "batch_size": 64}))
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         best_checkpoint(tmp_path)
+
+
+def test_training_takes_onednn_and_leaves_the_setting_alone() -> None:
+    matmul = torch.backends.mkldnn.matmul
+    before, seen = matmul.fp32_precision, set()
+    with onednn_products():
+        wanted = matmul.fp32_precision
+    schedule = Schedule(steps=2, batch_size=4, learning_rate=5e-3)
+    train(small(), WINDOWS, schedule, on_step=lambda _: seen.add(matmul.fp32_precision))
+    assert seen == {wanted}
+    assert matmul.fp32_precision == before

@@ -30,14 +30,19 @@ def refuse_model(folder: Path) -> None:
     """Make sure that no model is lost which cannot be made again in minutes, as quantized ones can.
 
     Raises:
-        InputError: if the folder holds a model that is not quantized.
+        InputError: if the folder holds a model that is not quantized, or may hold one.
     """
-    config = folder / "config.json"
+    path = folder / "config.json"
+    if not path.exists():
+        return
     try:
-        quantization = json.loads(config.read_text()).get("quantization") if config.exists() else {}
-    except (OSError, ValueError):
-        return  # nothing that could be loaded
-    if quantization is None or quantization.get("state") == "float":
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} may hold a model, but its config.json cannot be read ({error}); "
+            "name another folder, or delete it"
+        ) from error
+    if (config.get("quantization") or {}).get("state", "float") == "float":
         raise InputError(
             f"{folder} holds a float model, which would be lost; name another folder, or delete it"
         )
