@@ -4,7 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+# Triton's kernels are tested in its interpreter where there is no GPU. It has to know before
+# anything imports it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # How long an example takes says more about the machine than about the code. In CI the examples are
 # the same every time, so that a change is judged by what it changes.

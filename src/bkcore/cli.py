@@ -385,6 +385,16 @@ def bench_kernels(
         draw(results, plot)
 
 
+@bench.command("gpu")
+def bench_gpu(json_file: JsonOption = None, markdown: MarkdownOption = None) -> None:
+    """Time the Triton kernels against a copy in the memory of this GPU."""
+    from bkcore.bench.gpu import run_gpu
+
+    console = Console()
+    _prepare_rows(json_file, markdown)
+    _publish_rows(console, run_gpu(console), json_file, markdown)
+
+
 @bench.command("inference")
 def bench_inference(
     json_file: JsonOption = None, markdown: MarkdownOption = None, only: OnlyOption = ""

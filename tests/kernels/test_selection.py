@@ -48,17 +48,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_native", None)
     monkeypatch.setattr(cpu, "_import_error", "No module named '_native'")
-    monkeypatch.setattr(selection, "_warned", False)
+    monkeypatch.setattr(selection, "_warned", set())
 
 
 def test_the_native_kernel_is_built_and_used():
     info = backends()
-    assert set(info) == {"cpu", "reference"}
+    assert set(info) == {"cpu", "triton", "reference"}
     assert info["cpu"].available
     assert info["cpu"].isa in cpu.supported_isas()
     assert info["cpu"].threads == (torch.get_num_threads() if cpu.has_openmp() else 1)
     assert info["cpu"].used_for == ("cpu",)
     assert info["reference"].used_for == ("other",)
+    assert info["triton"].used_for == ("cuda",)
 
 
 def test_auto_takes_the_native_kernel(calls):
@@ -71,7 +72,7 @@ def test_auto_takes_the_native_kernel(calls):
 def test_forced_backend_runs_backward_too_and_is_undone(calls):
     v, *rest = chain()
     with use_backend("reference"):
-        assert backends()["reference"].used_for == ("cpu", "other")
+        assert backends()["reference"].used_for == ("cpu", "cuda", "other")
         assert backends()["cpu"].used_for == ()
         parts = sweep(v.requires_grad_(), *rest)
     parts.sum().backward()
@@ -109,12 +110,12 @@ def test_environment_variable_is_read_and_checked():
         check=True,
     )
     assert run.stdout.strip() == (
-        "there is no backend 'abacus'; choose one of: auto, cpu, reference"
+        "there is no backend 'abacus'; choose one of: auto, cpu, triton, reference"
     )
 
 
 def test_unknown_name_raises():
-    with pytest.raises(BackendError, match="choose one of: auto, cpu, reference"):
+    with pytest.raises(BackendError, match="choose one of: auto, cpu, triton, reference"):
         use_backend("triton2").__enter__()
 
 

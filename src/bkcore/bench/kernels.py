@@ -202,7 +202,7 @@ class Gradient:
         batch, sites, kinds, lanes = self._parts.shape
         generator = torch.Generator().manual_seed(1)
         distinct = torch.randn(batch, sites, kinds, problem.period, generator=generator)
-        self._cotangent = repeat_channels(distinct, lanes)
+        self._cotangent = repeat_channels(distinct, lanes).to(problem.v.device)
         self._truth = true_gradients(problem, self._cotangent)
 
     def forward(self) -> Tensor:
@@ -353,10 +353,11 @@ class CodedSweep:
     def __init__(self, problem: Problem, bits: int, levels: Tensor | None = None) -> None:
         self._bits, self._levels = bits, levels
         inputs = [x for x in (problem.v, problem.source) if x is not None]
-        outputs, lanes = 2 * len(inputs), problem.shape[2]
+        outputs, lanes, device = 2 * len(inputs), problem.shape[2], problem.v.device
         largest = 2 ** (bits - 1) - 1
-        self._in_scale = torch.full((len(inputs), 1, lanes), storable(3 / largest))
-        self._out_scale = torch.full((outputs, 1, lanes), storable(2 / largest))
+        in_shape, out_shape = (len(inputs), 1, lanes), (outputs, 1, lanes)
+        self._in_scale = torch.full(in_shape, storable(3 / largest), device=device)
+        self._out_scale = torch.full(out_shape, storable(2 / largest), device=device)
         self._zeros = torch.zeros_like(self._in_scale), torch.ones_like(self._out_scale)
         codes = [affine.quantize(x, self._in_scale[0, 0], 0, bits) for x in inputs]
         decoded = [affine.dequantize(self._level(q), self._in_scale[0, 0], 0) for q in codes]

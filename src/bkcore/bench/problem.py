@@ -85,6 +85,10 @@ class Problem:
         """The same problem on leaves that require gradients."""
         return self._map(lambda tensor: tensor.detach().requires_grad_())
 
+    def to(self, device: str) -> Problem:
+        """The same problem on a device."""
+        return self._map(lambda tensor: tensor.to(device))
+
     def distinct(self) -> Problem:
         """One period of the channels, in float64."""
         return self._map(lambda tensor: tensor[..., : self.period].double())

@@ -157,9 +157,9 @@ def causal_sweep_parts(
                 f"source must have the shape of v, {tuple(v.shape)}, got {tuple(source.shape)}"
             )
         dtype = torch.promote_types(dtype, _compute_dtype(source))
-        source = source.to(dtype)
     require_positive("eta", eta)
-    v = v.to(dtype)
+    if any(x is not None and x.dtype != torch.bfloat16 for x in (v, source)):
+        v, source = v.to(dtype), None if source is None else source.to(dtype)
     return sweep(
         v,
         source,
@@ -255,14 +255,14 @@ def _rows(name: str, value: float | Tensor, lead: torch.Size, sites: int, like: 
 
 
 def _channels(name: str, value: float | Tensor, v: Tensor) -> Tensor:
-    """A number or a tensor () or (H,) as (H,), in the dtype and on the device of v."""
-    lanes = v.shape[2]
+    """A number or a tensor () or (H,) as (H,), on the device of v, in the dtype to compute in."""
+    lanes, dtype = v.shape[2], _compute_dtype(v)
     if not isinstance(value, Tensor):
-        return v.new_full((lanes,), value)
+        return v.new_full((lanes,), value, dtype=dtype)
     if value.is_complex():
         raise DTypeError(f"{name} must be real, got {value.dtype}")
     if value.ndim == 0:
-        return value.to(v).expand(lanes)
+        return value.to(device=v.device, dtype=dtype).expand(lanes)
     if value.shape != (lanes,):
         raise ShapeError(f"{name} must be a number or ({lanes},), got {tuple(value.shape)}")
-    return value.to(v.dtype)
+    return value.to(dtype)

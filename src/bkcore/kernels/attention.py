@@ -80,7 +80,8 @@ def attention(
     """Propagate key value^T along every chain and read it with the query; see this module's text.
 
     Differentiable once in every tensor. A sequence cut in two, the second part started from the
-    state that the first left, gives the same bits as in one piece.
+    state that the first left, gives the same bits as in one piece, except in Triton, which works in
+    chunks and gives the same to rounding.
 
     Returns:
         g (B, N, H, 2), out (B, N, H, 2, U) and the last psi (B, H, 2, K, U).

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
@@ -164,6 +165,7 @@ class Backend:
     `absent()` says why the backend cannot be used here at all, with a remedy, or returns None.
     `refuses(v)` says why it cannot take tensors of v's device and dtype, or returns None.
     `describe()` returns (instruction set, threads), where they mean anything.
+    `reads_bfloat16` says whether `sweep` and `sweep_backward` take a bfloat16 v and source.
     """
 
     name: str
@@ -180,6 +182,7 @@ class Backend:
     step: StepFunction
     attention: AttentionFunction
     attention_backward: AttentionBackwardFunction
+    reads_bfloat16: bool = False
 
 
 def sites_last(x: Tensor) -> bool:
@@ -187,14 +190,20 @@ def sites_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.shape[-1] > 1 and x.stride(-1) != 1 and x.stride(1) < x.stride(-1)
 
 
+def computed_dtype(v: Tensor) -> torch.dtype:
+    """What a sweep of v computes in and returns."""
+    return torch.float32 if v.dtype == torch.bfloat16 else v.dtype
+
+
 def empty_parts(v: Tensor, components: int) -> Tensor:
     """Room for the parts (B, N, C, H) of v (B, N, H), with v's order of sites and lanes in memory:
     contiguous, or (B, H, N, C), where the parts of a site are complex numbers, if v has its
     sites last."""
     batch, sites, lanes = v.shape
+    dtype = computed_dtype(v)
     if sites_last(v):
-        return v.new_empty(batch, lanes, sites, components).permute(0, 2, 3, 1)
-    return v.new_empty(batch, sites, components, lanes)
+        return v.new_empty(batch, lanes, sites, components, dtype=dtype).permute(0, 2, 3, 1)
+    return v.new_empty(batch, sites, components, lanes, dtype=dtype)
 
 
 def empty_like_sites(parts: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Layout
 ------
-    v, source  (B, N, H)   real, float32 or float64, all tensors of one dtype and device
+    v, source  (B, N, H)   real, float32 or float64, all tensors of one dtype and device; or these
+                           two bfloat16 and all others float32
     energy     (H,)        E, from which callers have subtracted the on-site energy
     eta        (R, H)      R = 1, or N for one per site; positive
     hopping    (R, H)      R = 1, or N - 1 for one per bond; row i couples sites i and i + 1
@@ -57,13 +58,19 @@ In both forms dA = dv - dE - i deta, so with X for P or W:
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
 
 from bkcore.errors import BackendError, DTypeError, InputError, ShapeError
-from bkcore.kernels.backend import empty_like_sites, empty_parts, sites_last
+from bkcore.kernels.backend import (
+    Backend,
+    computed_dtype,
+    empty_like_sites,
+    empty_parts,
+    sites_last,
+)
 from bkcore.kernels.selection import current_choice, select, use_backend
 
 library = torch.library.Library("bkcore", "FRAGMENT")
@@ -76,7 +83,7 @@ library.define(
     " Tensor eta, Tensor hopping, bool two_sided) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
-_FLOATS = (torch.float32, torch.float64)
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def sweep(
@@ -92,7 +99,7 @@ def sweep(
     Differentiable once in every tensor. Runs on the backend that `bkcore.kernels` chooses.
 
     Returns:
-        (B, N, C, H), in v's order in memory; C = 2, or 4 with a source.
+        (B, N, C, H), in v's order in memory; C = 2, or 4 with a source. float32 if v is bfloat16.
 
     Raises:
         ShapeError, DTypeError, InputError: the tensors do not fit together.
@@ -113,7 +120,7 @@ def check_sweep(
 ) -> None:
     """Raise if the tensors of a sweep do not fit together."""
     if v.dtype not in _FLOATS:
-        raise DTypeError(f"v must be float32 or float64, got {v.dtype}")
+        raise DTypeError(f"v must be float32, float64 or bfloat16, got {v.dtype}")
     if v.ndim != 3 or v.shape[1] < 1:
         raise ShapeError(f"v must be (B, N, H) with N >= 1, got {tuple(v.shape)}")
     if two_sided and source is not None:
@@ -123,7 +130,7 @@ def check_sweep(
     _check_rows("eta", eta, v, sites)
     _check_rows("hopping", hopping, v, max(sites - 1, 1))
     if source is not None:
-        _check_like("source", source, v, v.shape)
+        _check_like("source", source, v, v.shape, v.dtype)
 
 
 def _check_rows(name: str, value: Tensor, v: Tensor, rows: int) -> None:
@@ -136,14 +143,17 @@ def _check_rows(name: str, value: Tensor, v: Tensor, rows: int) -> None:
     _check_like(name, value, v, value.shape)
 
 
-def _check_like(name: str, value: Tensor, v: Tensor, shape: tuple[int, ...]) -> None:
+def _check_like(
+    name: str, value: Tensor, v: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> None:
+    dtype = dtype or computed_dtype(v)
     if value.shape != shape:
         raise ShapeError(
             f"{name} must have shape {tuple(shape)} for v of shape {tuple(v.shape)}, "
             f"got {tuple(value.shape)}"
         )
-    if value.dtype != v.dtype:
-        raise DTypeError(f"{name} must have the dtype of v, {v.dtype}, got {value.dtype}")
+    if value.dtype != dtype:
+        raise DTypeError(f"{name} must be {dtype} for v of {v.dtype}, got {value.dtype}")
     if value.device != v.device:
         raise InputError(f"{name} is on {value.device} but v is on {v.device}; move one of them")
 
@@ -157,8 +167,9 @@ def _sweep(
     two_sided: bool,
 ) -> Tensor:
     check_sweep(v, source, energy, eta, hopping, two_sided)
-    v = dense(v)
-    return select(v).sweep(
+    backend = select(v)
+    v, source = dense(_readable(backend, v)), _readable(backend, source)
+    return backend.sweep(
         v,
         None if source is None else _ordered_like(v, source),
         energy,
@@ -178,7 +189,9 @@ def _sweep_backward(
     hopping: Tensor,
     two_sided: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dv, dsource, denergy, deta, dhopping = select(parts).sweep_backward(
+    backend = select(parts)
+    v, source = _readable(backend, v), _readable(backend, source)
+    dv, dsource, denergy, deta, dhopping = backend.sweep_backward(
         _laid_out(grad, parts),
         parts,
         None if v is None else dense(v),
@@ -189,6 +202,17 @@ def _sweep_backward(
         two_sided,
     )
     return dv, parts.new_empty(0) if dsource is None else dsource, denergy, deta, dhopping
+
+
+@overload
+def _readable(backend: Backend, x: Tensor) -> Tensor: ...
+@overload
+def _readable(backend: Backend, x: Tensor | None) -> Tensor | None: ...
+def _readable(backend: Backend, x: Tensor | None) -> Tensor | None:
+    """x, widened to float32 if it is bfloat16 and the backend does not read that itself."""
+    if x is None or x.dtype != torch.bfloat16 or backend.reads_bfloat16:
+        return x
+    return x.float()
 
 
 def dense(x: Tensor) -> Tensor:
@@ -243,7 +267,7 @@ def _sweep_backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     v, source, energy, eta, hopping, two_sided = inputs
     ctx.save_for_backward(output, v if two_sided else None, source, energy, eta, hopping)
-    ctx.two_sided = two_sided
+    ctx.two_sided, ctx.dtype = two_sided, v.dtype
     # Autograd may run the backward pass in a thread of its own, which sees no context variable.
     ctx.choice = current_choice()
 
@@ -254,7 +278,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dv, dsource, *parameters = torch.ops.bkcore.sweep_backward.default(
             grad, parts, v, source, energy, eta, hopping, ctx.two_sided
         )
-    return dv, None if source is None else dsource, *parameters, None
+    dsource = None if source is None else dsource.to(ctx.dtype)
+    return dv.to(ctx.dtype), dsource, *parameters, None
 
 
 def no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:

@@ -12,14 +12,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bkcore.errors import BackendError
-from bkcore.kernels import cpu, reference
+from bkcore.kernels import cpu, reference, triton
 from bkcore.kernels.backend import Backend
 
 AUTO = "auto"
-_BACKENDS: dict[str, Backend] = {b.name: b for b in (cpu.BACKEND, reference.BACKEND)}
+_BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (cpu.BACKEND, triton.BACKEND, reference.BACKEND)
+}
 _environment = os.environ.get("BKCORE_BACKEND") or AUTO
 _choice: ContextVar[str | None] = ContextVar("bkcore_backend", default=None)
-_warned = False
+_warned: set[str] = set()
+_NATIVE = {"cpu": "cpu", "cuda": "triton"}
+"""The backend of choice for tensors of a device; the reference takes those of all others."""
+
+_DEVICES = {backend: (device,) for device, backend in _NATIVE.items()}
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,8 @@ class BackendInfo:
         reason: why not, with a remedy; empty if available.
         isa: the instruction set of the native kernel; None where it means nothing.
         threads: how many threads it will use; None where PyTorch decides.
-        used_for: the devices whose tensors it gets under the present choice: "cpu", "other".
+        used_for: the devices whose tensors it gets under the present choice: "cpu", "cuda",
+            "other".
     """
 
     available: bool
@@ -49,7 +56,7 @@ def backends() -> dict[str, BackendInfo]:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force a backend ("cpu", "reference") or the automatic choice ("auto") inside a with block.
+    """Force a backend ("cpu", "triton", "reference") or "auto" inside a with block.
 
     It wins over the environment variable BKCORE_BACKEND, which is read at import. A backward pass
     uses the choice that was in force when its forward pass ran.
@@ -89,21 +96,21 @@ def select(v: Tensor) -> Backend:
 
 
 def _automatic(device: str) -> Backend:
-    if device != "cpu":
+    native = _NATIVE.get(device)
+    if native is None:
         return _BACKENDS["reference"]
-    reason = _BACKENDS["cpu"].absent()
+    reason = _BACKENDS[native].absent()
     if reason is None:
-        return _BACKENDS["cpu"]
-    _warn_once(reason)
+        return _BACKENDS[native]
+    _warn_once(device, reason)
     return _BACKENDS["reference"]
 
 
-def _warn_once(reason: str) -> None:
-    global _warned
-    if not _warned:
-        _warned = True
+def _warn_once(device: str, reason: str) -> None:
+    if device not in _warned:
+        _warned.add(device)
         warnings.warn(
-            f"bkcore runs its slow PyTorch reference on CPU tensors, because {reason}",
+            f"bkcore runs its slow PyTorch reference on {device.upper()} tensors, because {reason}",
             UserWarning,
             stacklevel=2,
         )
@@ -136,8 +143,9 @@ def _info(backend: Backend, choice: str) -> BackendInfo:
 
 def _used_for(name: str, choice: str, available: bool) -> tuple[str, ...]:
     if choice != AUTO:
-        devices = ("cpu",) if name == "cpu" else ("cpu", "other")
+        devices = _DEVICES.get(name, ("cpu", "cuda", "other"))
         return devices if name == choice and available else ()
-    if name == "cpu":
-        return ("cpu",) if available else ()
-    return ("other",) if _BACKENDS["cpu"].absent() is None else ("cpu", "other")
+    if name != "reference":
+        return _DEVICES[name] if available else ()
+    missing = [d for d, native in _NATIVE.items() if _BACKENDS[native].absent() is not None]
+    return (*missing, "other")

@@ -1,0 +1,126 @@
+"""Compile every Triton kernel, as `bkcore.kernels.triton` launches it, for a GPU that is not here.
+
+Run as a script, without the interpreter. Prints a line for every variant. Nothing is computed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton as triton_package
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from bkcore.kernels import triton
+
+TARGET = GPUTarget("cuda", 90, 32)
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+}
+
+
+class Compiled:
+    """A kernel that is compiled where it would be launched."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(
+        self, *args: Any, num_warps: int = 4, enable_fp_fusion: bool = True, **constants: Any
+    ) -> None:
+        names = self.kernel.arg_names
+        types = [TYPES[x.dtype] if isinstance(x, Tensor) else "i32" for x in args]
+        signature = dict.fromkeys(names, "constexpr") | dict(zip(names, types, strict=False))
+        options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
+        source = ASTSource(self.kernel, signature, constants)
+        binary = triton_package.compile(source, target=TARGET, options=options)
+        assert binary.asm["cubin"]
+        print(self.kernel.__name__, types[0])
+
+
+def kernels_of(module: str) -> SimpleNamespace:
+    functions = vars(importlib.import_module(module))
+    return SimpleNamespace(
+        **{
+            name: Compiled(x)
+            for name, x in functions.items()
+            if isinstance(x, triton_package.JITFunction) and not name.startswith("_")
+        }
+    )
+
+
+def sweeps(form: str, per_site: bool, dtype: torch.dtype) -> None:
+    sites, lanes = 5000, 5
+    v = torch.zeros(2, sites, lanes, dtype=dtype)
+    source, two_sided = v if form == "psi" else None, form == "two_sided"
+    row = torch.zeros(lanes)
+    eta, hopping = (
+        torch.ones(sites if per_site else 1, lanes),
+        row.expand(sites - 1 if per_site else 1, lanes),
+    )
+    parts = triton.sweep(v, source, row, eta, hopping, two_sided)
+    triton.sweep_backward(
+        parts, parts, v if two_sided else None, source, row, eta, hopping, two_sided
+    )
+
+
+def codes(form: str, bits: int, levels: bool) -> None:
+    lanes, parts = 6, 4 if form == "psi" else 2
+    v = torch.zeros(1, 40, 6, dtype=torch.int8)
+    if bits == 4:
+        v = torch.zeros(1, 40, 3, dtype=torch.uint8)
+    row = torch.ones(1, lanes)
+    inputs, outputs = torch.ones(2, 1, lanes), torch.ones(parts, 1, lanes)
+    table = torch.zeros(4, 2**bits) if levels else None
+    source = v if form == "psi" else None
+    quantizers = (inputs, inputs, outputs, outputs, table, table)
+    triton.sweep_codes(v, source, row[0], row, row, *quantizers, bits, form == "two_sided")
+
+
+def attention(dtype: torch.dtype) -> None:
+    batch, sites, heads, keys, values = 2, 70, 3, 32, 28
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    site, row = zeros(batch, sites, heads), zeros(heads)
+    query, value = zeros(batch, sites, heads, keys), zeros(batch, sites, heads, values)
+    first = (zeros(batch, heads, 2), zeros(batch, heads, 2, keys, values))
+    inputs = (site, site, row, row, query, query, value)
+    g, out, psi, checkpoints = triton.attention(*inputs, *first, True)
+    triton.attention_backward(g, out, psi, *inputs, first[0], g, checkpoints)
+
+
+def main() -> None:
+    triton.importlib = SimpleNamespace(import_module=kernels_of)  # type: ignore[attr-defined]
+    for form in ("g", "psi", "two_sided"):
+        sweeps(form, False, torch.float32)
+        sweeps(form, True, torch.float32)
+        sweeps(form, False, torch.bfloat16)
+    for bits in (4, 8):
+        for levels in (False, True):
+            codes("psi", bits, levels)
+            codes("two_sided", bits, levels)
+        weight = torch.zeros(8, 64 * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
+        scales = torch.zeros(8, 1, dtype=torch.bfloat16)
+        triton.product(torch.zeros(3, 64), weight, scales, 64, bits)
+    state, row = torch.zeros(2, 4, 5), torch.zeros(2, 5)
+    triton.step(state, row, row, row[0], row[0], row[0])
+    for dtype in (torch.float32, torch.float64):
+        attention(dtype)
+
+
+if __name__ == "__main__":
+    main()
