@@ -34,8 +34,8 @@ def forced() -> Iterator[None]:
 
 @pytest.fixture
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 8 sites, and groups of 3 blocks: every kernel is needed for a few sites."""
-    monkeypatch.setattr(triton, "_SHORTEST", 8)
+    """Blocks of 4 sites, and groups of 3 blocks: every kernel is needed for a few sites."""
+    monkeypatch.setattr(triton, "_SHORTEST", 4)
     monkeypatch.setattr(triton, "_GROUP", 3)
 
 
@@ -64,9 +64,9 @@ def test_matches_the_dense_oracle(short_blocks, form, dtype, per_site, batch, si
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("per_site", [False, True])
 def test_blocks_and_groups_are_exact(short_blocks, form, per_site):
-    """float64 inside: the sequential result, rounded once. 75 sites are 10 blocks in 4 groups, and
+    """float64 inside: the sequential result, rounded once. 39 sites are 10 blocks in 4 groups, and
     these are in 2."""
-    args = arguments(form, 2, 75, 3, torch.float32, per_site)
+    args = arguments(form, 2, 39, 3, torch.float32, per_site)
     with use_backend("reference"):
         want = sweep(*wide(args))
         grad = torch.randn_like(want)
@@ -77,6 +77,28 @@ def test_blocks_and_groups_are_exact(short_blocks, form, per_site):
         # 1 / eta^2 = 25 of them.
         limit = 25 if b is not want else 1
         assert (a - b).abs().max() <= limit * torch.finfo(torch.float32).eps * b.abs().max()
+
+
+@settings(max_examples=8)
+@given(
+    st.sampled_from(FORMS),
+    st.booleans(),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.sampled_from([1, 5, 37]),
+    st.integers(0, 99),
+)
+def test_equals_the_cpu_backend_on_any_shape(form, per_site, batch, sites, lanes, seed):
+    args = arguments(form, batch, sites, lanes, torch.float64, per_site, seed)
+    with use_backend("cpu"):
+        want = sweep(*args)
+        grad = torch.randn_like(want)
+        exact = test_sweep.gradients(args, grad)
+    args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
+    got = (sweep(*moved(args)).cpu(), *gradients(args, grad.float()))
+    for a, b in zip(got, (want, *exact), strict=True):
+        # Arguments rounded to float32; adjoints as in the tests of the other backends.
+        assert (a - b).abs().max() <= 1e3 * torch.finfo(torch.float32).eps * b.abs().max()
 
 
 @pytest.mark.parametrize("form", FORMS)

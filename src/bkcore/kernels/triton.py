@@ -87,12 +87,14 @@ class _Launch:
         """Run a kernel for every block (of sites, or as many as given), tile of lanes and batch
         element."""
         blocks = self.blocks if blocks is None else blocks
-        grid = (blocks, -(-self.lanes // _BLOCK), self.batch)
-        if min(grid) == 0:
+        programs = blocks * -(-self.lanes // _BLOCK) * self.batch
+        if programs == 0:
             return
         # Products and sums are rounded one by one, as on a CPU without fused operations.
         with _on(self.device):
-            kernel[grid](*args, **constants, BLOCK=_BLOCK, num_warps=1, enable_fp_fusion=False)
+            kernel[(programs,)](
+                *args, **constants, BLOCK=_BLOCK, num_warps=1, enable_fp_fusion=False
+            )
 
     def maps(self, dim: int, blocks: int | None = None) -> Tensor:
         blocks = self.blocks if blocks is None else blocks
@@ -416,11 +418,11 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: in
     codes, row_scale = reference.quantize_rows(x.reshape(-1, x.shape[-1]))
     (rows, inputs), (outputs, groups) = codes.shape, scales.shape
     out = x.new_empty(rows, outputs)
-    grid = (-(-outputs // _OUTPUTS), -(-rows // _ROWS))
-    if min(grid):
+    programs = -(-outputs // _OUTPUTS) * -(-rows // _ROWS)
+    if programs:
         with _on(x.device):
             # A term is rounded before it is added, so the two must not be fused.
-            kernels.product[grid](
+            kernels.product[(programs,)](
                 *(codes, row_scale, weight, scales, out),
                 *(rows, inputs, outputs, groups, group_size, weight.shape[1]),
                 BITS=bits,
@@ -472,12 +474,12 @@ def attention(
     first = psi if first_psi is None else first_psi
     if batch * heads:
         with _on(v.device):
-            kernels.states[heads, batch](
+            kernels.states[(batch * heads,)](
                 *(*chain, key, value, first, checkpoints, psi, *sizes),
                 STARTED=first_psi is not None,
                 **tiles,
             )
-            kernels.outputs[heads, batch, sizes[2]](
+            kernels.outputs[(batch * heads * sizes[2],)](
                 *(*chain, query, key, value, checkpoints, out, *sizes), **tiles
             )
     return g, out, psi, checkpoints if keep else checkpoints[:, :, :0]
@@ -505,10 +507,10 @@ def attention_backward(
     local, moved = torch.empty_like(g), torch.empty_like(g)
     if batch * heads:
         with _on(v.device):
-            kernels.adjoint_states[heads, batch](
+            kernels.adjoint_states[(batch * heads,)](
                 *(hopping, g, query, dout, dpsi, entering, dfirst_psi, *sizes), **tiles
             )
-            kernels.adjoint[heads, batch, sizes[2]](
+            kernels.adjoint[(batch * heads * sizes[2],)](
                 *(hopping, g, query, key, value, dout, checkpoints, entering),
                 *(dquery, dkey, dvalue, local, moved, *sizes),
                 **tiles,

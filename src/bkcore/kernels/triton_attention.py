@@ -129,8 +129,8 @@ def states(
     STARTED: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """psi before every chunk (B, H, chunks, 2, K, U), and after the last (B, H, 2, K, U)."""
-    head = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) % heads
+    batch = (tl.program_id(0) // heads).to(tl.int64)
     chain = batch * sites * heads + head
     half = keys * values
     place, mask = _matrix(keys, values, KEYS, VALUES)
@@ -165,8 +165,9 @@ def outputs(
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """q_i^T psi_i of every site of a chunk, (B, N, H, 2, U)."""
-    head, c = tl.program_id(0), tl.program_id(2)
-    batch = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) % heads
+    c = tl.program_id(0) // heads % chunks
+    batch = (tl.program_id(0) // (heads * chunks)).to(tl.int64)
     chain = batch * sites * heads + head
     half = keys * values
     place, mask = _matrix(keys, values, KEYS, VALUES)
@@ -197,8 +198,8 @@ def adjoint_states(
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """M that enters every chunk from its right, and the gradient of the first psi."""
-    head = tl.program_id(0)
-    batch = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) % heads
+    batch = (tl.program_id(0) // heads).to(tl.int64)
     chain = batch * sites * heads + head
     half = keys * values
     place, mask = _matrix(keys, values, KEYS, VALUES)
@@ -229,8 +230,9 @@ def adjoint(
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of query, key and value, and <M_i, k_i u_i^T> and <M_i, psi_{i-1}>, of a chunk."""
-    head, c = tl.program_id(0), tl.program_id(2)
-    batch = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(0) % heads
+    c = tl.program_id(0) // heads % chunks
+    batch = (tl.program_id(0) // (heads * chunks)).to(tl.int64)
     chain = batch * sites * heads + head
     half = keys * values
     place, mask = _matrix(keys, values, KEYS, VALUES)

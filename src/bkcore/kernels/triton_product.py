@@ -13,8 +13,9 @@ def product(
     BITS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
     """out (M, O) of codes (M, K) and weight (O, K), or (O, ceil(K / 2)) with two codes a byte."""
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    tiles = tl.cdiv(outputs, OUTPUTS)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % tiles * OUTPUTS + tl.arange(0, OUTPUTS)
     total = tl.zeros([ROWS, OUTPUTS], tl.float32)
     for group in range(0, groups):
         first = group * group_size

@@ -35,6 +35,16 @@ ties to even. For numbers up to 2^22, which is beyond every code."""
 
 
 @triton.jit
+def _place(blocks, lanes, BLOCK: tl.constexpr):
+    """Block, tile of lanes and batch element of a program. Tiles, which are neighbours in memory,
+    come first; the batch, whose offsets may be large, is an int64."""
+    program = tl.program_id(0)
+    tiles = tl.cdiv(lanes, BLOCK)
+    rest = program // tiles
+    return rest % blocks, program % tiles, (rest // blocks).to(tl.int64)
+
+
+@triton.jit
 def _multiply(a_re, a_im, b_re, b_im):
     return tl.fma(a_re, b_re, -(a_im * b_im)), tl.fma(a_re, b_im, a_im * b_re)
 
@@ -157,9 +167,7 @@ def sweep_maps(
     BITS: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The matrix of every block from the left (B, blocks, DIM, DIM, 2, H), and from the right."""
-    block = tl.program_id(0)
-    tile = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    block, tile, batch = _place(blocks, lanes, BLOCK)
     lane = tile * BLOCK + tl.arange(0, BLOCK)
     mask = lane < lanes
     first = block * LENGTH
@@ -262,9 +270,8 @@ def compose(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Products of the matrices of GROUP neighbouring blocks, the first to act rightmost."""
-    group = tl.program_id(0)
-    batch = tl.program_id(2).to(tl.int64)
-    lane = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None, None]
+    group, tile, batch = _place(groups, lanes, BLOCK)
+    lane = (tile * BLOCK + tl.arange(0, BLOCK))[:, None, None]
     row = tl.arange(0, PAD)[None, :, None]
     column = tl.arange(0, PAD)[None, None, :]
     mask = (lane < lanes) & (row < DIM) & (column < DIM)
@@ -298,9 +305,8 @@ def enter(
 ):  # fmt: skip
     """What enters every block of a group (B, blocks, DIM - 1, 2, H), from what enters the group:
     zeros unless STARTED."""
-    group = tl.program_id(0)
-    batch = tl.program_id(2).to(tl.int64)
-    tile = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    group, tile, batch = _place(groups, lanes, BLOCK)
+    tile = tile * BLOCK + tl.arange(0, BLOCK)
     lane = tile[:, None]
     row = tl.arange(0, PAD)[None, :]
     kept = (lane < lanes) & (row < DIM - 1)
@@ -345,9 +351,7 @@ def causal(
     BITS: tl.constexpr, LEVELS: tl.constexpr, OUT_LEVELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """g and psi of every site of a block."""
-    block = tl.program_id(0)
-    tile = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    block, tile, batch = _place(blocks, lanes, BLOCK)
     lane = tile * BLOCK + tl.arange(0, BLOCK)
     mask = lane < lanes
     first = block * LENGTH
@@ -409,9 +413,7 @@ def two_sided(
 ):  # fmt: skip
     """G_ii of every site of a block. What comes from the right of a site is kept in `from_right`,
     which may be `out` itself: a place is read before it is overwritten."""
-    block = tl.program_id(0)
-    tile = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    block, tile, batch = _place(blocks, lanes, BLOCK)
     lane = tile * BLOCK + tl.arange(0, BLOCK)
     mask = lane < lanes
     first = block * LENGTH
@@ -476,9 +478,8 @@ def causal_adjoint_maps(
     LENGTH: tl.constexpr, SOURCE: tl.constexpr, SITE_HOPPING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What every block does to (Q, P) from its right, or to P alone without a source."""
-    block = tl.program_id(0)
-    batch = tl.program_id(2).to(tl.int64)
-    lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    block, tile, batch = _place(blocks, lanes, BLOCK)
+    lane = tile * BLOCK + tl.arange(0, BLOCK)
     mask = lane < lanes
     first = block * LENGTH
     stop = tl.minimum(first + LENGTH, sites)
@@ -542,9 +543,8 @@ def causal_adjoint(
     SITE_ETA: tl.constexpr, SITE_HOPPING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of every site of a block; those of shared parameters summed over the block."""
-    block = tl.program_id(0)
-    batch = tl.program_id(2).to(tl.int64)
-    lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    block, tile, batch = _place(blocks, lanes, BLOCK)
+    lane = tile * BLOCK + tl.arange(0, BLOCK)
     mask = lane < lanes
     first = block * LENGTH
     stop = tl.minimum(first + LENGTH, sites)
@@ -614,9 +614,8 @@ def two_sided_adjoint_maps(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What every block does to T = c + S from its left, and to T' = c + S' from its right."""
-    block = tl.program_id(0)
-    batch = tl.program_id(2).to(tl.int64)
-    lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    block, tile, batch = _place(blocks, lanes, BLOCK)
+    lane = tile * BLOCK + tl.arange(0, BLOCK)
     mask = lane < lanes
     first = block * LENGTH
     stop = tl.minimum(first + LENGTH, sites)
@@ -666,9 +665,8 @@ def two_sided_adjoint(
     SITE_HOPPING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of every site of a block; those of shared parameters summed over the block."""
-    block = tl.program_id(0)
-    batch = tl.program_id(2).to(tl.int64)
-    lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    block, tile, batch = _place(blocks, lanes, BLOCK)
+    lane = tile * BLOCK + tl.arange(0, BLOCK)
     mask = lane < lanes
     first = block * LENGTH
     stop = tl.minimum(first + LENGTH, sites)
@@ -759,7 +757,7 @@ def one_site(
     SOURCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Move `count` = B * H chains one site ahead, in place; all tensors are contiguous."""
-    chain = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    chain = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = chain < count
     lane = chain % lanes
     PARTS: tl.constexpr = 4 if SOURCE else 2
