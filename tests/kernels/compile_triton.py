@@ -41,13 +41,23 @@ class Compiled:
         self, *args: Any, num_warps: int = 4, enable_fp_fusion: bool = True, **constants: Any
     ) -> None:
         names = self.kernel.arg_names
-        types = [TYPES[x.dtype] if isinstance(x, Tensor) else "i32" for x in args]
+        types = [TYPES[x.dtype] if isinstance(x, Tensor) else integer(x) for x in args]
         signature = dict.fromkeys(names, "constexpr") | dict(zip(names, types, strict=False))
+        constants |= {
+            name: 1 for name, x in zip(names, args, strict=False) if isinstance(x, int) and x == 1
+        }
         options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
         source = ASTSource(self.kernel, signature, constants)
         binary = triton_package.compile(source, target=TARGET, options=options)
         assert binary.asm["cubin"]
         print(self.kernel.__name__, types[0])
+
+
+def integer(x: int) -> str:
+    """The type that Triton gives a number: one that is 1 becomes a constant."""
+    if x == 1:
+        return "constexpr"
+    return "i32" if x < 2**31 else "i64"
 
 
 def kernels_of(module: str) -> SimpleNamespace:
@@ -61,9 +71,10 @@ def kernels_of(module: str) -> SimpleNamespace:
     )
 
 
-def sweeps(form: str, per_site: bool, dtype: torch.dtype) -> None:
-    sites, lanes = 5000, 5
-    v = torch.zeros(2, sites, lanes, dtype=dtype)
+def sweeps(
+    form: str, per_site: bool, dtype: torch.dtype, batch: int = 2, sites: int = 5000, lanes: int = 5
+) -> None:
+    v = torch.zeros(batch, sites, lanes, dtype=dtype)
     source, two_sided = v if form == "psi" else None, form == "two_sided"
     row = torch.zeros(lanes)
     eta, hopping = (
@@ -76,11 +87,11 @@ def sweeps(form: str, per_site: bool, dtype: torch.dtype) -> None:
     )
 
 
-def codes(form: str, bits: int, levels: bool) -> None:
-    lanes, parts = 6, 4 if form == "psi" else 2
-    v = torch.zeros(1, 40, 6, dtype=torch.int8)
+def codes(form: str, bits: int, levels: bool, lanes: int = 6) -> None:
+    parts = 4 if form == "psi" else 2
+    v = torch.zeros(1, 40, lanes, dtype=torch.int8)
     if bits == 4:
-        v = torch.zeros(1, 40, 3, dtype=torch.uint8)
+        v = torch.zeros(1, 40, (lanes + 1) // 2, dtype=torch.uint8)
     row = torch.ones(1, lanes)
     inputs, outputs = torch.ones(2, 1, lanes), torch.ones(parts, 1, lanes)
     table = torch.zeros(4, 2**bits) if levels else None
@@ -89,8 +100,14 @@ def codes(form: str, bits: int, levels: bool) -> None:
     triton.sweep_codes(v, source, row[0], row, row, *quantizers, bits, form == "two_sided")
 
 
-def attention(dtype: torch.dtype) -> None:
-    batch, sites, heads, keys, values = 2, 70, 3, 32, 28
+def attention(
+    dtype: torch.dtype,
+    batch: int = 2,
+    sites: int = 70,
+    heads: int = 3,
+    keys: int = 32,
+    values: int = 28,
+) -> None:
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=dtype)
@@ -109,17 +126,22 @@ def main() -> None:
         sweeps(form, False, torch.float32)
         sweeps(form, True, torch.float32)
         sweeps(form, False, torch.bfloat16)
+        sweeps(form, False, torch.float32, 1, 1, 1)
+        sweeps(form, False, torch.float32, 1, 40, 1)
     for bits in (4, 8):
         for levels in (False, True):
             codes("psi", bits, levels)
             codes("two_sided", bits, levels)
+        codes("psi", bits, False, 1)
         weight = torch.zeros(8, 64 * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
         scales = torch.zeros(8, 1, dtype=torch.bfloat16)
         triton.product(torch.zeros(3, 64), weight, scales, 64, bits)
+        triton.product(torch.zeros(1, 1), weight[:1, :1], scales[:1], 1, bits)
     state, row = torch.zeros(2, 4, 5), torch.zeros(2, 5)
     triton.step(state, row, row, row[0], row[0], row[0])
     for dtype in (torch.float32, torch.float64):
         attention(dtype)
+    attention(torch.float32, 1, 1, 1, 1, 1)
 
 
 if __name__ == "__main__":
