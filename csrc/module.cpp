@@ -419,7 +419,9 @@ void round_channels(const std::string &isa, Index threads, Index bits, Shape sha
                       reinterpret_cast<const float *>(tensors[0]),
                       reinterpret_cast<const std::uint16_t *>(tensors[1]),
                       reinterpret_cast<const std::int8_t *>(tensors[2]),
-                      reinterpret_cast<float *>(tensors[3])};
+                      reinterpret_cast<const float *>(tensors[3]),
+                      reinterpret_cast<const float *>(tensors[4]),
+                      reinterpret_cast<float *>(tensors[5])};
   threads = worthwhile_threads(rows * channels, threads);
   const Index share = ceil_divide(std::max<Index>(rows, 1), threads);
   const auto kernel = find_isa(isa).product.round;

@@ -30,6 +30,8 @@ struct Rounding {
   const float *x;              // (rows, channels)
   const std::uint16_t *scale;  // bfloat16 (groups)
   const std::int8_t *zero;     // (groups)
+  const float *levels;         // (2^bits), ascending: what the codes stand for; or null
+  const float *bounds;         // (2^bits - 1), halfway between them
   float *out;                  // (rows, channels)
 };
 

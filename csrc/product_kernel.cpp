@@ -432,7 +432,36 @@ void multiply(const Product &p, const EncodedRows &rows, Index output, Index fir
   multiply_rest<Dot::rows - 1>(p, rows, panel, row, first + count - row);
 }
 
+// Every level is tried, for all channels of a row at once: no gathers, and vectors of any width.
+void round_rows_to_levels(const Rounding &r, Index first, Index count,
+                          ProductKernels::Scratch scratch) {
+  float *scale = static_cast<float *>(scratch(4 * r.channels * sizeof(float)));
+  float *zero = scale + r.channels, *place = zero + r.channels, *level = place + r.channels;
+  for (Index c = 0; c < r.channels; ++c) {
+    scale[c] = from_bfloat16(r.scale[c / r.group_size]);
+    zero[c] = r.zero[c / r.group_size];
+  }
+  const int bounds = (1 << r.bits) - 1;
+  for (Index row = first; row < first + count; ++row) {
+    const float *x = r.x + row * r.channels;
+    float *out = r.out + row * r.channels;
+    for (Index c = 0; c < r.channels; ++c) {
+      place[c] = x[c] / scale[c] + zero[c];
+      level[c] = r.levels[0];
+    }
+    for (int b = 0; b < bounds; ++b) {
+      const float bound = r.bounds[b], above = r.levels[b + 1];
+      for (Index c = 0; c < r.channels; ++c) level[c] = place[c] > bound ? above : level[c];
+    }
+    for (Index c = 0; c < r.channels; ++c) {
+      const float value = scale[c] * (level[c] - zero[c]);
+      out[c] = x[c] == x[c] ? value : x[c];
+    }
+  }
+}
+
 void round_rows(const Rounding &r, Index first, Index count, ProductKernels::Scratch scratch) {
+  if (r.levels) return round_rows_to_levels(r, first, count, scratch);
   float *scale = static_cast<float *>(scratch(3 * r.channels * sizeof(float)));
   float *low = scale + r.channels, *high = low + r.channels;
   const float least = -static_cast<float>(1 << (r.bits - 1));

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bkcore.errors import DTypeError, InputError, ShapeError
-from bkcore.kernels import cpu, round_channels, round_rows, use_backend
+from bkcore.kernels import cpu, nearest_level, round_channels, round_rows, use_backend
 from bkcore.kernels.reference import quantize_rows
 from bkcore.quantization import GroupWiseQuantizer, affine
 
@@ -51,6 +51,95 @@ def test_every_instruction_set_equals_fake_quantize(rows, channels, group_size, 
             assert same(round_channels(x, scale, zero, group_size, bits))
     with use_backend("reference"):
         assert same(round_channels(x, scale, zero, group_size, bits))
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.integers(0, 9),
+    channels=st.integers(1, 70),
+    group_size=st.integers(1, 80),
+    bits=st.sampled_from([4, 8]),
+    seed=st.integers(0, 2**16),
+)
+def test_every_instruction_set_finds_the_nearest_level(rows, channels, group_size, bits, seed):
+    x, scale, zero = problem(rows, channels, group_size, seed)
+    low, high = affine.code_range(bits)
+    zero = zero.clamp(low, high)
+    generator = torch.Generator().manual_seed(seed)
+    # On a grid of 1/16, so that bounds are exact, and many numbers halfway between two levels.
+    steps = torch.randint(1, 33, (2**bits,), generator=generator)
+    table = low + steps.cumsum(0) / 16
+    each = torch.arange(channels) // group_size
+    s, z = scale.float()[each], zero[each].float()
+    between = (table[:-1] + table[1:]) / 2
+    some = between[torch.randint(0, len(between), x.shape, generator=generator)]
+    x = torch.where(torch.rand(x.shape, generator=generator) < 0.3, (some - z) * s, x)
+    distance = ((x / s + z).double()[..., None] - table.double()).abs()
+    # argmin takes the first of equals, which is the lower one; no level is near infinity or NaN.
+    nearest = torch.where((x / s).isinf(), (x > 0) * (len(table) - 1), distance.argmin(-1))
+    expected = torch.where(x.isnan(), x, s * (table[nearest] - z))
+
+    def same(out):
+        return torch.allclose(out, expected, rtol=0, atol=0, equal_nan=True)
+
+    for isa in ISAS:
+        with cpu.use_isa(isa):
+            assert same(round_channels(x, scale, zero, group_size, bits, levels=table))
+    with use_backend("reference"):
+        assert same(round_channels(x, scale, zero, group_size, bits, levels=table))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_place_of_the_nearest_level(bits):
+    levels = torch.randn(2**bits).sort().values
+    x = torch.cat(
+        (
+            3 * torch.randn(5, 7, 9),
+            torch.tensor([[torch.nan, torch.inf, -torch.inf]] * 35).view(5, 7, 3),
+        ),
+        -1,
+    )
+    distance = (torch.nan_to_num(x).double()[..., None] - levels.double()).abs()
+    for name in ("cpu", "reference"):
+        with use_backend(name):
+            found = nearest_level(x, levels)
+        assert found.dtype == torch.int32
+        chosen = distance.gather(-1, found.long()[..., None])[..., :9, 0]
+        # A bound between two levels is rounded to float32.
+        assert (chosen <= distance.min(-1).values[..., :9] + 1e-6).all()
+        assert (found[..., 9:] == torch.tensor([0, 2**bits - 1, 0])).all()
+    torch.library.opcheck(
+        torch.ops.bkcore.nearest_level.default,
+        (x, levels),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    with pytest.raises(ShapeError, match=r"levels must be \(16,\) or \(256,\)"):
+        nearest_level(x, levels[1:])
+    with pytest.raises(DTypeError, match=r"levels must be float32"):
+        nearest_level(x, levels.double())
+
+
+def test_levels_that_do_not_fit_are_refused():
+    x, scale, zero = problem(3, 40, 16, 0)
+    with pytest.raises(ShapeError, match=r"levels must be \(256,\)"):
+        round_channels(x, scale, zero, 16, 8, levels=torch.arange(16.0))
+    with pytest.raises(DTypeError, match=r"levels must be float32 on cpu, got torch\.float64"):
+        round_channels(x, scale, zero, 16, 4, levels=torch.arange(16.0).double())
+
+
+@pytest.mark.parametrize("nonuniform", [False, True])
+def test_a_stored_quantizer_rounds_as_the_learned_one(nonuniform):
+    torch.manual_seed(0)
+    quantizer = GroupWiseQuantizer(40, 16, 4, learnable=True, nonuniform=nonuniform)
+    x = torch.randn(5, 7, 40) ** 3
+    quantizer.calibrate(x)
+    with torch.no_grad():
+        learned = quantizer.fake_quantize(2 * x)
+        quantizer.freeze()
+        assert torch.equal(quantizer.fake_quantize(2 * x), learned)
+        if nonuniform:
+            quantizer.table.stored_levels[0] -= 1  # not what was looked up before
+            assert not torch.equal(quantizer.fake_quantize(2 * x), learned)
 
 
 @pytest.mark.parametrize("learnable", [False, True])
@@ -108,7 +197,7 @@ def test_it_has_a_fake_form():
     x, scale, zero = problem(3, 40, 16, 0)
     torch.library.opcheck(
         torch.ops.bkcore.round_channels.default,
-        (torch.nan_to_num(x), scale, zero, 16, 8),
+        (torch.nan_to_num(x), scale, zero, None, 16, 8),
         test_utils=("test_schema", "test_faketensor"),
     )
 

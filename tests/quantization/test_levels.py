@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bkcore.errors import InputError
 from bkcore.quantization import levels
 from bkcore.quantization.levels import LevelTable
 from bkcore.quantization.observers import HistogramObserver
@@ -154,6 +153,16 @@ def test_values_whose_errors_cost_next_to_nothing_count_alike():
     assert torch.equal(*tables)
 
 
-def test_levels_that_cannot_be_learned_are_refused():
-    with pytest.raises(InputError, match="learnable=True"):
-        GroupWiseQuantizer(4, nonuniform=True)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_levels_may_be_chosen_by_the_calibration_alone(bits):
+    x = torch.randn(400, 3)
+    learned, stored = (
+        GroupWiseQuantizer(3, 3, bits, learnable=learnable, nonuniform=True)
+        for learnable in (True, False)
+    )
+    for quantizer in (learned, stored):
+        quantizer.calibrate(x)
+    assert not list(stored.parameters())
+    learned.freeze()
+    assert torch.equal(learned.table.values, stored.table.values)
+    assert torch.equal(learned.fake_quantize(x), stored.fake_quantize(x))

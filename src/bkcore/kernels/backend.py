@@ -101,7 +101,14 @@ class RoundChannelsFunction(Protocol):
     `bkcore.kernels.round`."""
 
     def __call__(
-        self, x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits: int
+        self,
+        x: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        levels: Tensor | None,
+        bounds: Tensor | None,
+        group_size: int,
+        bits: int,
     ) -> Tensor: ...
 
 

@@ -281,7 +281,15 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: in
     return out
 
 
-def round_channels(x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits: int) -> Tensor:
+def round_channels(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    levels: Tensor | None,
+    bounds: Tensor | None,
+    group_size: int,
+    bits: int,
+) -> Tensor:
     out = torch.empty_like(x)
     channels = x.shape[-1]
     _native.round_channels(
@@ -289,7 +297,7 @@ def round_channels(x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits
         torch.get_num_threads(),
         bits,
         (x.numel() // max(channels, 1), channels, group_size),
-        _addresses(x, scale, zero, out),
+        _addresses(x, scale, zero, levels, bounds, out),
     )
     return out
 

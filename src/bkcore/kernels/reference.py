@@ -182,9 +182,20 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: in
     return out.view(*x.shape[:-1], len(weight))
 
 
-def round_channels(x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits: int) -> Tensor:
+def round_channels(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    levels: Tensor | None,
+    bounds: Tensor | None,
+    group_size: int,
+    bits: int,
+) -> Tensor:
     channels = torch.arange(x.shape[-1], device=x.device) // group_size
     s, z = scale.float()[channels], zero[channels]
+    if levels is not None and bounds is not None:
+        level = levels[torch.bucketize(x / s + z, bounds).clamp(max=2**bits - 1)]
+        return torch.where(x.isnan(), x, s * (level - z))
     low = -(1 << (bits - 1))
     return s * (((x / s).round() + z).clamp(low, -low - 1) - z)
 

@@ -1,18 +1,23 @@
-"""Rounding to what codes stand for: the operators `bkcore::round_channels` and `round_rows`.
+"""Rounding to what codes stand for: `bkcore::round_channels`, `round_rows` and `nearest_level`.
 
 The first gives, bit for bit, what `bkcore.quantization.affine.fake_quantize` gives, in one pass:
 
     scale * (clamp(round(x / scale) + zero, -2^(bits-1), 2^(bits-1) - 1) - zero)
 
-with ties to even. NaN stays NaN. The second gives scale times codes of what `bkcore::product` makes
-of its activations, rows (..., K) of float32, each with the INT8 scale of its largest number; see
-`bkcore.kernels.product`. Neither has a derivative.
+with ties to even, or with levels scale * (level - zero), with the level that is nearest to
+x / scale + zero; halfway, the lower one. NaN stays NaN.
+
+The second gives scale times codes of what `bkcore::product` makes of its activations, rows (..., K)
+of float32, each with the INT8 scale of its largest number; see `bkcore.kernels.product`. The third
+gives the place of the nearest level alone. None has a derivative.
 
 Layout of `round_channels`
 -------------------------
     x       float32 (..., C), contiguous in memory or copied
     scale   bfloat16 (G,), zero  int8 (G,), of groups of `group_size` neighbouring channels; the
             last one may be smaller: G = ceil(C / group_size)
+    levels  float32 (2^bits,), ascending: what the codes stand for in place of
+            -2^(bits-1), ..., 2^(bits-1) - 1; optional
     result  float32 (..., C)
 """
 
@@ -26,12 +31,22 @@ from bkcore.kernels.selection import select
 
 _library = torch.library.Library("bkcore", "FRAGMENT")
 _library.define("round_rows(Tensor x) -> Tensor")
+_library.define("nearest_level(Tensor x, Tensor levels) -> Tensor")
 _library.define(
-    "round_channels(Tensor x, Tensor scale, Tensor zero, int group_size, int bits) -> Tensor"
+    "round_channels(Tensor x, Tensor scale, Tensor zero, Tensor? levels, int group_size, int bits)"
+    " -> Tensor"
 )
 
 
-def round_channels(x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits: int) -> Tensor:
+def round_channels(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group_size: int,
+    bits: int,
+    *,
+    levels: Tensor | None = None,
+) -> Tensor:
     """Round x to what codes stand for; layout and rounding are those of this module's text.
 
     Returns:
@@ -41,7 +56,7 @@ def round_channels(x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits
         ShapeError, DTypeError, InputError: the tensors do not fit together, or bits is not 4 or 8.
         BackendError: a forced backend is absent or cannot take the tensors.
     """
-    out: Tensor = torch.ops.bkcore.round_channels.default(x, scale, zero, group_size, bits)
+    out: Tensor = torch.ops.bkcore.round_channels.default(x, scale, zero, levels, group_size, bits)
     return out
 
 
@@ -57,6 +72,55 @@ def round_rows(x: Tensor) -> Tensor:
     """
     out: Tensor = torch.ops.bkcore.round_rows.default(x)
     return out
+
+
+def nearest_level(x: Tensor, levels: Tensor) -> Tensor:
+    """Which level is nearest to each number; halfway, the lower one, and 0 for NaN.
+
+    Args:
+        x: float32 (..., C), C >= 1.
+        levels: float32 (16,) or (256,), ascending.
+
+    Returns:
+        int32, of the shape of x, 0 to 15 or 255.
+
+    Raises:
+        ShapeError, DTypeError: the tensors do not fit together.
+        BackendError: a forced backend is absent or cannot take the tensors.
+    """
+    out: Tensor = torch.ops.bkcore.nearest_level.default(x, levels)
+    return out
+
+
+def _check_levels(x: Tensor, levels: Tensor) -> None:
+    _check_rows(x)
+    if levels.shape not in ((16,), (256,)):
+        raise ShapeError(f"levels must be (16,) or (256,), got {tuple(levels.shape)}")
+    if levels.dtype != torch.float32 or levels.device != x.device:
+        raise DTypeError(
+            f"levels must be float32 on {x.device}, got {levels.dtype} on {levels.device}"
+        )
+
+
+def _nearest_level(x: Tensor, levels: Tensor) -> Tensor:
+    _check_levels(x, levels)
+    bits = 4 if len(levels) == 16 else 8
+    places = torch.arange(len(levels), dtype=torch.float32, device=x.device)
+    one = torch.ones(1, dtype=torch.bfloat16, device=x.device)
+    nothing = torch.zeros(1, dtype=torch.int8, device=x.device)
+    found = select(x).round_channels(
+        x.contiguous(), one, nothing, places, _bounds(levels), x.shape[-1], bits
+    )
+    return found.nan_to_num_(nan=0.0).int()
+
+
+def _nearest_level_fake(x: Tensor, levels: Tensor) -> Tensor:
+    _check_levels(x, levels)
+    return torch.empty_like(x, dtype=torch.int32, memory_format=torch.contiguous_format)
+
+
+def _bounds(levels: Tensor) -> Tensor:
+    return levels[:-1] + (levels[1:] - levels[:-1]) / 2
 
 
 def _check_rows(x: Tensor) -> None:
@@ -76,7 +140,9 @@ def _round_rows_fake(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _check(x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits: int) -> None:
+def _check(
+    x: Tensor, scale: Tensor, zero: Tensor, levels: Tensor | None, group_size: int, bits: int
+) -> None:
     if bits not in (4, 8):
         raise InputError(f"bits must be 4 or 8, not {bits}")
     if group_size < 1:
@@ -98,22 +164,43 @@ def _check(x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits: int) -
             raise DTypeError(
                 f"{name} must be {dtype} on {x.device}, got {tensor.dtype} on {tensor.device}"
             )
+    if levels is None:
+        return
+    if levels.shape != (2**bits,):
+        raise ShapeError(
+            f"levels must be ({2**bits},), a level for every code of {bits} bits, got "
+            f"{tuple(levels.shape)}"
+        )
+    if levels.dtype != torch.float32 or levels.device != x.device:
+        raise DTypeError(
+            f"levels must be float32 on {x.device}, got {levels.dtype} on {levels.device}"
+        )
 
 
-def _round_channels(x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits: int) -> Tensor:
-    _check(x, scale, zero, group_size, bits)
+def _round_channels(
+    x: Tensor, scale: Tensor, zero: Tensor, levels: Tensor | None, group_size: int, bits: int
+) -> Tensor:
+    _check(x, scale, zero, levels, group_size, bits)
     x = x.contiguous()
-    return select(x).round_channels(x, scale.contiguous(), zero.contiguous(), group_size, bits)
+    bounds = None
+    if levels is not None:
+        levels = levels.contiguous()
+        bounds = _bounds(levels)
+    return select(x).round_channels(
+        x, scale.contiguous(), zero.contiguous(), levels, bounds, group_size, bits
+    )
 
 
 def _round_channels_fake(
-    x: Tensor, scale: Tensor, zero: Tensor, group_size: int, bits: int
+    x: Tensor, scale: Tensor, zero: Tensor, levels: Tensor | None, group_size: int, bits: int
 ) -> Tensor:
-    _check(x, scale, zero, group_size, bits)
+    _check(x, scale, zero, levels, group_size, bits)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 _library.impl("round_channels", _round_channels, "CompositeExplicitAutograd")
+_library.impl("nearest_level", _nearest_level, "CompositeExplicitAutograd")
 _library.impl("round_rows", _round_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("bkcore::nearest_level", _nearest_level_fake, lib=_library)
 torch.library.register_fake("bkcore::round_rows", _round_rows_fake, lib=_library)
 torch.library.register_fake("bkcore::round_channels", _round_channels_fake, lib=_library)

@@ -43,6 +43,7 @@ class CoreQuantizers(nn.Module):
         self.phase: Phase = "idle"
         common: dict[str, Any] = {"bits": config.bits, "learnable": learnable, "norm": 2}
         common |= {"observer": config.observer, "percentile": config.percentile}
+        common |= {"nonuniform": config.has_level_tables}
 
         def real(channels: int, symmetric: bool) -> GroupWiseQuantizer:
             size = 1 if config.per_channel else channels

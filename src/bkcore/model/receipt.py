@@ -244,6 +244,7 @@ def _activation_entry(name: str, quantizer: GroupWiseQuantizer) -> dict[str, Any
         "name": name,
         "bits": quantizer.bits,
         "scheme": "symmetric" if quantizer.symmetric else "asymmetric",
+        "levels": "evenly spaced" if quantizer.table is None else "learned",
         "channels": quantizer.num_channels,
         "scales": quantizer.num_groups,
         "smallest_scale": scales.min().item(),

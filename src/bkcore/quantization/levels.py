@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bkcore.kernels import nearest_level
 from bkcore.quantization import affine
 from bkcore.quantization.observers import HistogramObserver, bin_centers
 from bkcore.quantization.storage import StoredDtypes
@@ -49,6 +50,7 @@ class LevelTable(StoredDtypes):
         super().__init__()
         self.bits = bits
         self._lengths = _SEGMENTS[bits]
+        self._known: tuple[object, Tensor] | None = None
         self.first_level = nn.Parameter(torch.tensor(torch.nan))
         self.log_steps = nn.Parameter(torch.full((len(self._lengths),), torch.nan))
         self.stored_levels: Tensor
@@ -66,10 +68,22 @@ class LevelTable(StoredDtypes):
     @property
     def values(self) -> Tensor:
         """The levels, float32 (2^bits,), ascending; NaN before `fit`."""
-        parts = affine.rounded(self._parts()) if self.learnable else self.stored_levels.float()
+        if self.learnable:
+            return self._from_parts(affine.rounded(self._parts()))
+        # Decoding asks for them at every token; they are worked out again if the buffer changes.
+        stored = self.stored_levels
+        # A tensor made in inference mode keeps no count of its changes, and a graph none either.
+        if torch.compiler.is_compiling() or stored.is_inference():
+            return self._from_parts(stored.float())
+        now = (stored.data_ptr(), stored._version, stored.device)
+        if self._known is None or self._known[0] != now:
+            self._known = (now, self._from_parts(stored.float()))
+        return self._known[1]
+
+    def _from_parts(self, parts: Tensor) -> Tensor:
         first, steps = parts[0], parts[1:]
         lengths = torch.tensor(self._lengths, device=steps.device)
-        above = steps.repeat_interleave(lengths).cumsum(0)
+        above = steps.repeat_interleave(lengths, output_size=2**self.bits - 1).cumsum(0)
         return first + torch.cat((above.new_zeros(1), above))
 
     @torch.no_grad()
@@ -132,7 +146,9 @@ class LevelTable(StoredDtypes):
 
 
 def nearest(places: Tensor, levels: Tensor) -> Tensor:
-    """int64 index of the level (L,) that is nearest to each place; halfway, the lower one."""
+    """Index of the level (L,) that is nearest to each place; halfway, the lower one."""
+    if places.dtype == torch.float32 and places.ndim and places.shape[-1]:
+        return nearest_level(places.detach(), levels.detach())
     bounds = levels[:-1] + (levels[1:] - levels[:-1]) / 2
     return torch.searchsorted(bounds.detach(), places.detach().contiguous())
 
@@ -145,21 +161,22 @@ class _NearestLevel(torch.autograd.Function):
         ratio = x / scale
         places = ratio + zero_point
         index = nearest(places, levels)
-        inside = (places >= levels[0]) & (places <= levels[-1])
-        ratio = torch.where(inside, ratio, 0)
-        ctx.save_for_backward(ratio, inside, index, scale, zero_point, levels)
-        chosen = torch.where(places.isnan(), places, levels[index])
+        outside = (places < levels[0]) | (places > levels[-1])
+        ratio = ratio.masked_fill_(outside, 0)
+        ctx.save_for_backward(ratio, outside, index, scale, zero_point, levels)
+        chosen = levels.index_select(0, index.flatten()).view_as(places)
+        chosen = torch.where(places.isnan(), places, chosen)
         return scale * (chosen - zero_point)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ratio, inside, index, scale, zero_point, levels = ctx.saved_tensors
+        ratio, outside, index, scale, zero_point, levels = ctx.saved_tensors
         grad = grads[0]
-        moved = levels[index] - zero_point - ratio
+        moved = levels.index_select(0, index.flatten()).view_as(ratio) - zero_point - ratio
         by_levels = torch.zeros_like(levels)
         by_levels.index_add_(0, index.flatten(), (grad * scale).flatten().to(by_levels.dtype))
         by_scale = (grad * moved).sum_to_size(scale.shape)
-        return torch.where(inside, grad, 0), by_scale, None, by_levels
+        return grad.masked_fill(outside, 0), by_scale, None, by_levels
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor) -> Tensor:

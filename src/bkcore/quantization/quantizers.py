@@ -33,7 +33,8 @@ class GroupWiseQuantizer(StoredDtypes):
         observer: how the range is chosen, as in `QuantizationConfig`; None minimizes the error
             that counts.
         percentile: percent of the values inside the range of the observer "percentile".
-        nonuniform: learn the levels, too, which need `learnable`.
+        nonuniform: have a table of levels, too: learned if the scales are, or chosen by the
+            calibration.
 
     Attributes:
         scales: (num_groups,) float32; NaN before calibration.
@@ -61,8 +62,6 @@ class GroupWiseQuantizer(StoredDtypes):
         super().__init__()
         check_group_size(group_size)
         check_observer(observer, percentile)
-        if nonuniform and not learnable:
-            raise InputError("nonuniform levels are learned: they need learnable=True")
         if num_channels < 1:
             raise InputError(f"num_channels must be at least 1, not {num_channels}")
         if bits not in (4, 8):
@@ -77,6 +76,8 @@ class GroupWiseQuantizer(StoredDtypes):
         self._histograms: HistogramObserver | None = None
         self._calibrated = False
         self.table = LevelTable(bits) if nonuniform else None
+        if self.table is not None and not learnable:
+            self.table.freeze()
         unknown = torch.full((self.num_groups,), torch.nan)
         self.register_buffer("zero_points", torch.zeros(self.num_groups, dtype=torch.int8))
         self.register_buffer("record", torch.zeros(3, dtype=torch.int64))
@@ -249,12 +250,17 @@ class GroupWiseQuantizer(StoredDtypes):
             LifecycleError: before calibration.
         """
         self._check(x, calibrated=True)
-        if self.table is not None:
-            return levels.fake_quantize(x, *self._per_channel(), self.table.values)
         if self._in_one_pass(x):
             return round_channels(
-                x.float(), self.stored_scales, self.zero_points, self.group_size, self.bits
+                x.float(),
+                self.stored_scales,
+                self.zero_points,
+                self.group_size,
+                self.bits,
+                levels=None if self.table is None else self.table.values,
             )
+        if self.table is not None:
+            return levels.fake_quantize(x, *self._per_channel(), self.table.values)
         return affine.fake_quantize(x, *self._per_channel(), self.bits)
 
     def clips(self, x: Tensor) -> Tensor:
