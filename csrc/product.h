@@ -31,7 +31,7 @@ struct Rounding {
   const std::uint16_t *scale;  // bfloat16 (groups)
   const std::int8_t *zero;     // (groups)
   const float *levels;         // (2^bits), ascending: what the codes stand for; or null
-  const float *bounds;         // (2^bits - 1), halfway between them
+  const float *bounds;         // (2^bits - 1), above which the next one is taken; null: halfway
   float *out;                  // (rows, channels)
 };
 

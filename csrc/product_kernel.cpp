@@ -435,13 +435,16 @@ void multiply(const Product &p, const EncodedRows &rows, Index output, Index fir
 // Every level is tried, for all channels of a row at once: no gathers, and vectors of any width.
 void round_rows_to_levels(const Rounding &r, Index first, Index count,
                           ProductKernels::Scratch scratch) {
-  float *scale = static_cast<float *>(scratch(4 * r.channels * sizeof(float)));
+  const int bounds = (1 << r.bits) - 1;
+  float *scale = static_cast<float *>(scratch((4 * r.channels + bounds) * sizeof(float)));
   float *zero = scale + r.channels, *place = zero + r.channels, *level = place + r.channels;
+  float *halfway = level + r.channels;
+  for (int b = 0; b < bounds; ++b)
+    halfway[b] = r.bounds ? r.bounds[b] : r.levels[b] + (r.levels[b + 1] - r.levels[b]) / 2;
   for (Index c = 0; c < r.channels; ++c) {
     scale[c] = from_bfloat16(r.scale[c / r.group_size]);
     zero[c] = r.zero[c / r.group_size];
   }
-  const int bounds = (1 << r.bits) - 1;
   for (Index row = first; row < first + count; ++row) {
     const float *x = r.x + row * r.channels;
     float *out = r.out + row * r.channels;
@@ -450,7 +453,7 @@ void round_rows_to_levels(const Rounding &r, Index first, Index count,
       level[c] = r.levels[0];
     }
     for (int b = 0; b < bounds; ++b) {
-      const float bound = r.bounds[b], above = r.levels[b + 1];
+      const float bound = halfway[b], above = r.levels[b + 1];
       for (Index c = 0; c < r.channels; ++c) level[c] = place[c] > bound ? above : level[c];
     }
     for (Index c = 0; c < r.channels; ++c) {

@@ -193,8 +193,9 @@ def round_channels(
 ) -> Tensor:
     channels = torch.arange(x.shape[-1], device=x.device) // group_size
     s, z = scale.float()[channels], zero[channels]
-    if levels is not None and bounds is not None:
-        level = levels[torch.bucketize(x / s + z, bounds).clamp(max=2**bits - 1)]
+    if levels is not None:
+        bounds = levels[:-1] + levels.diff() / 2 if bounds is None else bounds
+        level = levels[torch.bucketize(x / s + z, bounds)]
         return torch.where(x.isnan(), x, s * (level - z))
     low = -(1 << (bits - 1))
     return s * (((x / s).round() + z).clamp(low, -low - 1) - z)

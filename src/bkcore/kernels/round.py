@@ -108,8 +108,9 @@ def _nearest_level(x: Tensor, levels: Tensor) -> Tensor:
     places = torch.arange(len(levels), dtype=torch.float32, device=x.device)
     one = torch.ones(1, dtype=torch.bfloat16, device=x.device)
     nothing = torch.zeros(1, dtype=torch.int8, device=x.device)
+    bounds = levels[:-1] + levels.diff() / 2
     found = select(x).round_channels(
-        x.contiguous(), one, nothing, places, _bounds(levels), x.shape[-1], bits
+        x.contiguous(), one, nothing, places, bounds, x.shape[-1], bits
     )
     return found.nan_to_num_(nan=0.0).int()
 
@@ -117,10 +118,6 @@ def _nearest_level(x: Tensor, levels: Tensor) -> Tensor:
 def _nearest_level_fake(x: Tensor, levels: Tensor) -> Tensor:
     _check_levels(x, levels)
     return torch.empty_like(x, dtype=torch.int32, memory_format=torch.contiguous_format)
-
-
-def _bounds(levels: Tensor) -> Tensor:
-    return levels[:-1] + (levels[1:] - levels[:-1]) / 2
 
 
 def _check_rows(x: Tensor) -> None:
@@ -182,12 +179,9 @@ def _round_channels(
 ) -> Tensor:
     _check(x, scale, zero, levels, group_size, bits)
     x = x.contiguous()
-    bounds = None
-    if levels is not None:
-        levels = levels.contiguous()
-        bounds = _bounds(levels)
+    levels = None if levels is None else levels.contiguous()
     return select(x).round_channels(
-        x, scale.contiguous(), zero.contiguous(), levels, bounds, group_size, bits
+        x, scale.contiguous(), zero.contiguous(), levels, None, group_size, bits
     )
 
 

@@ -104,7 +104,7 @@ def of_quantized(
             for slot in quantized.quantizable(model)
         ],
         "activations": [
-            _activation_entry(name, quantizer) | _tokens(seen, name)
+            _activation_entry(name, quantizer, config) | _tokens(seen, name)
             for name, quantizer in _core_quantizers(model)
         ],
         "float": list(_float_entries(model)),
@@ -238,13 +238,21 @@ def _relative_error(before: Tensor, after: Tensor) -> float:
     return (after.double() - before.double()).norm().item() / norm if norm else 0.0
 
 
-def _activation_entry(name: str, quantizer: GroupWiseQuantizer) -> dict[str, Any]:
+def _levels(quantizer: GroupWiseQuantizer, config: QuantizationConfig) -> str:
+    if quantizer.table is None:
+        return "even"
+    return "learned" if config.is_qat else "fitted"
+
+
+def _activation_entry(
+    name: str, quantizer: GroupWiseQuantizer, config: QuantizationConfig
+) -> dict[str, Any]:
     scales = quantizer.scales
     return {
         "name": name,
         "bits": quantizer.bits,
         "scheme": "symmetric" if quantizer.symmetric else "asymmetric",
-        "levels": "evenly spaced" if quantizer.table is None else "learned",
+        "levels": _levels(quantizer, config),
         "channels": quantizer.num_channels,
         "scales": quantizer.num_groups,
         "smallest_scale": scales.min().item(),

@@ -46,9 +46,10 @@ class QuantizationConfig:
             {"layers.0.experts.experts.3.up": 8}: 4, 8, or 16 for float16, which QAT has not. They
             go before what the mode says, which holds for all others.
 
-        nonuniform: the QAT modes learn levels that are not evenly spaced (`LevelTable`), in a
-            standalone core, and at 4 bits in those of the language model; False saves the tables,
-            48 bytes each at 8 bits and 32 at 4.
+        nonuniform: the levels of a core's codes need not be evenly spaced (`LevelTable`): in the
+            QAT modes of a standalone core, which learn them, and at 4 bits in the language model,
+            where QAT learns and PTQ fits them. False saves the tables, 48 bytes each at 8 bits and
+            32 at 4.
 
     Raises:
         InputError: for an unknown mode, observer or rounding, a group size below 1, a percentile
@@ -114,7 +115,7 @@ class QuantizationConfig:
     def has_level_tables(self) -> bool:
         """True if the activations of the language model's cores have levels of their own: at 8
         bits uneven levels gain nothing that it would notice."""
-        return self.is_qat and self.nonuniform and self.bits == 4
+        return self.nonuniform and self.bits == 4
 
     def weight_bits(self, part: Part, name: str | None = None) -> int:
         """Bits of the weights in a part of the language model: 4, 8 or 16 (float16).
