@@ -798,3 +798,10 @@ def test_one_pass_equals_three(mode, state):
             found = core(v)
         assert torch.equal(found, core(v).detach())
         assert found.is_contiguous()
+
+
+def test_features_of_other_potentials_are_refused():
+    core = build("ptq_int8", "float")
+    v = torch.randn(2, N)
+    with pytest.raises(ShapeError, match="pass what forward returned for these potentials"):
+        core.error_bound(v, core(v)[:1])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bkcore.core.bounds import diagonal_enclosure
 from bkcore.core.module import BirmanSchwingerCore
 from bkcore.core.resolvent import resolvent_diagonal
-from bkcore.errors import CheckpointError
+from bkcore.errors import CheckpointError, ShapeError
 from bkcore.kernels import sweep_rounded
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.lifecycle import QuantizationLifecycle, QuantizationState
@@ -131,7 +131,15 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
             `G_error`, measured in float64, and `G_error_bound`, both float64 (..., N);
             `clipped_inputs` and `clipped_outputs`, how many potentials and how many Re and
             Im (each counted) were beyond the codes.
+
+        Raises:
+            ShapeError: `features` does not belong to potentials of this shape.
         """
+        if features.shape != (*v.shape, 2):
+            raise ShapeError(
+                f"features must be {(*v.shape, 2)} for potentials of shape {tuple(v.shape)}, got "
+                f"{tuple(features.shape)}: pass what forward returned for these potentials"
+            )
         core = self.core
         z = complex(core.energy, core.epsilon)
         chain: dict[str, Any] = {"hopping": core.hopping, "onsite": core.onsite}
