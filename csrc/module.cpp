@@ -420,14 +420,31 @@ void round_channels(const std::string &isa, Index threads, Index bits, Shape sha
                       reinterpret_cast<const std::uint16_t *>(tensors[1]),
                       reinterpret_cast<const std::int8_t *>(tensors[2]),
                       reinterpret_cast<const float *>(tensors[3]),
-                      reinterpret_cast<const float *>(tensors[4]),
-                      reinterpret_cast<float *>(tensors[5])};
+                      reinterpret_cast<float *>(tensors[4])};
   threads = worthwhile_threads(rows * channels, threads);
   const Index share = ceil_divide(std::max<Index>(rows, 1), threads);
   const auto kernel = find_isa(isa).product.round;
   parallel_for(ceil_divide(rows, share), threads, [&](Index i) {
     kernel(r, i * share, std::min(share, rows - i * share), scratch);
   });
+}
+
+void round_channels_backward(const std::string &isa, Index threads, Index bits, Shape shape,
+                             const std::vector<Address> &tensors) {
+  const auto [rows, channels, group_size] = shape;
+  const RoundingAdjoint a = {{rows, channels, bits, group_size,
+                              reinterpret_cast<const float *>(tensors[1]),
+                              reinterpret_cast<const std::uint16_t *>(tensors[2]),
+                              reinterpret_cast<const std::int8_t *>(tensors[3]),
+                              reinterpret_cast<const float *>(tensors[4]), nullptr},
+                             reinterpret_cast<const float *>(tensors[0]),
+                             reinterpret_cast<float *>(tensors[5]),
+                             reinterpret_cast<float *>(tensors[6]),
+                             reinterpret_cast<float *>(tensors[7])};
+  threads = worthwhile_threads(rows * channels, threads);
+  const auto kernel = find_isa(isa).product.round_adjoint;
+  parallel_for(ceil_divide(rows, kRowsPerShare), threads,
+               [&](Index share) { kernel(a, share, scratch); });
 }
 
 void round_rows(const std::string &isa, Index threads, Index rows, Index count, Address x,
@@ -469,6 +486,8 @@ NB_MODULE(_native, m) {
   m.def("attention_backward", &bkcore::attention_backward, Unlocked());
   m.def("product", &bkcore::product, Unlocked());
   m.def("round_channels", &bkcore::round_channels, Unlocked());
+  m.def("round_channels_backward", &bkcore::round_channels_backward, Unlocked());
+  m.attr("rows_per_share") = bkcore::kRowsPerShare;
   m.def("round_rows", &bkcore::round_rows, Unlocked());
   m.def("step", &bkcore::step);  // shorter than letting go of the interpreter
   m.def("sweep_backward", &bkcore::backward, Unlocked());

@@ -31,9 +31,19 @@ struct Rounding {
   const std::uint16_t *scale;  // bfloat16 (groups)
   const std::int8_t *zero;     // (groups)
   const float *levels;         // (2^bits), ascending: what the codes stand for; or null
-  const float *bounds;         // (2^bits - 1), above which the next one is taken; null: halfway
   float *out;                  // (rows, channels)
 };
+
+// The derivative of that rounding, straight through.
+struct RoundingAdjoint {
+  Rounding forward;   // `out` is not used
+  const float *grad;  // (rows, channels)
+  float *dx;          // (rows, channels)
+  float *dscale;      // (shares, channels), a row for every kRowsPerShare rows
+  float *dlevels;     // (shares, 2^bits)
+};
+
+constexpr std::int64_t kRowsPerShare = 64;
 
 struct ProductKernels {
   using Scratch = void *(*)(std::size_t bytes);
@@ -44,6 +54,7 @@ struct ProductKernels {
   void (*multiply)(const Product &, const EncodedRows &, std::int64_t output, std::int64_t first,
                    std::int64_t count, Scratch);
   void (*round)(const Rounding &, std::int64_t first, std::int64_t count, Scratch);
+  void (*round_adjoint)(const RoundingAdjoint &, std::int64_t share, Scratch);
   // A row of activations (count), rounded to what `encode` makes of it.
   void (*round_row)(const float *x, std::int64_t count, float *out);
 };

@@ -432,35 +432,112 @@ void multiply(const Product &p, const EncodedRows &rows, Index output, Index fir
   multiply_rest<Dot::rows - 1>(p, rows, panel, row, first + count - row);
 }
 
-// Every level is tried, for all channels of a row at once: no gathers, and vectors of any width.
+// Rounding to the nearest of a table of levels. Every level is tried, for all channels of a row at
+// once: no gathers, and vectors of any width.
+struct LevelSearch {
+  Index channels;
+  int bounds;
+  const float *levels;
+  float *scale, *zero, *place, *level, *halfway;
+
+  // Numbers of scratch memory that one needs.
+  static Index size(const Rounding &r) { return 4 * r.channels + (1 << r.bits); }
+
+  LevelSearch(const Rounding &r, float *memory)
+      : channels(r.channels), bounds((1 << r.bits) - 1), levels(r.levels), scale(memory),
+        zero(scale + channels), place(zero + channels), level(place + channels),
+        halfway(level + channels) {
+    for (int b = 0; b < bounds; ++b) halfway[b] = levels[b] + (levels[b + 1] - levels[b]) / 2;
+    for (Index c = 0; c < channels; ++c) {
+      scale[c] = from_bfloat16(r.scale[c / r.group_size]);
+      zero[c] = r.zero[c / r.group_size];
+    }
+  }
+
+  void find(const float *x) const {
+    for (Index c = 0; c < channels; ++c) {
+      place[c] = x[c] / scale[c] + zero[c];
+      level[c] = levels[0];
+    }
+    for (int b = 0; b < bounds; ++b) {
+      const float bound = halfway[b], above = levels[b + 1];
+      for (Index c = 0; c < channels; ++c) level[c] = place[c] > bound ? above : level[c];
+    }
+  }
+};
+
 void round_rows_to_levels(const Rounding &r, Index first, Index count,
                           ProductKernels::Scratch scratch) {
-  const int bounds = (1 << r.bits) - 1;
-  float *scale = static_cast<float *>(scratch((4 * r.channels + bounds) * sizeof(float)));
-  float *zero = scale + r.channels, *place = zero + r.channels, *level = place + r.channels;
-  float *halfway = level + r.channels;
-  for (int b = 0; b < bounds; ++b)
-    halfway[b] = r.bounds ? r.bounds[b] : r.levels[b] + (r.levels[b + 1] - r.levels[b]) / 2;
+  const LevelSearch search(
+      r, static_cast<float *>(scratch(LevelSearch::size(r) * sizeof(float))));
+  for (Index row = first; row < first + count; ++row) {
+    const float *x = r.x + row * r.channels;
+    float *out = r.out + row * r.channels;
+    search.find(x);
+    for (Index c = 0; c < r.channels; ++c) {
+      const float value = search.scale[c] * (search.level[c] - search.zero[c]);
+      out[c] = x[c] == x[c] ? value : x[c];
+    }
+  }
+}
+
+// Within a share the sums over rows are taken in their order, whatever the threads.
+void adjoint_to_levels(const RoundingAdjoint &a, Index share, ProductKernels::Scratch scratch) {
+  const Rounding &r = a.forward;
+  const Index first = share * kRowsPerShare, left = r.rows - first;
+  const LevelSearch search(
+      r, static_cast<float *>(scratch((LevelSearch::size(r) + r.channels) * sizeof(float))));
+  float *number = search.scale + LevelSearch::size(r);
+  float *dscale = a.dscale + share * r.channels, *dlevels = a.dlevels + (share << r.bits);
+  const float least = r.levels[0], most = r.levels[search.bounds];
+  for (Index row = first; row < first + (left < kRowsPerShare ? left : kRowsPerShare); ++row) {
+    const float *grad = a.grad + row * r.channels;
+    float *dx = a.dx + row * r.channels;
+    search.find(r.x + row * r.channels);
+    for (Index c = 0; c < r.channels; ++c) number[c] = 0;
+    for (int b = 0; b < search.bounds; ++b) {
+      const float bound = search.halfway[b];
+      for (Index c = 0; c < r.channels; ++c) number[c] += search.place[c] > bound ? 1.0f : 0.0f;
+    }
+    for (Index c = 0; c < r.channels; ++c) {
+      const float place = search.place[c];
+      const bool outside = place < least || place > most;
+      const float ratio = outside ? 0.0f : place - search.zero[c];
+      dx[c] = outside ? 0.0f : grad[c];
+      dscale[c] += grad[c] * (search.level[c] - search.zero[c] - ratio);
+    }
+    for (Index c = 0; c < r.channels; ++c)
+      dlevels[static_cast<int>(number[c])] += grad[c] * search.scale[c];
+  }
+}
+
+void adjoint_to_codes(const RoundingAdjoint &a, Index share, ProductKernels::Scratch scratch) {
+  const Rounding &r = a.forward;
+  const Index first = share * kRowsPerShare, left = r.rows - first;
+  float *scale = static_cast<float *>(scratch(2 * r.channels * sizeof(float)));
+  float *zero = scale + r.channels, *dscale = a.dscale + share * r.channels;
+  const float least = -static_cast<float>(1 << (r.bits - 1)), most = -least - 1;
   for (Index c = 0; c < r.channels; ++c) {
     scale[c] = from_bfloat16(r.scale[c / r.group_size]);
     zero[c] = r.zero[c / r.group_size];
   }
-  for (Index row = first; row < first + count; ++row) {
-    const float *x = r.x + row * r.channels;
-    float *out = r.out + row * r.channels;
+  for (Index row = first; row < first + (left < kRowsPerShare ? left : kRowsPerShare); ++row) {
+    const float *x = r.x + row * r.channels, *grad = a.grad + row * r.channels;
+    float *dx = a.dx + row * r.channels;
     for (Index c = 0; c < r.channels; ++c) {
-      place[c] = x[c] / scale[c] + zero[c];
-      level[c] = r.levels[0];
-    }
-    for (int b = 0; b < bounds; ++b) {
-      const float bound = halfway[b], above = r.levels[b + 1];
-      for (Index c = 0; c < r.channels; ++c) level[c] = place[c] > bound ? above : level[c];
-    }
-    for (Index c = 0; c < r.channels; ++c) {
-      const float value = scale[c] * (level[c] - zero[c]);
-      out[c] = x[c] == x[c] ? value : x[c];
+      const float ratio = x[c] / scale[c];
+      // Beyond 2^22 adding kRound does not round, but such numbers saturate anyway.
+      const float code = ((ratio + kRound) - kRound) + zero[c];
+      const bool below = code < least, above = code > most;
+      const float kept = below ? least : above ? most : code;
+      dx[c] = below || above ? 0.0f : grad[c];
+      dscale[c] += grad[c] * (kept - zero[c] - (below || above ? 0.0f : ratio));
     }
   }
+}
+
+void round_adjoint(const RoundingAdjoint &a, Index share, ProductKernels::Scratch scratch) {
+  a.forward.levels ? adjoint_to_levels(a, share, scratch) : adjoint_to_codes(a, share, scratch);
 }
 
 void round_rows(const Rounding &r, Index first, Index count, ProductKernels::Scratch scratch) {
@@ -500,7 +577,7 @@ void round_row(const float *x, Index count, float *out) {
 }  // namespace
 
 ProductKernels BKCORE_TABLE(BKCORE_ISA)() {
-  return {kPanel, Dot::depth, encode, multiply, round_rows, round_row};
+  return {kPanel, Dot::depth, encode, multiply, round_rows, round_adjoint, round_row};
 }
 
 }  // namespace bkcore

@@ -4,7 +4,11 @@ from bkcore.kernels.attention import attention
 from bkcore.kernels.codes import sweep_codes
 from bkcore.kernels.ops import sweep
 from bkcore.kernels.product import product
-from bkcore.kernels.round import nearest_level, round_channels, round_rows
+from bkcore.kernels.round import (
+    round_channels,
+    round_channels_straight_through,
+    round_rows,
+)
 from bkcore.kernels.rounded import sweep_rounded
 from bkcore.kernels.selection import BackendInfo, backends, use_backend
 from bkcore.kernels.stream import step
@@ -13,9 +17,9 @@ __all__ = [
     "BackendInfo",
     "attention",
     "backends",
-    "nearest_level",
     "product",
     "round_channels",
+    "round_channels_straight_through",
     "round_rows",
     "step",
     "sweep",

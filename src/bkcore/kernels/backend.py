@@ -106,10 +106,25 @@ class RoundChannelsFunction(Protocol):
         scale: Tensor,
         zero: Tensor,
         levels: Tensor | None,
-        bounds: Tensor | None,
         group_size: int,
         bits: int,
     ) -> Tensor: ...
+
+
+class RoundChannelsBackwardFunction(Protocol):
+    """The adjoint of rounding channels on checked, contiguous tensors: gradients of x, of every
+    channel's scale (C,), and of the levels."""
+
+    def __call__(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        levels: Tensor | None,
+        group_size: int,
+        bits: int,
+    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
 class StepFunction(Protocol):
@@ -185,6 +200,7 @@ class Backend:
     sweep_rounded: SweepRoundedFunction
     product: ProductFunction
     round_channels: RoundChannelsFunction
+    round_channels_backward: RoundChannelsBackwardFunction
     round_rows: Callable[[Tensor], Tensor]
     step: StepFunction
     attention: AttentionFunction

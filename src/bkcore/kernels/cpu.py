@@ -286,7 +286,6 @@ def round_channels(
     scale: Tensor,
     zero: Tensor,
     levels: Tensor | None,
-    bounds: Tensor | None,
     group_size: int,
     bits: int,
 ) -> Tensor:
@@ -297,9 +296,34 @@ def round_channels(
         torch.get_num_threads(),
         bits,
         (x.numel() // max(channels, 1), channels, group_size),
-        _addresses(x, scale, zero, levels, bounds, out),
+        _addresses(x, scale, zero, levels, out),
     )
     return out
+
+
+def round_channels_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    levels: Tensor | None,
+    group_size: int,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    channels = x.shape[-1]
+    rows = x.numel() // max(channels, 1)
+    # Sums over rows are taken in shares of fixed size, so that they do not depend on the threads.
+    shares = -(-rows // _native.rows_per_share)
+    dx, dscale = torch.empty_like(x), x.new_zeros(shares, channels)
+    dlevels = None if levels is None else x.new_zeros(shares, 2**bits)
+    _native.round_channels_backward(
+        isa(),
+        torch.get_num_threads(),
+        bits,
+        (rows, channels, group_size),
+        _addresses(grad, x, scale, zero, levels, dx, dscale, dlevels),
+    )
+    return dx, ordered_sum(dscale), None if dlevels is None else ordered_sum(dlevels)
 
 
 def round_rows(x: Tensor) -> Tensor:
@@ -438,6 +462,7 @@ BACKEND = Backend(
     sweep_rounded=sweep_rounded,
     product=product,
     round_channels=round_channels,
+    round_channels_backward=round_channels_backward,
     round_rows=round_rows,
     step=step,
     attention=attention,

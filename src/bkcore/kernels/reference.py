@@ -187,18 +187,43 @@ def round_channels(
     scale: Tensor,
     zero: Tensor,
     levels: Tensor | None,
-    bounds: Tensor | None,
     group_size: int,
     bits: int,
 ) -> Tensor:
     channels = torch.arange(x.shape[-1], device=x.device) // group_size
     s, z = scale.float()[channels], zero[channels]
     if levels is not None:
-        bounds = levels[:-1] + levels.diff() / 2 if bounds is None else bounds
-        level = levels[torch.bucketize(x / s + z, bounds)]
+        level = levels[torch.bucketize(x / s + z, levels[:-1] + levels.diff() / 2)]
         return torch.where(x.isnan(), x, s * (level - z))
     low = -(1 << (bits - 1))
     return s * (((x / s).round() + z).clamp(low, -low - 1) - z)
+
+
+def round_channels_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    levels: Tensor | None,
+    group_size: int,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    channels = torch.arange(x.shape[-1], device=x.device) // group_size
+    s, z = scale.float()[channels], zero[channels]
+    ratio, low = x / s, -(1 << (bits - 1))
+    by_levels = None
+    if levels is None:
+        code = ratio.round() + z
+        outside = (code < low) | (code > -low - 1)
+        level = code.clamp(low, -low - 1)
+    else:
+        place = ratio + z
+        index = torch.bucketize(place, levels[:-1] + levels.diff() / 2)
+        index = torch.where(place.isnan(), 0, index)
+        outside, level = (place < levels[0]) | (place > levels[-1]), levels[index]
+        by_levels = torch.zeros_like(levels).index_add_(0, index.flatten(), (grad * s).flatten())
+    moved = level - z - ratio.masked_fill(outside, 0)
+    return grad.masked_fill(outside, 0), (grad * moved).flatten(0, -2).sum(0), by_levels
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -472,6 +497,7 @@ BACKEND = Backend(
     sweep_rounded=sweep_rounded,
     product=product,
     round_channels=round_channels,
+    round_channels_backward=round_channels_backward,
     round_rows=round_rows,
     step=step,
     attention=attention,

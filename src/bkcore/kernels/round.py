@@ -1,4 +1,4 @@
-"""Rounding to what codes stand for: `bkcore::round_channels`, `round_rows` and `nearest_level`.
+"""Rounding to what codes stand for: the operators `bkcore::round_channels` and `round_rows`.
 
 The first gives, bit for bit, what `bkcore.quantization.affine.fake_quantize` gives, in one pass:
 
@@ -8,8 +8,8 @@ with ties to even, or with levels scale * (level - zero), with the level that is
 x / scale + zero; halfway, the lower one. NaN stays NaN.
 
 The second gives scale times codes of what `bkcore::product` makes of its activations, rows (..., K)
-of float32, each with the INT8 scale of its largest number; see `bkcore.kernels.product`. The third
-gives the place of the nearest level alone. None has a derivative.
+of float32, each with the INT8 scale of its largest number; see `bkcore.kernels.product`. The first
+has a derivative in `round_channels_straight_through`, the second has none.
 
 Layout of `round_channels`
 -------------------------
@@ -23,6 +23,8 @@ Layout of `round_channels`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,10 +33,13 @@ from bkcore.kernels.selection import select
 
 _library = torch.library.Library("bkcore", "FRAGMENT")
 _library.define("round_rows(Tensor x) -> Tensor")
-_library.define("nearest_level(Tensor x, Tensor levels) -> Tensor")
 _library.define(
     "round_channels(Tensor x, Tensor scale, Tensor zero, Tensor? levels, int group_size, int bits)"
     " -> Tensor"
+)
+_library.define(
+    "round_channels_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero, Tensor? levels,"
+    " int group_size, int bits) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -74,50 +79,88 @@ def round_rows(x: Tensor) -> Tensor:
     return out
 
 
-def nearest_level(x: Tensor, levels: Tensor) -> Tensor:
-    """Which level is nearest to each number; halfway, the lower one, and 0 for NaN.
+class _RoundChannels(torch.autograd.Function):
+    """`round_channels` with float32 scales, straight through."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        levels: Tensor | None,
+        group_size: int,
+        bits: int,
+    ) -> Tensor:
+        stored = scale.to(torch.bfloat16)
+        ctx.save_for_backward(x, stored, zero, levels)
+        ctx.group_size, ctx.bits = group_size, bits
+        return round_channels(x, stored, zero, group_size, bits, levels=levels)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, stored, zero, levels = ctx.saved_tensors
+        dx, dscale, dlevels = torch.ops.bkcore.round_channels_backward.default(
+            grads[0], x, stored, zero, levels, ctx.group_size, ctx.bits
+        )
+        return dx, dscale, None, None if levels is None else dlevels, None, None
+
+
+def round_channels_straight_through(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group_size: int,
+    bits: int,
+    *,
+    levels: Tensor | None = None,
+) -> Tensor:
+    """`round_channels` for training: differentiable in x, the scales and the levels.
+
+    The gradient passes straight through to x, and not where x lies beyond the outermost codes; that
+    of a scale is the gradient of learned step sizes (LSQ, Esser et al., ICLR 2020, eq. 3).
 
     Args:
-        x: float32 (..., C), C >= 1.
-        levels: float32 (16,) or (256,), ascending.
+        scale: float32 (G,), numbers that bfloat16 holds.
+        The others are those of `round_channels`.
 
     Returns:
-        int32, of the shape of x, 0 to 15 or 255.
-
-    Raises:
-        ShapeError, DTypeError: the tensors do not fit together.
-        BackendError: a forced backend is absent or cannot take the tensors.
+        float32, of the shape of x.
     """
-    out: Tensor = torch.ops.bkcore.nearest_level.default(x, levels)
+    out: Tensor = _RoundChannels.apply(x, scale, zero, levels, group_size, bits)
     return out
 
 
-def _check_levels(x: Tensor, levels: Tensor) -> None:
-    _check_rows(x)
-    if levels.shape not in ((16,), (256,)):
-        raise ShapeError(f"levels must be (16,) or (256,), got {tuple(levels.shape)}")
-    if levels.dtype != torch.float32 or levels.device != x.device:
-        raise DTypeError(
-            f"levels must be float32 on {x.device}, got {levels.dtype} on {levels.device}"
-        )
-
-
-def _nearest_level(x: Tensor, levels: Tensor) -> Tensor:
-    _check_levels(x, levels)
-    bits = 4 if len(levels) == 16 else 8
-    places = torch.arange(len(levels), dtype=torch.float32, device=x.device)
-    one = torch.ones(1, dtype=torch.bfloat16, device=x.device)
-    nothing = torch.zeros(1, dtype=torch.int8, device=x.device)
-    bounds = levels[:-1] + levels.diff() / 2
-    found = select(x).round_channels(
-        x.contiguous(), one, nothing, places, bounds, x.shape[-1], bits
+def _round_channels_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    levels: Tensor | None,
+    group_size: int,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, scale, zero, levels, group_size, bits)
+    x, levels = x.contiguous(), None if levels is None else levels.contiguous()
+    dx, each, dlevels = select(x).round_channels_backward(
+        grad.contiguous(), x, scale.contiguous(), zero.contiguous(), levels, group_size, bits
     )
-    return found.nan_to_num_(nan=0.0).int()
+    padded = torch.nn.functional.pad(each, (0, -each.shape[0] % group_size))
+    dscale = padded.view(-1, group_size).sum(1)
+    return dx, dscale, x.new_empty(0) if dlevels is None else dlevels
 
 
-def _nearest_level_fake(x: Tensor, levels: Tensor) -> Tensor:
-    _check_levels(x, levels)
-    return torch.empty_like(x, dtype=torch.int32, memory_format=torch.contiguous_format)
+def _round_channels_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    levels: Tensor | None,
+    group_size: int,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx, x.new_empty(scale.shape), x.new_empty(0 if levels is None else len(levels))
 
 
 def _check_rows(x: Tensor) -> None:
@@ -181,7 +224,7 @@ def _round_channels(
     x = x.contiguous()
     levels = None if levels is None else levels.contiguous()
     return select(x).round_channels(
-        x, scale.contiguous(), zero.contiguous(), levels, None, group_size, bits
+        x, scale.contiguous(), zero.contiguous(), levels, group_size, bits
     )
 
 
@@ -193,8 +236,10 @@ def _round_channels_fake(
 
 
 _library.impl("round_channels", _round_channels, "CompositeExplicitAutograd")
-_library.impl("nearest_level", _nearest_level, "CompositeExplicitAutograd")
 _library.impl("round_rows", _round_rows, "CompositeExplicitAutograd")
-torch.library.register_fake("bkcore::nearest_level", _nearest_level_fake, lib=_library)
+_library.impl("round_channels_backward", _round_channels_backward, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "bkcore::round_channels_backward", _round_channels_backward_fake, lib=_library
+)
 torch.library.register_fake("bkcore::round_rows", _round_rows_fake, lib=_library)
 torch.library.register_fake("bkcore::round_channels", _round_channels_fake, lib=_library)

@@ -601,6 +601,7 @@ BACKEND = Backend(
     sweep_rounded=sweep_rounded,
     product=product,
     round_channels=reference.round_channels,
+    round_channels_backward=reference.round_channels_backward,
     round_rows=reference.round_rows,
     step=step,
     attention=attention,

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bkcore.kernels import nearest_level
 from bkcore.quantization import affine
 from bkcore.quantization.observers import HistogramObserver, bin_centers
 from bkcore.quantization.storage import StoredDtypes
@@ -147,8 +146,6 @@ class LevelTable(StoredDtypes):
 
 def nearest(places: Tensor, levels: Tensor) -> Tensor:
     """Index of the level (L,) that is nearest to each place; halfway, the lower one."""
-    if places.dtype == torch.float32 and places.ndim and places.shape[-1]:
-        return nearest_level(places.detach(), levels.detach())
     bounds = levels[:-1] + (levels[1:] - levels[:-1]) / 2
     return torch.searchsorted(bounds.detach(), places.detach().contiguous())
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bkcore.errors import CalibrationError, DTypeError, InputError, LifecycleError, ShapeError
-from bkcore.kernels import round_channels
+from bkcore.kernels import round_channels, round_channels_straight_through
 from bkcore.quantization import affine, levels
 from bkcore.quantization.config import check_group_size, check_observer
 from bkcore.quantization.levels import LevelTable
@@ -250,18 +250,19 @@ class GroupWiseQuantizer(StoredDtypes):
             LifecycleError: before calibration.
         """
         self._check(x, calibrated=True)
-        if self._in_one_pass(x):
-            return round_channels(
-                x.float(),
-                self.stored_scales,
-                self.zero_points,
-                self.group_size,
-                self.bits,
-                levels=None if self.table is None else self.table.values,
-            )
-        if self.table is not None:
-            return levels.fake_quantize(x, *self._per_channel(), self.table.values)
-        return affine.fake_quantize(x, *self._per_channel(), self.bits)
+        table = None if self.table is None else self.table.values
+        if x.dtype == torch.float64:
+            if table is not None:
+                return levels.fake_quantize(x, *self._per_channel(), table)
+            return affine.fake_quantize(x, *self._per_channel(), self.bits)
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        if self.learnable or differentiable:
+            rounding, scales = round_channels_straight_through, self.scales
+        else:
+            rounding, scales = round_channels, self.stored_scales
+        return rounding(
+            x.float(), scales, self.zero_points, self.group_size, self.bits, levels=table
+        )
 
     def clips(self, x: Tensor) -> Tensor:
         """Where x (..., num_channels) lies beyond the outermost codes and saturates, bool.
@@ -284,11 +285,6 @@ class GroupWiseQuantizer(StoredDtypes):
             scales = self.scales.detach().to(affine.SCALE_DTYPE)
             del self.log_scales
             self.register_buffer("stored_scales", scales)
-
-    def _in_one_pass(self, x: Tensor) -> bool:
-        """Whether there is no derivative to take, and float32 is what x is rounded in."""
-        differentiable = torch.is_grad_enabled() and x.requires_grad
-        return not (self.learnable or differentiable or x.dtype == torch.float64)
 
     def _per_channel(self) -> tuple[Tensor, Tensor]:
         if self.num_groups == 1:
