@@ -454,7 +454,7 @@ struct LevelSearch {
     }
   }
 
-  void find(const float *x) const {
+  void find_levels(const float *x) const {
     for (Index c = 0; c < channels; ++c) {
       place[c] = x[c] / scale[c] + zero[c];
       level[c] = levels[0];
@@ -462,6 +462,18 @@ struct LevelSearch {
     for (int b = 0; b < bounds; ++b) {
       const float bound = halfway[b], above = levels[b + 1];
       for (Index c = 0; c < channels; ++c) level[c] = place[c] > bound ? above : level[c];
+    }
+  }
+
+  // Which levels, in place of the levels themselves.
+  void find_numbers(const float *x) const {
+    for (Index c = 0; c < channels; ++c) {
+      place[c] = x[c] / scale[c] + zero[c];
+      level[c] = 0;
+    }
+    for (int b = 0; b < bounds; ++b) {
+      const float bound = halfway[b];
+      for (Index c = 0; c < channels; ++c) level[c] += place[c] > bound ? 1.0f : 0.0f;
     }
   }
 };
@@ -473,7 +485,7 @@ void round_rows_to_levels(const Rounding &r, Index first, Index count,
   for (Index row = first; row < first + count; ++row) {
     const float *x = r.x + row * r.channels;
     float *out = r.out + row * r.channels;
-    search.find(x);
+    search.find_levels(x);
     for (Index c = 0; c < r.channels; ++c) {
       const float value = search.scale[c] * (search.level[c] - search.zero[c]);
       out[c] = x[c] == x[c] ? value : x[c];
@@ -486,18 +498,17 @@ void adjoint_to_levels(const RoundingAdjoint &a, Index share, ProductKernels::Sc
   const Rounding &r = a.forward;
   const Index first = share * kRowsPerShare, left = r.rows - first;
   const LevelSearch search(
-      r, static_cast<float *>(scratch((LevelSearch::size(r) + r.channels) * sizeof(float))));
-  float *number = search.scale + LevelSearch::size(r);
+      r, static_cast<float *>(scratch(LevelSearch::size(r) * sizeof(float))));
   float *dscale = a.dscale + share * r.channels, *dlevels = a.dlevels + (share << r.bits);
   const float least = r.levels[0], most = r.levels[search.bounds];
   for (Index row = first; row < first + (left < kRowsPerShare ? left : kRowsPerShare); ++row) {
     const float *grad = a.grad + row * r.channels;
     float *dx = a.dx + row * r.channels;
-    search.find(r.x + row * r.channels);
-    for (Index c = 0; c < r.channels; ++c) number[c] = 0;
-    for (int b = 0; b < search.bounds; ++b) {
-      const float bound = search.halfway[b];
-      for (Index c = 0; c < r.channels; ++c) number[c] += search.place[c] > bound ? 1.0f : 0.0f;
+    search.find_numbers(r.x + row * r.channels);
+    for (Index c = 0; c < r.channels; ++c) {
+      const int number = static_cast<int>(search.level[c]);
+      dlevels[number] += grad[c] * search.scale[c];
+      search.level[c] = r.levels[number];
     }
     for (Index c = 0; c < r.channels; ++c) {
       const float place = search.place[c];
@@ -506,8 +517,6 @@ void adjoint_to_levels(const RoundingAdjoint &a, Index share, ProductKernels::Sc
       dx[c] = outside ? 0.0f : grad[c];
       dscale[c] += grad[c] * (search.level[c] - search.zero[c] - ratio);
     }
-    for (Index c = 0; c < r.channels; ++c)
-      dlevels[static_cast<int>(number[c])] += grad[c] * search.scale[c];
   }
 }
 
