@@ -78,7 +78,7 @@ def test_every_weight_knows_how_many_tokens_shaped_it(build, tokens, mode, tmp_p
     model.calibrate_quantization([tokens(2, 20), tokens(1, 7)])
     model.save_pretrained(tmp_path)
     for one in (model, ResNetBKForCausalLM.from_pretrained(tmp_path)):
-        seen = {name: int(weight.tokens_seen) for name, weight in packed(one).items()}
+        seen = {name: weight.tokens_seen for name, weight in packed(one).items()}
         for name, count in seen.items():
             if "embedding" in name or not any(part in name for part in compensated(mode)):
                 assert count == 0, name

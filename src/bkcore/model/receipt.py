@@ -227,7 +227,7 @@ def _weight_entry(
         "group_size": weight.group_size,
         "scales": weight.stored_scales.numel() if config.per_channel else 1,
         "range_method": "learned" if config.is_qat else "mse",
-        "rounding": "gptq" if int(weight.tokens_seen) else "nearest",
+        "rounding": "gptq" if weight.tokens_seen else "nearest",
         "clipping_rate": ((codes < low) | (codes > high)).double().mean().item(),
         "relative_error": _relative_error(before, weight.codes() * scales),
     }

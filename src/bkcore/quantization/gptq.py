@@ -154,7 +154,7 @@ def pack_weight_by_moments(
     """
     codes, scales = gptq(weight, moments.second, bits, group_size, per_tensor=per_tensor)
     packed = PackedWeight.from_codes(codes, scales, bits, group_size)
-    packed.tokens_seen.copy_(moments.tokens)
+    packed.tokens_seen = int(moments.tokens)
     return packed
 
 

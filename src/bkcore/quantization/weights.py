@@ -82,8 +82,8 @@ class PackedWeight(StoredDtypes):
     Attributes:
         packed: int8 (O, K) at 8 bits, uint8 (O, ceil(K / 2)) at 4.
         stored_scales: bfloat16 (O, G).
-        tokens_seen: () int64, calibration tokens whose second moments shaped the codes (see
-            `gptq`); 0 if every weight was rounded by itself.
+        tokens_seen: calibration tokens whose second moments shaped the codes (see `gptq`); 0 if
+            every weight was rounded by itself. Not saved: the receipt of a model keeps it.
     """
 
     stored = ("stored_scales",)
@@ -96,10 +96,9 @@ class PackedWeight(StoredDtypes):
         groups = -(-columns // group_size)
         self.register_buffer("packed", torch.zeros(rows, width, dtype=dtype))
         self.register_buffer("stored_scales", torch.ones(rows, groups, dtype=affine.SCALE_DTYPE))
-        self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
+        self.tokens_seen = 0
         self.packed: Tensor
         self.stored_scales: Tensor
-        self.tokens_seen: Tensor
 
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Tensor, bits: int, group_size: int) -> PackedWeight:
