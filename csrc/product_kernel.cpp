@@ -432,6 +432,15 @@ void multiply(const Product &p, const EncodedRows &rows, Index output, Index fir
   multiply_rest<Dot::rows - 1>(p, rows, panel, row, first + count - row);
 }
 
+// Scales and zero points of groups, written out for their channels.
+void each_channel(const Rounding &r, float *scale, float *zero) {
+  for (Index group = 0, c = 0; c < r.channels; ++group) {
+    const float s = from_bfloat16(r.scale[group]), z = r.zero[group];
+    const Index left = r.channels - c, end = c + (left < r.group_size ? left : r.group_size);
+    for (; c < end; ++c) scale[c] = s, zero[c] = z;
+  }
+}
+
 // Rounding to the nearest of a table of levels. Every level is tried, for all channels of a row at
 // once: no gathers, and vectors of any width.
 struct LevelSearch {
@@ -448,10 +457,7 @@ struct LevelSearch {
         zero(scale + channels), place(zero + channels), level(place + channels),
         halfway(level + channels) {
     for (int b = 0; b < bounds; ++b) halfway[b] = levels[b] + (levels[b + 1] - levels[b]) / 2;
-    for (Index c = 0; c < channels; ++c) {
-      scale[c] = from_bfloat16(r.scale[c / r.group_size]);
-      zero[c] = r.zero[c / r.group_size];
-    }
+    each_channel(r, scale, zero);
   }
 
   void find_levels(const float *x) const {
@@ -526,10 +532,7 @@ void adjoint_to_codes(const RoundingAdjoint &a, Index share, ProductKernels::Scr
   float *scale = static_cast<float *>(scratch(2 * r.channels * sizeof(float)));
   float *zero = scale + r.channels, *dscale = a.dscale + share * r.channels;
   const float least = -static_cast<float>(1 << (r.bits - 1)), most = -least - 1;
-  for (Index c = 0; c < r.channels; ++c) {
-    scale[c] = from_bfloat16(r.scale[c / r.group_size]);
-    zero[c] = r.zero[c / r.group_size];
-  }
+  each_channel(r, scale, zero);
   for (Index row = first; row < first + (left < kRowsPerShare ? left : kRowsPerShare); ++row) {
     const float *x = r.x + row * r.channels, *grad = a.grad + row * r.channels;
     float *dx = a.dx + row * r.channels;
@@ -554,9 +557,9 @@ void round_rows(const Rounding &r, Index first, Index count, ProductKernels::Scr
   float *scale = static_cast<float *>(scratch(3 * r.channels * sizeof(float)));
   float *low = scale + r.channels, *high = low + r.channels;
   const float least = -static_cast<float>(1 << (r.bits - 1));
+  each_channel(r, scale, low);
   for (Index c = 0; c < r.channels; ++c) {
-    const float zero = r.zero[c / r.group_size];
-    scale[c] = from_bfloat16(r.scale[c / r.group_size]);
+    const float zero = low[c];
     low[c] = least - zero;
     high[c] = -least - 1 - zero;
   }

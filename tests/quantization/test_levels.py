@@ -166,3 +166,15 @@ def test_levels_may_be_chosen_by_the_calibration_alone(bits):
     learned.freeze()
     assert torch.equal(learned.table.values, stored.table.values)
     assert torch.equal(learned.fake_quantize(x), stored.fake_quantize(x))
+
+
+def test_a_table_of_inference_mode_is_worked_out_again_when_it_is_loaded():
+    x = torch.randn(400, 3)
+    with torch.inference_mode():
+        one, other = (GroupWiseQuantizer(3, 3, 4, nonuniform=True) for _ in range(2))
+        for quantizer, data in ((one, x), (other, x**3)):
+            quantizer.calibrate(data)
+            quantizer.fake_quantize(x)
+        one.load_state_dict(other.state_dict())
+        assert torch.equal(one.table.values, other.table.values)
+        assert torch.equal(one.fake_quantize(x), other.fake_quantize(x))

@@ -71,10 +71,11 @@ class LevelTable(StoredDtypes):
             return self._from_parts(affine.rounded(self._parts()))
         # Decoding asks for them at every token; they are worked out again if the buffer changes.
         stored = self.stored_levels
-        # A tensor made in inference mode keeps no count of its changes, and a graph none either.
-        if torch.compiler.is_compiling() or stored.is_inference():
+        if torch.compiler.is_compiling():
             return self._from_parts(stored.float())
-        now = (stored.data_ptr(), stored._version, stored.device)
+        # A tensor made in inference mode keeps no count of its changes: loading forgets, see below.
+        version = 0 if stored.is_inference() else stored._version
+        now = (stored.data_ptr(), version, stored.device)
         if self._known is None or self._known[0] != now:
             self._known = (now, self._from_parts(stored.float()))
         return self._known[1]
@@ -123,6 +124,7 @@ class LevelTable(StoredDtypes):
             self.first_level.copy_(levels[0])
             self.log_steps.copy_(log_steps)
         else:
+            self._known = None
             self.stored_levels.copy_(torch.cat((levels[:1], log_steps.exp())))
 
     def freeze(self) -> None:
@@ -139,6 +141,7 @@ class LevelTable(StoredDtypes):
         return torch.cat((first[None], steps))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._known = None
         if self.learnable and prefix + "stored_levels" in state_dict:
             self.freeze()
         super()._load_from_state_dict(state_dict, prefix, *args)
