@@ -107,6 +107,7 @@ def test_what_qat_trains_is_what_is_converted(build, tokens):
         trained = model.eval()(ids).logits
         model.convert()
         assert torch.equal(model(ids).logits, trained)
+    assert {entry["levels"] for entry in model.receipt["activations"]} == {"learned"}
     assert {entry["reason"] for entry in model.receipt["float"]} >= {
         "features: three numbers for each channel"
     }
