@@ -459,6 +459,50 @@ void round_rows(const std::string &isa, Index threads, Index rows, Index count, 
   });
 }
 
+WeightRounding weight_rounding(Index bits, Shape shape, const std::vector<Address> &tensors) {
+  const auto [rows, columns, group_size] = shape;
+  return {rows,
+          columns,
+          bits,
+          group_size,
+          reinterpret_cast<const float *>(tensors[0]),
+          reinterpret_cast<const std::uint16_t *>(tensors[1])};
+}
+
+// Calls a kernel with every row of a weight.
+template <class Kernel>
+void each_row(const WeightRounding &w, Index threads, Kernel kernel) {
+  threads = worthwhile_threads(w.rows * w.columns, threads);
+  constexpr Index kShare = 64;
+  parallel_for(ceil_divide(w.rows, kShare), threads, [&](Index i) {
+    for (Index row = i * kShare; row < std::min(w.rows, (i + 1) * kShare); ++row) kernel(row);
+  });
+}
+
+void round_weight(const std::string &isa, Index threads, Index bits, Shape shape,
+                  const std::vector<Address> &tensors) {
+  const WeightRounding w = weight_rounding(bits, shape, tensors);
+  auto *codes = reinterpret_cast<std::int8_t *>(tensors[2]);
+  auto *values = reinterpret_cast<float *>(tensors[3]);
+  const auto kernel = find_isa(isa).product.round_weight;
+  each_row(w, threads, [&](Index row) {
+    kernel(w, row, codes + row * w.columns, values + row * w.columns);
+  });
+}
+
+void round_weight_backward(const std::string &isa, Index threads, Index bits, Shape shape,
+                           const std::vector<Address> &tensors) {
+  const WeightRounding w = weight_rounding(bits, shape, tensors);
+  const Index groups = ceil_divide(w.columns, w.group_size);
+  const auto *grad = reinterpret_cast<const float *>(tensors[2]);
+  auto *dweight = reinterpret_cast<float *>(tensors[3]);
+  auto *dscale = reinterpret_cast<float *>(tensors[4]);
+  const auto kernel = find_isa(isa).product.round_weight_adjoint;
+  each_row(w, threads, [&](Index row) {
+    kernel(w, row, grad + row * w.columns, dweight + row * w.columns, dscale + row * groups);
+  });
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const Isa &isa : isas()) names.push_back(isa.name);
@@ -487,6 +531,8 @@ NB_MODULE(_native, m) {
   m.def("product", &bkcore::product, Unlocked());
   m.def("round_channels", &bkcore::round_channels, Unlocked());
   m.def("round_channels_backward", &bkcore::round_channels_backward, Unlocked());
+  m.def("round_weight", &bkcore::round_weight, Unlocked());
+  m.def("round_weight_backward", &bkcore::round_weight_backward, Unlocked());
   m.attr("rows_per_share") = bkcore::kRowsPerShare;
   m.def("round_rows", &bkcore::round_rows, Unlocked());
   m.def("step", &bkcore::step);  // shorter than letting go of the interpreter

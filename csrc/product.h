@@ -45,6 +45,13 @@ struct RoundingAdjoint {
 
 constexpr std::int64_t kRowsPerShare = 64;
 
+// A weight as codes and as what they stand for (src/bkcore/kernels/weight.py).
+struct WeightRounding {
+  std::int64_t rows, columns, bits, group_size;
+  const float *weight;         // (rows, columns)
+  const std::uint16_t *scale;  // bfloat16 (rows, groups)
+};
+
 struct ProductKernels {
   using Scratch = void *(*)(std::size_t bytes);
   std::int64_t panel;  // outputs that are computed together
@@ -57,6 +64,10 @@ struct ProductKernels {
   void (*round_adjoint)(const RoundingAdjoint &, std::int64_t share, Scratch);
   // A row of activations (count), rounded to what `encode` makes of it.
   void (*round_row)(const float *x, std::int64_t count, float *out);
+  // A row of a weight, and the derivative of its values, straight through.
+  void (*round_weight)(const WeightRounding &, std::int64_t row, std::int8_t *codes, float *values);
+  void (*round_weight_adjoint)(const WeightRounding &, std::int64_t row, const float *grad,
+                               float *dweight, float *dscale);
 };
 
 namespace {

@@ -441,89 +441,105 @@ void each_channel(const Rounding &r, float *scale, float *zero) {
   }
 }
 
-// Rounding to the nearest of a table of levels. Every level is tried, for all channels of a row at
-// once: no gathers, and vectors of any width.
+// Rounding to the nearest of a table of levels, a vector of channels at a time. Every level is tried:
+// no gathers, and vectors of any width.
 struct LevelSearch {
+  using S = Simd<float>;
+  using V = S::V;
+  using Mask = decltype(V{} > V{});  // lanes of 0 or -1
+
   Index channels;
   int bounds;
   const float *levels;
-  float *scale, *zero, *place, *level, *halfway;
+  float *scale, *zero, *halfway;
 
   // Numbers of scratch memory that one needs.
-  static Index size(const Rounding &r) { return 4 * r.channels + (1 << r.bits); }
+  static Index size(const Rounding &r) {
+    return 2 * round_up(r.channels, S::width) + (1 << r.bits);
+  }
 
   LevelSearch(const Rounding &r, float *memory)
       : channels(r.channels), bounds((1 << r.bits) - 1), levels(r.levels), scale(memory),
-        zero(scale + channels), place(zero + channels), level(place + channels),
-        halfway(level + channels) {
+        zero(scale + round_up(channels, S::width)), halfway(zero + round_up(channels, S::width)) {
     for (int b = 0; b < bounds; ++b) halfway[b] = levels[b] + (levels[b + 1] - levels[b]) / 2;
     each_channel(r, scale, zero);
+    for (Index c = channels; c % S::width; ++c) scale[c] = 1, zero[c] = 0;
   }
 
-  void find_levels(const float *x) const {
-    for (Index c = 0; c < channels; ++c) {
-      place[c] = x[c] / scale[c] + zero[c];
-      level[c] = levels[0];
-    }
-    for (int b = 0; b < bounds; ++b) {
-      const float bound = halfway[b], above = levels[b + 1];
-      for (Index c = 0; c < channels; ++c) level[c] = place[c] > bound ? above : level[c];
-    }
+  BKCORE_INLINE V place(V x, Index channel) const {
+    return x / S::load(scale + channel) + S::load(zero + channel);
   }
-
-  // Which levels, in place of the levels themselves.
-  void find_numbers(const float *x) const {
-    for (Index c = 0; c < channels; ++c) {
-      place[c] = x[c] / scale[c] + zero[c];
-      level[c] = 0;
-    }
+  // The level nearest to a place, the lower one halfway, and how many lie below it.
+  BKCORE_INLINE V nearest(V place, Mask &number) const {
+    V level = S::set(levels[0]);
+    number = Mask{};
     for (int b = 0; b < bounds; ++b) {
-      const float bound = halfway[b];
-      for (Index c = 0; c < channels; ++c) level[c] += place[c] > bound ? 1.0f : 0.0f;
+      const Mask above = place > S::set(halfway[b]);
+      level = above ? S::set(levels[b + 1]) : level;
+      number -= above;
     }
+    return level;
   }
 };
 
 void round_rows_to_levels(const Rounding &r, Index first, Index count,
                           ProductKernels::Scratch scratch) {
+  using S = LevelSearch::S;
   const LevelSearch search(
       r, static_cast<float *>(scratch(LevelSearch::size(r) * sizeof(float))));
   for (Index row = first; row < first + count; ++row) {
-    const float *x = r.x + row * r.channels;
+    const float *in = r.x + row * r.channels;
     float *out = r.out + row * r.channels;
-    search.find_levels(x);
-    for (Index c = 0; c < r.channels; ++c) {
-      const float value = search.scale[c] * (search.level[c] - search.zero[c]);
-      out[c] = x[c] == x[c] ? value : x[c];
+    for (Index c = 0; c < r.channels; c += S::width) {
+      const Index left = r.channels - c;
+      const S::V x = left < S::width ? S::load(in + c, left) : S::load(in + c);
+      LevelSearch::Mask number;
+      const S::V level = search.nearest(search.place(x, c), number);
+      S::V value = S::load(search.scale + c) * (level - S::load(search.zero + c));
+      value = x == x ? value : x;
+      left < S::width ? S::store(out + c, value, left) : S::store(out + c, value);
     }
   }
 }
 
 // Within a share the sums over rows are taken in their order, whatever the threads.
 void adjoint_to_levels(const RoundingAdjoint &a, Index share, ProductKernels::Scratch scratch) {
+  using S = LevelSearch::S;
+  using V = S::V;
   const Rounding &r = a.forward;
-  const Index first = share * kRowsPerShare, left = r.rows - first;
-  const LevelSearch search(
-      r, static_cast<float *>(scratch(LevelSearch::size(r) * sizeof(float))));
-  float *dscale = a.dscale + share * r.channels, *dlevels = a.dlevels + (share << r.bits);
-  const float least = r.levels[0], most = r.levels[search.bounds];
-  for (Index row = first; row < first + (left < kRowsPerShare ? left : kRowsPerShare); ++row) {
-    const float *grad = a.grad + row * r.channels;
-    float *dx = a.dx + row * r.channels;
-    search.find_numbers(r.x + row * r.channels);
-    for (Index c = 0; c < r.channels; ++c) {
-      const int number = static_cast<int>(search.level[c]);
-      dlevels[number] += grad[c] * search.scale[c];
-      search.level[c] = r.levels[number];
-    }
-    for (Index c = 0; c < r.channels; ++c) {
-      const float place = search.place[c];
-      const bool outside = place < least || place > most;
-      const float ratio = outside ? 0.0f : place - search.zero[c];
-      dx[c] = outside ? 0.0f : grad[c];
-      dscale[c] += grad[c] * (search.level[c] - search.zero[c] - ratio);
+  const Index count = 1 << r.bits, channels = round_up(r.channels, S::width);
+  const Index first = share * kRowsPerShare, end = least(r.rows, first + kRowsPerShare);
+  float *memory = static_cast<float *>(
+      scratch((LevelSearch::size(r) + channels + S::width * count) * sizeof(float)));
+  // Neighbouring channels often have one level: each lane adds up by itself.
+  float *dscale = memory + LevelSearch::size(r), *dlevels = dscale + channels;
+  std::memset(dscale, 0, (channels + S::width * count) * sizeof(float));
+  const LevelSearch search(r, memory);
+  const V lowest = S::set(r.levels[0]), highest = S::set(r.levels[search.bounds]), none = S::set(0);
+  for (Index row = first; row < end; ++row) {
+    const Index start = row * r.channels;
+    for (Index c = 0; c < r.channels; c += S::width) {
+      const Index left = r.channels - c;
+      const bool whole = left >= S::width;
+      const V x = whole ? S::load(r.x + start + c) : S::load(r.x + start + c, left);
+      const V grad = whole ? S::load(a.grad + start + c) : S::load(a.grad + start + c, left);
+      const V scale = S::load(search.scale + c), zero = S::load(search.zero + c);
+      const V place = search.place(x, c);
+      LevelSearch::Mask number;
+      const V level = search.nearest(place, number);
+      const V by_level = grad * scale;
+      for (Index lane = 0; lane < S::width; ++lane)
+        dlevels[lane * count + number[lane]] += by_level[lane];
+      const LevelSearch::Mask outside = (place < lowest) | (place > highest);
+      const V dx = outside ? none : grad, ratio = outside ? none : place - zero;
+      whole ? S::store(a.dx + start + c, dx) : S::store(a.dx + start + c, dx, left);
+      S::store(dscale + c, S::load(dscale + c) + grad * (level - zero - ratio));
     }
   }
+  std::memcpy(a.dscale + share * r.channels, dscale, r.channels * sizeof(float));
+  for (Index lane = 0; lane < S::width; ++lane)
+    for (Index level = 0; level < count; ++level)
+      a.dlevels[share * count + level] += dlevels[lane * count + level];
 }
 
 void adjoint_to_codes(const RoundingAdjoint &a, Index share, ProductKernels::Scratch scratch) {
@@ -586,10 +602,64 @@ void round_row(const float *x, Index count, float *out) {
     out[i] = finite ? scale * ((x[i] / scale + kRound) - kRound) : scale * 0.0f;
 }
 
+// Calls a function with the columns [first, end) and the scale of every group of a row.
+template <class Visit>
+BKCORE_INLINE void each_group(const WeightRounding &w, Index row, Visit visit) {
+  const Index groups = (w.columns + w.group_size - 1) / w.group_size;
+  for (Index group = 0; group < groups; ++group) {
+    const Index first = group * w.group_size;
+    visit(group, first, least(w.columns, first + w.group_size),
+          from_bfloat16(w.scale[row * groups + group]));
+  }
+}
+
+void round_weight(const WeightRounding &w, Index row, std::int8_t *codes, float *values) {
+  const float *weight = w.weight + row * w.columns;
+  const float lowest = -static_cast<float>(1 << (w.bits - 1)), highest = -lowest - 1;
+  each_group(w, row, [&](Index, Index first, Index end, float scale) {
+    for (Index k = first; k < end; ++k) {
+      // Clamping first changes nothing, as the bounds are whole; then rounding cannot overflow.
+      float q = weight[k] / scale;
+      q = q > lowest ? q : lowest;
+      q = q < highest ? q : highest;
+      q = (q + kRound) - kRound;
+      codes[k] = static_cast<std::int8_t>(static_cast<std::int32_t>(q));
+      values[k] = weight[k] == weight[k] ? scale * q : weight[k];
+    }
+  });
+}
+
+void round_weight_adjoint(const WeightRounding &w, Index row, const float *grad, float *dweight,
+                          float *dscale) {
+  using S = Simd<float>;
+  using V = S::V;
+  const float *weight = w.weight + row * w.columns;
+  const float range = static_cast<float>(1 << (w.bits - 1));
+  const V lowest = S::set(-range), highest = S::set(range - 1), none = S::set(0);
+  each_group(w, row, [&](Index group, Index first, Index end, float scale) {
+    V sum = none;
+    for (Index k = first; k < end; k += S::width) {
+      const Index left = end - k;
+      const bool whole = left >= S::width;
+      const V dy = whole ? S::load(grad + k) : S::load(grad + k, left);
+      const V ratio = (whole ? S::load(weight + k) : S::load(weight + k, left)) / S::set(scale);
+      // Beyond 2^22 adding kRound does not round, but such numbers saturate anyway.
+      const V code = (ratio + S::set(kRound)) - S::set(kRound);
+      const auto below = code < lowest, above = code > highest;
+      const V kept = below ? lowest : above ? highest : code;
+      const V dw = (below | above) ? none : dy;
+      sum += dy * (kept - ((below | above) ? none : ratio));
+      whole ? S::store(dweight + k, dw) : S::store(dweight + k, dw, left);
+    }
+    dscale[group] = S::sum(sum);
+  });
+}
+
 }  // namespace
 
 ProductKernels BKCORE_TABLE(BKCORE_ISA)() {
-  return {kPanel, Dot::depth, encode, multiply, round_rows, round_adjoint, round_row};
+  return {kPanel,    Dot::depth,   encode,       multiply,
+          round_rows, round_adjoint, round_row, round_weight, round_weight_adjoint};
 }
 
 }  // namespace bkcore

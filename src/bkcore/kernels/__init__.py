@@ -12,6 +12,7 @@ from bkcore.kernels.round import (
 from bkcore.kernels.rounded import sweep_rounded
 from bkcore.kernels.selection import BackendInfo, backends, use_backend
 from bkcore.kernels.stream import step
+from bkcore.kernels.weight import round_weight
 
 __all__ = [
     "BackendInfo",
@@ -21,6 +22,7 @@ __all__ = [
     "round_channels",
     "round_channels_straight_through",
     "round_rows",
+    "round_weight",
     "step",
     "sweep",
     "sweep_codes",

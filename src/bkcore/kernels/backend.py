@@ -127,6 +127,22 @@ class RoundChannelsBackwardFunction(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
 
+class RoundWeightFunction(Protocol):
+    """Codes and values of a weight on checked, contiguous tensors; see `bkcore.kernels.weight`."""
+
+    def __call__(
+        self, weight: Tensor, scale: Tensor, group_size: int, bits: int
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+class RoundWeightBackwardFunction(Protocol):
+    """The adjoint of its values: gradients of the weight and of the scales."""
+
+    def __call__(
+        self, grad: Tensor, weight: Tensor, scale: Tensor, group_size: int, bits: int
+    ) -> tuple[Tensor, Tensor]: ...
+
+
 class StepFunction(Protocol):
     """One site of a stream, in place, on checked tensors; see `bkcore.kernels.stream`."""
 
@@ -202,6 +218,8 @@ class Backend:
     round_channels: RoundChannelsFunction
     round_channels_backward: RoundChannelsBackwardFunction
     round_rows: Callable[[Tensor], Tensor]
+    round_weight: RoundWeightFunction
+    round_weight_backward: RoundWeightBackwardFunction
     step: StepFunction
     attention: AttentionFunction
     attention_backward: AttentionBackwardFunction

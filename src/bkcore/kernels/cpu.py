@@ -334,6 +334,34 @@ def round_rows(x: Tensor) -> Tensor:
     return out
 
 
+def round_weight(
+    weight: Tensor, scale: Tensor, group_size: int, bits: int
+) -> tuple[Tensor, Tensor]:
+    codes, values = torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight)
+    _native.round_weight(
+        isa(),
+        torch.get_num_threads(),
+        bits,
+        (*weight.shape, group_size),
+        _addresses(weight, scale, codes, values),
+    )
+    return codes, values
+
+
+def round_weight_backward(
+    grad: Tensor, weight: Tensor, scale: Tensor, group_size: int, bits: int
+) -> tuple[Tensor, Tensor]:
+    by_weight, by_scale = torch.empty_like(weight), weight.new_empty(scale.shape)
+    _native.round_weight_backward(
+        isa(),
+        torch.get_num_threads(),
+        bits,
+        (*weight.shape, group_size),
+        _addresses(weight, scale, grad, by_weight, by_scale),
+    )
+    return by_weight, by_scale
+
+
 def step(
     state: Tensor,
     v: Tensor,
@@ -464,6 +492,8 @@ BACKEND = Backend(
     round_channels=round_channels,
     round_channels_backward=round_channels_backward,
     round_rows=round_rows,
+    round_weight=round_weight,
+    round_weight_backward=round_weight_backward,
     step=step,
     attention=attention,
     attention_backward=attention_backward,

@@ -226,6 +226,31 @@ def round_channels_backward(
     return grad.masked_fill(outside, 0), (grad * moved).flatten(0, -2).sum(0), by_levels
 
 
+def round_weight(
+    weight: Tensor, scale: Tensor, group_size: int, bits: int
+) -> tuple[Tensor, Tensor]:
+    each = _each_column(scale.float(), group_size, weight)
+    low = -(1 << (bits - 1))
+    codes = (weight / each).round().clamp(low, -low - 1)
+    return torch.nan_to_num(codes).to(torch.int8), each * codes
+
+
+def round_weight_backward(
+    grad: Tensor, weight: Tensor, scale: Tensor, group_size: int, bits: int
+) -> tuple[Tensor, Tensor]:
+    ratio, low = weight / _each_column(scale.float(), group_size, weight), -(1 << (bits - 1))
+    codes = ratio.round()
+    outside = (codes < low) | (codes > -low - 1)
+    by_scale = grad * (codes.clamp(low, -low - 1) - ratio.masked_fill(outside, 0))
+    padding = -weight.shape[1] % group_size
+    grouped = torch.nn.functional.pad(by_scale, (0, padding)).unflatten(1, (-1, group_size))
+    return grad.masked_fill(outside, 0), grouped.sum(-1)
+
+
+def _each_column(scale: Tensor, group_size: int, weight: Tensor) -> Tensor:
+    return scale.repeat_interleave(group_size, 1)[:, : weight.shape[1]]
+
+
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """INT8 codes (M, K) and float32 scales (M, 1) of the rows of x; see `product.py`."""
     scale = x.abs().amax(-1, keepdim=True) / 127
@@ -499,6 +524,8 @@ BACKEND = Backend(
     round_channels=round_channels,
     round_channels_backward=round_channels_backward,
     round_rows=round_rows,
+    round_weight=round_weight,
+    round_weight_backward=round_weight_backward,
     step=step,
     attention=attention,
     attention_backward=attention_backward,

@@ -92,7 +92,7 @@ class _RoundChannels(torch.autograd.Function):
         group_size: int,
         bits: int,
     ) -> Tensor:
-        stored = scale.to(torch.bfloat16)
+        x, stored = x.contiguous(), scale.to(torch.bfloat16)
         ctx.save_for_backward(x, stored, zero, levels)
         ctx.group_size, ctx.bits = group_size, bits
         return round_channels(x, stored, zero, group_size, bits, levels=levels)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bkcore.errors import CalibrationError
+from bkcore.kernels import round_weight
 from bkcore.quantization import affine
 from bkcore.quantization.packing import pack_int4, unpack_int4
 from bkcore.quantization.storage import StoredDtypes
@@ -21,17 +22,6 @@ def _grouped(x: Tensor, group_size: int) -> Tensor:
     """(O, K) as (O, G, group_size), a ragged last group padded with zeros."""
     padding = -x.shape[1] % group_size
     return nn.functional.pad(x, (0, padding)).unflatten(1, (-1, group_size))
-
-
-def _codes_and_values(
-    weight: Tensor, scales: Tensor, group_size: int, bits: int
-) -> tuple[Tensor, Tensor]:
-    """int8 codes (O, K) of a weight, and the values they stand for, differentiable."""
-    columns = weight.shape[1]
-    codes = affine.quantize(_grouped(weight, group_size), scales[..., None], 0, bits)
-    values = affine.dequantize(codes, scales[..., None], 0)
-    int_codes = codes.detach().flatten(1)[:, :columns].to(torch.int8)
-    return int_codes, values.flatten(1)[:, :columns]
 
 
 def each_column(scales: Tensor, group_size: int, columns: int) -> Tensor:
@@ -155,7 +145,7 @@ class TrainableWeight(nn.Module):
 
     def codes_and_values(self) -> tuple[Tensor, Tensor]:
         """int8 codes (O, K), and the float32 values they stand for, differentiable."""
-        return _codes_and_values(self.weight, self.scales(), self.group_size, self.bits)
+        return round_weight(self.weight.float(), self.scales(), self.group_size, self.bits)
 
     def rows(self, index: Tensor) -> Tensor:
         """float32 values of the rows at an integer index (...): (..., K), differentiable."""
@@ -201,5 +191,5 @@ def pack_weight(
 ) -> PackedWeight:
     """Quantize a float weight (O, K) after training."""
     scales = search_weight_scales(weight, bits, group_size, per_tensor)
-    codes, _ = _codes_and_values(weight.detach().float(), scales, group_size, bits)
+    codes, _ = round_weight(weight.detach().float(), scales, group_size, bits)
     return PackedWeight.from_codes(codes, scales, bits, group_size)
