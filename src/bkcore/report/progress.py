@@ -17,13 +17,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+_SILENCE = 60.0
+"""Seconds after which a running stage leaves a line where no terminal shows a bar."""
+
 
 class Plan:
     """Stages with weights, about proportional to the time they take, behind one bar.
 
     Args:
         stages: weight of each stage, in order.
-        console: where to draw. Each finished stage leaves a line, so a log file is readable too.
+        console: where to draw. Each finished stage leaves a line, and without a terminal a running
+            one every minute, so that a log file tells the story too.
     """
 
     def __init__(self, stages: dict[str, float], console: Console) -> None:
@@ -67,21 +71,27 @@ class Plan:
         weight = self._stages[name]
         title = f"[{self._count}/{len(self._stages)}] {name}"
         self._progress.update(self._task, description=title)
-        start = time.perf_counter()
-
+        start = said = time.perf_counter()
         line = title
 
+        def say(what: str = "") -> None:
+            separator = ": " if line == title else ", "
+            seconds = f"{time.perf_counter() - start:.0f} s"
+            self._progress.console.print(
+                f"{line}{separator}{what}{seconds}", highlight=False, markup=False
+            )
+
         def advance(fraction: float, known: object = "") -> None:
-            nonlocal line
+            nonlocal line, said
             line = f"{title}: {known}" if known else title
             done = self._done + fraction * weight
             self._progress.update(self._task, completed=done, description=line)
+            silent = time.perf_counter() - said
+            if silent >= _SILENCE and not self._progress.console.is_terminal:
+                said += silent
+                say(f"{100 * fraction:.0f} % after ")
 
         yield advance
         self._done += weight
         self._progress.update(self._task, completed=self._done)
-        seconds = time.perf_counter() - start
-        separator = ": " if line == title else ", "
-        self._progress.console.print(
-            f"{line}{separator}{seconds:.0f} s", highlight=False, markup=False
-        )
+        say()
