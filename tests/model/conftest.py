@@ -85,7 +85,8 @@ def _build(
     with torch.random.fork_rng():
         torch.manual_seed(1)
         sizes = {"vocab_size": VOCABULARY, "d_model": 24, "n_layers": 2, "n_seq": 32, "key_size": 7}
-        sizes |= {"num_experts": 4, "experts_per_token": 2, "expert_size": 40, **dict(options)}
+        sizes |= {"num_experts": 4, "experts_per_token": 2, "expert_size": 40}
+        sizes |= {"embedding_multiplier": 5.0, **dict(options)}
         model = LanguageModel(**sizes)
         for layer in model.layers:
             torch.nn.init.normal_(layer.mixer.out_proj.weight, std=0.2)
@@ -93,7 +94,9 @@ def _build(
                 layer.mixer.in_proj.weight.data[-2 * layer.mixer.heads :] *= 5
                 layer.mixer.log_rate.data.fill_(-0.5)
                 layer.mixer.log_barrier.data.fill_(-1.0)
-        model.embedding.weight.data.mul_(10)  # so that the logits are far from even
+        model.embedding.weight.data.mul_(
+            10
+        )  # logits far from even, and unit size behind the multiplier
         if mode is not None:
             _quantize(model, mode, state, sizes["vocab_size"])
         return model.eval()

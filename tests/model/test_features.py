@@ -1,9 +1,10 @@
-"""Values of any width, keys that heads share, and features that are added."""
+"""Values of any width, keys that heads share, and what is read out of both."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
 from bkcore.errors import InputError
 from bkcore.model import (
@@ -13,9 +14,9 @@ from bkcore.model import (
     core_certificates,
     receipt,
 )
-from bkcore.model.mixer import ResolventMixer
+from bkcore.model.mixer import Features, ResolventMixer
 
-WIDE = {"value_size": 9, "add_features": True, "key_groups": 2}
+WIDE = {"value_size": 9, "key_groups": 2}
 
 
 def randomize(model: ResNetBKForCausalLM) -> None:
@@ -24,13 +25,10 @@ def randomize(model: ResNetBKForCausalLM) -> None:
 
 
 @pytest.mark.parametrize(("value_size", "width"), [(None, 24), (1, 4), (9, 36)])
-@pytest.mark.parametrize("add_features", [False, True])
 @pytest.mark.parametrize("mixer", ["resolvent", "convolution", "green"])
-def test_sizes(build, tokens, value_size, width, add_features, mixer):
-    model = build(value_size=value_size, add_features=add_features, mixer=mixer)
-    layer = model.layers[0].mixer
-    features = 1 if add_features or mixer == "convolution" else 3
-    assert layer.out_proj.weight.shape == (24, features * width)
+def test_sizes(build, tokens, value_size, width, mixer):
+    model = build(value_size=value_size, mixer=mixer)
+    assert model.layers[0].mixer.out_proj.weight.shape == (24, width)
     ids, other = tokens(2, 20), tokens(2, 20)
     logits = model(ids).logits
     assert logits.isfinite().all()
@@ -38,21 +36,15 @@ def test_sizes(build, tokens, value_size, width, add_features, mixer):
     assert torch.equal(model(other).logits[:, :10], logits[:, :10])
 
 
-def test_added_features_are_side_by_side_ones_behind_a_thinner_projection():
+def test_features_are_a_gated_sum():
     torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "d_model": 24, "key_size": 7, "value_size": 9}
-    added = ResolventMixer(ResNetBKConfig(**sizes, add_features=True))
-    apart = ResolventMixer(ResNetBKConfig(**sizes))
-    for mixer in (added, apart):
-        mixer.reset()
-    torch.nn.init.normal_(added.features.weight)
-    with torch.no_grad():
-        for name in ("in_proj", "conv"):
-            getattr(apart, name).weight.copy_(getattr(added, name).weight)
-        blocks = [added.out_proj.weight * weight for weight in added.features.weight]
-        apart.out_proj.weight.copy_(torch.cat(blocks, 1))
-    x = torch.randn(2, 50, 24)
-    torch.testing.assert_close(added(x)[0], apart(x)[0], rtol=1e-4, atol=1e-5)
+    features = Features(9)
+    value, opening = torch.randn(2, 3, 50, 9)
+    parts = torch.randn(3, 50, 2, 9)
+    torch.nn.init.normal_(features.weight)
+    stacked = torch.stack((value, *parts.unbind(2)))
+    expected = torch.einsum("fw,fbnw->bnw", features.weight, stacked) * silu(opening)
+    torch.testing.assert_close(features(value, parts, opening), expected)
 
 
 def test_heads_of_a_group_share_queries_and_keys():
@@ -63,6 +55,7 @@ def test_heads_of_a_group_share_queries_and_keys():
     apart = ResolventMixer(ResNetBKConfig(**sizes))
     for mixer in (shared, apart):
         mixer.reset()
+        mixer.features.reset()
     values, keys = 24, 2 * 7
     rows = [torch.arange(values)]
     for first in (values, values + keys):
@@ -129,3 +122,29 @@ def test_sizes_that_do_not_fit_are_refused():
         ResNetBKConfig(vocab_size=61, value_size=0)
     with pytest.raises(InputError, match="key_groups=3 must divide num_heads=4"):
         ResNetBKConfig(vocab_size=61, num_heads=4, key_groups=3)
+
+
+@pytest.mark.parametrize("mode", [None, "ptq_int4", "qat_int8"])
+def test_the_multiplier_is_of_what_enters_the_residual_stream(build, tokens, mode):
+    """Tables of embeddings twice as large behind half of it enter alike, in codes, too."""
+    ids = tokens(2, 20)
+    entered = []
+    for multiplier, size in ((5.0, 1.0), (2.5, 2.0)):
+        model = build(embedding_multiplier=multiplier)
+        with torch.no_grad():
+            model.embedding.weight *= size
+        if mode is not None:
+            model.configure_quantization(mode)
+            model.calibrate_quantization([ids])
+        norm = model.layers[0].mixer_norm
+        hook = norm.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+        model(ids)
+        hook.remove()
+    assert torch.equal(entered[-1], entered[len(entered) // 2 - 1])
+    assert 0.5 < entered[-1].square().mean().sqrt() < 2
+
+
+@pytest.mark.parametrize("multiplier", [0.0, -1.0, float("inf"), float("nan")])
+def test_multipliers_that_are_not_positive_are_refused(multiplier):
+    with pytest.raises(InputError, match="embedding_multiplier must be positive"):
+        ResNetBKConfig(vocab_size=61, embedding_multiplier=multiplier)

@@ -43,9 +43,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("float")
     torch.manual_seed(0)
     tokenizer = train_tokenizer(TRAIN, 300)
-    model = LanguageModel(
-        len(tokenizer), 16, 1, 32, num_experts=2, experts_per_token=2, expert_size=24, key_size=4
-    )
+    sizes = {"num_experts": 2, "experts_per_token": 2, "expert_size": 24, "key_size": 4}
+    model = LanguageModel(len(tokenizer), 16, 1, 32, embedding_multiplier=1.0, **sizes)
     torch.nn.init.normal_(model.layers[0].mixer.out_proj.weight, std=0.3)
     model.embedding.weight.data.mul_(20)
     model.layers[0].experts.experts[1].down.weight.data.mul_(1e-3)

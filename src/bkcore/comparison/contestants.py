@@ -73,7 +73,7 @@ def resnet_bk(
     """ResNet-BK, or an ablation of it, with experts of `size` hidden units.
 
     Six heads in three pairs that share 32 keys, values one and a half times as wide as the residual
-    stream, features added. One expert a layer where mixers are compared, so that all parameters are
+    stream. One expert a layer where mixers are compared, so that all parameters are
     active ones: with more, an ablation, whose mixer is smaller, would have larger experts, and more
     of them idle.
     """
@@ -87,7 +87,6 @@ def resnet_bk(
         key_size=32,
         key_groups=3,
         value_size=frame.width // 4,
-        add_features=True,
         num_experts=experts,
         experts_per_token=chosen,
         expert_size=size,

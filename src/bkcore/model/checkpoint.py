@@ -16,8 +16,9 @@ from pathlib import Path
 
 from bkcore.errors import CheckpointError
 
-FORMAT_VERSION = 2
-"""Version 1 was of models that brought to unit mean square what their heads found."""
+FORMAT_VERSION = 3
+"""Version 1 was of models that brought to unit mean square what their heads found, version 2 of
+models whose embedded tokens entered the residual stream as they are."""
 
 MANIFEST = "bkcore.json"
 RECEIPT = "receipt.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -28,8 +29,9 @@ class ResNetBKConfig(PreTrainedConfig):
         key_groups: groups of heads that share queries and keys, which divide num_heads; None gives
             each head its own.
         value_size: the size of their values; None is D / H, which H then has to divide.
-        add_features: whether a mixer adds the value and Re and Im of what was found, with learned
-            weights for each channel, or projects the three side by side.
+        embedding_multiplier: what embedded tokens are multiplied by on their way into the residual
+            stream. They begin at a root mean square of `initializer_range`, which the default
+            brings to 1, the size of what layers add.
         conv_width: taps of the causal depthwise convolution.
         dropout: probability with which training drops an embedded feature, and one of what a mixer
             or a mixture of experts adds.
@@ -53,7 +55,7 @@ class ResNetBKConfig(PreTrainedConfig):
     key_size: int = 32
     key_groups: int | None = None
     value_size: int | None = None
-    add_features: bool = False
+    embedding_multiplier: float = 50.0
     conv_width: int = 4
     dropout: float = 0.0
     load_balancing: float = 0.1
@@ -74,6 +76,10 @@ class ResNetBKConfig(PreTrainedConfig):
         if self.experts_per_token > self.num_experts:
             raise InputError(
                 f"experts_per_token={self.experts_per_token} exceeds num_experts={self.num_experts}"
+            )
+        if not 0 < self.embedding_multiplier < math.inf:
+            raise InputError(
+                f"embedding_multiplier must be positive, not {self.embedding_multiplier!r}"
             )
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")

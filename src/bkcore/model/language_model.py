@@ -227,7 +227,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
                 f"input_ids go from {int(input_ids.min())} to {int(input_ids.max())}, but must be "
                 f"in [0, {self.config.vocab_size}): were they made by another model's tokenizer?"
             ) from error
-        return embedded
+        return embedded * self.config.embedding_multiplier
 
     def _check_stream(
         self, input_ids: Tensor, attention_mask: Tensor | None, state: StreamState | None

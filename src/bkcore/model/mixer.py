@@ -115,10 +115,8 @@ class ResolventMixer(nn.Module):
         self.log_rate = nn.Parameter(torch.empty(self.heads))
         self.log_barrier = nn.Parameter(torch.empty(self.heads))
         self.log_eta = nn.Parameter(torch.empty(self.heads))
-        self.features = Features(config)
-        self.out_proj: nn.Linear | QuantizedLinear = nn.Linear(
-            self.features.size, config.d_model, bias=False
-        )
+        self.features = Features(width)
+        self.out_proj: nn.Linear | QuantizedLinear = nn.Linear(width, config.d_model, bias=False)
         self.quantizers: CoreQuantizers | None = None
 
     @torch.no_grad()
@@ -225,36 +223,23 @@ class ResolventMixer(nn.Module):
 
 
 class Features(nn.Module):
-    """What a mixer reads out, gated: the value and two parts of what the past made of it.
+    """What a mixer reads out: the value and two parts of what the past made of it.
 
-    They stand side by side, or are added with learned weights for each channel
-    (`config.add_features`).
-
-    Attributes:
-        size: channels of the result.
+    They are added with learned weights for each channel, and gated.
     """
 
-    def __init__(self, config: ResNetBKConfig) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        width = config.value_width
-        self.weight: nn.Parameter | None = None
-        self.size = 3 * width
-        if config.add_features:
-            self.weight = nn.Parameter(torch.empty(3, width))
-            self.size = width
+        self.weight = nn.Parameter(torch.empty(3, width))
 
     @torch.no_grad()
     def reset(self) -> None:
         """Begin with the value and Re alike, and little of Im, which is larger."""
-        if self.weight is not None:
-            self.weight.copy_(torch.tensor([[1.0], [1.0], [0.1]]))
+        self.weight.copy_(torch.tensor([[1.0], [1.0], [0.1]]))
 
     def forward(self, value: Tensor, parts: Tensor, opening: Tensor) -> Tensor:
-        """value and opening (B, N, W), parts (B, N, 2, W) -> (B, N, size), dtype of opening."""
+        """value and opening (B, N, W), parts (B, N, 2, W) -> (B, N, W), dtype of opening."""
         # The core and the quantizers work in float32 at least, whatever the model is cast to.
-        if self.weight is None:
-            features = torch.cat((value[:, :, None], parts), 2).to(opening.dtype)
-            return (features * F.silu(opening)[:, :, None]).flatten(2)
         first, second = parts.unbind(2)
         a, b, c = self.weight
         return (a * value + b * first + c * second).to(opening.dtype) * F.silu(opening)
@@ -291,8 +276,8 @@ class GreenMixer(nn.Module):
         self.log_eta = nn.Parameter(torch.empty(width))
         self.energy = nn.Parameter(torch.empty(width))
         self.hopping = nn.Parameter(torch.empty(width))
-        self.features = Features(config)
-        self.out_proj = nn.Linear(self.features.size, config.d_model, bias=False)
+        self.features = Features(width)
+        self.out_proj = nn.Linear(width, config.d_model, bias=False)
 
     @torch.no_grad()
     def reset(self) -> None:
