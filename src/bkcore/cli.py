@@ -124,7 +124,7 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a float model.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
 ) -> None:
-    """Save a float checkpoint in float16, at half the size; loading widens it again."""
+    """Save a float checkpoint in float16, at half the size; bkcore's commands widen it again."""
     from bkcore.report.export import export_half
 
     export_half(checkpoint, output)

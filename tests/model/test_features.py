@@ -115,7 +115,7 @@ def test_the_cores_are_certified(build, tokens, mode):
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(InputError, match="num_heads=5 must divide d_model=24, or value_size"):
+    with pytest.raises(InputError, match="num_heads=5 must divide d_model=24, unless value_size"):
         ResNetBKConfig(vocab_size=61, d_model=24, num_heads=5)
     assert ResNetBKConfig(vocab_size=61, d_model=24, num_heads=5, value_size=6).value_width == 30
     with pytest.raises(InputError, match="value_size must be None or a positive integer, not 0"):

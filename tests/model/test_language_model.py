@@ -73,6 +73,14 @@ def test_an_unknown_token_raises_in_every_form(build, executed_form, token, ends
         build(*executed_form)(torch.tensor([[3, token]]))
 
 
+def test_labels_are_integers_of_the_shape_of_the_ids(build, tokens):
+    model, ids = build(), tokens(2, 20)
+    with pytest.raises(ShapeError, match=r"labels must be \(2, 20\) like input_ids, not \(2, 19\)"):
+        model(ids, labels=ids[:, 1:])
+    with pytest.raises(DTypeError, match=r"labels must be integers, not torch\.float32"):
+        model(ids, labels=ids.float())
+
+
 @torch.no_grad()
 def test_labels_are_shifted_and_may_be_ignored(build, tokens, executed_form):
     model = build(*executed_form)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bkcore.errors import LifecycleError
 from bkcore.model import quantized
 from bkcore.training import Schedule, train
 
@@ -90,3 +91,9 @@ def test_training_beats_rounding_afterwards(build, tokens, mode):
     with torch.no_grad():
         gain = rounded(ids, labels=ids).loss - trained(ids, labels=ids).loss
     assert gain > 0.2
+
+
+def test_a_converted_model_is_not_trained(build, tokens, mode):
+    data = [{"input_ids": ids, "labels": ids} for ids in tokens(4, 8)]
+    with pytest.raises(LifecycleError, match="its weights are codes, which cannot be trained"):
+        train(build(mode, "quantized"), data, Schedule(1, 2, 1e-3))

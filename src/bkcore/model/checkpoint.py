@@ -65,6 +65,8 @@ def verify(folder: Path) -> None:
     """
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; a checkpoint is a folder")
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no checkpoint folder {folder}")
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         version, digests = int(manifest["format_version"]), dict(manifest["sha256"])

@@ -87,8 +87,8 @@ class ResNetBKConfig(PreTrainedConfig):
             raise InputError(f"mixer must be one of {', '.join(_MIXERS)}, not {self.mixer!r}")
         if self.value_size is None and self.mixer == "resolvent" and self.d_model % self.num_heads:
             raise InputError(
-                f"num_heads={self.num_heads} must divide d_model={self.d_model}, or value_size say "
-                "how large the values of a head are"
+                f"num_heads={self.num_heads} must divide d_model={self.d_model}, unless value_size "
+                "gives the size of a head's values"
             )
         for name in ("key_groups", "value_size"):
             value = getattr(self, name)

@@ -153,7 +153,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             `ResNetBKOutput`.
 
         Raises:
-            ShapeError, DTypeError: if `input_ids` is not an integer tensor (B, N).
+            ShapeError, DTypeError: if `input_ids`, or `labels`, is not an integer tensor (B, N).
             InputError: if an id is not in the vocabulary, a token follows padding, neither logits
                 nor a loss are wanted, or a state is asked for that does not fit, is not there, or
                 would have read padding.
@@ -163,6 +163,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         if labels is None and not return_logits:
             raise InputError("return_logits=False leaves nothing to return without labels")
         use_cache = cache_params is not None if use_cache is None else use_cache
+        if labels is not None:
+            _check_labels(labels, input_ids)
         if use_cache or cache_params is not None:
             self._check_stream(input_ids, attention_mask, cache_params)
         hidden, balance, state = self._hidden(input_ids, attention_mask, cache_params)
@@ -463,8 +465,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             raise CheckpointError(f"{path} is a file; name the checkpoint's folder")
         if not Path(path).is_dir():
             raise CheckpointError(
-                f"there is no checkpoint folder {path}; from a hub, download it first with "
-                "huggingface_hub.snapshot_download()"
+                f"there is no checkpoint folder {path} in {Path.cwd()}; from a hub, download it "
+                "first with huggingface_hub.snapshot_download()"
             )
         checkpoint.verify(Path(path))
         want_info = kwargs.pop("output_loading_info", False)
@@ -632,6 +634,16 @@ def _check_ids(input_ids: Tensor) -> None:
         raise ShapeError(f"input_ids must be (B, N), B, N >= 1, not {tuple(input_ids.shape)}")
 
 
+def _check_labels(labels: Tensor, input_ids: Tensor) -> None:
+    if labels.is_floating_point() or labels.is_complex():
+        raise DTypeError(f"labels must be integers, not {labels.dtype}")
+    if labels.shape != input_ids.shape:
+        raise ShapeError(
+            f"labels must be {tuple(input_ids.shape)} like input_ids, not {tuple(labels.shape)}: "
+            "they are shifted by the model"
+        )
+
+
 def LanguageModel(
     vocab_size: int,
     d_model: int = 128,
@@ -656,7 +668,8 @@ def LanguageModel(
     """
     unknown = sorted(set(options) - set(ResNetBKConfig.__dataclass_fields__))
     if unknown:
-        raise InputError(f"ResNetBKConfig has no fields {unknown}")
+        known = sorted(ResNetBKConfig.__annotations__)
+        raise InputError(f"ResNetBKConfig has no fields {unknown}; it has {known}")
     if quantization_mode is not None and not use_quantized_bk_core:
         raise InputError("quantization_mode needs use_quantized_bk_core=True")
     config = ResNetBKConfig(

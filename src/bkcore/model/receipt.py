@@ -173,7 +173,7 @@ def read(folder: Path) -> Receipt:
     if receipt is None or "weights" not in receipt:
         raise CheckpointError(
             f"the checkpoint {folder} has no receipt: it is not quantized, or was saved by a "
-            "version that wrote none; quantize it again with bkcore quantize"
+            "version that wrote none; bkcore quantize makes a quantized one from a float model"
         )
     return receipt
 

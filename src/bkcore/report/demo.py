@@ -103,7 +103,7 @@ def run_demo(
 
 def _stages(settings: DemoSettings, corpus: Corpus) -> dict[str, float]:
     """Stages and about how long each takes, in seconds on two cores."""
-    step = 0.45
+    step = 0.26
     judge = 8 + len(corpus.valid) / 60_000
     stages = {
         "train tokenizer": 3 + len(corpus.train) / 2e6,
@@ -113,7 +113,7 @@ def _stages(settings: DemoSettings, corpus: Corpus) -> dict[str, float]:
     for mode in MODES:
         stages[f"quantize {mode}"] = 6.0
         if mode.startswith("qat"):
-            stages[f"train {mode}"] = 1.4 * step * settings.qat.steps
+            stages[f"train {mode}"] = 1.1 * step * settings.qat.steps
         stages[f"judge {mode}"] = judge
     stages[f"train {CONTROL}"] = step * settings.qat.steps
     stages[f"judge {CONTROL}"] = judge

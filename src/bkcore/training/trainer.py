@@ -36,7 +36,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from bkcore.errors import CheckpointError, InputError
+from bkcore.errors import CheckpointError, InputError, LifecycleError
 from bkcore.products import onednn_products
 from bkcore.training import checkpoints
 from bkcore.training.order import WindowOrder
@@ -90,11 +90,13 @@ def train(
     Raises:
         InputError: if the arguments exclude each other, or the batch does not divide among the
             processes.
+        LifecycleError: if the model is quantized already.
         DataError: if there are fewer windows than a batch.
         CheckpointError: if `output` holds checkpoints of a training with other settings, of
             another model or on other windows.
     """
     processes = PartialState(cpu=True)
+    _check_trainable(model)
     _check_arguments(model, schedule, output, evaluation)
     _check_divides(schedule, processes.num_processes)
     order = WindowOrder(
@@ -325,6 +327,15 @@ def _arguments(
         disable_tqdm=True,
         log_level="error",
     )
+
+
+def _check_trainable(model: nn.Module) -> None:
+    # By name: training takes any transformers model, and knows nothing of quantization.
+    if getattr(model, "quantization_state", None) == "quantized":
+        raise LifecycleError(
+            "the model is quantized: its weights are codes, which cannot be trained; train the "
+            "float model, or in a QAT mode before convert()"
+        )
 
 
 def _check_arguments(
