@@ -60,13 +60,16 @@ def verify(folder: Path) -> None:
     """Check a checkpoint folder against its manifest.
 
     Raises:
-        CheckpointError: if a file is missing, truncated or altered, or the format is not the one
-            that this version reads.
+        CheckpointError: if there is no such folder, a file is missing, truncated or altered, or the
+            format is not the one that this version reads.
     """
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; a checkpoint is a folder")
     if not folder.is_dir():
-        raise CheckpointError(f"there is no checkpoint folder {folder}")
+        raise CheckpointError(
+            f"there is no checkpoint folder {folder} in {Path.cwd()}; from a hub, download it "
+            "first with huggingface_hub.snapshot_download()"
+        )
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         version, digests = int(manifest["format_version"]), dict(manifest["sha256"])
@@ -83,7 +86,7 @@ def verify(folder: Path) -> None:
         )
     if version < FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has checkpoint format {version}, of a layer that this bkcore no longer has; "
+            f"{folder} has checkpoint format {version}, of a model that this bkcore no longer has; "
             f"it reads {FORMAT_VERSION}, and what these weights would compute now is not what they "
             "were trained for. Train the model again, or load it with the bkcore that saved it"
         )

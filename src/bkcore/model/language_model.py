@@ -461,13 +461,6 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         Raises:
             CheckpointError: if the checkpoint is missing, truncated, altered or incomplete.
         """
-        if Path(path).is_file():
-            raise CheckpointError(f"{path} is a file; name the checkpoint's folder")
-        if not Path(path).is_dir():
-            raise CheckpointError(
-                f"there is no checkpoint folder {path} in {Path.cwd()}; from a hub, download it "
-                "first with huggingface_hub.snapshot_download()"
-            )
         checkpoint.verify(Path(path))
         want_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # they are refused below, with all else
