@@ -126,6 +126,22 @@ def test_the_command_names_both_folders_once(checkpoint: Path, text: Path, tmp_p
     assert result.output.count(f"Control: {control}\n") == 1
 
 
+def test_the_command_says_what_it_read_and_what_it_wrote(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    few = ["--calibration-tokens", "10", "--data", str(text)]  # a window has 32
+    command = ["quantize", str(checkpoint), str(tmp_path / "int8"), *few]
+    output = CliRunner().invoke(app, command, catch_exceptions=False).output
+    assert f"Calibrated on 32 tokens of {text.name}\n" in output
+    written = ("config.json", "generation_config.json", "model.safetensors")
+    size = sum((tmp_path / "int8" / name).stat().st_size for name in written)
+    in_float32 = 4 * load_checkpoint(checkpoint)[0].num_parameters()
+    line = f"Size: {size / 1e6:.2f} MB, {size / in_float32:.1%} of the {in_float32 / 1e6:.2f} MB"
+    assert line in output
+    receipt = CliRunner().invoke(app, ["receipt", str(tmp_path / "int8")], catch_exceptions=False)
+    assert line in receipt.output
+
+
 def test_a_control_that_cannot_be(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not train"):
         run_quantize(checkpoint, tmp_path / "a", text, settings(), QUIET, tmp_path / "b")

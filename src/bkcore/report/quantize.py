@@ -131,7 +131,8 @@ def run_quantize(
             does not train it.
 
     Returns:
-        `receipt`, see `bkcore.model.receipt.of_quantized`, and `corpus`, the name of the text.
+        `receipt`, see `bkcore.model.receipt.of_quantized`, `corpus`, the name of the text, and
+        `calibration_tokens`, how many of its tokens calibration saw.
         With a bit budget also `sensitivity`, a list of `Sensitivity`; `assignment`, the `Choice`
         of each unit; and `points`, rows of `Search.point`: the model that was saved comes first.
 
@@ -169,7 +170,12 @@ def run_quantize(
             run.train(other, "train the control")
             other.save_pretrained(control)
             tokenizer.save_pretrained(control)
-    return {"receipt": model.receipt, "corpus": corpus.name, **result}
+    return {
+        "receipt": model.receipt,
+        "corpus": corpus.name,
+        "calibration_tokens": run.calibration_tokens,
+        **result,
+    }
 
 
 def _check_folders(checkpoint: Path, output: Path, control: Path | None) -> None:
@@ -241,6 +247,10 @@ class _Run:
     @property
     def calibration_windows(self) -> int:
         return _windows(self.settings.calibration_tokens, self.length)
+
+    @property
+    def calibration_tokens(self) -> int:
+        return sum(batch.numel() for batch in self._calibration_batches())
 
     def by_mode(self, model: ResNetBKForCausalLM) -> tuple[ResNetBKForCausalLM, dict[str, Any]]:
         with self.plan.stage("calibrate"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from bkcore.model.checkpoint import model_bytes
 from bkcore.model.receipt import Receipt, read
 
 
@@ -31,6 +33,17 @@ def average_bits(receipt: dict[str, Any]) -> float:
     weights = receipt["weights"]
     count = sum(rows * columns for rows, columns in (entry["shape"] for entry in weights))
     return float(8 * sum(entry["bytes"] for entry in weights) / count)
+
+
+def size(receipt: dict[str, Any], folder: Path) -> str:
+    """A line on the size of a checkpoint's files, against all its parameters in float32."""
+    entries = (*receipt["weights"], *receipt["float"])
+    in_float32 = 4 * sum(math.prod(entry["shape"]) for entry in entries)
+    on_disk = model_bytes(folder)
+    return (
+        f"Size: {on_disk / 1e6:.2f} MB, {on_disk / in_float32:.1%} of the {in_float32 / 1e6:.2f} "
+        f"MB of float32"
+    )
 
 
 def _weights(receipt: dict[str, Any]) -> Table:
