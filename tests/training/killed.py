@@ -1,6 +1,6 @@
 """Train in processes that kill themselves; run by test_resume.py.
 
-Usage: killed.py FOLDER. Nothing of torch runs before the forks, so they are safe.
+Usage: killed.py FOLDER OPTIMIZER. Nothing of torch runs before the forks, so they are safe.
 """
 
 import json
@@ -23,7 +23,13 @@ from bkcore.training import Schedule, train
 
 FOLDER = Path(sys.argv[1])
 SCHEDULE = Schedule(
-    steps=13, batch_size=4, learning_rate=1e-2, save_every=3, evaluate_every=5, log_every=1
+    optimizer=sys.argv[2],
+    steps=13,
+    batch_size=4,
+    learning_rate=1e-2,
+    save_every=3,
+    evaluate_every=5,
+    log_every=1,
 )
 
 

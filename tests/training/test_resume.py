@@ -61,10 +61,11 @@ def stopped(output: Path, step: int, **schedule: Any) -> None:
         )
 
 
-def test_killed_at_any_moment_it_reaches_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_at_any_moment_it_reaches_the_same_bits(tmp_path: Path, optimizer: str) -> None:
     script = Path(__file__).with_name("killed.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
+        [sys.executable, str(script), str(tmp_path), optimizer],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -23,6 +23,7 @@ GOOD: dict[str, Any] = {"steps": 100, "batch_size": 8, "learning_rate": 1e-3}
         ({"save_every": True}, "save_every must be a positive integer"),
         ({"max_minutes": 0}, "max_minutes must be a positive number"),
         ({"scheduler": "cosin"}, "scheduler is 'cosin', but must be one of"),
+        ({"optimizer": "adam"}, "optimizer is 'adam', but must be one of"),
         ({"gradient_accumulation": 3}, "batch_size 8 does not divide into 3"),
         (
             {"scheduler": "warmup_stable_decay", "warmup_fraction": 0.5, "decay_fraction": 0.6},
@@ -44,5 +45,5 @@ def test_intervals_default_to_a_twentieth() -> None:
 def test_only_what_moves_no_weight_may_change_between_parts_of_a_run() -> None:
     first = Schedule(**GOOD, save_every=3, log_every=4, max_minutes=5)
     assert first.fixed() == Schedule(**GOOD).fixed()
-    for name, value in {"steps": 99, "learning_rate": 1e-4, "patience": 3}.items():
+    for name, value in {"steps": 99, "optimizer": "muon", "patience": 3}.items():
         assert Schedule(**{**GOOD, name: value}).fixed() != first.fixed()

@@ -59,6 +59,8 @@ def shared(output: Path, parts: int) -> None:
     assert local < 0.6 * sum(parameter.numel() for parameter in model.parameters())
     with pytest.raises(InputError, match="resume checkpoints of a sharded model"):
         train(model, WINDOWS, schedule(), output=output)
+    with pytest.raises(InputError, match="Muon needs whole matrices"):
+        train(model, WINDOWS, Schedule(4, 8, 1e-2, optimizer="muon"))
     train(model, WINDOWS, schedule(gradient_accumulation=parts))
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     save_whole(model, output)

@@ -7,6 +7,7 @@ from typing import Any
 
 from bkcore.errors import InputError
 
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULERS = ("cosine", "linear", "warmup_stable_decay", "constant_with_warmup")
 
 # What may change between an interrupted run and its continuation without changing a weight.
@@ -22,7 +23,9 @@ class Schedule:
         batch_size: windows a step, over all processes and accumulated parts together.
         learning_rate: peak rate, positive, after a linear warm-up.
         warmup_fraction: part of the steps that warms up, 0 to 1.
-        weight_decay: AdamW decay of matrices; vectors and learned scales have none.
+        optimizer: "adamw"; or "muon" for the matrices between hidden features, and AdamW for the
+            rest, see `bkcore.training.optimizer`.
+        weight_decay: decay of matrices; vectors and learned scales have none.
         scheduler: how the rate falls after the warm-up, by transformers' names: "cosine" and
             "linear" to zero at the last step, "constant_with_warmup" not at all,
             "warmup_stable_decay" along a cosine to zero over the last `decay_fraction` only.
@@ -44,6 +47,7 @@ class Schedule:
     batch_size: int
     learning_rate: float
     warmup_fraction: float = 0.05
+    optimizer: str = "adamw"
     weight_decay: float = 0.1
     scheduler: str = "cosine"
     decay_fraction: float = 0.2
@@ -66,8 +70,9 @@ class Schedule:
         _check_positive("learning_rate", self.learning_rate)
         if self.max_minutes is not None:
             _check_positive("max_minutes", self.max_minutes)
-        if self.scheduler not in SCHEDULERS:
-            raise InputError(f"scheduler is {self.scheduler!r}, but must be one of {SCHEDULERS}")
+        for name, known in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}, but must be one of {known}")
         if (
             self.scheduler == "warmup_stable_decay"
             and self.warmup_fraction + self.decay_fraction > 1

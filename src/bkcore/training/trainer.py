@@ -1,8 +1,9 @@
 """Training with transformers' `Trainer`, so that a killed run continues to the very same weights.
 
 What is added to the Trainer: an order of the windows that can begin at any step (`WindowOrder`),
-resume checkpoints that are known to be whole (`checkpoints`), evaluation by a function, weight
-decay of matrices only, a limit of time, and the faster products of `bkcore.products`.
+resume checkpoints that are known to be whole (`checkpoints`), evaluation by a function, Muon
+(`optimizer`), weight decay of matrices only, a limit of time, and the faster products of
+`bkcore.products`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from bkcore.errors import CheckpointError, InputError, LifecycleError
 from bkcore.products import onednn_products
 from bkcore.training import checkpoints
+from bkcore.training.optimizer import ADAMW_BETAS, MuonWithAdamW
 from bkcore.training.order import WindowOrder
 from bkcore.training.schedule import Schedule
 from bkcore.training.sharding import is_sharded
@@ -89,7 +91,7 @@ def train(
 
     Raises:
         InputError: if the arguments exclude each other, or the batch does not divide among the
-            processes.
+            processes, or a sharded model is to be trained with Muon.
         LifecycleError: if the model is quantized already.
         DataError: if there are fewer windows than a batch.
         CheckpointError: if `output` holds checkpoints of a training with other settings, of
@@ -123,6 +125,7 @@ def train(
                 # The Trainer wants a data set before it evaluates; ours has a function.
                 eval_dataset=None if evaluation is None else dataset,
                 callbacks=_callbacks(schedule, clock, on_step, on_log),
+                optimizers=(_muon(model, schedule), None),
             )
             trainer.take(order, run, clock, evaluation)
             with onednn_products():
@@ -164,11 +167,7 @@ class _Trainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Decay matrices only: gates, norms, step sizes and Mamba's rates have natural scales."""
-        return [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.dim() >= 2 and not name.endswith(("log_scales", "A_log"))
-        ]
+        return _decayed(model)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """All steps as one epoch: `WindowOrder` repeats the windows and begins where told."""
@@ -221,6 +220,27 @@ class _Trainer(Trainer):
         checkpoints.mark_complete(checkpoint, self._run, self._clock.minutes)
         best = self.state.best_global_step
         checkpoints.remove_all_but(output, {self.state.global_step, best or 0})
+
+
+def _decayed(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2 and not name.endswith(("log_scales", "A_log"))
+    ]
+
+
+def _muon(model: PreTrainedModel, schedule: Schedule) -> MuonWithAdamW | None:
+    """The optimizer for the Trainer, None for AdamW, which it makes itself."""
+    if schedule.optimizer == "adamw":
+        return None
+    if is_sharded(model):
+        raise InputError(
+            "Muon needs whole matrices, and those of a sharded model are in pieces: train it with "
+            "optimizer 'adamw'"
+        )
+    decayed = _decayed(model)
+    return MuonWithAdamW(model, decayed, schedule.learning_rate, schedule.weight_decay)
 
 
 class _Clock:
@@ -310,7 +330,8 @@ def _arguments(
         lr_scheduler_kwargs={"num_decay_steps": decay_steps} if stable_decay else None,
         warmup_steps=schedule.warmup_steps,
         weight_decay=schedule.weight_decay,
-        adam_beta2=0.98,
+        adam_beta1=ADAMW_BETAS[0],
+        adam_beta2=ADAMW_BETAS[1],
         max_grad_norm=1.0,
         optim="adamw_torch_fused",
         seed=seed,

@@ -1,0 +1,95 @@
+"""What moves the weights: AdamW, or Muon for the matrices inside a model and AdamW for the rest.
+
+Muon (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024) steps by the
+nearest orthogonal matrix to the running mean of the gradients, so that a weight learns in all
+directions alike. It is for maps between hidden features. Embeddings, whose rows are seen one at a
+time, convolutions and vectors stay with AdamW (Loshchilov and Hutter, "Decoupled weight decay
+regularization", ICLR 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+ADAMW_BETAS = (0.9, 0.98)
+
+
+class MuonWithAdamW(Optimizer):
+    """Both as one optimizer, as the `Trainer` wants it, with a rate that fits both.
+
+    Muon's rate is scaled by 0.2 sqrt(larger side), with which its steps are as large as those of
+    AdamW (Liu et al., "Muon is scalable for LLM training", 2025).
+
+    Args:
+        model: whose parameters to train; none of them sharded.
+        decayed: names of the parameters with weight decay; Muon's have it in any case.
+        learning_rate, weight_decay: of both.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        decayed: Iterable[str],
+        learning_rate: float,
+        weight_decay: float,
+    ) -> None:
+        hidden = _hidden_matrices(model)
+        names, chosen = set(decayed), {id(parameter) for parameter in hidden}
+        others: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in chosen:
+                others[name in names].append(parameter)
+        self._muon = Muon(
+            hidden,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self._adamw = AdamW(
+            [
+                {"params": others[True], "weight_decay": weight_decay},
+                {"params": others[False], "weight_decay": 0.0},
+            ],
+            lr=learning_rate,
+            betas=ADAMW_BETAS,
+            fused=True,
+        )
+        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
+        self._share_groups()
+
+    def _share_groups(self) -> None:
+        """Make the groups of both one list, so that a rate that is set here arrives there."""
+        self.param_groups = [*self._muon.param_groups, *self._adamw.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Move all parameters that have a gradient; a closure is not taken."""
+        assert closure is None
+        self._muon.step()
+        self._adamw.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of both, by their names."""
+        return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `state_dict` gave."""
+        self._muon.load_state_dict(state_dict["muon"])
+        self._adamw.load_state_dict(state_dict["adamw"])
+        self._share_groups()
+
+
+def _hidden_matrices(model: PreTrainedModel) -> list[Tensor]:
+    """Weights of linear layers, the head apart: what maps hidden features to hidden features."""
+    return [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings()
+    ]
