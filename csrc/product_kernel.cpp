@@ -117,6 +117,25 @@ struct Dot {
 
 #endif
 
+// What the codes -8 to 7 of a weight of 4 bits stand for (src/bkcore/kernels/weight_levels.py).
+constexpr int kLevels = 16;
+alignas(16) constexpr std::int8_t kLevel[kLevels] = {
+    -127, -102, -81, -63, -47, -34, -22, -11, 0, 12, 25, 40, 56, 75, 99, 127};
+
+// Codes of 4 bits to what they stand for.
+BKCORE_INLINE void look_up(std::int8_t *codes, Index count) {
+  Index k = 0;
+#ifdef BKCORE_VECTOR_CODES
+  const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i *>(kLevel));
+  for (; k + 16 <= count; k += 16) {
+    auto *place = reinterpret_cast<__m128i *>(codes + k);
+    const __m128i number = _mm_add_epi8(_mm_loadu_si128(place), _mm_set1_epi8(8));
+    _mm_storeu_si128(place, _mm_shuffle_epi8(table, number));
+  }
+#endif
+  for (; k < count; ++k) codes[k] = kLevel[codes[k] + 8];
+}
+
 BKCORE_INLINE float from_bfloat16(std::uint16_t x) {
   const Word bits = Word{x} << 16;
   float value;
@@ -193,6 +212,7 @@ void expand(const Product &p, Index output, std::int8_t *unpacked, Word *out) {
   const std::int8_t *codes = reinterpret_cast<const std::int8_t *>(row);
   if (p.bits == 4) {
     unpack(row, p.inputs, unpacked);
+    look_up(unpacked, p.inputs);
     codes = unpacked;
   }
   for_groups(p, [&](Index, Index first, Index count, Index word, Index words) {
@@ -313,6 +333,13 @@ BKCORE_INLINE V lane_sums(V (&sum)[16]) {
   return halved(halved(sum[0], sum[1]), halved(sum[2], sum[3]));
 }
 
+// Levels with 128 added, by the code as 4 bits without a sign: 0 to 7, then -8 to -1.
+BKCORE_INLINE V unsigned_levels() {
+  const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i *>(kLevel));
+  const __m128i rotated = _mm_shuffle_epi32(table, 0x4E);
+  return _mm512_broadcast_i32x4(_mm_xor_si128(rotated, _mm_set1_epi8(-128)));
+}
+
 // `bytes` bytes of the weights of 16 outputs against one row of codes. At 4 bits a byte holds an even
 // and an odd input, which `x` has in two halves of 64 for every 64 bytes.
 template <int bits>
@@ -333,12 +360,14 @@ BKCORE_INLINE V add_up_inputs(const std::uint8_t *const (&weight)[16], Index byt
       }
     } else {
       const V even = _mm512_loadu_si512(x + 2 * k), odd = _mm512_loadu_si512(x + 2 * k + 64);
-      const V low = _mm512_set1_epi8(0x0F), sign = _mm512_set1_epi8(static_cast<char>(0x88));
+      const V low = _mm512_set1_epi8(0x0F), table = unsigned_levels();
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
-        const V w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, weight[i] + k), sign);
-        sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_and_si512(w, low), even);
-        sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_and_si512(_mm512_srli_epi16(w, 4), low), odd);
+        const V packed = _mm512_maskz_loadu_epi8(mask, weight[i] + k);
+        const V first = _mm512_and_si512(packed, low);
+        const V second = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low);
+        sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_shuffle_epi8(table, first), even);
+        sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_shuffle_epi8(table, second), odd);
       }
     }
   }
@@ -383,7 +412,7 @@ void multiply_inputs(const Product &p, const EncodedRows &rows, const Panel &pan
         weight[i] = p.weight + output * width + (bits == 8 ? first : first / 2);
       }
       if (bits == 8) x = reinterpret_cast<const std::int8_t *>(words + word);
-      const int offset = rows.sums[row * p.groups + group] / (bits == 8 ? 1 : Dot::offset / 8);
+      const int offset = rows.sums[row * p.groups + group];
       const V sums = _mm512_sub_epi32(add_up_inputs<bits>(weight, bytes, x), _mm512_set1_epi32(offset));
       const __m512 scales = _mm512_loadu_ps(panel.scales + group * kPanel + o);
       const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scales);
@@ -441,12 +470,14 @@ void each_channel(const Rounding &r, float *scale, float *zero) {
   }
 }
 
+using Floats = Simd<float>::V;
+using Mask = decltype(Floats{} > Floats{});  // lanes of 0 or -1
+
 // Rounding to the nearest of a table of levels, a vector of channels at a time. Every level is tried:
 // no gathers, and vectors of any width.
 struct LevelSearch {
   using S = Simd<float>;
   using V = S::V;
-  using Mask = decltype(V{} > V{});  // lanes of 0 or -1
 
   Index channels;
   int bounds;
@@ -493,7 +524,7 @@ void round_rows_to_levels(const Rounding &r, Index first, Index count,
     for (Index c = 0; c < r.channels; c += S::width) {
       const Index left = r.channels - c;
       const S::V x = left < S::width ? S::load(in + c, left) : S::load(in + c);
-      LevelSearch::Mask number;
+      Mask number;
       const S::V level = search.nearest(search.place(x, c), number);
       S::V value = S::load(search.scale + c) * (level - S::load(search.zero + c));
       value = x == x ? value : x;
@@ -525,12 +556,12 @@ void adjoint_to_levels(const RoundingAdjoint &a, Index share, ProductKernels::Sc
       const V grad = whole ? S::load(a.grad + start + c) : S::load(a.grad + start + c, left);
       const V scale = S::load(search.scale + c), zero = S::load(search.zero + c);
       const V place = search.place(x, c);
-      LevelSearch::Mask number;
+      Mask number;
       const V level = search.nearest(place, number);
       const V by_level = grad * scale;
       for (Index lane = 0; lane < S::width; ++lane)
         dlevels[lane * count + number[lane]] += by_level[lane];
-      const LevelSearch::Mask outside = (place < lowest) | (place > highest);
+      const Mask outside = (place < lowest) | (place > highest);
       const V dx = outside ? none : grad, ratio = outside ? none : place - zero;
       whole ? S::store(a.dx + start + c, dx) : S::store(a.dx + start + c, dx, left);
       S::store(dscale + c, S::load(dscale + c) + grad * (level - zero - ratio));
@@ -613,46 +644,82 @@ BKCORE_INLINE void each_group(const WeightRounding &w, Index row, Visit visit) {
   }
 }
 
-void round_weight(const WeightRounding &w, Index row, std::int8_t *codes, float *values) {
-  const float *weight = w.weight + row * w.columns;
-  const float lowest = -static_cast<float>(1 << (w.bits - 1)), highest = -lowest - 1;
-  each_group(w, row, [&](Index, Index first, Index end, float scale) {
-    for (Index k = first; k < end; ++k) {
-      // Clamping first changes nothing, as the bounds are whole; then rounding cannot overflow.
-      float q = weight[k] / scale;
-      q = q > lowest ? q : lowest;
-      q = q < highest ? q : highest;
-      q = (q + kRound) - kRound;
-      codes[k] = static_cast<std::int8_t>(static_cast<std::int32_t>(q));
-      values[k] = weight[k] == weight[k] ? scale * q : weight[k];
+// The number of a code that is nearest to each ratio, and which ratios lie beyond all codes.
+template <int bits>
+BKCORE_INLINE Floats nearest_code(Floats ratio, Mask &outside) {
+  using S = Simd<float>;
+  if constexpr (bits == 8) {
+    const Floats lowest = S::set(-128), highest = S::set(127);
+    // Beyond 2^22 adding kRound does not round, but such numbers saturate anyway.
+    const Floats code = (ratio + S::set(kRound)) - S::set(kRound);
+    outside = (code < lowest) | (code > highest);
+    const Floats kept = code > lowest ? code : lowest;
+    return kept < highest ? kept : highest;
+  } else {
+    outside = (ratio < S::set(kLevel[0])) | (ratio > S::set(kLevel[kLevels - 1]));
+    Floats level = S::set(kLevel[0]);
+#pragma GCC unroll 16
+    for (int i = 1; i < kLevels; ++i) {
+      const float halfway = 0.5f * static_cast<float>(kLevel[i - 1] + kLevel[i]);
+      level = ratio > S::set(halfway) ? S::set(kLevel[i]) : level;
     }
+    return level;
+  }
+}
+
+template <int bits>
+void round_weight_to(const WeightRounding &w, Index row, std::int8_t *codes, float *values) {
+  using S = Simd<float>;
+  const float *weight = w.weight + row * w.columns;
+  each_group(w, row, [&](Index, Index first, Index end, float scale) {
+    for (Index k = first; k < end; k += S::width) {
+      const Index left = least(end - k, S::width);
+      const bool whole = left == S::width;
+      const Floats x = whole ? S::load(weight + k) : S::load(weight + k, left);
+      Mask outside;
+      const Floats code = nearest_code<bits>(x / S::set(scale), outside);
+      const Floats value = x == x ? S::set(scale) * code : x;
+      whole ? S::store(values + k, value) : S::store(values + k, value, left);
+      float numbers[S::width];
+      S::store(numbers, code);
+      for (Index i = 0; i < left; ++i) codes[k + i] = static_cast<std::int8_t>(numbers[i]);
+    }
+  });
+}
+
+void round_weight(const WeightRounding &w, Index row, std::int8_t *codes, float *values) {
+  w.bits == 8 ? round_weight_to<8>(w, row, codes, values)
+              : round_weight_to<4>(w, row, codes, values);
+}
+
+template <int bits>
+void adjoint_of(const WeightRounding &w, Index row, const float *grad, float *dweight,
+                float *dscale) {
+  using S = Simd<float>;
+  const float *weight = w.weight + row * w.columns;
+  const Floats none = S::set(0);
+  each_group(w, row, [&](Index group, Index first, Index end, float scale) {
+    Floats sum = none;
+    for (Index k = first; k < end; k += S::width) {
+      const Index left = end - k;
+      const bool whole = left >= S::width;
+      const Floats dy = whole ? S::load(grad + k) : S::load(grad + k, left);
+      const Floats x = whole ? S::load(weight + k) : S::load(weight + k, left);
+      const Floats ratio = x / S::set(scale);
+      Mask outside;
+      const Floats code = nearest_code<bits>(ratio, outside);
+      const Floats dw = outside ? none : dy;
+      sum += dy * (code - (outside ? none : ratio));
+      whole ? S::store(dweight + k, dw) : S::store(dweight + k, dw, left);
+    }
+    dscale[group] = S::sum(sum);
   });
 }
 
 void round_weight_adjoint(const WeightRounding &w, Index row, const float *grad, float *dweight,
                           float *dscale) {
-  using S = Simd<float>;
-  using V = S::V;
-  const float *weight = w.weight + row * w.columns;
-  const float range = static_cast<float>(1 << (w.bits - 1));
-  const V lowest = S::set(-range), highest = S::set(range - 1), none = S::set(0);
-  each_group(w, row, [&](Index group, Index first, Index end, float scale) {
-    V sum = none;
-    for (Index k = first; k < end; k += S::width) {
-      const Index left = end - k;
-      const bool whole = left >= S::width;
-      const V dy = whole ? S::load(grad + k) : S::load(grad + k, left);
-      const V ratio = (whole ? S::load(weight + k) : S::load(weight + k, left)) / S::set(scale);
-      // Beyond 2^22 adding kRound does not round, but such numbers saturate anyway.
-      const V code = (ratio + S::set(kRound)) - S::set(kRound);
-      const auto below = code < lowest, above = code > highest;
-      const V kept = below ? lowest : above ? highest : code;
-      const V dw = (below | above) ? none : dy;
-      sum += dy * (kept - ((below | above) ? none : ratio));
-      whole ? S::store(dweight + k, dw) : S::store(dweight + k, dw, left);
-    }
-    dscale[group] = S::sum(sum);
-  });
+  w.bits == 8 ? adjoint_of<8>(w, row, grad, dweight, dscale)
+              : adjoint_of<4>(w, row, grad, dweight, dscale);
 }
 
 }  // namespace

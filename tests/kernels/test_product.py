@@ -12,6 +12,7 @@ from torch import Tensor
 from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.kernels import cpu, product, use_backend
 from bkcore.kernels.reference import quantize_rows
+from bkcore.kernels.weight_levels import INT4_LEVELS
 from bkcore.quantization.packing import pack_int4
 
 ISAS = cpu.supported_isas()
@@ -55,7 +56,8 @@ def problem(rows, inputs, outputs, group_size, bits, seed):
 def test_every_instruction_set_equals_the_oracle(rows, inputs, outputs, group_size, bits, seed):
     x, codes, scales = problem(rows, inputs, outputs, group_size, bits, seed)
     weight = codes if bits == 8 else pack_int4(codes)
-    expected = oracle(x, codes, scales, group_size)
+    stands_for = codes if bits == 8 else torch.tensor(INT4_LEVELS)[codes.long() + 8]
+    expected = oracle(x, stands_for, scales, group_size)
     for isa in ISAS:
         with cpu.use_isa(isa):
             assert np.array_equal(product(x, weight, scales, group_size, bits).numpy(), expected)

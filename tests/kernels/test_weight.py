@@ -11,17 +11,31 @@ from hypothesis import strategies as st
 
 from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.kernels import cpu, round_weight, use_backend
+from bkcore.kernels.weight_levels import INT4_LEVELS
 from bkcore.quantization import affine
 
 ISAS = cpu.supported_isas()
 
 
-def problem(rows, columns, group_size, seed, bits=4):
+def problem(rows, columns, group_size, seed):
     generator = torch.Generator().manual_seed(seed)
     scale = affine.storable(0.1 + torch.rand(rows, -(-columns // group_size), generator=generator))
     each = scale.repeat_interleave(group_size, 1)[:, :columns]
-    weight = torch.randn(rows, columns, generator=generator) * each * (1 << (bits - 1))
+    weight = torch.randn(rows, columns, generator=generator) * each * 100
     return weight, scale, each
+
+
+def oracle(weight, each, bits, grad):
+    """Codes, and the gradients by the weight and by the scale of each number, in float64."""
+    if bits == 8:
+        codes = affine.quantize(weight, each, 0, bits)
+        wide = [weight.double().requires_grad_(), each.double().requires_grad_()]
+        return codes, *torch.autograd.grad(affine.fake_quantize(*wide, 0, bits), wide, grad)
+    ratio, levels = weight / each, torch.tensor(INT4_LEVELS).double()
+    # Of two levels that are equally near the first, which is the lower one.
+    codes = levels[(ratio.double()[..., None] - levels).abs().argmin(-1)]
+    inside = ratio.abs() <= 127
+    return codes.float(), grad * inside, grad * (codes - inside * weight.double() / each)
 
 
 def on(name):
@@ -38,16 +52,12 @@ def on(name):
     bits=st.sampled_from([4, 8]),
     seed=st.integers(0, 2**16),
 )
-def test_it_is_the_fake_quantization_of_each_group(rows, columns, group_size, bits, seed):
-    weight, scale, each = problem(rows, columns, group_size, seed, bits)
+def test_it_is_the_rounding_of_each_group(rows, columns, group_size, bits, seed):
+    weight, scale, each = problem(rows, columns, group_size, seed)
     grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
-    leaves = [weight.requires_grad_(), scale.requires_grad_()]
-    codes = affine.quantize(weight, each, 0, bits)
     # By scale in float64, where only the rounding of the result to float32 is left to differ.
-    wide = [weight.detach().double().requires_grad_(), each.double().requires_grad_()]
-    by_weight, by_each = torch.autograd.grad(
-        affine.fake_quantize(*wide, 0, bits), wide, grad.double()
-    )
+    codes, by_weight, by_each = oracle(weight, each, bits, grad.double())
+    leaves = [weight.requires_grad_(), scale.requires_grad_()]
     padded = torch.nn.functional.pad(by_each, (0, -columns % group_size))
     by_scale = padded.unflatten(1, (-1, group_size)).sum(-1)
     for name in ("reference", *ISAS):
@@ -62,20 +72,25 @@ def test_it_is_the_fake_quantization_of_each_group(rows, columns, group_size, bi
         moved = got[0] != by_weight.float()
         assert moved.sum() <= moved.numel() // 200
         if not moved.any():
-            size = 2.0**bits * min(group_size, columns) ** 0.5
+            size = 2.0**8 * min(group_size, columns) ** 0.5
             assert (got[1] - by_scale).abs().max() <= 4e-6 * size if rows else not got[1].numel()
 
 
+@pytest.mark.parametrize(
+    ("bits", "ties", "codes_of_ties", "lowest"),
+    [(8, [0.5, 1.5, -2.5], [0, 2, -2], -128), (4, [6.0, 6.01, -5.5], [0, 12, -11], -127)],
+)
 @pytest.mark.parametrize("name", ["reference", *ISAS])
-def test_extremes(name):
+def test_extremes(name, bits, ties, codes_of_ties, lowest):
     backend, isa = on(name)
     scale = torch.tensor([[1.0], [2.0**-126]])
-    weight = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1e38, 0.5, 1.5, -2.5]] * 2)
+    weight = torch.tensor([[torch.nan, torch.inf, -torch.inf, 1e38, *ties]] * 2)
     weight.requires_grad_()
     with backend, isa:
-        codes, values = round_weight(weight, scale, 7, 4)
-    assert codes[0, 1:].tolist() == [7, -8, 7, 0, 2, -2]  # ties to even
-    assert codes[1, 1:].tolist() == [7, -8, 7, 7, 7, -8]
+        codes, values = round_weight(weight, scale, 7, bits)
+    # Ties to even at 8 bits, to the lower level at 4.
+    assert codes[0, 1:].tolist() == [127, lowest, 127, *codes_of_ties]
+    assert codes[1, 1:].tolist() == [127, lowest, 127, 127, 127, lowest]
     assert values[:, 0].isnan().all()
     assert torch.equal(values[:, 1:], codes[:, 1:] * scale)
     (grad,) = torch.autograd.grad(values, weight, torch.ones_like(values))

@@ -13,7 +13,6 @@ from bkcore.model import ResNetBKForCausalLM, core_certificates, quantized, rece
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.moe import Expert, counting_load
 from bkcore.quantization import QuantizationConfig, linear
-from bkcore.quantization.affine import code_range
 from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.quantization.packing import unpack_int4
 from bkcore.quantization.weights import HalfWeight
@@ -63,12 +62,13 @@ def test_errors_and_clipping_are_those_of_the_weights(build, mode):
         )
         if entry["bits"] == 16 or entry["rounding"] == "gptq":
             continue
-        largest = code_range(weight.bits)[1] * weight.scales().amax(1, keepdim=True)
+        largest = 127 * weight.scales().amax(1, keepdim=True)
         beyond = (float_weight.abs() > 1.2 * largest).double().mean().item()
         assert beyond <= entry["clipping_rate"] < 0.2
-        saturated = (weight.codes() == 127 if weight.bits == 8 else weight.codes() == 7) | (
-            weight.codes() == code_range(weight.bits)[0]
+        saturated = (weight.codes() == 127) | (
+            weight.codes() == (-128 if weight.bits == 8 else -127)
         )
+        assert entry["levels"] == ("even" if weight.bits == 8 else "companded")
         assert entry["clipping_rate"] <= saturated.double().mean().item()
 
 

@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bkcore.errors import CalibrationError
+from bkcore.kernels.weight_levels import INT4_LEVELS, nearest_codes
 from bkcore.quantization import affine
 from bkcore.quantization.gptq import InputMoments, gptq, pack_weight_by_moments
-from bkcore.quantization.weights import each_column, pack_weight, search_weight_scales
+from bkcore.quantization.weights import (
+    each_column,
+    pack_weight,
+    search_weight_scales,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +65,7 @@ def test_outputs_never_change_more_than_by_plain_rounding(
 
     assert codes.dtype == torch.int8
     assert codes.shape == weight.shape
-    assert codes.min() >= -8
-    assert codes.max() <= 7
+    assert torch.isin(codes, torch.tensor(INT4_LEVELS)).all()
     assert scales.shape == plain.scales().shape
     assert torch.equal(affine.storable(scales), scales)
     assert not per_tensor or len(scales.unique()) == 1
@@ -106,7 +110,8 @@ def test_columns_without_correlation_are_rounded_each_by_itself(group_size):
     importance = (diagonal / diagonal.mean()).float()
     expected = search_weight_scales(weight, 4, group_size, importance=importance)
     assert torch.equal(scales, expected)
-    assert torch.equal(codes, affine.quantize(weight, each_column(scales, group_size, 40), 0, 4))
+    ratio = weight / each_column(scales, group_size, 40)
+    assert torch.equal(codes.float(), nearest_codes(ratio, 4))
 
 
 @pytest.mark.parametrize("damping", [1e-4, 0.01, 1.0])
@@ -116,6 +121,10 @@ def test_what_is_left_is_the_optimum_given_the_codes_before(damping):
     m = moments_of(correlated(100, columns, 3, 0)).numpy()
     weight = torch.randn(7, columns)
     codes, scales = gptq(weight, torch.from_numpy(m), 4, columns, per_tensor=True, damping=damping)
+
+    def nearest(ratio):
+        return np.array(INT4_LEVELS)[np.abs(ratio[:, None] - INT4_LEVELS).argmin(1)]
+
     damped = m + damping * np.trace(m) / columns * np.eye(columns)
     step = float(scales[0, 0])
     for row in range(len(weight)):
@@ -124,8 +133,8 @@ def test_what_is_left_is_the_optimum_given_the_codes_before(damping):
         for j in range(columns):
             error = (w - found)[:j]
             change = np.linalg.solve(damped[j:, j:], damped[j:, :j] @ error) if j else 0.0
-            found[j] = step * np.clip(np.round((w[j:] + change)[0] / step), -8, 7)
-        plain = step * np.clip(np.round(w / step), -8, 7)
+            found[j] = step * nearest((w[j:] + change)[:1] / step)[0]
+        plain = step * nearest(w / step)
         best = min(found, plain, key=lambda values: (w - values) @ m @ (w - values))
         assert np.array_equal(codes[row].numpy(), np.round(best / step))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bkcore.errors import CalibrationError
 from bkcore.kernels.reference import integer_product, quantize_rows
+from bkcore.kernels.weight_levels import INT4_LEVELS, nearest_codes
 from bkcore.quantization import affine
 from bkcore.quantization.linear import QuantizedEmbedding, QuantizedLinear
 from bkcore.quantization.weights import (
@@ -136,12 +137,11 @@ def test_packed_weight(bits, group_size, columns, groups):
     assert packed.scales().shape == (7, groups)
     scale = packed.scales().repeat_interleave(group_size, 1)[:, :columns]
     codes = packed.codes()
-    qmin, qmax = affine.code_range(bits)
-    assert codes.min() >= qmin
-    assert codes.max() <= qmax
+    allowed = torch.arange(-128, 128) if bits == 8 else torch.tensor(INT4_LEVELS)
+    assert torch.isin(codes, allowed).all()
     error = (codes * scale - weight).abs()
-    inside = (codes > qmin) & (codes < qmax)
-    assert (error <= scale * (0.5 + 2.0**-16))[inside].all()
+    nearest = (allowed * scale[..., None] - weight[..., None]).abs().amin(-1)
+    assert (error <= nearest + scale * 2.0**-16).all()
     assert torch.equal(packed.rows(torch.arange(7)), codes * scale)
 
 
@@ -150,9 +150,20 @@ def test_searched_weight_scales_beat_min_max(bits, gain):
     weight = torch.distributions.Laplace(0.0, 1.0).sample((50, 128))
     packed = pack_weight(weight, bits, 128)
     searched = (packed.rows(torch.arange(50)) - weight).square().mean()
-    scale = affine.storable(weight.abs().amax(1, keepdim=True) / affine.code_range(bits)[1])
-    min_max = (affine.fake_quantize(weight, scale, 0, bits) - weight).square().mean()
+    scale = affine.storable(weight.abs().amax(1, keepdim=True) / 127)
+    min_max = (scale * nearest_codes(weight / scale, bits) - weight).square().mean()
     assert searched <= gain * min_max
+
+
+def test_uneven_levels_beat_even_ones_for_weights_of_heavy_tails():
+    """A Laplace density and groups of 128, as weights have: the squared error of 16 levels."""
+    weight = torch.distributions.Laplace(0.0, 1.0).sample((500, 128))
+    uneven = (pack_weight(weight, 4, 128).rows(torch.arange(500)) - weight).square().mean()
+    errors = []
+    for fraction in torch.linspace(0.4, 1.0, 30):
+        scale = fraction * weight.abs().amax(1, keepdim=True) / 7.5
+        errors.append((affine.fake_quantize(weight, scale, 0, 4) - weight).square().mean(1))
+    assert uneven < 0.8 * torch.stack(errors).amin(0).mean()
 
 
 def test_groups_of_a_weight_have_their_own_scales():

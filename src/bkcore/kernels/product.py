@@ -17,6 +17,7 @@ Layout
 ------
     x       float32 (..., K): M rows; contiguous in memory or copied
     weight  8 bits: int8 (O, K);  4 bits: uint8 (O, ceil(K / 2)), the even input low
+            at 4 bits a code stands for w = level(code), see `bkcore.kernels.weight_levels`
     scales  bfloat16 (O, G), s, of groups of `group_size` inputs; G = ceil(K / group_size)
     result  float32 (..., O)
 """

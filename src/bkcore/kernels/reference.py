@@ -18,6 +18,7 @@ from bkcore.kernels.backend import (
     empty_parts,
     ordered_sum,
 )
+from bkcore.kernels.weight_levels import nearest_codes, saturates, to_levels
 
 
 def sweep(
@@ -178,6 +179,8 @@ def step(
 def product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: int) -> Tensor:
     codes, row_scale = quantize_rows(x.flatten(0, -2) if x.ndim > 1 else x[None])
     weight_codes = _bytes(weight, x.shape[-1], bits)
+    if bits == 4:
+        weight_codes = to_levels(weight_codes)
     out = integer_product(codes, row_scale, weight_codes, scales.float(), group_size)
     return out.view(*x.shape[:-1], len(weight))
 
@@ -230,18 +233,16 @@ def round_weight(
     weight: Tensor, scale: Tensor, group_size: int, bits: int
 ) -> tuple[Tensor, Tensor]:
     each = _each_column(scale.float(), group_size, weight)
-    low = -(1 << (bits - 1))
-    codes = (weight / each).round().clamp(low, -low - 1)
-    return torch.nan_to_num(codes).to(torch.int8), each * codes
+    codes = nearest_codes(weight / each, bits)
+    return torch.nan_to_num(codes).to(torch.int8), torch.where(weight.isnan(), weight, each * codes)
 
 
 def round_weight_backward(
     grad: Tensor, weight: Tensor, scale: Tensor, group_size: int, bits: int
 ) -> tuple[Tensor, Tensor]:
-    ratio, low = weight / _each_column(scale.float(), group_size, weight), -(1 << (bits - 1))
-    codes = ratio.round()
-    outside = (codes < low) | (codes > -low - 1)
-    by_scale = grad * (codes.clamp(low, -low - 1) - ratio.masked_fill(outside, 0))
+    ratio = weight / _each_column(scale.float(), group_size, weight)
+    outside = saturates(ratio, bits)
+    by_scale = grad * (nearest_codes(ratio, bits) - ratio.masked_fill(outside, 0))
     padding = -weight.shape[1] % group_size
     grouped = torch.nn.functional.pad(by_scale, (0, padding)).unflatten(1, (-1, group_size))
     return grad.masked_fill(outside, 0), grouped.sum(-1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bkcore.kernels import reference
+from bkcore.kernels import reference, weight_levels
 from bkcore.kernels.backend import (
     ATTENTION_CHUNK,
     Backend,
@@ -423,7 +423,7 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: in
         with _on(x.device):
             # A term is rounded before it is added, so the two must not be fused.
             kernels.product[(programs,)](
-                *(codes, row_scale, weight, scales, out),
+                *(codes, row_scale, weight, weight_levels.levels(x.device), scales, out),
                 *(rows, inputs, outputs, groups, group_size, weight.shape[1]),
                 BITS=bits,
                 ROWS=_ROWS,

@@ -8,11 +8,14 @@ import triton.language as tl
 
 @triton.jit
 def product(
-    codes, row_scale, weight, scales, out,
+    codes, row_scale, weight, levels, scales, out,
     rows, inputs, outputs, groups, group_size, width,
     BITS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """out (M, O) of codes (M, K) and weight (O, K), or (O, ceil(K / 2)) with two codes a byte."""
+    """out (M, O) of codes (M, K) and weight (O, K), or (O, ceil(K / 2)) with two codes a byte.
+
+    These stand for `levels`, of the codes -8 to 7.
+    """
     tiles = tl.cdiv(outputs, OUTPUTS)
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % tiles * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -34,8 +37,8 @@ def product(
             else:
                 place = weight + column[:, None] * width + at[None, :] // 2
                 byte = tl.load(place, mask=kept, other=0).to(tl.int32)
-                w = (((byte >> (4 * (at[None, :] % 2))) & 15) ^ 8) - 8
-                w = tl.where(kept, w, 0).to(tl.int8)
+                code = ((byte >> (4 * (at[None, :] % 2))) & 15) ^ 8
+                w = tl.where(kept, tl.load(levels + code), 0).to(tl.int8)
             sums = tl.dot(x, tl.trans(w), sums, out_dtype=tl.int32)
         scale = tl.load(scales + column * groups + group, mask=column < outputs, other=0.0)
         total = total + sums.to(tl.float32) * scale.to(tl.float32)[None, :]

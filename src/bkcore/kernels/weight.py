@@ -1,10 +1,12 @@
 """Rounding of a weight in training, as codes and values at once: `bkcore::round_weight`.
 
-What `bkcore.quantization.affine` gives with a zero point of 0, bit for bit, in one pass each way:
+In one pass each way:
 
-    code = clamp(round(w / scale), -2^(bits-1), 2^(bits-1) - 1),   value = scale * code
+    code = clamp(round(w / scale), -128, 127),   value = scale * code         at 8 bits,
 
-with ties to even. NaN has a value of NaN, and some code.
+with ties to even. At 4 bits the codes that are given are the nearest to w / scale of the sixteen
+levels of `bkcore.kernels.weight_levels`, the lower one halfway. NaN has a value of NaN, and some
+code.
 
 Layout
 ------

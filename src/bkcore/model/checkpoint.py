@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bkcore.errors import CheckpointError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version 1 was of models that brought to unit mean square what their heads found, version 2 of
 models whose embedded tokens entered the residual stream as they are."""
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bkcore.errors import CheckpointError
+from bkcore.kernels.weight_levels import saturates
 from bkcore.model import checkpoint, quantized
 from bkcore.model.certificate import CoreCertificate
 from bkcore.model.mixer import CoreQuantizers, Features, ResolventMixer
 from bkcore.model.moe import MixtureOfExperts, of_all_processes
-from bkcore.quantization import affine
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.linear import QuantizedEmbedding
 from bkcore.quantization.quantizers import GroupWiseQuantizer
@@ -219,16 +219,15 @@ def _weight_entry(
         return entry | {"bits": 8 * before.element_size(), "scheme": "float"}
     # A ragged last group has a scale of its own, as all others.
     scales = weight.scales().repeat_interleave(weight.group_size, 1)[:, : before.shape[1]]
-    low, high = affine.code_range(weight.bits)
-    codes = (before / scales).round()
     return entry | {
         "bits": weight.bits,
         "scheme": "symmetric",
+        "levels": "even" if weight.bits == 8 else "companded",
         "group_size": weight.group_size,
         "scales": weight.stored_scales.numel() if config.per_channel else 1,
         "range_method": "learned" if config.is_qat else "mse",
         "rounding": "gptq" if weight.tokens_seen else "nearest",
-        "clipping_rate": ((codes < low) | (codes > high)).double().mean().item(),
+        "clipping_rate": saturates(before / scales, weight.bits).double().mean().item(),
         "relative_error": _relative_error(before, weight.codes() * scales),
     }
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bkcore.errors import CalibrationError
-from bkcore.quantization import affine
+from bkcore.kernels.weight_levels import nearest_codes
 from bkcore.quantization.storage import StoredDtypes
 from bkcore.quantization.weights import (
     PackedWeight,
@@ -187,8 +187,8 @@ def _compensated(
                 else scales[:, group : group + 1]
             )
         scale = found[-1][:, 0]
-        code = affine.quantize(left[:, j].float(), scale, 0, bits)
-        error = (left[:, j] - affine.dequantize(code, scale, 0)) / factor[j, j]
+        code = nearest_codes(left[:, j].float() / scale, bits)
+        error = (left[:, j] - scale * code) / factor[j, j]
         left[:, j:] -= error[:, None] * factor[j, j:]
         codes.append(code.to(torch.int8))
     return torch.stack(codes, 1), torch.cat(found, 1)
@@ -198,6 +198,6 @@ def _output_error(
     weight: Tensor, codes: Tensor, scales: Tensor, group_size: int, moments: Tensor
 ) -> Tensor:
     """(O,) float64: squared changes of the outputs, summed over the data."""
-    values = affine.dequantize(codes, each_column(scales, group_size, weight.shape[1]), 0)
+    values = codes * each_column(scales, group_size, weight.shape[1])
     change = (weight - values).double()
     return ((change @ moments) * change).sum(1)

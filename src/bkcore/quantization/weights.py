@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from bkcore.errors import CalibrationError
 from bkcore.kernels import round_weight
+from bkcore.kernels.weight_levels import nearest_codes, to_codes, to_levels
 from bkcore.quantization import affine
 from bkcore.quantization.packing import pack_int4, unpack_int4
 from bkcore.quantization.storage import StoredDtypes
+
+LARGEST_CODE = 127
+"""What the largest code of a weight stands for, at 8 bits and at 4."""
 
 _FRACTIONS = 24
 
@@ -53,11 +57,12 @@ def search_weight_scales(
         largest = largest.amax().expand_as(largest)
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
     counts = 1.0 if importance is None else _grouped(importance[None], group_size)
-    best_scale, best_error = largest, torch.full_like(largest, torch.inf)
+    best_scale = affine.storable(largest / LARGEST_CODE)
+    best_error = torch.full_like(largest, torch.inf)
     for fraction in torch.linspace(1.0, 0.5 if bits == 4 else 0.8, _FRACTIONS).tolist():
-        scale = affine.storable(largest * (fraction / affine.code_range(bits)[1]))
-        error = (affine.fake_quantize(grouped, scale[..., None], 0, bits) - grouped).square()
-        error = (error * counts).sum(-1)
+        scale = affine.storable(largest * (fraction / LARGEST_CODE))
+        rounded = scale[..., None] * nearest_codes(grouped / scale[..., None], bits)
+        error = ((rounded - grouped).square() * counts).sum(-1)
         if per_tensor:
             error = error.sum().expand_as(error)
         better = error < best_error
@@ -68,6 +73,10 @@ def search_weight_scales(
 
 class PackedWeight(StoredDtypes):
     """A quantized weight (O, K): int8 codes, or two INT4 codes a byte, and bfloat16 scales.
+
+    At 4 bits a code stands for one of sixteen int8 levels (`bkcore.kernels.weight_levels`). What
+    `codes` gives and `from_codes` takes are these levels, so that a weight is scale times code at
+    any number of bits.
 
     Attributes:
         packed: int8 (O, K) at 8 bits, uint8 (O, ceil(K / 2)) at 4.
@@ -94,13 +103,13 @@ class PackedWeight(StoredDtypes):
     def from_codes(cls, codes: Tensor, scales: Tensor, bits: int, group_size: int) -> PackedWeight:
         """Store int8 codes (O, K) and float32 scales (O, G)."""
         weight = cls((codes.shape[0], codes.shape[1]), bits, group_size)
-        weight.packed = codes if bits == 8 else pack_int4(codes)
+        weight.packed = codes if bits == 8 else pack_int4(to_codes(codes))
         weight.stored_scales = scales.to(affine.SCALE_DTYPE)
         return weight
 
     def codes(self) -> Tensor:
         """int8 codes (O, K)."""
-        return self.packed if self.bits == 8 else unpack_int4(self.packed, self.shape[1])
+        return self._unpacked(self.packed)
 
     def scales(self) -> Tensor:
         """float32 scales (O, G)."""
@@ -108,10 +117,12 @@ class PackedWeight(StoredDtypes):
 
     def rows(self, index: Tensor) -> Tensor:
         """float32 values of the rows at an integer index (...): (..., K)."""
-        packed = nn.functional.embedding(index, self.packed)
-        codes = packed if self.bits == 8 else unpack_int4(packed, self.shape[1])
+        codes = self._unpacked(nn.functional.embedding(index, self.packed))
         scales = nn.functional.embedding(index, self.scales())
         return codes * each_column(scales, self.group_size, self.shape[1])
+
+    def _unpacked(self, packed: Tensor) -> Tensor:
+        return packed if self.bits == 8 else to_levels(unpack_int4(packed, self.shape[1]))
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
