@@ -181,8 +181,9 @@ def test_the_frontier_goes_from_small_to_good(checkpoint: Path, text: Path, tmp_
     assert points[0]["ci_high_pct"] <= 1
     line = [point for point in points if point["name"] == "budget"]
     assert [point["bytes"] for point in line] == sorted(point["bytes"] for point in line)
-    # All in 4 bits and all in 16 but the core: what is between lies between.
-    assert line[0]["ppl_token"] > line[-1]["ppl_token"]
+    # All in 4 bits and all in 16 but the core. The model is not trained, so that rounding may make
+    # it better or worse, but fewer bits change it more.
+    assert abs(line[0]["delta_pct"]) > abs(line[-1]["delta_pct"])
     assert {point["name"] for point in points[-3:]} == {"ptq_int8", "ptq_int4", "mixed_precision"}
 
 

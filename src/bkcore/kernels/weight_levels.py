@@ -31,10 +31,17 @@ INT4_LEVELS = tuple(_level(code) for code in range(-8, 8))
 """Levels of the codes -8 to 7, ascending, from -127 to 127."""
 
 
-@functools.cache
+_LEVELS = torch.tensor(INT4_LEVELS, dtype=torch.int8)
+
+
 def levels(device: torch.device) -> Tensor:
     """`INT4_LEVELS` as int8 (16,) on a device; not to be changed."""
-    return torch.tensor(INT4_LEVELS, dtype=torch.int8, device=device)
+    return _LEVELS if device.type == "cpu" else _copy(device)
+
+
+@functools.cache
+def _copy(device: torch.device) -> Tensor:
+    return _LEVELS.to(device)
 
 
 def nearest_codes(x: Tensor, bits: int) -> Tensor:
