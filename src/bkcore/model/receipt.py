@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bkcore.errors import CheckpointError
-from bkcore.kernels.weight_levels import saturates
 from bkcore.model import checkpoint, quantized
 from bkcore.model.certificate import CoreCertificate
 from bkcore.model.mixer import CoreQuantizers, Features, ResolventMixer
@@ -227,7 +226,7 @@ def _weight_entry(
         "scales": weight.stored_scales.numel() if config.per_channel else 1,
         "range_method": "learned" if config.is_qat else "mse",
         "rounding": "gptq" if weight.tokens_seen else "nearest",
-        "clipping_rate": saturates(before / scales, weight.bits).double().mean().item(),
+        "clipping_rate": weight.clipped(before).double().mean().item(),
         "relative_error": _relative_error(before, weight.codes() * scales),
     }
 

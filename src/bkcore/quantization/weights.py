@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bkcore.errors import CalibrationError
 from bkcore.kernels import round_weight
-from bkcore.kernels.weight_levels import nearest_codes, to_codes, to_levels
+from bkcore.kernels.weight_levels import nearest_codes, saturates, to_codes, to_levels
 from bkcore.quantization import affine
 from bkcore.quantization.packing import pack_int4, unpack_int4
 from bkcore.quantization.storage import StoredDtypes
@@ -120,6 +120,11 @@ class PackedWeight(StoredDtypes):
         codes = self._unpacked(nn.functional.embedding(index, self.packed))
         scales = nn.functional.embedding(index, self.scales())
         return codes * each_column(scales, self.group_size, self.shape[1])
+
+    def clipped(self, weight: Tensor) -> Tensor:
+        """Which numbers of a float weight (O, K) lie beyond these codes; bool (O, K)."""
+        ratio = weight / each_column(self.scales(), self.group_size, self.shape[1])
+        return saturates(ratio, self.bits)
 
     def _unpacked(self, packed: Tensor) -> Tensor:
         return packed if self.bits == 8 else to_levels(unpack_int4(packed, self.shape[1]))

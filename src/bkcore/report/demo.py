@@ -56,7 +56,9 @@ class DemoSettings:
         }
     )
     training: Schedule = field(
-        default_factory=lambda: Schedule(steps=450, batch_size=16, learning_rate=5e-3)
+        default_factory=lambda: Schedule(
+            steps=450, batch_size=16, optimizer="muon", learning_rate=5e-3
+        )
     )
     qat: Schedule = field(
         default_factory=lambda: Schedule(
