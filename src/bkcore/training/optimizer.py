@@ -3,8 +3,8 @@
 Muon (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024) steps by the
 nearest orthogonal matrix to the running mean of the gradients, so that a weight learns in all
 directions alike. It is for maps between hidden features. Embeddings, whose rows are seen one at a
-time, convolutions and vectors stay with AdamW (Loshchilov and Hutter, "Decoupled weight decay
-regularization", ICLR 2019).
+time, convolutions, vectors and what QAT trains behind codes stay with AdamW (Loshchilov and Hutter,
+"Decoupled weight decay regularization", ICLR 2019).
 """
 
 from __future__ import annotations
