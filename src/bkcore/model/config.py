@@ -31,7 +31,7 @@ class ResNetBKConfig(PreTrainedConfig):
         value_size: the size of their values; None is D / H, which H then has to divide.
         embedding_multiplier: what embedded tokens are multiplied by on their way into the residual
             stream. They begin at a root mean square of `initializer_range`, which the default
-            brings to 1, the size of what layers add.
+            brings to a third of the size of what layers add.
         conv_width: taps of the causal depthwise convolution.
         dropout: probability with which training drops an embedded feature, and one of what a mixer
             or a mixture of experts adds.
@@ -55,7 +55,7 @@ class ResNetBKConfig(PreTrainedConfig):
     key_size: int = 32
     key_groups: int | None = None
     value_size: int | None = None
-    embedding_multiplier: float = 50.0
+    embedding_multiplier: float = 16.0
     conv_width: int = 4
     dropout: float = 0.0
     load_balancing: float = 0.1
