@@ -154,14 +154,22 @@ def quantize(
         int | None, typer.Option(min=1, help="Training steps of the QAT modes.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak rate of the QAT modes; default: 4e-4.")
+        float | None, typer.Option(help="Peak rate of the QAT modes; default: 2e-4.")
+    ] = None,
+    distill: Annotated[
+        bool | None,
+        typer.Option(
+            "--distill/--no-distill",
+            help="Train a QAT mode towards what the float model predicts, or towards the text. "
+            "Default: the model.",
+        ),
     ] = None,
     control: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Train the float model for the same steps, too, and save it here: what a QAT "
-            "model is to be compared with.",
+            help="Train the float model on the text for the same steps, too, and save it here: "
+            "what a QAT model is to be compared with.",
         ),
     ] = None,
     target_bits: Annotated[
@@ -201,6 +209,7 @@ def quantize(
         calibration_tokens=calibration_tokens,
         steps=steps,
         learning_rate=learning_rate,
+        distill=distill,
         strict=strict,
         target_bits=target_bits,
         max_increase=None if max_ppl_increase is None else _percent(max_ppl_increase),

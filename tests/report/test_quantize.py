@@ -18,7 +18,7 @@ from bkcore.model import LanguageModel
 from bkcore.model.receipt import read
 from bkcore.report.quantize import QuantizeSettings, run_quantize
 from bkcore.report.receipt import average_bits
-from bkcore.text import TokenWindows, encode, train_tokenizer
+from bkcore.text import TokenWindows, encode, spread, train_tokenizer
 from bkcore.training import train
 
 LINES = [
@@ -99,6 +99,25 @@ def test_training_in_a_qat_mode(checkpoint: Path, text: Path, tmp_path: Path) ->
     ptq = run_quantize(checkpoint, tmp_path / "ptq", text, settings(mode="ptq_int8"), QUIET)
     assert (tmp_path / "model.safetensors").stat().st_size > 0
     assert ptq["receipt"]["weights"] != found["receipt"]["weights"]
+
+
+@pytest.mark.parametrize("distill", [None, True, False])
+def test_a_qat_mode_imitates_the_float_model_or_learns_the_text(
+    checkpoint: Path, text: Path, tmp_path: Path, distill: bool | None
+) -> None:
+    how = settings(mode="qat_int8", steps=3, learning_rate=0.01, distill=distill)
+    run_quantize(checkpoint, tmp_path, text, how, QUIET)
+    found, tokenizer = load_checkpoint(tmp_path)
+    expected, _ = load_checkpoint(checkpoint)
+    teacher = None if distill is False else load_checkpoint(checkpoint)[0]
+    windows = TokenWindows(encode(tokenizer, TRAIN), 32)
+    expected.configure_quantization(how.config)
+    picks = spread(windows, how.calibration_tokens // 32)
+    expected.calibrate_quantization(picks.split(4096 // 32))
+    train(expected, windows, how.schedule(32), teacher=teacher)
+    expected.convert()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
 
 
 def test_the_control_trains_in_float_for_the_same_steps(
@@ -220,6 +239,7 @@ def test_strict_names_what_is_amiss_and_writes_nothing(
         ({"mode": "qat_int8"}, "--steps"),
         ({"mode": "ptq_int8", "steps": 3}, "takes no --steps"),
         ({"mode": "ptq_int8", "learning_rate": 1e-3}, "takes no --learning-rate"),
+        ({"mode": "ptq_int4", "distill": False}, "takes no --distill and no --no-distill"),
         ({"mode": "ptq_int4", "target_bits": 5.0}, "mixes precisions"),
         ({"frontier": True}, "--frontier needs"),
         ({"mode": "mixed_precision", "target_bits": 5.0, "max_increase": 1.0}, "not both"),

@@ -28,7 +28,7 @@ from bkcore.training import Schedule, train
 
 _TOKENS_A_BATCH = 4096
 _SENSITIVITY_TOKENS = 8192
-_LEARNING_RATE = 4e-4
+_LEARNING_RATE = 2e-4
 
 UNIFORM_MODES = ("ptq_int8", "ptq_int4", "mixed_precision")
 """What the frontier of a bit budget is compared with."""
@@ -43,7 +43,9 @@ class QuantizeSettings:
         calibration_tokens: tokens of the training text to calibrate on, in windows of the length
             of the model's training; at least one window is taken.
         steps: of training, which the QAT modes need and the others do not have.
-        learning_rate: the peak of that training; None is 4e-4.
+        learning_rate: the peak of that training; None is 2e-4.
+        distill: whether that training is towards the next-token distributions of the float
+            checkpoint, which None is in a QAT mode, or, if False, towards the text's tokens.
         strict: refuse a model that is not, tensor for tensor, what its mode promises.
         target_bits: bits of a weight on average over all weights that modes quantize
             (projections, experts, embedding), scales included; at most so many.
@@ -52,8 +54,8 @@ class QuantizeSettings:
         frontier: measure models of all sizes beside the one that is saved, and the uniform modes.
 
     Raises:
-        InputError: for an unknown mode or group size, a QAT mode without steps, steps or a
-            learning rate without a QAT mode, a rate that is not positive, or a bit budget in
+        InputError: for an unknown mode or group size, a QAT mode without steps, something that is
+            said of training without a QAT mode, a rate that is not positive, or a bit budget in
             another mode than mixed precision.
     """
 
@@ -62,6 +64,7 @@ class QuantizeSettings:
     calibration_tokens: int = 32_768
     steps: int | None = None
     learning_rate: float | None = None
+    distill: bool | None = None
     strict: bool = False
     target_bits: float | None = None
     max_increase: float | None = None
@@ -73,10 +76,14 @@ class QuantizeSettings:
                 f"mode {self.mode!r} trains: say for how long with --steps; a tenth of the steps "
                 "of the float training is plenty"
             )
-        if not self.config.is_qat and self.steps is not None:
-            raise InputError(f"mode {self.mode!r} does not train, and takes no --steps")
-        if not self.config.is_qat and self.learning_rate is not None:
-            raise InputError(f"mode {self.mode!r} does not train, and takes no --learning-rate")
+        of_training = {
+            "--steps": self.steps,
+            "--learning-rate": self.learning_rate,
+            "--distill and no --no-distill": self.distill,
+        }
+        for option, value in of_training.items():
+            if not self.config.is_qat and value is not None:
+                raise InputError(f"mode {self.mode!r} does not train, and takes no {option}")
         if self.steps is not None:
             self.schedule(window=1)  # refuses a rate that cannot be
         if self.target_bits is not None and self.max_increase is not None:
@@ -127,8 +134,8 @@ def run_quantize(
         data: as in `bkcore.text.load_corpus`; None takes the embedded corpus.
         settings: how.
         console: where progress is drawn.
-        control: folder to save the float model in after the steps that a QAT mode trained; None
-            does not train it.
+        control: folder to save the float model in after as many steps on the text as a QAT mode
+            trained; None does not train it.
 
     Returns:
         `receipt`, see `bkcore.model.receipt.of_quantized`, `corpus`, the name of the text, and
@@ -256,17 +263,21 @@ class _Run:
         with self.plan.stage("calibrate"):
             self._quantize(model, self.settings.config)
         if self.settings.steps is not None:
-            self.train(model, "train")
+            teacher = None if self.settings.distill is False else load_float(self.checkpoint)[0]
+            self.train(model, "train", teacher)
             model.convert()
         return model, {}
 
-    def train(self, model: ResNetBKForCausalLM, stage: str) -> None:
+    def train(
+        self, model: ResNetBKForCausalLM, stage: str, teacher: ResNetBKForCausalLM | None = None
+    ) -> None:
         schedule = self.settings.schedule(self.length)
         with self.plan.stage(stage) as advance:
             train(
                 model,
                 self.windows,
                 schedule,
+                teacher=teacher,
                 on_step=lambda step: advance(step / schedule.steps),
             )
 

@@ -2,8 +2,8 @@
 
 What is added to the Trainer: an order of the windows that can begin at any step (`WindowOrder`),
 resume checkpoints that are known to be whole (`checkpoints`), evaluation by a function, Muon
-(`optimizer`), weight decay of matrices only, a limit of time, and the faster products of
-`bkcore.products`.
+(`optimizer`), a teacher (`distillation`), weight decay of matrices only, a limit of time, and the
+faster products of `bkcore.products`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from bkcore.errors import CheckpointError, InputError, LifecycleError
 from bkcore.products import onednn_products
 from bkcore.training import checkpoints
+from bkcore.training.distillation import check_teacher, divergence, fingerprint, without_dropout
 from bkcore.training.optimizer import ADAMW_BETAS, MuonWithAdamW
 from bkcore.training.order import WindowOrder
 from bkcore.training.schedule import Schedule
@@ -58,6 +59,7 @@ def train(
     output: Path | None = None,
     resume: bool = True,
     evaluation: Evaluation | None = None,
+    teacher: PreTrainedModel | None = None,
     on_step: Callable[[int], None] | None = None,
     on_log: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
@@ -81,17 +83,22 @@ def train(
         evaluation: called every `schedule.evaluate_every` steps and at the end, by the first
             process only; `model` has the best weights in the end, not the last ones. Needs
             `output`.
+        teacher: another model, in whose next-token distributions the model is trained instead of
+            `labels`; without dropout and without load balancing. Not changed, but for its mode,
+            which is `eval()` afterwards. A step takes its forward pass more.
         on_step: called with the number of steps done.
         on_log: called with every new entry of the log.
 
     Returns:
         The log: dictionaries with `step`, `loss` (mean since the last entry, nats per token, load
-        balancing included), `grad_norm` and `learning_rate`; with `evaluation` others with
-        `step` and its numbers as `eval_loss` and so on. A continued run's log holds all of it.
+        balancing included; with a teacher the divergence from it), `grad_norm` and
+        `learning_rate`; with `evaluation` others with `step` and its numbers as `eval_loss` and so
+        on. A continued run's log holds all of it.
 
     Raises:
         InputError: if the arguments exclude each other, or the batch does not divide among the
-            processes, or a sharded model is to be trained with Muon.
+            processes, or a sharded model is to be trained with Muon, or the teacher is the model
+            itself or has another vocabulary.
         LifecycleError: if the model is quantized already.
         DataError: if there are fewer windows than a batch.
         CheckpointError: if `output` holds checkpoints of a training with other settings, of
@@ -100,6 +107,9 @@ def train(
     processes = PartialState(cpu=True)
     _check_trainable(model)
     _check_arguments(model, schedule, output, evaluation)
+    if teacher is not None:
+        check_teacher(model, teacher)
+        teacher.eval()
     _check_divides(schedule, processes.num_processes)
     order = WindowOrder(
         len(dataset),  # type: ignore[arg-type]
@@ -110,7 +120,7 @@ def train(
         process=processes.process_index,
         processes=processes.num_processes,
     )
-    run = _description(model, dataset, order, schedule)
+    run = _description(model, dataset, order, schedule, teacher)
     start = None if output is None else _start(output, resume, run, processes)
     if start is not None and _is_over(start, schedule):
         state = _state(start)
@@ -127,8 +137,8 @@ def train(
                 callbacks=_callbacks(schedule, clock, on_step, on_log),
                 optimizers=(_muon(model, schedule), None),
             )
-            trainer.take(order, run, clock, evaluation)
-            with onednn_products():
+            trainer.take(order, run, clock, evaluation, teacher)
+            with onednn_products(), nullcontext() if teacher is None else without_dropout(model):
                 trainer.train(resume_from_checkpoint=None if start is None else str(start))
         state = trainer.state
     if output is not None:
@@ -156,8 +166,10 @@ class _Trainer(Trainer):
         run: dict[str, Any],
         clock: _Clock,
         evaluation: Evaluation | None,
+        teacher: PreTrainedModel | None,
     ) -> None:
         self._order, self._run, self._clock, self._evaluation = order, run, clock, evaluation
+        self._teacher = teacher
         self.pop_callback(PrinterCallback)
         # All parts of a batch are of one size, so the mean of their means is the mean of all.
         self.model_accepts_loss_kwargs = False
@@ -179,6 +191,13 @@ class _Trainer(Trainer):
             # Its own, so that making an iterator draws nothing from the generator of the dropout.
             generator=torch.Generator(),
         )
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if self._teacher is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        return divergence(model, self._teacher, inputs["input_ids"])
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         assert self._evaluation is not None
@@ -433,7 +452,11 @@ def _curve(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def _description(
-    model: PreTrainedModel, dataset: Dataset[Any], order: WindowOrder, schedule: Schedule
+    model: PreTrainedModel,
+    dataset: Dataset[Any],
+    order: WindowOrder,
+    schedule: Schedule,
+    teacher: PreTrainedModel | None,
 ) -> dict[str, Any]:
     """What makes a training this one and no other, as JSON gives it back."""
     config = {
@@ -453,4 +476,6 @@ def _description(
         "sha256 of three windows": digest.hexdigest(),
         "processes": order.processes,
     }
+    if teacher is not None:
+        description["sha256 of the teacher"] = fingerprint(teacher)
     return dict(json.loads(json.dumps(description)))

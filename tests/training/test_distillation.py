@@ -1,0 +1,164 @@
+"""Training towards the next-token distributions of another model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from bkcore.errors import CheckpointError, InputError
+from bkcore.model import LanguageModel, ResNetBKForCausalLM
+from bkcore.text import TokenWindows
+from bkcore.training import Schedule, train
+from bkcore.training.distillation import divergence
+
+TOKENS = torch.randint(0, 50, (30 * 16,), generator=torch.Generator().manual_seed(0))
+WINDOWS = TokenWindows(TOKENS, 16)
+IDS = TOKENS[:64].view(4, 16)
+SCHEDULE: dict[str, Any] = {"steps": 6, "batch_size": 4, "learning_rate": 5e-3, "save_every": 2}
+
+
+def small(seed: int, **options: Any) -> ResNetBKForCausalLM:
+    torch.manual_seed(seed)
+    sizes = {"d_model": 16, "n_layers": 1, "n_seq": 16, "num_experts": 2, "expert_size": 16}
+    return LanguageModel(vocab_size=50, **{**sizes, **options})
+
+
+def sharp(seed: int) -> ResNetBKForCausalLM:
+    """A model that is sure of something, as one that begins is not."""
+    model = small(seed)
+    with torch.no_grad():
+        model.embedding.weight.mul_(20)
+    return model.eval()
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def same(left: nn.Module, right: nn.Module) -> bool:
+    pairs = zip(left.parameters(), right.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+class WrongLabels(TokenWindows):
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = super().__getitem__(index)
+        return {"input_ids": item["input_ids"], "labels": torch.zeros_like(item["labels"])}
+
+
+def test_the_divergence_is_that_of_the_definition() -> None:
+    model, teacher = sharp(0).double(), sharp(1).double()
+    loss = divergence(model, teacher, IDS).detach()
+    with torch.no_grad():
+        p, q = (m(IDS).logits.softmax(-1) for m in (teacher, model))
+    expected = (p * (p / q).log()).sum(-1).mean()
+    # The loss is summed over 50 tokens in float32.
+    torch.testing.assert_close(loss.double(), expected, rtol=50 * 2**-24, atol=50 * 2**-24)
+    assert float(loss) > 0.1
+    assert abs(divergence(model, model, IDS).item()) < 50 * 2**-24
+
+
+def test_its_gradient_is_the_difference_of_the_distributions() -> None:
+    class Table(nn.Module):
+        """Logits that do not depend on the ids."""
+
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            generator = torch.Generator().manual_seed(seed)
+            self.table = nn.Parameter(torch.randn(16, 50, generator=generator))
+
+        def forward(self, input_ids: Tensor) -> Any:
+            class Output:
+                logits = self.table.expand(len(input_ids), -1, -1)
+
+            return Output
+
+    model, teacher = Table(0), Table(1)
+    divergence(model, teacher, IDS).backward()  # type: ignore[arg-type]
+    expected = (model.table.softmax(-1) - teacher.table.softmax(-1)) / 16
+    assert model.table.grad is not None
+    torch.testing.assert_close(model.table.grad, expected, rtol=1e-5, atol=1e-7)
+    assert teacher.table.grad is None
+
+
+def test_a_model_comes_nearer_to_its_teacher() -> None:
+    model, teacher = small(0), sharp(1)
+    before = divergence(model, teacher, IDS).item()
+    log = train(
+        model, WINDOWS, Schedule(**SCHEDULE | {"steps": 60, "log_every": 1}), teacher=teacher
+    )
+    assert divergence(model.eval(), teacher, IDS).item() < 0.5 * before
+    assert log[0]["loss"] == pytest.approx(before, rel=0.2)
+
+
+def test_the_teacher_stays_as_it_is() -> None:
+    teacher = sharp(1).train()
+    before = weights(teacher)
+    train(small(0), WINDOWS, Schedule(**SCHEDULE), teacher=teacher)
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
+    assert not any(parameter.grad is not None for parameter in teacher.parameters())
+    assert not teacher.training
+
+
+def test_labels_and_load_balancing_have_no_part_in_it() -> None:
+    model, other = small(0), small(0, load_balancing=5.0)
+    train(model, WINDOWS, Schedule(**SCHEDULE), teacher=sharp(1))
+    train(other, WrongLabels(TOKENS, 16), Schedule(**SCHEDULE), teacher=sharp(1))
+    assert same(model, other)
+
+
+def test_dropout_is_off_until_the_end() -> None:
+    model, other = small(0), small(0, dropout=0.5)
+    train(model, WINDOWS, Schedule(**SCHEDULE), teacher=sharp(1))
+    train(other, WINDOWS, Schedule(**SCHEDULE), teacher=sharp(1))
+    assert same(model, other)
+    assert {layer.p for layer in other.modules() if isinstance(layer, nn.Dropout)} == {0.5}
+
+
+def test_other_models_can_learn_and_teach() -> None:
+    def gpt2() -> PreTrainedModel:
+        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 50}
+        return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+
+    model, teacher = gpt2(), sharp(1)
+    before = divergence(model, teacher, IDS).item()
+    train(model, WINDOWS, Schedule(**SCHEDULE | {"steps": 30}), teacher=teacher)
+    assert divergence(model, teacher, IDS).item() < before
+    pupil = small(0)
+    before = divergence(pupil, model, IDS).item()
+    train(pupil, WINDOWS, Schedule(**SCHEDULE | {"steps": 30}), teacher=model)
+    assert divergence(pupil, model, IDS).item() < before
+
+
+def test_who_cannot_teach_is_refused() -> None:
+    model = small(0)
+    with pytest.raises(InputError, match="learns nothing from itself"):
+        train(model, WINDOWS, Schedule(**SCHEDULE), teacher=model)
+    torch.manual_seed(0)
+    other = LanguageModel(60, 16, 1, 16, num_experts=2, expert_size=16)
+    with pytest.raises(InputError, match="knows 60 tokens, the model 50"):
+        train(model, WINDOWS, Schedule(**SCHEDULE), teacher=other)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_it_resumes_with_the_same_teacher_and_no_other(tmp_path: Path) -> None:
+    def stop(step: int) -> None:
+        if step == 3:
+            raise Stop
+
+    schedule = Schedule(**SCHEDULE)
+    with pytest.raises(Stop):
+        train(small(0), WINDOWS, schedule, output=tmp_path, teacher=sharp(1), on_step=stop)
+    for teacher in (sharp(2), None):
+        with pytest.raises(CheckpointError, match="teacher"):
+            train(small(0), WINDOWS, schedule, output=tmp_path, teacher=teacher)
+    resumed, whole = small(5), small(0)
+    train(resumed, WINDOWS, schedule, output=tmp_path, teacher=sharp(1))
+    train(whole, WINDOWS, schedule, teacher=sharp(1))
+    assert same(resumed, whole)
