@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from bkcore.errors import InputError
 from bkcore.model import LanguageModel
 from bkcore.training.optimizer import MuonWithAdamW
 
@@ -65,6 +66,13 @@ def test_muon_gets_the_linear_layers_of_resnet_bk() -> None:
 def test_muon_gets_neither_embedding_nor_head_of_gpt2(tied: bool) -> None:
     names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert by_muon(gpt2(tied)) == {f"transformer.h.0.{name}.weight" for name in names}
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    model = gpt2(tied=True)
+    model.transformer.h = nn.ModuleList()
+    with pytest.raises(InputError, match="has none but its head"):
+        optimizer(model)
 
 
 def orthogonal(gradient: Tensor) -> Tensor:

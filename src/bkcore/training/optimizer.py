@@ -18,6 +18,8 @@ from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from bkcore.errors import InputError
+
 ADAMW_BETAS = (0.9, 0.98)
 
 
@@ -31,6 +33,9 @@ class MuonWithAdamW(Optimizer):
         model: whose parameters to train; none of them sharded.
         decayed: names of the parameters with weight decay; Muon's have it in any case.
         learning_rate, weight_decay: of both.
+
+    Raises:
+        InputError: if the model has no linear layer but its head.
     """
 
     def __init__(
@@ -41,6 +46,11 @@ class MuonWithAdamW(Optimizer):
         weight_decay: float,
     ) -> None:
         hidden = _hidden_matrices(model)
+        if not hidden:
+            raise InputError(
+                "Muon moves the weights of linear layers, and this model has none but its head: "
+                "train it with optimizer 'adamw'"
+            )
         names, chosen = set(decayed), {id(parameter) for parameter in hidden}
         others: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, parameter in model.named_parameters():
