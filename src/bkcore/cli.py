@@ -154,7 +154,7 @@ def quantize(
         int | None, typer.Option(min=1, help="Training steps of the QAT modes.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak rate of the QAT modes; default: 2e-4.")
+        float | None, typer.Option(help="Peak rate of the QAT modes; default: 1e-4.")
     ] = None,
     distill: Annotated[
         bool | None,

@@ -28,7 +28,7 @@ from bkcore.training import Schedule, train
 
 _TOKENS_A_BATCH = 4096
 _SENSITIVITY_TOKENS = 8192
-_LEARNING_RATE = 2e-4
+_LEARNING_RATE = 1e-4
 
 UNIFORM_MODES = ("ptq_int8", "ptq_int4", "mixed_precision")
 """What the frontier of a bit budget is compared with."""
@@ -43,7 +43,7 @@ class QuantizeSettings:
         calibration_tokens: tokens of the training text to calibrate on, in windows of the length
             of the model's training; at least one window is taken.
         steps: of training, which the QAT modes need and the others do not have.
-        learning_rate: the peak of that training; None is 2e-4.
+        learning_rate: the peak of that training; None is 1e-4.
         distill: whether that training is towards the next-token distributions of the float
             checkpoint, which None is in a QAT mode, or, if False, towards the text's tokens.
         strict: refuse a model that is not, tensor for tensor, what its mode promises.
