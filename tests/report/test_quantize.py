@@ -93,6 +93,7 @@ def test_it_calibrates_on_the_training_text_alone(
 def test_training_in_a_qat_mode(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     options = settings(mode="qat_int8", steps=2, learning_rate=1e-3, strict=True)
     found = run_quantize(checkpoint, tmp_path, text, options, QUIET)
+    assert settings(mode="qat_int8", steps=2).schedule(32).learning_rate == 1e-4
     model, _ = load_checkpoint(tmp_path)
     assert model.quantization_state == "quantized"
     assert {entry["range_method"] for entry in found["receipt"]["weights"]} == {"learned"}

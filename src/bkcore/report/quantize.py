@@ -223,9 +223,9 @@ def _stages(settings: QuantizeSettings, control: Path | None) -> dict[str, float
     """Stages and about how long each takes."""
     stages = {"read text": 5.0, "calibrate": 5.0}
     if settings.steps is not None:
-        stages["train"] = 1.0 * settings.steps
-    if control is not None:
-        stages["train the control"] = stages["train"]
+        stages["train"] = (1.0 if settings.distill is False else 1.3) * settings.steps
+        if control is not None:
+            stages["train the control"] = 1.0 * settings.steps
     if settings.has_budget:
         stages |= {"measure sensitivity": 100.0, "spend the budget": 20.0}
     if settings.frontier:

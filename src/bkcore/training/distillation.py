@@ -17,25 +17,33 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from bkcore.errors import InputError
+from bkcore.training.sharding import is_sharded
 
 
 def divergence(model: nn.Module, teacher: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """KL(teacher || model) of the next token in nats, mean over all positions of ids (B, N).
 
-    Differentiable in the model's parameters; the teacher gets no gradient.
+    A scalar, float32 or float64. Differentiable in the model's parameters; the teacher gets no
+    gradient.
     """
     with torch.no_grad():
-        wanted = teacher(input_ids=input_ids).logits.flatten(0, 1).float()
-    found = model(input_ids=input_ids).logits.flatten(0, 1).float()
-    return F.kl_div(
-        found.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean"
-    )
+        wanted = _log_probabilities(teacher, input_ids)
+    found = _log_probabilities(model, input_ids)
+    return F.kl_div(found, wanted.to(found.dtype), log_target=True, reduction="batchmean")
+
+
+def _log_probabilities(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """(B * N, V), float32 at least."""
+    logits: Tensor = model(input_ids=input_ids).logits.flatten(0, 1)
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Raise `InputError` unless a model can learn from a teacher."""
     if teacher is model:
         raise InputError("a model learns nothing from itself: the teacher has to be another one")
+    if is_sharded(teacher):
+        raise InputError("a sharded teacher is not supported: it has to be whole in each process")
     sizes = model.config.vocab_size, teacher.config.vocab_size
     if sizes[0] != sizes[1]:
         raise InputError(
@@ -44,16 +52,20 @@ def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
 
 
 def fingerprint(teacher: PreTrainedModel) -> str:
-    """SHA-256 of a teacher's parameters, by which a training that is resumed knows it again."""
-    found = hashlib.sha256()
-    for parameter in teacher.parameters():
-        found.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    """SHA-256 of a teacher's configuration and tensors, by which a resumed training knows it."""
+    found = hashlib.sha256(teacher.config.to_json_string().encode())
+    for name, tensor in teacher.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside a with block: a teacher's distributions are those without it."""
+    """Switch dropout layers off inside a with block: a teacher's distributions are those without.
+
+    Not by `eval()`, which would switch off activation checkpointing, too.
+    """
     layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     before = [layer.p for layer in layers]
     try:

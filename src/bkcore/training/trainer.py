@@ -83,9 +83,10 @@ def train(
         evaluation: called every `schedule.evaluate_every` steps and at the end, by the first
             process only; `model` has the best weights in the end, not the last ones. Needs
             `output`.
-        teacher: another model, in whose next-token distributions the model is trained instead of
-            `labels`; without dropout and without load balancing. Not changed, but for its mode,
-            which is `eval()` afterwards. A step takes its forward pass more.
+        teacher: another model, whole, in whose next-token distributions at every position the
+            model is trained instead of `labels`; with `nn.Dropout` layers off and without load
+            balancing. Not changed, but for its mode, which is `eval()` afterwards. A step takes its
+            forward pass more, and the logits of all positions of both.
         on_step: called with the number of steps done.
         on_log: called with every new entry of the log.
 
@@ -98,7 +99,7 @@ def train(
     Raises:
         InputError: if the arguments exclude each other, or the batch does not divide among the
             processes, or a sharded model is to be trained with Muon, or the teacher is the model
-            itself or has another vocabulary.
+            itself, or sharded, or has another vocabulary.
         LifecycleError: if the model is quantized already.
         DataError: if there are fewer windows than a batch.
         CheckpointError: if `output` holds checkpoints of a training with other settings, of
