@@ -38,9 +38,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["copied-1", "copied-2", "shared-1", "shared-2"])
-def test_two_processes_train_as_one(results: Path, name: str) -> None:
-    expected = weights(results / "one" / "copied-1")
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("how", ["copied", "shared", "taught"])
+def test_two_processes_train_as_one(results: Path, how: str, parts: int) -> None:
+    expected = weights(results / "one" / ("taught-1" if how == "taught" else "copied-1"))
+    name = f"{how}-{parts}"
     found = weights(results / "two" / name)
     assert found.keys() == expected.keys()
     for key, weight in expected.items():

@@ -25,13 +25,13 @@ def schedule(**options: int) -> Schedule:
     return Schedule(steps=4, batch_size=8, learning_rate=1e-2, max_minutes=60, **options)
 
 
-def build() -> ResNetBKForCausalLM:
+def build(seed: int = 0) -> ResNetBKForCausalLM:
     """Float64, so that a difference in what is computed stands out from rounding.
 
     Without load balancing, which is not linear in the batch.
     """
     logging.disable_progress_bar()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sizes = {"d_model": 16, "n_layers": 2, "n_seq": 16, "num_experts": 4, "expert_size": 16}
     return LanguageModel(vocab_size=50, **sizes, load_balancing=0.0).double()
 
@@ -59,11 +59,19 @@ def shared(output: Path, parts: int) -> None:
     assert local < 0.6 * sum(parameter.numel() for parameter in model.parameters())
     with pytest.raises(InputError, match="resume checkpoints of a sharded model"):
         train(model, WINDOWS, schedule(), output=output)
+    with pytest.raises(InputError, match="a sharded teacher is not supported"):
+        train(build(), WINDOWS, schedule(), teacher=model)
     with pytest.raises(InputError, match="Muon needs whole matrices"):
         train(model, WINDOWS, Schedule(4, 8, 1e-2, optimizer="muon"))
     train(model, WINDOWS, schedule(gradient_accumulation=parts))
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     save_whole(model, output)
+
+
+def taught(parts: int) -> ResNetBKForCausalLM:
+    model = build()
+    train(model, WINDOWS, schedule(gradient_accumulation=parts), teacher=build(seed=1))
+    return model
 
 
 def main(folder: Path) -> None:
@@ -72,6 +80,9 @@ def main(folder: Path) -> None:
         model = copied(folder / f"resume-{parts}", parts)
         if state.is_main_process:
             model.save_pretrained(folder / f"copied-{parts}")
+        model = taught(parts)
+        if state.is_main_process:
+            model.save_pretrained(folder / f"taught-{parts}")
         if state.num_processes > 1:
             shared(folder / f"shared-{parts}", parts)
 
