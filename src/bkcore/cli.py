@@ -195,7 +195,7 @@ def quantize(
     """Quantize a checkpoint, and print the receipt that is saved with it."""
     from bkcore.report import budget, files
     from bkcore.report.quantize import QuantizeSettings, as_json, run_quantize
-    from bkcore.report.receipt import size, tables
+    from bkcore.report.receipt import size, tables, training
 
     console = Console()
     if json_file is not None:
@@ -227,6 +227,8 @@ def quantize(
         files.write_json(as_json(result), json_file)
     calibrated = f"{result['calibration_tokens']:,} tokens of {result['corpus']}"
     console.print(f"Calibrated on {calibrated}", highlight=False, soft_wrap=True)
+    if (line := training(result["receipt"])) is not None:
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(size(result["receipt"], output), highlight=False, soft_wrap=True)
     console.print(f"Checkpoint: {output}", highlight=False, soft_wrap=True)
     if control is not None:
@@ -240,12 +242,14 @@ def receipt(
 ) -> None:
     """Print what was done to every tensor of a quantized checkpoint."""
     from bkcore.report import files
-    from bkcore.report.receipt import read_receipt, size, tables
+    from bkcore.report.receipt import read_receipt, size, tables, training
 
     console = Console()
     content = read_receipt(checkpoint)
     for table in tables(content):
         console.print(table, "")
+    if (line := training(content)) is not None:
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(size(content, checkpoint), highlight=False, soft_wrap=True)
     if json_file is not None:
         files.prepare_file(json_file)

@@ -29,6 +29,10 @@ class CalibrationError(BKCoreError, ValueError):
     """Calibration saw no data, or data from which no range can be taken."""
 
 
+class DivergenceError(BKCoreError, ArithmeticError):
+    """A training ran away: its loss or its weights are no finite numbers any more."""
+
+
 class ReceiptError(BKCoreError, RuntimeError):
     """A quantized model is not, tensor for tensor, what its mode promises."""
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bkcore.cli import app
+from bkcore.errors import InputError
 from bkcore.evaluation import checkpoints
 from bkcore.report import evaluate
 from bkcore.report.evaluate import run_evaluation
@@ -37,6 +38,14 @@ def test_the_window_is_that_of_the_training(fox_checkpoint: Path, fox_text: Path
     quiet = Console(quiet=True)
     assert run_evaluation(fox_checkpoint, fox_text, None, quiet)["protocol"]["window"] == 48
     assert run_evaluation(fox_checkpoint, fox_text, None, quiet, 20)["protocol"]["window"] == 20
+
+
+def test_a_text_of_one_window_is_refused_before_it_is_scored(
+    fox_checkpoint: Path, fox_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "score", None)
+    with pytest.raises(InputError, match="and a window has 100000. One window tells nothing"):
+        run_evaluation(fox_checkpoint, fox_text, None, Console(quiet=True), 100_000)
 
 
 def test_the_table_says_what_the_file_does(

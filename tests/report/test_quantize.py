@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bkcore.cli import app
-from bkcore.errors import CheckpointError, DataError, InputError, ReceiptError
+from bkcore.errors import CheckpointError, DataError, DivergenceError, InputError, ReceiptError
 from bkcore.evaluation.checkpoints import load_checkpoint
 from bkcore.model import LanguageModel
 from bkcore.model.receipt import read
@@ -97,6 +97,18 @@ def test_training_in_a_qat_mode(checkpoint: Path, text: Path, tmp_path: Path) ->
     model, _ = load_checkpoint(tmp_path)
     assert model.quantization_state == "quantized"
     assert {entry["range_method"] for entry in found["receipt"]["weights"]} == {"learned"}
+    training = read(tmp_path)["training"]
+    first, last = training.pop("first_loss"), training.pop("last_loss")
+    assert training == {
+        "steps": 2,
+        "batch_size": 4096 // 32,
+        "window": 32,
+        "learning_rate": 1e-3,
+        "distilled": True,
+    }
+    printed = CliRunner().invoke(app, ["receipt", str(tmp_path)], catch_exceptions=False).output
+    line = "Trained 2 steps towards what the float model predicts, divergence "
+    assert f"{line}{first:.4f} -> {last:.4f} nats a token\n" in printed
     ptq = run_quantize(checkpoint, tmp_path / "ptq", text, settings(mode="ptq_int8"), QUIET)
     assert (tmp_path / "model.safetensors").stat().st_size > 0
     assert ptq["receipt"]["weights"] != found["receipt"]["weights"]
@@ -119,6 +131,16 @@ def test_a_qat_mode_imitates_the_float_model_or_learns_the_text(
     expected.convert()
     for name, tensor in expected.state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor), name
+
+
+def test_what_diverges_replaces_nothing(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    run_quantize(checkpoint, tmp_path, text, settings(mode="ptq_int8"), QUIET)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    for distill in (True, False):
+        how = settings(mode="qat_int8", steps=3, learning_rate=1e20, distill=distill)
+        with pytest.raises(DivergenceError, match="it was 1e\\+20"):
+            run_quantize(checkpoint, tmp_path, text, how, QUIET)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_the_control_trains_in_float_for_the_same_steps(
@@ -210,8 +232,8 @@ def test_the_frontier_goes_from_small_to_good(checkpoint: Path, text: Path, tmp_
 def test_an_increase_that_cannot_be_had_is_refused(
     checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
-    options = settings(mode="mixed_precision", max_increase=-50.0)
-    with pytest.raises(InputError, match="allow more than -50"):
+    options = settings(mode="mixed_precision", max_increase=1e-9)
+    with pytest.raises(InputError, match="allow more than 1e-09"):
         run_quantize(checkpoint, tmp_path / "out", text, options, QUIET)
     options = settings(mode="mixed_precision", target_bits=4.0)
     with pytest.raises(InputError, match="allow more bits"):
@@ -244,6 +266,7 @@ def test_strict_names_what_is_amiss_and_writes_nothing(
         ({"mode": "ptq_int4", "target_bits": 5.0}, "mixes precisions"),
         ({"frontier": True}, "--frontier needs"),
         ({"mode": "mixed_precision", "target_bits": 5.0, "max_increase": 1.0}, "not both"),
+        ({"mode": "mixed_precision", "max_increase": -3.0}, "must be positive, not -3 %"),
         ({"mode": "int8"}, "unknown quantization mode"),
         ({"mode": "qat_int8", "steps": 3, "learning_rate": -1.0}, "learning_rate must be"),
     ],

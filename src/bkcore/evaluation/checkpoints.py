@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from bkcore.errors import BKCoreError, CheckpointError
+from bkcore.errors import BKCoreError, CheckpointError, InputError
 from bkcore.evaluation.perplexity import (
     Protocol,
     Scores,
@@ -123,11 +123,16 @@ def evaluate_checkpoint(
     Raises:
         CheckpointError: if a checkpoint or its tokenizer cannot be loaded, or the file of an
             interrupted evaluation.
-        InputError: if the model's logits are not finite.
+        InputError: if the text is no longer than a window, or the model's logits are not finite.
     """
     torch.set_num_threads(setting.threads)
     model, tokenizer = load_checkpoint(folder)
     tokens = encode(tokenizer, setting.text)
+    if len(tokens) <= setting.window:
+        raise InputError(
+            f"the text is one window: {len(tokens)} tokens, and a window has {setting.window}. One "
+            "window tells nothing about the spread: give more text or a shorter window"
+        )
     scores, expert_load = _score(
         model, tokens, tokenizer.bos_token_id, folder, setting, on_progress
     )

@@ -22,6 +22,7 @@ from bkcore.errors import InputError
 from bkcore.evaluation.perplexity import Scores, paired_change, perplexity_per_token, score
 from bkcore.evaluation.sensitivity import Sensitivity, choices, tensor_bits
 from bkcore.model import ResNetBKForCausalLM
+from bkcore.model.quantized import quantizable
 from bkcore.quantization.budget import (
     Assignment,
     Choice,
@@ -59,6 +60,21 @@ class Judge:
             window=self.window,
             batch_size=self.batch_size,
             bos_id=self.bos_id,
+        )
+
+
+def check_target(model: ResNetBKForCausalLM, target_bits: float, group_size: int) -> None:
+    """Raise `InputError` if no assignment has so few bits a weight on average, scales included."""
+    shapes = [slot.layer.weight.shape for slot in quantizable(model)]
+    # Two codes a byte, and two bytes a scale.
+    smallest = sum(
+        rows * (-(-columns // 2) + 2 * -(-columns // group_size)) for rows, columns in shapes
+    )
+    least = 8 * smallest / sum(rows * columns for rows, columns in shapes)
+    if target_bits < least:
+        raise InputError(
+            f"INT4 in groups of {group_size} has {least:.3f} bits a weight here, scales included, "
+            f"and {target_bits:g} are wanted: allow more bits, or share scales among more weights"
         )
 
 

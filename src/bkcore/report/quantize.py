@@ -20,7 +20,7 @@ from bkcore.model import ResNetBKForCausalLM
 from bkcore.model.receipt import problems
 from bkcore.quantization.budget import Assignment, total_loss
 from bkcore.quantization.config import QuantizationConfig
-from bkcore.report.budget import Judge, Search
+from bkcore.report.budget import Judge, Search, check_target
 from bkcore.report.files import prepare_folder, refuse_model
 from bkcore.report.progress import Plan
 from bkcore.text import TokenWindows, encode, load_corpus, spread
@@ -55,8 +55,8 @@ class QuantizeSettings:
 
     Raises:
         InputError: for an unknown mode or group size, a QAT mode without steps, something that is
-            said of training without a QAT mode, a rate that is not positive, or a bit budget in
-            another mode than mixed precision.
+            said of training without a QAT mode, an increase or a rate that is not positive, or a
+            bit budget in another mode than mixed precision.
     """
 
     mode: str = QuantizationConfig.PTQ_INT8
@@ -88,6 +88,8 @@ class QuantizeSettings:
             self.schedule(window=1)  # refuses a rate that cannot be
         if self.target_bits is not None and self.max_increase is not None:
             raise InputError("give --target-bits or --max-ppl-increase, not both")
+        if self.max_increase is not None and not self.max_increase > 0:
+            raise InputError(f"--max-ppl-increase must be positive, not {self.max_increase:g} %")
         if self.frontier and not self.has_budget:
             raise InputError("--frontier needs --target-bits or --max-ppl-increase")
         if self.has_budget and self.mode != QuantizationConfig.MIXED_PRECISION:
@@ -264,16 +266,31 @@ class _Run:
             self._quantize(model, self.settings.config)
         if self.settings.steps is not None:
             teacher = None if self.settings.distill is False else load_float(self.checkpoint)[0]
-            self.train(model, "train", teacher)
+            log = self.train(model, "train", teacher)
             model.convert()
+            assert model.receipt is not None
+            model.receipt["training"] = self._training_entry(log)
         return model, {}
+
+    def _training_entry(self, log: list[dict[str, float]]) -> dict[str, Any]:
+        """What the receipt says of the training in a QAT mode."""
+        schedule = self.settings.schedule(self.length)
+        return {
+            "steps": schedule.steps,
+            "batch_size": schedule.batch_size,
+            "window": self.length,
+            "learning_rate": schedule.learning_rate,
+            "distilled": self.settings.distill is not False,
+            "first_loss": log[0]["loss"],
+            "last_loss": log[-1]["loss"],
+        }
 
     def train(
         self, model: ResNetBKForCausalLM, stage: str, teacher: ResNetBKForCausalLM | None = None
-    ) -> None:
+    ) -> list[dict[str, float]]:
         schedule = self.settings.schedule(self.length)
         with self.plan.stage(stage) as advance:
-            train(
+            return train(
                 model,
                 self.windows,
                 schedule,
@@ -283,6 +300,8 @@ class _Run:
 
     def with_budget(self, model: ResNetBKForCausalLM) -> tuple[ResNetBKForCausalLM, dict[str, Any]]:
         settings = self.settings
+        if settings.target_bits is not None:
+            check_target(model, settings.target_bits, settings.group_size)
         with self.plan.stage("calibrate"):
             # Any weight may become INT4, and is calibrated for that.
             every = {name: 4 for names in units(model).values() for name in names}

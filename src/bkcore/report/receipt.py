@@ -46,6 +46,20 @@ def size(receipt: dict[str, Any], folder: Path) -> str:
     )
 
 
+def training(receipt: dict[str, Any]) -> str | None:
+    """A line on the training in a QAT mode; None where there was none that is known of."""
+    entry = receipt.get("training")
+    if entry is None:
+        return None
+    towards = (
+        "what the float model predicts, divergence" if entry["distilled"] else "the text, loss"
+    )
+    return (
+        f"Trained {entry['steps']:,} steps towards {towards} {entry['first_loss']:.4f} -> "
+        f"{entry['last_loss']:.4f} nats a token"
+    )
+
+
 def _weights(receipt: dict[str, Any]) -> Table:
     config = receipt["quantization"]
     table = _table(f"weights, {config['mode']}: {average_bits(receipt):.3f} bits on average")

@@ -40,6 +40,8 @@ def _log_probabilities(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Raise `InputError` unless a model can learn from a teacher."""
+    if not isinstance(teacher, PreTrainedModel):
+        raise InputError(f"the teacher has to be a model, not {teacher!r}")
     if teacher is model:
         raise InputError("a model learns nothing from itself: the teacher has to be another one")
     if is_sharded(teacher):

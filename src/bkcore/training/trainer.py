@@ -2,8 +2,8 @@
 
 What is added to the Trainer: an order of the windows that can begin at any step (`WindowOrder`),
 resume checkpoints that are known to be whole (`checkpoints`), evaluation by a function, Muon
-(`optimizer`), a teacher (`distillation`), weight decay of matrices only, a limit of time, and the
-faster products of `bkcore.products`.
+(`optimizer`), a teacher (`distillation`), weight decay of matrices only, a limit of time, an end to
+what diverges, and the faster products of `bkcore.products`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     EarlyStoppingCallback,
@@ -37,7 +38,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from bkcore.errors import CheckpointError, InputError, LifecycleError
+from bkcore.errors import CheckpointError, DivergenceError, InputError, LifecycleError
 from bkcore.products import onednn_products
 from bkcore.training import checkpoints
 from bkcore.training.distillation import check_teacher, divergence, fingerprint, without_dropout
@@ -102,6 +103,8 @@ def train(
             itself, or sharded, or has another vocabulary.
         LifecycleError: if the model is quantized already.
         DataError: if there are fewer windows than a batch.
+        DivergenceError: if the loss or a weight is NaN or infinite, or weights that ran away make
+            the model refuse to compute. The model is not usable then; no checkpoint is of it.
         CheckpointError: if `output` holds checkpoints of a training with other settings, of
             another model or on other windows.
     """
@@ -141,6 +144,7 @@ def train(
             trainer.take(order, run, clock, evaluation, teacher)
             with onednn_products(), nullcontext() if teacher is None else without_dropout(model):
                 trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            trainer.check_weights()
         state = trainer.state
     if output is not None:
         _load_weights(model, best_checkpoint(output))
@@ -193,6 +197,31 @@ class _Trainer(Trainer):
             generator=torch.Generator(),
         )
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        try:
+            loss = super().training_step(*args, **kwargs)
+        except InputError as error:
+            if self.state.global_step == 0:
+                raise
+            raise self._diverged(str(error)) from error
+        if not bool(torch.isfinite(loss)):
+            raise self._diverged(f"the loss is {loss.item()}")
+        return loss
+
+    def check_weights(self) -> None:
+        """Raise `DivergenceError` if a weight is no finite number."""
+        assert self.model is not None
+        for name, parameter in self.model.named_parameters():
+            here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if not bool(torch.isfinite(here).all()):
+                raise self._diverged(f"{name} is not finite")
+
+    def _diverged(self, what: str) -> DivergenceError:
+        return DivergenceError(
+            f"the training diverged after {self.state.global_step} steps: {what}. The likely cause "
+            f"is a learning rate that is too high; it was {self.args.learning_rate:g} at its peak"
+        )
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -230,6 +259,7 @@ class _Trainer(Trainer):
         yield
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.check_weights()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes its random state
         if not self.args.should_save:
