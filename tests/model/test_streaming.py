@@ -226,6 +226,9 @@ def test_what_cannot_be_streamed_is_named(build, tokens, tmp_path):
     other = build(key_size=3)
     with pytest.raises(ShapeError, match="different models"):
         StreamState.batch([model.first_state(), other.first_state()])
+    for stranger in (other, build(value_size=2), build(conv_width=3), build(n_layers=1)):
+        with pytest.raises(ShapeError, match="of another model"):
+            model(ids, cache_params=stranger.first_state(2))
     with pytest.raises(InputError, match="no state to batch"):
         StreamState.batch([])
     for mixer in ("convolution", "green"):

@@ -153,7 +153,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             `ResNetBKOutput`.
 
         Raises:
-            ShapeError, DTypeError: if `input_ids`, or `labels`, is not an integer tensor (B, N).
+            ShapeError, DTypeError: if `input_ids`, or `labels`, is not an integer tensor (B, N),
+                or `cache_params` is the state of another model.
             InputError: if an id is not in the vocabulary, a token follows padding, neither logits
                 nor a loss are wanted, or a state is asked for that does not fit, is not there, or
                 would have read padding.
@@ -243,6 +244,11 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             )
         if state is not None and len(state) != len(input_ids):
             raise InputError(f"cache_params has {len(state)} sequences, input_ids {len(input_ids)}")
+        if state is not None and len(state.layers) != len(self.layers):
+            raise ShapeError(
+                f"cache_params has {len(state.layers)} layers, the model {len(self.layers)}: it is "
+                "the state of another model"
+            )
 
     def _loss(
         self,

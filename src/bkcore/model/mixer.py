@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from bkcore.core import causal_sweep_parts, resolvent_attention
 from bkcore.core.bounds import AttentionInputs
+from bkcore.errors import ShapeError
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.state import LayerState
 from bkcore.quantization.config import QuantizationConfig
@@ -157,13 +158,28 @@ class ResolventMixer(nn.Module):
         Returns:
             (B, N, D), position i of which depends on x up to i and on `state` only; and the state
             after the last position.
+
+        Raises:
+            ShapeError: if the state is that of a layer of other sizes.
         """
-        state = self.first_state(len(x)) if state is None else state
+        if state is None:
+            state = self.first_state(len(x))
+        self._check_state(state)
         inputs, opening, taps = self.core_inputs(x, state)
         inputs = self.quantized_inputs(inputs)
         parts, (g, psi) = self.recall(inputs, (state.g, state.psi))
         out = self.out_proj(self.features(inputs.value, self.quantized_found(parts), opening))
         return out, LayerState(taps, g, psi)
+
+    def _check_state(self, state: LayerState) -> None:
+        taps = (self.conv.kernel_size[0] - 1, self.sizes[0])
+        psi = (self.heads, 2, self.keys // self.groups, self.width // self.heads)
+        if state.taps.shape[1:] != taps or state.psi.shape[1:] != psi:
+            raise ShapeError(
+                f"the state of a layer has taps {tuple(state.taps.shape[1:])} and psi "
+                f"{tuple(state.psi.shape[1:])}, but this one's are {taps} and {psi}: it is that of "
+                "another model"
+            )
 
     def core_inputs(self, x: Tensor, state: LayerState) -> tuple[CoreInputs, Tensor, Tensor]:
         """The inputs of the core, not quantized; what opens the features; and the new taps."""
