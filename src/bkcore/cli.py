@@ -144,8 +144,9 @@ def quantize(
     ] = None,
     data: DataOption = None,
     group_size: Annotated[
-        int, typer.Option(min=1, help="Inputs of an INT4 weight that share a scale.")
-    ] = 128,
+        int | None,
+        typer.Option(min=1, help="Inputs of an INT4 weight that share a scale; default: 128."),
+    ] = None,
     calibration_tokens: Annotated[
         int,
         typer.Option(min=1, help="Tokens of the training text to calibrate on, in whole windows."),

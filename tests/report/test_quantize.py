@@ -54,7 +54,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(**options: object) -> QuantizeSettings:
-    return QuantizeSettings(group_size=8, calibration_tokens=512, **options)  # type: ignore[arg-type]
+    if not str(options.get("mode", "ptq_int8")).endswith("int8"):
+        options = {"group_size": 8, **options}
+    return QuantizeSettings(calibration_tokens=512, **options)  # type: ignore[arg-type]
 
 
 def test_the_saved_model_is_the_one_of_the_python_interface(
@@ -262,6 +264,7 @@ def test_strict_names_what_is_amiss_and_writes_nothing(
         ({"mode": "qat_int8"}, "--steps"),
         ({"mode": "ptq_int8", "steps": 3}, "takes no --steps"),
         ({"mode": "ptq_int8", "learning_rate": 1e-3}, "takes no --learning-rate"),
+        ({"mode": "qat_int8", "steps": 3, "group_size": 64}, "it takes no --group-size"),
         ({"mode": "ptq_int4", "distill": False}, "takes no --distill and no --no-distill"),
         ({"mode": "ptq_int4", "target_bits": 5.0}, "mixes precisions"),
         ({"frontier": True}, "--frontier needs"),

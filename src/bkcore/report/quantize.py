@@ -39,7 +39,9 @@ class QuantizeSettings:
     """How a checkpoint is quantized.
 
     Attributes:
-        mode, group_size: as in `QuantizationConfig`.
+        mode: as in `QuantizationConfig`.
+        group_size: inputs of an INT4 weight that share a scale, None is 128; the INT8 modes have a
+            scale per row and take none.
         calibration_tokens: tokens of the training text to calibrate on, in windows of the length
             of the model's training; at least one window is taken.
         steps: of training, which the QAT modes need and the others do not have.
@@ -60,7 +62,7 @@ class QuantizeSettings:
     """
 
     mode: str = QuantizationConfig.PTQ_INT8
-    group_size: int = 128
+    group_size: int | None = None
     calibration_tokens: int = 32_768
     steps: int | None = None
     learning_rate: float | None = None
@@ -86,6 +88,10 @@ class QuantizeSettings:
                 raise InputError(f"mode {self.mode!r} does not train, and takes no {option}")
         if self.steps is not None:
             self.schedule(window=1)  # refuses a rate that cannot be
+        if self.group_size is not None and self.mode.endswith("int8"):
+            raise InputError(
+                f"mode {self.mode!r} has a scale for each row of a weight: it takes no --group-size"
+            )
         if self.target_bits is not None and self.max_increase is not None:
             raise InputError("give --target-bits or --max-ppl-increase, not both")
         if self.max_increase is not None and not self.max_increase > 0:
@@ -101,6 +107,8 @@ class QuantizeSettings:
     @property
     def config(self) -> QuantizationConfig:
         """The choice that the model gets."""
+        if self.group_size is None:
+            return QuantizationConfig(self.mode)
         return QuantizationConfig(self.mode, self.group_size)
 
     @property
@@ -301,7 +309,7 @@ class _Run:
     def with_budget(self, model: ResNetBKForCausalLM) -> tuple[ResNetBKForCausalLM, dict[str, Any]]:
         settings = self.settings
         if settings.target_bits is not None:
-            check_target(model, settings.target_bits, settings.group_size)
+            check_target(model, settings.target_bits, settings.config.group_size)
         with self.plan.stage("calibrate"):
             # Any weight may become INT4, and is calibrated for that.
             every = {name: 4 for names in units(model).values() for name in names}
@@ -339,7 +347,7 @@ class _Run:
 
     def _uniform(self, search: Search, mode: str) -> dict[str, Any]:
         model, _ = load_float(self.checkpoint)
-        self._quantize(model, QuantizationConfig(mode, self.settings.group_size))
+        self._quantize(model, QuantizationConfig(mode, self.settings.config.group_size))
         return search.point(mode, model, None)
 
     def _quantize(self, model: ResNetBKForCausalLM, config: QuantizationConfig) -> None:
