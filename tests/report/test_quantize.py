@@ -14,9 +14,12 @@ from typer.testing import CliRunner
 from bkcore.cli import app
 from bkcore.errors import CheckpointError, DataError, DivergenceError, InputError, ReceiptError
 from bkcore.evaluation.checkpoints import load_checkpoint
+from bkcore.evaluation.sensitivity import units
 from bkcore.model import LanguageModel
 from bkcore.model.receipt import read
+from bkcore.quantization.config import QuantizationConfig
 from bkcore.report import quantize
+from bkcore.report.budget import check_target
 from bkcore.report.quantize import QuantizeSettings, run_quantize
 from bkcore.report.receipt import average_bits
 from bkcore.text import TokenWindows, encode, spread, train_tokenizer
@@ -242,6 +245,22 @@ def test_an_increase_that_cannot_be_had_is_refused(
     options = settings(mode="mixed_precision", target_bits=4.0)
     with pytest.raises(InputError, match="allow more bits"):
         run_quantize(checkpoint, tmp_path / "out", text, options, QUIET)
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 7, 128])
+def test_the_fewest_bits_are_those_of_the_narrowest_weights(group_size: int) -> None:
+    model = LanguageModel(50, 16, 1, 16, num_experts=2, expert_size=24)
+    least = []
+    for bits in (4, 8, 16):
+        every = {name: bits for names in units(model).values() for name in names}
+        config = QuantizationConfig("mixed_precision", group_size, tensor_bits=every)
+        quantized = LanguageModel(50, 16, 1, 16, num_experts=2, expert_size=24)
+        quantized.configure_quantization(config)
+        quantized.calibrate_quantization([torch.arange(48).view(2, 24)])
+        least.append(average_bits(quantized.receipt))
+    check_target(model, min(least), group_size)
+    with pytest.raises(InputError, match="allow more bits"):
+        check_target(model, 0.9 * min(least), group_size)
 
 
 def test_strict_names_what_is_amiss_and_writes_nothing(

@@ -51,6 +51,19 @@ def test_what_is_wrong_from_the_beginning_is_no_divergence() -> None:
         train(small(), TokenWindows(torch.arange(480), 16), schedule())
 
 
+def test_data_that_are_wrong_later_on_are_no_divergence() -> None:
+    class Late(TokenWindows):
+        reads = 0
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            Late.reads += 1
+            item = super().__getitem__(index)
+            return item if Late.reads < 12 else {**item, "input_ids": item["input_ids"] + 50}
+
+    with pytest.raises(InputError, match=r"must be in \[0, 50\)"):
+        train(small(), Late(torch.arange(480) % 50, 16), schedule())
+
+
 def test_a_teacher_without_numbers_is_noticed() -> None:
     teacher = small()
     with torch.no_grad():

@@ -143,14 +143,22 @@ class ResolventMixer(nn.Module):
 
     def first_state(self, batch: int) -> LayerState:
         """The memory of `batch` sequences that nothing has been read of."""
+        shapes = self._state_shapes()
         like = self.log_eta.new_zeros
         core = torch.promote_types(self.log_eta.dtype, torch.float32)
-        values = self.width // self.heads
         return LayerState(
-            taps=like(batch, self.conv.kernel_size[0] - 1, self.sizes[0]),
-            g=like(batch, self.heads, 2, dtype=core),
-            psi=like(batch, self.heads, 2, self.keys // self.groups, values, dtype=core),
+            taps=like(batch, *shapes["taps"]),
+            g=like(batch, *shapes["g"], dtype=core),
+            psi=like(batch, *shapes["psi"], dtype=core),
         )
+
+    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the fields of a `LayerState`, for each sequence."""
+        return {
+            "taps": (self.conv.kernel_size[0] - 1, self.sizes[0]),
+            "g": (self.heads, 2),
+            "psi": (self.heads, 2, self.keys // self.groups, self.width // self.heads),
+        }
 
     def forward(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """Mix x (B, N, D), which goes on where `state` ended.
@@ -164,7 +172,8 @@ class ResolventMixer(nn.Module):
         """
         if state is None:
             state = self.first_state(len(x))
-        self._check_state(state)
+        else:
+            self._check_state(state)
         inputs, opening, taps = self.core_inputs(x, state)
         inputs = self.quantized_inputs(inputs)
         parts, (g, psi) = self.recall(inputs, (state.g, state.psi))
@@ -172,14 +181,13 @@ class ResolventMixer(nn.Module):
         return out, LayerState(taps, g, psi)
 
     def _check_state(self, state: LayerState) -> None:
-        taps = (self.conv.kernel_size[0] - 1, self.sizes[0])
-        psi = (self.heads, 2, self.keys // self.groups, self.width // self.heads)
-        if state.taps.shape[1:] != taps or state.psi.shape[1:] != psi:
-            raise ShapeError(
-                f"the state of a layer has taps {tuple(state.taps.shape[1:])} and psi "
-                f"{tuple(state.psi.shape[1:])}, but this one's are {taps} and {psi}: it is that of "
-                "another model"
-            )
+        for name, own in self._state_shapes().items():
+            found = tuple(getattr(state, name).shape[1:])
+            if found != own:
+                raise ShapeError(
+                    f"{name} of a layer's state is {found} for each sequence, but {own} here: it "
+                    "is the state of another model"
+                )
 
     def core_inputs(self, x: Tensor, state: LayerState) -> tuple[CoreInputs, Tensor, Tensor]:
         """The inputs of the core, not quantized; what opens the features; and the new taps."""

@@ -22,7 +22,7 @@ from bkcore.errors import InputError
 from bkcore.evaluation.perplexity import Scores, paired_change, perplexity_per_token, score
 from bkcore.evaluation.sensitivity import Sensitivity, choices, tensor_bits
 from bkcore.model import ResNetBKForCausalLM
-from bkcore.model.quantized import quantizable
+from bkcore.model.quantized import quantizable, storage_bytes
 from bkcore.quantization.budget import (
     Assignment,
     Choice,
@@ -31,6 +31,7 @@ from bkcore.quantization.budget import (
     total_bytes,
     total_loss,
 )
+from bkcore.quantization.weights import PackedWeight
 from bkcore.report.receipt import average_bits
 
 _FRONTIER_POINTS = 7
@@ -65,17 +66,25 @@ class Judge:
 
 def check_target(model: ResNetBKForCausalLM, target_bits: float, group_size: int) -> None:
     """Raise `InputError` if no assignment has so few bits a weight on average, scales included."""
-    shapes = [slot.layer.weight.shape for slot in quantizable(model)]
-    # Two codes a byte, and two bytes a scale.
-    smallest = sum(
-        rows * (-(-columns // 2) + 2 * -(-columns // group_size)) for rows, columns in shapes
-    )
+    shapes = [tuple(slot.layer.weight.shape) for slot in quantizable(model)]
+    smallest = sum(_narrowest(rows, columns, group_size) for rows, columns in shapes)
     least = 8 * smallest / sum(rows * columns for rows, columns in shapes)
     if target_bits < least:
         raise InputError(
-            f"INT4 in groups of {group_size} has {least:.3f} bits a weight here, scales included, "
-            f"and {target_bits:g} are wanted: allow more bits, or share scales among more weights"
+            f"INT4 in groups of {group_size}, or what is narrower, has {least:.3f} bits a weight "
+            f"here, scales included, and {target_bits:g} are wanted: allow more bits, or share "
+            "scales among more weights"
         )
+
+
+def _narrowest(rows: int, columns: int, group_size: int) -> int:
+    """Bytes of a weight at the bits that take least: scales of small groups may outweigh codes."""
+    with torch.device("meta"):
+        packed = [
+            PackedWeight((rows, columns), 4, min(group_size, columns)),
+            PackedWeight((rows, columns), 8, columns),
+        ]
+    return min(2 * rows * columns, *map(storage_bytes, packed))
 
 
 class Search:

@@ -201,12 +201,23 @@ class _Trainer(Trainer):
         try:
             loss = super().training_step(*args, **kwargs)
         except InputError as error:
-            if self.state.global_step == 0:
+            if self.state.global_step == 0 or self._computes():
                 raise
             raise self._diverged(str(error)) from error
         if not bool(torch.isfinite(loss)):
             raise self._diverged(f"the loss is {loss.item()}")
         return loss
+
+    def _computes(self) -> bool:
+        """Whether the model reads a first token at all: then it was the data that it refused."""
+        assert self.model is not None
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.args.device)
+        try:
+            with torch.no_grad():
+                self.model(input_ids=token)
+        except InputError:
+            return False
+        return True
 
     def check_weights(self) -> None:
         """Raise `DivergenceError` if a weight is no finite number."""
