@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -370,6 +371,124 @@ void attention_backward(const std::string &isa, Index threads, bool is_double, A
   is_double ? run(double()) : run(float());
 }
 
+// A quantizer of channels: addresses of scale, zero point and levels (or 0), and how many
+// neighbouring channels share a scale.
+using Quantizer = std::tuple<Address, Address, Address, Index>;
+
+// One site of resolvent attention with all that the language model does around it; formulas and
+// layout: src/bkcore/kernels/recall.py. Threads share the chains; the rest is too little to share.
+class RecallStep {
+ public:
+  RecallStep(const std::string &isa, Index bits, AttentionShape shape,
+             const std::vector<Address> &in, const std::vector<Quantizer> &quantizers,
+             const std::vector<Address> &out)
+      : isa_(find_isa(isa)), bits_(bits), quantizers_(quantizers) {
+    std::tie(batch_, heads_, groups_, keys_, values_) = shape;
+    const auto read = [&](int n) { return reinterpret_cast<const float *>(in[n]); };
+    rate_ = read(5), height_ = read(6), weight_ = read(8), first_g_ = read(9);
+    features_ = reinterpret_cast<float *>(out[0]);
+    const Index width = heads_ * values_, shared = groups_ * keys_;
+    const Index used = batch_ * (4 * heads_ + 2 * shared + 2 * heads_ * keys_ + 7 * width) + heads_;
+    static thread_local std::vector<std::byte> memory;
+    free_ = static_cast<float *>(aligned(memory, used * sizeof(float)));
+
+    const float *gate = rounded(0, read(0), heads_), *barrier = rounded(1, read(1), heads_);
+    const float *query = for_every_head(rounded(2, read(2), shared));
+    const float *key = for_every_head(rounded(3, read(3), shared));
+    const float *value = rounded(4, read(4), width);
+    float *hopping = take(heads_), *diagonal = take(heads_), *energy = free_;
+    std::fill_n(energy, heads_, 0.0F);
+    free_ += heads_;
+    for (Index chain = 0; chain < batch_ * heads_; ++chain)
+      dynamics(chain, gate[chain], barrier[chain], hopping + chain, diagonal + chain);
+    attention_ = {batch_, 1, heads_, keys_, values_, diagonal, hopping, energy, read(7), query, key,
+                  value, first_g_, read(10), reinterpret_cast<float *>(out[1]), take(2 * width),
+                  reinterpret_cast<float *>(out[2]), nullptr};
+    real_ = take(width), imag_ = take(width);
+  }
+
+  void run(Index threads) {
+    for_chains({batch_, 1, heads_, keys_, values_}, threads, [&](Index b, Index h) {
+      isa_.table.f32.attention(attention_, b, h);
+      over_memory(b * heads_ + h, attention_.eta[h]);
+    });
+    const Index width = heads_ * values_;
+    const float *real = rounded(5, real_, width), *imag = rounded(6, imag_, width);
+    const float *a = weight_, *b = a + width, *c = b + width;
+    for (Index row = 0; row < batch_; ++row)
+      for (Index u = 0; u < width; ++u) {
+        const Index at = row * width + u;
+        features_[at] = a[u] * attention_.value[at] + b[u] * real[at] + c[u] * imag[at];
+      }
+  }
+
+ private:
+  float *take(Index channels) {
+    float *const taken = free_;
+    free_ += batch_ * channels;
+    return taken;
+  }
+
+  const float *rounded(Index part, const float *x, Index channels) {
+    if (quantizers_.empty()) return x;
+    const auto [scale, zero, levels, group_size] = quantizers_[part];
+    float *const out = take(channels);
+    const Rounding r = {batch_,
+                        channels,
+                        bits_,
+                        group_size,
+                        x,
+                        reinterpret_cast<const std::uint16_t *>(scale),
+                        reinterpret_cast<const std::int8_t *>(zero),
+                        reinterpret_cast<const float *>(levels),
+                        out};
+    isa_.product.round(r, 0, batch_, scratch);
+    return out;
+  }
+
+  // What groups of heads share, (batch, groups, keys) -> (batch, heads, keys).
+  const float *for_every_head(const float *x) {
+    if (groups_ == heads_) return x;
+    float *const out = take(heads_ * keys_);
+    for (Index chain = 0; chain < batch_ * heads_; ++chain)
+      std::copy_n(x + chain / (heads_ / groups_) * keys_, keys_, out + chain * keys_);
+    return out;
+  }
+
+  void dynamics(Index chain, double gate, double barrier, float *hopping, float *diagonal) const {
+    const Index head = chain % heads_;
+    const double rate = rate_[head], height = height_[head];
+    const bool begun = first_g_[2 * chain] != 0 || first_g_[2 * chain + 1] != 0;
+    const double sigmoid = 1 / (1 + std::exp(-gate));
+    const float t = static_cast<float>(std::exp(-2 * rate * sigmoid));
+    const double softplus = barrier > 20 ? barrier : std::log1p(std::exp(barrier));
+    *hopping = t * (begun ? 1.0F : 0.0F);
+    *diagonal = 1 + *hopping * *hopping + static_cast<float>(height * softplus);
+  }
+
+  void over_memory(Index chain, float eta) {
+    const float *found = attention_.out + 2 * chain * values_;
+    const float w = attention_.g[2 * chain + 1] / eta, root = std::sqrt(w);
+    for (Index u = 0; u < values_; ++u) {
+      real_[chain * values_ + u] = found[u] / root;
+      imag_[chain * values_ + u] = found[values_ + u] / eta / (w * root);
+    }
+  }
+
+  const Isa &isa_;
+  Index bits_, batch_, heads_, groups_, keys_, values_;
+  const std::vector<Quantizer> &quantizers_;
+  const float *rate_, *height_, *weight_, *first_g_;
+  float *features_, *free_, *real_, *imag_;
+  Attention<float> attention_;
+};
+
+void recall_step(const std::string &isa, Index threads, Index bits, AttentionShape shape,
+                 const std::vector<Address> &in, const std::vector<Quantizer> &quantizers,
+                 const std::vector<Address> &out) {
+  RecallStep(isa, bits, shape, in, quantizers, out).run(threads);
+}
+
 // Rows that share a panel, and the fewest products of codes that are worth a thread.
 constexpr Index kRowsPerPanel = 384, kProductsPerThread = Index{1} << 18;
 
@@ -528,6 +647,7 @@ NB_MODULE(_native, m) {
   m.attr("attention_chunk") = bkcore::kAttentionChunk;
   m.def("attention", &bkcore::attention, Unlocked());
   m.def("attention_backward", &bkcore::attention_backward, Unlocked());
+  m.def("recall_step", &bkcore::recall_step, Unlocked());
   m.def("product", &bkcore::product, Unlocked());
   m.def("round_channels", &bkcore::round_channels, Unlocked());
   m.def("round_channels_backward", &bkcore::round_channels_backward, Unlocked());

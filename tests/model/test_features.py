@@ -14,7 +14,7 @@ from bkcore.model import (
     core_certificates,
     receipt,
 )
-from bkcore.model.mixer import Features, ResolventMixer
+from bkcore.model.mixer import Features, ResolventMixer, gated
 
 WIDE = {"value_size": 9, "key_groups": 2}
 
@@ -44,7 +44,7 @@ def test_features_are_a_gated_sum():
     torch.nn.init.normal_(features.weight)
     stacked = torch.stack((value, *parts.unbind(2)))
     expected = torch.einsum("fw,fbnw->bnw", features.weight, stacked) * silu(opening)
-    torch.testing.assert_close(features(value, parts, opening), expected)
+    torch.testing.assert_close(gated(features(value, parts), opening), expected)
 
 
 def test_heads_of_a_group_share_queries_and_keys():

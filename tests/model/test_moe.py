@@ -77,12 +77,13 @@ def test_all_tokens_at_one_expert_are_served_too():
     torch.testing.assert_close(
         out.view(-1, 12), layer.experts[3](x.view(-1, 12)), rtol=0.0, atol=0.0
     )
-    assert balance == pytest.approx(5.0)
+    assert balance == 0  # nothing to balance outside training
+    assert layer.train()(x)[1] == pytest.approx(5.0)
 
 
 @torch.no_grad()
 def test_an_even_load_has_the_loss_one():
-    layer = mixture(d_model=5, experts_per_token=1)
+    layer = mixture(d_model=5, experts_per_token=1).train()
     layer.router.weight.copy_(30 * torch.eye(5))
     x = torch.eye(5).repeat(4, 1)[None]
     _, balance = layer(x)
@@ -93,7 +94,7 @@ def test_an_even_load_has_the_loss_one():
 
 @torch.no_grad()
 def test_the_loss_by_hand():
-    layer = mixture()
+    layer = mixture().train()
     x = torch.randn(3, 40, 12)
     probabilities = layer.router(x.view(-1, 12)).softmax(-1)
     chosen = probabilities.argsort(descending=True)[:, :2]
@@ -104,7 +105,7 @@ def test_the_loss_by_hand():
 
 def test_the_loss_pulls_the_load_apart():
     """Its gradient lowers the probability of the expert that has more than its share."""
-    layer = mixture(experts_per_token=1)
+    layer = mixture(experts_per_token=1).train()
     with torch.no_grad():
         layer.router.weight.zero_()
         layer.router.weight[2, 0] = 1.0
@@ -120,6 +121,15 @@ def test_gradients_reach_the_router_and_every_expert_that_served():
     layer(x)[0].square().sum().backward()
     assert (x.grad.abs().sum(-1) > 0).all()
     assert all(parameter.grad.any() for parameter in layer.parameters())
+
+
+@torch.no_grad()
+def test_one_token_is_served_as_among_many():
+    layer = mixture()
+    x = torch.randn(1, 9, 12)
+    whole = layer(x)[0]
+    for i in range(9):
+        torch.testing.assert_close(layer(x[:, i : i + 1])[0], whole[:, i : i + 1])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 127, 128, 129, 300])

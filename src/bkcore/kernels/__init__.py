@@ -4,7 +4,9 @@ from bkcore.kernels.attention import attention
 from bkcore.kernels.codes import sweep_codes
 from bkcore.kernels.ops import sweep
 from bkcore.kernels.product import product
+from bkcore.kernels.recall import has_recall_step, recall_step
 from bkcore.kernels.round import (
+    ChannelRounding,
     round_channels,
     round_channels_straight_through,
     round_rows,
@@ -16,9 +18,12 @@ from bkcore.kernels.weight import round_weight
 
 __all__ = [
     "BackendInfo",
+    "ChannelRounding",
     "attention",
     "backends",
+    "has_recall_step",
     "product",
+    "recall_step",
     "round_channels",
     "round_channels_straight_through",
     "round_rows",

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from bkcore.kernels.backend import (
     empty_parts,
     ordered_sum,
 )
+
+if TYPE_CHECKING:
+    from bkcore.kernels.round import ChannelRounding
 
 _native: Any = None
 _import_error = ""
@@ -269,7 +272,7 @@ def sweep_rounded(
 
 
 def product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: int) -> Tensor:
-    inputs, outputs = x.shape[-1], len(weight)
+    inputs, outputs = x.shape[-1], weight.shape[0]
     out = x.new_empty(*x.shape[:-1], outputs)
     _native.product(
         isa(),
@@ -413,6 +416,27 @@ def attention(
         _addresses(g, out, psi, checkpoints if keep else None),
     )
     return g, out, psi, checkpoints
+
+
+def recall_step(
+    inputs: Sequence[Tensor], rounding: Sequence[ChannelRounding]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `bkcore.kernels.recall` says, of checked, contiguous tensors in its order."""
+    value, first_g, first_psi = inputs[4], inputs[9], inputs[10]
+    batch, heads, _, keys, values = first_psi.shape
+    groups = inputs[2].shape[-1] // keys
+    features = torch.empty_like(value)
+    g, psi = torch.empty_like(first_g), torch.empty_like(first_psi)
+    _native.recall_step(
+        isa(),
+        torch.get_num_threads(),
+        rounding[0].bits if rounding else 8,
+        (batch, heads, groups, keys, values),
+        _addresses(*inputs),
+        [part.addresses() for part in rounding],
+        _addresses(features, g, psi),
+    )
+    return features, g, psi
 
 
 def attention_backward(

@@ -62,7 +62,7 @@ def _check(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: int
         raise InputError(f"x {tuple(x.shape)} and group_size={group_size} must be at least 1 wide")
     if min(group_size, inputs) > _LARGEST_GROUP:
         raise InputError(f"{inputs} inputs in one group may overflow int32; make groups smaller")
-    outputs = len(weight) if weight.ndim else 0
+    outputs = weight.shape[0] if weight.ndim else 0
     width = inputs if bits == 8 else -(-inputs // 2)
     wanted = (
         ("x", x, torch.float32, x.shape),

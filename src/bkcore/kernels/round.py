@@ -23,6 +23,7 @@ Layout of `round_channels`
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,6 +42,41 @@ _library.define(
     "round_channels_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero, Tensor? levels,"
     " int group_size, int bits) -> (Tensor, Tensor, Tensor)"
 )
+
+
+@dataclass(frozen=True)
+class ChannelRounding:
+    """How channels are rounded, checked once, for kernels that round on the way.
+
+    Attributes:
+        channels: C, whose last group may be smaller than `group_size`.
+        scale, zero, levels, group_size, bits: as in this module's text; on the CPU.
+
+    Raises:
+        ShapeError, DTypeError, InputError: they do not fit together.
+    """
+
+    channels: int
+    scale: Tensor
+    zero: Tensor
+    levels: Tensor | None
+    group_size: int
+    bits: int
+
+    def __post_init__(self) -> None:
+        like = torch.empty(self.channels)
+        _check(like, self.scale, self.zero, self.levels, self.group_size, self.bits)
+        if not all(x is None or x.is_contiguous() for x in (self.scale, self.zero, self.levels)):
+            raise ShapeError("scale, zero and levels must be contiguous in memory")
+
+    def is_of(self, scale: Tensor, zero: Tensor, levels: Tensor | None) -> bool:
+        """Whether it rounds with these very tensors, whatever numbers they hold by now."""
+        return self.scale is scale and self.zero is zero and self.levels is levels
+
+    def addresses(self) -> tuple[int, int, int, int]:
+        """For a kernel: where scale, zero and levels are, 0 for no levels; and the group size."""
+        levels = 0 if self.levels is None else self.levels.data_ptr()
+        return self.scale.data_ptr(), self.zero.data_ptr(), levels, self.group_size
 
 
 def round_channels(

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bkcore.core import causal_sweep_parts, resolvent_attention
+from bkcore.core import (
+    ChannelRounding,
+    causal_sweep_parts,
+    has_recall_step,
+    recall_step,
+    resolvent_attention,
+)
 from bkcore.core.bounds import AttentionInputs
 from bkcore.errors import ShapeError
 from bkcore.model.config import ResNetBKConfig
@@ -62,10 +68,21 @@ class CoreQuantizers(nn.Module):
             width, config.per_channel, symmetric=config.symmetric is not False, **common
         )
 
-    def parts(self) -> list[GroupWiseQuantizer]:
+        inputs = (self.gate, self.barrier, self.query, self.key, self.value)
+        self._parts = (*inputs, self.found.real, self.found.imag)
+
+    def parts(self) -> tuple[GroupWiseQuantizer, ...]:
         """The seven real quantizers, inputs first."""
-        inputs = [self.gate, self.barrier, self.query, self.key, self.value]
-        return [*inputs, self.found.real, self.found.imag]
+        return self._parts
+
+    @property
+    def rounds_only(self) -> bool:
+        """Whether a call rounds to stored codes: nothing to observe or to learn."""
+        return self.phase == "quantize" and not self._parts[0].learnable
+
+    def rounding(self) -> list[ChannelRounding]:
+        """How `recall_step` is to round the seven parts."""
+        return [part.rounding() for part in self._parts]
 
     def apply_to(self, quantizer: GroupWiseQuantizer, x: Tensor) -> Tensor:
         """Pass x (..., channels) through one quantizer as the phase asks."""
@@ -175,10 +192,13 @@ class ResolventMixer(nn.Module):
         else:
             self._check_state(state)
         inputs, opening, taps = self.core_inputs(x, state)
-        inputs = self.quantized_inputs(inputs)
-        parts, (g, psi) = self.recall(inputs, (state.g, state.psi))
-        out = self.out_proj(self.features(inputs.value, self.quantized_found(parts), opening))
-        return out, LayerState(taps, g, psi)
+        if self._steps(inputs):
+            features, g, psi = self._step(inputs, state)
+        else:
+            inputs = self.quantized_inputs(inputs)
+            parts, (g, psi) = self.recall(inputs, (state.g, state.psi))
+            features = self.features(inputs.value, self.quantized_found(parts))
+        return self.out_proj(gated(features, opening)), LayerState(taps, g, psi)
 
     def _check_state(self, state: LayerState) -> None:
         for name, own in self._state_shapes().items():
@@ -238,6 +258,29 @@ class ResolventMixer(nn.Module):
         real, imag = over_memory(out, g.imag / eta, eta)
         return (real.flatten(2), imag.flatten(2)), state
 
+    def _steps(self, inputs: CoreInputs) -> bool:
+        """Whether there is one site to read, and a kernel for all that is done with it."""
+        ready = self.quantizers is None or self.quantizers.rounds_only
+        return ready and inputs.value.shape[1] == 1 and has_recall_step(inputs.value)
+
+    def _step(self, inputs: CoreInputs, state: LayerState) -> tuple[Tensor, Tensor, Tensor]:
+        """The features of one site and the core's new state: the bits of the pieces, but faster."""
+        rounding = [] if self.quantizers is None else self.quantizers.rounding()
+        return recall_step(
+            inputs.gate,
+            inputs.barrier,
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            self.log_rate.exp(),
+            self.log_barrier.exp(),
+            self.log_eta.exp(),
+            self.features.weight,
+            state.g,
+            state.psi,
+            rounding,
+        )
+
     def _quantized(self, name: str, x: Tensor) -> Tensor:
         if self.quantizers is None:
             return x
@@ -249,7 +292,7 @@ class ResolventMixer(nn.Module):
 class Features(nn.Module):
     """What a mixer reads out: the value and two parts of what the past made of it.
 
-    They are added with learned weights for each channel, and gated.
+    They are added with learned weights for each channel.
     """
 
     def __init__(self, width: int) -> None:
@@ -261,12 +304,11 @@ class Features(nn.Module):
         """Begin with the value and Re alike, and little of Im, which is larger."""
         self.weight.copy_(torch.tensor([[1.0], [1.0], [0.1]]))
 
-    def forward(self, value: Tensor, parts: Tensor, opening: Tensor) -> Tensor:
-        """value and opening (B, N, W), parts (B, N, 2, W) -> (B, N, W), dtype of opening."""
-        # The core and the quantizers work in float32 at least, whatever the model is cast to.
+    def forward(self, value: Tensor, parts: Tensor) -> Tensor:
+        """value (B, N, W), parts (B, N, 2, W) -> (B, N, W)."""
         first, second = parts.unbind(2)
         a, b, c = self.weight
-        return (a * value + b * first + c * second).to(opening.dtype) * F.silu(opening)
+        return a * value + b * first + c * second
 
 
 class ConvolutionMixer(nn.Module):
@@ -324,7 +366,8 @@ class GreenMixer(nn.Module):
             hopping=self.hopping,
             onsite=0.0,
         )
-        return self.out_proj(self.features(F.silu(value), g.to(value.dtype), opening)), None
+        features = self.features(F.silu(value), g.to(value.dtype))
+        return self.out_proj(gated(features, opening)), None
 
 
 MIXERS: dict[str, type[nn.Module]] = {
@@ -363,8 +406,16 @@ def over_memory(out: Tensor, memory: Tensor, eta: Tensor) -> tuple[Tensor, Tenso
         Real (B, N, H, U), twice.
     """
     w = memory[..., None]
-    # Roots and quotients, which every unit rounds correctly: a stream and a whole text agree.
-    return out.real / w.sqrt(), out.imag / eta[:, None] / (w * w.sqrt())
+    # Quotients are rounded correctly everywhere, but PyTorch's float32 root (MKL's) is not: behind
+    # float64 it is, and whatever computes it agrees.
+    root = w.double().sqrt().to(w.dtype)
+    return out.real / root, out.imag / eta[:, None] / (w * root)
+
+
+def gated(features: Tensor, opening: Tensor) -> Tensor:
+    """Features (B, N, W) as far as their gate is open, in the dtype of `opening` (B, N, W)."""
+    # The core and the quantizers work in float32 at least, whatever the model is cast to.
+    return features.to(opening.dtype) * F.silu(opening)
 
 
 def depthwise(channels: int, taps: int) -> nn.Conv1d:

@@ -40,7 +40,7 @@ class Expert(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (M, D) -> (M, D)."""
         if self.training:
-            return _padded(self.perceptron, x, len(x) + -len(x) % _TRAINED_ROWS)
+            return _padded(self.perceptron, x, x.shape[0] + -x.shape[0] % _TRAINED_ROWS)
         layers = (self.up, self.down)
         if all(isinstance(layer, QuantizedLinear) and layer.is_exact for layer in layers):
             return self.down(_in_blocks(F.silu, self.up(x)))
@@ -60,14 +60,17 @@ def _in_blocks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     many: blocks of one size keep causality, and streams, bit for bit. (Products of codes are exact,
     so they need none of this.)
     """
+    if x.shape[0] <= _BLOCK:
+        return _padded(function, x, _BLOCK)
     return torch.cat([_padded(function, block, _BLOCK) for block in x.split(_BLOCK)])
 
 
 def _padded(function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
     """A function of rows (M, D), called with so many of them."""
-    if len(x) == rows:
+    count = x.shape[0]  # len() takes longer than a small sum
+    if count == rows:
         return function(x)
-    return function(F.pad(x, (0, 0, 0, rows - len(x))))[: len(x)]
+    return function(F.pad(x, (0, 0, 0, rows - count)))[:count]
 
 
 class MixtureOfExperts(nn.Module):
@@ -94,8 +97,8 @@ class MixtureOfExperts(nn.Module):
         """x (B, N, D) -> (B, N, D), and the load-balancing loss.
 
         That loss is 1 when the load is even, and `num_experts` when one expert serves all; it is 0
-        where there is no router. In data-parallel training the load is that of all processes, and
-        the mean of their losses that of one process with the whole batch.
+        outside training, and where there is no router. In data-parallel training the load is that
+        of all processes, and the mean of their losses that of one process with the whole batch.
         """
         if self.router is None:
             return cast(Expert, self.experts[0]).perceptron(x), x.new_zeros(())
@@ -104,29 +107,36 @@ class MixtureOfExperts(nn.Module):
         probabilities = scores.float().softmax(-1)
         weights, chosen = probabilities.topk(self.experts_per_token)
         weights = weights / weights.sum(-1, keepdim=True)
-        load = (chosen[..., None] == torch.arange(len(self.experts), device=x.device)).sum((0, 1))
+        out = self._serve(tokens, chosen) * weights[..., None].to(x.dtype)
+        out = out.sum(1).view_as(x)
         for count in (self.load, self.calibration_load):
             if count is not None:
-                count += load
-        served = self._serve(tokens, chosen, load)
-        out = (served * weights[..., None].to(served.dtype)).sum(1)
-        if self.training:
-            load = of_all_processes(load)
+                count += self._load_of(chosen)
+        if not self.training:
+            return out, x.new_zeros(())
+        load = of_all_processes(self._load_of(chosen))
         share = load / load.sum()
         balance = len(self.experts) * (share * probabilities.mean(0)).sum()
-        return out.view_as(x), balance
+        return out, balance
+
+    def _load_of(self, chosen: Tensor) -> Tensor:
+        """Tokens of each expert, int64 (E,), of the experts that were chosen (T, k)."""
+        experts = torch.arange(len(self.experts), device=chosen.device)
+        return (chosen[..., None] == experts).sum((0, 1))
 
     def new_count(self) -> Tensor:
         """Zeros int64 (E,) to count in."""
         device = next(self.parameters()).device
         return torch.zeros(len(self.experts), dtype=torch.int64, device=device)
 
-    def _serve(self, tokens: Tensor, chosen: Tensor, load: Tensor) -> Tensor:
+    def _serve(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         """Outputs of the chosen experts: tokens (T, D), chosen (T, k) -> (T, k, D)."""
         if torch.compiler.is_compiling():
             return self._serve_densely(tokens, chosen)
+        if tokens.shape[0] == 1:  # nothing to sort
+            return torch.stack([self.experts[i](tokens) for i in chosen[0].tolist()], 1)
         order = chosen.flatten().argsort(stable=True)
-        batches = tokens[order // self.experts_per_token].split(load.tolist())
+        batches = tokens[order // self.experts_per_token].split(self._load_of(chosen).tolist())
         outputs = [
             expert(batch) for expert, batch in zip(self.experts, batches, strict=True) if len(batch)
         ]

@@ -41,10 +41,10 @@ def project(x: Tensor, weight: PackedWeight | TrainableWeight | HalfWeight) -> T
     Whatever that dtype is, the product and its scales are those of float32.
     """
     if isinstance(weight, PackedWeight):
-        rows = x.detach().float()
-        return product(
-            rows, weight.packed, weight.stored_scales, weight.group_size, weight.bits
-        ).to(x.dtype)
+        codes = weight.packed, weight.stored_scales, weight.group_size, weight.bits
+        if x.dtype == torch.float32:  # conversions to what it is already take time, too
+            return product(x.detach(), *codes)
+        return product(x.detach().float(), *codes).to(x.dtype)
     rows = x.reshape(-1, x.shape[-1]).float()
     if isinstance(weight, HalfWeight):
         out = F.linear(rows, weight.packed.float())

@@ -1,0 +1,128 @@
+"""One site of resolvent attention with all that the language model does around it, in one call.
+
+A generated token needs one site of every layer, and calling PyTorch and the operators piece by
+piece costs ten times what the arithmetic does. `recall_step` gives, bit for bit, what these pieces
+give: with `r` the rounding of `bkcore.kernels.round`, or nothing,
+
+    t       = exp(-2 rate sigmoid(r(gate)))    in float64, rounded to float32; 0 if g before is 0
+    v       = height softplus(r(barrier))      likewise
+    g, out  = `bkcore.kernels.attention` of the diagonal 1 + t^2 + v, the hopping t, r(query),
+              r(key) and r(value), from the state on
+    w       = Im g / eta
+    real    = Re out / w^(1/2),   imag = Im out / eta / w^(3/2)
+    result  = weight_0 r(value) + weight_1 r(real) + weight_2 r(imag)
+
+Layout, all float32 and on the CPU
+----------------------------------
+    gate, barrier      (B, 1, H)
+    query, key         (B, 1, G K), G groups of neighbouring heads that share them; G divides H
+    value              (B, 1, H U)
+    rate, height, eta  (H,), eta positive
+    weight             (3, H U)
+    g, psi             (B, H, 2) and (B, H, 2, K, U), the state; g is 0 before the first site
+    result             (B, 1, H U)
+
+The kernel is that of the CPU backend alone: elsewhere launching the pieces costs little beside the
+rest, or nothing is fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bkcore.errors import BackendError, DTypeError, InputError, ShapeError
+from bkcore.kernels import cpu
+from bkcore.kernels.round import ChannelRounding
+from bkcore.kernels.selection import select
+
+_PARTS = ("gate", "barrier", "query", "key", "value", "real", "imag")
+_INPUTS = (*_PARTS[:5], "rate", "height", "eta", "weight", "g", "psi")
+
+
+def has_recall_step(x: Tensor) -> bool:
+    """Whether `recall_step` takes tensors like x now: no gradient to keep, no graph to trace."""
+    return (
+        x.dtype == torch.float32
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and select(x).name == "cpu"
+    )
+
+
+def recall_step(
+    gate: Tensor,
+    barrier: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rate: Tensor,
+    height: Tensor,
+    eta: Tensor,
+    weight: Tensor,
+    g: Tensor,
+    psi: Tensor,
+    rounding: Sequence[ChannelRounding] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Move a stream one site ahead; formulas and layout are those of this module's text.
+
+    Args:
+        rounding: of gate, barrier, query, key, value, real and imag, all of the same bits; or none.
+
+    Returns:
+        The result, and the new g and psi; those given are not changed.
+
+    Raises:
+        ShapeError, DTypeError, InputError: the tensors do not fit together.
+        BackendError: `has_recall_step` says no.
+    """
+    if not has_recall_step(value):
+        raise BackendError(
+            f"recall_step is for float32 tensors on the CPU under no_grad() and needs the native "
+            f"kernels; value is {value.dtype} on {value.device}"
+        )
+    inputs = [gate, barrier, query, key, value, rate, height, eta, weight, g, psi]
+    _check(inputs)
+    if rounding:
+        _check_rounding(inputs, rounding)
+    return cpu.recall_step([x.resolve_neg().contiguous() for x in inputs], rounding)
+
+
+def _check(inputs: list[Tensor]) -> None:
+    if inputs[10].ndim != 5:
+        raise ShapeError(f"psi must be (B, H, 2, K, U), got {tuple(inputs[10].shape)}")
+    batch, heads, _, keys, values = inputs[10].shape
+    shared, width = inputs[2].shape[-1], heads * values
+    if not shared or not keys or shared % keys or heads % (shared // keys):
+        raise ShapeError(
+            f"query has {shared} channels, which are no groups of {keys} for {heads} heads to share"
+        )
+    chain, group, every = (batch, 1, heads), (batch, 1, shared), (batch, 1, width)
+    head = (heads,)
+    expected: tuple[tuple[int, ...], ...] = (
+        *(chain, chain, group, group, every),
+        *(head, head, head, (3, width)),
+        *((batch, heads, 2), (batch, heads, 2, keys, values)),
+    )
+    for index, (x, shape) in enumerate(zip(inputs, expected, strict=True)):
+        if x.shape != shape:
+            raise ShapeError(f"{_INPUTS[index]} must be {shape}, got {tuple(x.shape)}")
+        if x.dtype != torch.float32 or not x.is_cpu:
+            raise DTypeError(
+                f"{_INPUTS[index]} must be float32 on the CPU, got {x.dtype} on {x.device}"
+            )
+
+
+def _check_rounding(inputs: list[Tensor], rounding: Sequence[ChannelRounding]) -> None:
+    if len(rounding) != len(_PARTS):
+        raise InputError(f"rounding must be one for each of {', '.join(_PARTS)}, or none")
+    value = inputs[4]
+    for name, x, part in zip(_PARTS, (*inputs[:5], value, value), rounding, strict=True):
+        if part.channels != x.shape[-1] or part.bits != rounding[0].bits:
+            raise ShapeError(
+                f"{name} has {x.shape[-1]} channels, but is to be rounded as {part.channels} with "
+                f"{part.bits} bits; {_PARTS[0]} has {rounding[0].bits} bits"
+            )
