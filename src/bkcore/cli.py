@@ -481,7 +481,10 @@ def bench_stability(
     json_file: JsonOption = None,
     length: Annotated[int, typer.Option(min=1_000, help="Tokens to read.")] = 1_000_000,
     step: Annotated[
-        int, typer.Option(min=1, help="Tokens a call; 1 reads as decoding does.")
+        int,
+        typer.Option(
+            min=1, max=4_096, help="Tokens a call, at most 4,096; 1 reads as decoding does."
+        ),
     ] = 4_096,
 ) -> None:
     """Read a text over and over: does a quantized model stay as near to float as it was?"""

@@ -32,6 +32,7 @@ from bkcore.text import encode, load_corpus, tokenizer_hash
 
 FIRST = 1_000
 _PROBE = 2_048
+_REFERENCE_STEP = 4_096
 _CERTIFIED = 512
 
 
@@ -78,9 +79,10 @@ def run_stability(
     length: int,
     step: int,
 ) -> Stability:
-    """Read `length` tokens of the validation text, over and over again, `step` at a time.
+    """Read `length` tokens of the validation text, over and over again.
 
-    The probe is the beginning of the same text.
+    The quantized model reads `step` tokens at a time, the reference 4,096. The probe is the
+    beginning of the same text.
 
     Raises:
         InputError: if the text is shorter than the probe, the models do not belong together, or
@@ -99,10 +101,10 @@ def run_stability(
     ages, seen = [], 0
     with Plan({"read": length / 10_000}, console) as plan, plan.stage("read") as advance:
         for position in positions(length):
-            for piece in _pieces(text, seen, position, step):
-                states = [
-                    _read(model, piece, state) for model, state in zip(models, states, strict=True)
-                ]
+            for piece in _pieces(text, seen, position, _REFERENCE_STEP):
+                states[1] = _read(models[1], piece, states[1])
+                for some in piece.split(step, 1):
+                    states[0] = _read(models[0], some, states[0])
                 seen += piece.shape[1]
                 advance(seen / length)
             ages.append(_judge(models, states, text, probe, position))

@@ -29,6 +29,8 @@ from bkcore.training import Schedule, train
 _TOKENS_A_BATCH = 4096
 _SENSITIVITY_TOKENS = 8192
 _LEARNING_RATE = 1e-4
+_READINGS = 10
+"""Of each window that is learned from a teacher, who is asked at the first one only."""
 
 UNIFORM_MODES = ("ptq_int8", "ptq_int4", "mixed_precision")
 """What the frontier of a bit budget is compared with."""
@@ -233,7 +235,7 @@ def _stages(settings: QuantizeSettings, control: Path | None) -> dict[str, float
     """Stages and about how long each takes."""
     stages = {"read text": 5.0, "calibrate": 5.0}
     if settings.steps is not None:
-        stages["train"] = (1.0 if settings.distill is False else 1.3) * settings.steps
+        stages["train"] = (1.0 if settings.distill is False else 1.1) * settings.steps
         if control is not None:
             stages["train the control"] = 1.0 * settings.steps
     if settings.has_budget:
@@ -300,11 +302,16 @@ class _Run:
         with self.plan.stage(stage) as advance:
             return train(
                 model,
-                self.windows,
+                self.windows if teacher is None else self._few_windows(schedule),
                 schedule,
                 teacher=teacher,
                 on_step=lambda step: advance(step / schedule.steps),
             )
+
+    def _few_windows(self, schedule: Schedule) -> TokenWindows:
+        """So many, spread over the text, that each is read about ten times."""
+        count = max(schedule.batch_size, schedule.steps * schedule.batch_size // _READINGS)
+        return TokenWindows(spread(self.windows, count).flatten(), self.length)
 
     def with_budget(self, model: ResNetBKForCausalLM) -> tuple[ResNetBKForCausalLM, dict[str, Any]]:
         settings = self.settings

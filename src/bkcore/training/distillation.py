@@ -19,23 +19,65 @@ from transformers import PreTrainedModel
 from bkcore.errors import InputError
 from bkcore.training.sharding import is_sharded
 
+_ROOM = 2 * 2**30
+"""Bytes of what a teacher said that are kept."""
 
-def divergence(model: nn.Module, teacher: PreTrainedModel, input_ids: Tensor) -> Tensor:
+
+class Teacher:
+    """What a model says comes after every token of a window; asked once where windows come again.
+
+    A window is asked for alone, because a model may round it differently among others, and what
+    is learned from it must not depend on which those are, or on whether it was remembered: a
+    resumed training would be another one. Probabilities in float32 are taken in float16, whose
+    rounding moves a gradient by 2^-12 of a probability at most.
+
+    Args:
+        model: in evaluation mode, and not changed while it teaches.
+        remembers: whether to keep what was said, in at most 2 GiB.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, remembers: bool = False) -> None:
+        self.model = model
+        self._room = _ROOM if remembers else 0
+        self._said: dict[bytes, tuple[Tensor, Tensor]] = {}
+
+    def says(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities of the next tokens of ids (B, N), (B * N, V), and their mean entropy."""
+        probabilities, entropies = zip(*map(self._says, input_ids), strict=True)
+        return torch.cat(probabilities), torch.stack(entropies).mean()
+
+    @torch.no_grad()
+    def _says(self, window: Tensor) -> tuple[Tensor, Tensor]:
+        key = window.cpu().numpy().tobytes()
+        if key in self._said:
+            return self._said[key]
+        logits: Tensor = self.model(input_ids=window[None]).logits[0]
+        said = logits.softmax(-1, dtype=_float32_at_least(logits))
+        if said.dtype == torch.float32:
+            said = said.half()
+        # Of the rounded ones, so that the divergence from them is 0 where it ought to be.
+        entropy = torch.special.entr(said.to(_float32_at_least(said))).sum(-1).mean()
+        size = said.numel() * said.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._said[key] = said, entropy
+        return said, entropy
+
+
+def divergence(model: nn.Module, teacher: Teacher, input_ids: Tensor) -> Tensor:
     """KL(teacher || model) of the next token in nats, mean over all positions of ids (B, N).
 
     A scalar, float32 or float64. Differentiable in the model's parameters; the teacher gets no
     gradient.
     """
-    with torch.no_grad():
-        wanted = _log_probabilities(teacher, input_ids)
-    found = _log_probabilities(model, input_ids)
-    return F.kl_div(found, wanted.to(found.dtype), log_target=True, reduction="batchmean")
-
-
-def _log_probabilities(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """(B * N, V), float32 at least."""
     logits: Tensor = model(input_ids=input_ids).logits.flatten(0, 1)
-    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    dtype = _float32_at_least(logits)
+    wanted, entropy = teacher.says(input_ids)
+    return F.cross_entropy(logits.to(dtype), wanted.to(dtype)) - entropy.to(dtype)
+
+
+def _float32_at_least(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -44,6 +86,11 @@ def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
         raise InputError(f"the teacher has to be a model, not {teacher!r}")
     if teacher is model:
         raise InputError("a model learns nothing from itself: the teacher has to be another one")
+    if {id(x) for x in model.parameters()} & {id(x) for x in teacher.parameters()}:
+        raise InputError(
+            "the teacher shares parameters with the model, and would change as it learns: give a "
+            "copy, copy.deepcopy(teacher)"
+        )
     if is_sharded(teacher):
         raise InputError("a sharded teacher is not supported: it has to be whole in each process")
     sizes = model.config.vocab_size, teacher.config.vocab_size

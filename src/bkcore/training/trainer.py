@@ -41,7 +41,13 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from bkcore.errors import CheckpointError, DivergenceError, InputError, LifecycleError
 from bkcore.products import onednn_products
 from bkcore.training import checkpoints
-from bkcore.training.distillation import check_teacher, divergence, fingerprint, without_dropout
+from bkcore.training.distillation import (
+    Teacher,
+    check_teacher,
+    divergence,
+    fingerprint,
+    without_dropout,
+)
 from bkcore.training.optimizer import ADAMW_BETAS, MuonWithAdamW
 from bkcore.training.order import WindowOrder
 from bkcore.training.schedule import Schedule
@@ -86,8 +92,9 @@ def train(
             `output`.
         teacher: another model, whole, in whose next-token distributions at every position the
             model is trained instead of `labels`; with `nn.Dropout` layers off and without load
-            balancing. Not changed, but for its mode, which is `eval()` afterwards. A step takes its
-            forward pass more, and the logits of all positions of both.
+            balancing. Not changed, but for its mode, which is `eval()` afterwards. A window takes
+            its forward pass more, and the logits of all positions of both; when it comes again,
+            what the teacher said is remembered, as far as 2 GiB hold it.
         on_step: called with the number of steps done.
         on_log: called with every new entry of the log.
 
@@ -100,7 +107,7 @@ def train(
     Raises:
         InputError: if the arguments exclude each other, or the batch does not divide among the
             processes, or a sharded model is to be trained with Muon, or the teacher is the model
-            itself, or sharded, or has another vocabulary.
+            itself, or shares parameters with it, or is sharded, or has another vocabulary.
         LifecycleError: if the model is quantized already.
         DataError: if there are fewer windows than a batch.
         DivergenceError: if the loss or a weight is NaN or infinite, or weights that ran away make
@@ -141,7 +148,9 @@ def train(
                 callbacks=_callbacks(schedule, clock, on_step, on_log),
                 optimizers=(_muon(model, schedule), None),
             )
-            trainer.take(order, run, clock, evaluation, teacher)
+            repeated = schedule.steps * schedule.batch_size > order.windows
+            asked = None if teacher is None else Teacher(teacher, remembers=repeated)
+            trainer.take(order, run, clock, evaluation, asked)
             with onednn_products(), nullcontext() if teacher is None else without_dropout(model):
                 trainer.train(resume_from_checkpoint=None if start is None else str(start))
             trainer.check_weights()
@@ -171,7 +180,7 @@ class _Trainer(Trainer):
         run: dict[str, Any],
         clock: _Clock,
         evaluation: Evaluation | None,
-        teacher: PreTrainedModel | None,
+        teacher: Teacher | None,
     ) -> None:
         self._order, self._run, self._clock, self._evaluation = order, run, clock, evaluation
         self._teacher = teacher
