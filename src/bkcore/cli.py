@@ -147,6 +147,14 @@ def quantize(
         int | None,
         typer.Option(min=1, help="Inputs of an INT4 weight that share a scale; default: 128."),
     ] = None,
+    min_size: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Weights with fewer numbers stay in float16, because their products are slower "
+            "in codes; default: 2,048, and 0 leaves none.",
+        ),
+    ] = None,
     calibration_tokens: Annotated[
         int,
         typer.Option(min=1, help="Tokens of the training text to calibrate on, in whole windows."),
@@ -207,6 +215,7 @@ def quantize(
     settings = QuantizeSettings(
         mode=mode or ("mixed_precision" if has_budget else "ptq_int8"),
         group_size=group_size,
+        min_size=min_size,
         calibration_tokens=calibration_tokens,
         steps=steps,
         learning_rate=learning_rate,

@@ -28,7 +28,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "WIDTHS", (32,))
     monkeypatch.setattr(inference, "SEQUENCES", (1, 3))
     monkeypatch.setattr(inference, "CONTEXTS", (8, 16))
-    monkeypatch.setattr(inference, "_TARGET_WIDTH", 32)
+    monkeypatch.setattr(inference, "LAYERS", ((16, 8), (33, 7)))
+    monkeypatch.setattr(inference, "ROWS", (1, 5))
+    monkeypatch.setattr(inference, "_PREFILL_WIDTH", 32)
+    monkeypatch.setattr(inference, "_DECODE_WIDTH", 32)
+    monkeypatch.setattr(inference, "_SERVING_WIDTH", 32)
     monkeypatch.setattr(inference, "_RIVAL_WIDTH", 32)
     monkeypatch.setattr(inference, "_VOCABULARY", 64)
     monkeypatch.setattr(inference, "_LAYERS", 1)
@@ -48,6 +52,8 @@ def test_every_case_and_its_target() -> None:
         assert rows["prefill 32 float32 by oneDNN", count].target is None
         assert rows["decode 32 INT8", count].target == 1.5
         assert rows["decode 32 INT4", count].target == 2.0
+    single = [row for row in results if row.name == "layer INT4" and row.threads == 1]
+    assert [row.shape for row in single] == [(1, 8, 16), (5, 8, 16), (1, 7, 33), (5, 7, 33)]
     served = [row for row in results if row.name.startswith("serving")]
     assert {row.shape[0] for row in served} == {1, 3}
     assert all("tokens a second" in row.note for row in served)
@@ -114,5 +120,15 @@ def test_dynamic_int8_reaches_the_layers_of_gpt2() -> None:
 
 
 def test_an_unknown_case_is_refused() -> None:
-    with pytest.raises(InputError, match="there are: width 32, serving, rivals"):
+    with pytest.raises(InputError, match="there are: layers, width 32, serving, rivals"):
         inference.run_inference(QUIET, "nonsense")
+
+
+def test_small_models_need_not_be_faster_than_by_the_targets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inference, "_PREFILL_WIDTH", 64)
+    monkeypatch.setattr(inference, "_DECODE_WIDTH", 64)
+    rows = {row.name: row.target for row in inference.at_width(32, 1)}
+    del rows["prefill 32 float32 by oneDNN"]
+    assert set(rows.values()) == {1.0}

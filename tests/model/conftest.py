@@ -103,7 +103,7 @@ def _build(
 
 
 def _quantize(model: ResNetBKForCausalLM, mode: str, state: str, vocabulary: int) -> None:
-    model.configure_quantization(QuantizationConfig(mode, group_size=16))
+    model.configure_quantization(QuantizationConfig(mode, group_size=16, min_size=0))
     batches = [torch.randint(vocabulary, (4, 32)) for _ in range(3)]
     if state == "calibrated":
         model.start_calibration()

@@ -102,7 +102,7 @@ def test_outputs_on_the_calibration_data_change_less_than_by_plain_rounding(
     build, tokens, mode, rounding
 ):
     model = build()
-    model.configure_quantization(QuantizationConfig(mode, 16, weight_rounding=rounding))
+    model.configure_quantization(QuantizationConfig(mode, 16, weight_rounding=rounding, min_size=0))
     inputs: dict[str, list[Tensor]] = {}
     hooks = []
     for name, layer in model.named_modules():
@@ -144,7 +144,7 @@ def test_a_calibration_that_fails_leaves_no_moments(build, tokens):
 @pytest.mark.parametrize("observer", ["minmax", "percentile", "mae", "mse", "auto"])
 def test_the_observer_rules_every_quantizer_and_is_remembered(build, tokens, observer, tmp_path):
     model = build()
-    model.configure_quantization(QuantizationConfig("ptq_int8", observer=observer))
+    model.configure_quantization(QuantizationConfig("ptq_int8", observer=observer, min_size=0))
     model.calibrate_quantization([tokens(2, 20), tokens(1, 7)])
     model.save_pretrained(tmp_path)
     for one in (model, ResNetBKForCausalLM.from_pretrained(tmp_path)):

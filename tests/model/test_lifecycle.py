@@ -266,7 +266,7 @@ def test_every_quantizer_of_the_core_is_used(build, tokens, mode):
 
 def test_per_tensor_has_one_scale(build, tokens):
     model = build()
-    model.configure_quantization(QuantizationConfig("ptq_int8", per_channel=False))
+    model.configure_quantization(QuantizationConfig("ptq_int8", per_channel=False, min_size=0))
     model.calibrate_quantization([tokens(2, 20)])
     for quantizers in quantized.core_quantizers(model):
         assert [quantizer.num_groups for quantizer in quantizers.parts()] == [1] * 7

@@ -30,7 +30,9 @@ MIXED = {
 def mixed(build, state="quantized", **options):
     """A model with weights of all widths."""
     model = build(**options)
-    model.configure_quantization(QuantizationConfig("mixed_precision", 16, tensor_bits=MIXED))
+    model.configure_quantization(
+        QuantizationConfig("mixed_precision", 16, tensor_bits=MIXED, min_size=0)
+    )
     if state == "quantized":
         model.calibrate_quantization([torch.randint(61, (4, 32)) for _ in range(3)])
     return model
@@ -136,7 +138,7 @@ def test_the_errors_of_the_cores_are_those_of_their_certificates(build, tokens, 
 
 def test_a_single_expert_sees_every_token(build, tokens):
     model = build(num_experts=1, experts_per_token=1)
-    model.configure_quantization("ptq_int8")
+    model.configure_quantization(QuantizationConfig("ptq_int8", min_size=0))
     model.calibrate_quantization([tokens(2, 20)])
     assert receipt.problems(model.receipt) == []
     assert {entry["calibration_tokens"] for entry in model.receipt["weights"]} == {40}
@@ -177,7 +179,7 @@ def test_what_stays_float_is_a_problem(build, monkeypatch):
 
     monkeypatch.setattr(quantized, "quantizable", but_one)
     model = build()
-    model.configure_quantization("ptq_int8")
+    model.configure_quantization(QuantizationConfig("ptq_int8", min_size=0))
     model.calibrate_quantization([torch.randint(61, (2, 20))])
     found = receipt.problems(model.receipt)
     assert found == ["layers.1.mixer.in_proj.weight stayed float, which no mode provides for"]
@@ -225,6 +227,59 @@ def test_bits_of_single_weights_are_saved_with_the_model(build, tokens, tmp_path
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     size = loaded.estimate_model_size()
     assert size["quantized_bytes"] == size["current_bytes"]
+
+
+@pytest.mark.parametrize("mode", ["ptq_int8", "ptq_int4", "mixed_precision"])
+def test_small_weights_stay_in_float16_unless_they_are_named(build, tokens, tmp_path, mode):
+    """The experts' have 960 numbers, the output projections' 576, the embedding 1,464."""
+    named = "layers.0.experts.experts.1.up"
+    model = build()
+    model.configure_quantization(
+        QuantizationConfig(mode, 16, min_size=960, tensor_bits={"layers.0.mixer.out_proj": 8})
+    )
+    model.calibrate_quantization([tokens(4, 32)])
+    kinds = {slot.name: type(slot.layer.weight) for slot in quantized.quantizable(model)}
+    assert kinds[named] is quantized.PackedWeight  # no fewer than 960
+    assert kinds["layers.0.mixer.out_proj"] is quantized.PackedWeight
+    assert kinds["layers.1.mixer.out_proj"] is HalfWeight
+    entries = {entry["name"]: entry for entry in model.receipt["weights"]}
+    small = [name for name, entry in entries.items() if "reason" in entry]
+    assert small == ["layers.1.mixer.out_proj"]
+    entry = entries[small[0]]
+    assert (entry["bits"], entry["scheme"], entry["kernel"]) == (16, "float16", "aten::mm")
+    assert "fewer than 960 numbers" in entry["reason"]
+    [problem] = receipt.problems(model.receipt)
+    assert problem.startswith("layers.1.mixer.out_proj stayed float16 (small")
+    assert "--min-size 0" in problem
+    ids = tokens(2, 30)
+    model.save_pretrained(tmp_path)
+    loaded = ResNetBKForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    size = loaded.estimate_model_size()
+    assert size["quantized_bytes"] == size["current_bytes"]
+
+
+def test_the_default_is_where_codes_stop_to_pay(build, tokens):
+    model = build()
+    model.configure_quantization("ptq_int8")
+    model.calibrate_quantization([tokens(4, 32)])
+    for slot in quantized.quantizable(model):
+        kind = HalfWeight if slot.size < 2048 else quantized.PackedWeight
+        assert type(slot.layer.weight) is kind
+    trained = build()
+    trained.configure_quantization("qat_int8")
+    trained.calibrate_quantization([tokens(4, 32)])
+    trained.convert()
+    kinds = {type(slot.layer.weight) for slot in quantized.quantizable(trained)}
+    assert kinds == {quantized.PackedWeight}
+
+
+def test_a_checkpoint_of_a_version_without_the_rule_has_codes(build, tokens, tmp_path):
+    model = build("ptq_int8", "quantized")
+    del model.config.quantization["min_size"]
+    model.save_pretrained(tmp_path)
+    ids = tokens(2, 30)
+    assert torch.equal(ResNetBKForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 127, 129, 300])

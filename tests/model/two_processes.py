@@ -24,7 +24,7 @@ def build(mode: str) -> ResNetBKForCausalLM:
     sizes = {"vocab_size": 50, "d_model": 16, "n_layers": 1, "num_experts": 3, "expert_size": 24}
     model = LanguageModel(**sizes)
     torch.nn.init.normal_(model.layers[0].mixer.out_proj.weight, std=0.2)
-    model.configure_quantization(QuantizationConfig(mode, group_size=16))
+    model.configure_quantization(QuantizationConfig(mode, group_size=16, min_size=0))
     return model
 
 

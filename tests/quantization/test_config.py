@@ -38,8 +38,11 @@ def test_defaults_are_the_documented_ones():
         "percentile": 99.9,
         "weight_rounding": "gptq",
         "nonuniform": True,
+        "min_size": 2048,
     }
-    assert QuantizationConfig(**config.to_dict()) == config
+    assert QuantizationConfig.from_dict(config.to_dict()) == config
+    older = {name: value for name, value in config.to_dict().items() if name != "min_size"}
+    assert QuantizationConfig.from_dict(older).min_size == 0
 
 
 @pytest.mark.parametrize("mode", MODES.values())

@@ -20,7 +20,7 @@ from bkcore.model.receipt import read
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.report import quantize
 from bkcore.report.budget import check_target
-from bkcore.report.quantize import QuantizeSettings, run_quantize
+from bkcore.report.quantize import UNIFORM_MODES, QuantizeSettings, run_quantize
 from bkcore.report.receipt import average_bits
 from bkcore.text import TokenWindows, encode, spread, train_tokenizer
 from bkcore.training import train
@@ -60,7 +60,26 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(**options: object) -> QuantizeSettings:
     if not str(options.get("mode", "ptq_int8")).endswith("int8"):
         options = {"group_size": 8, **options}
+    if str(options.get("mode", "ptq_int8")) in UNIFORM_MODES and not (
+        {"target_bits", "max_increase"} & set(options)
+    ):
+        options = {"min_size": 0, **options}  # all weights are small here
     return QuantizeSettings(calibration_tokens=512, **options)  # type: ignore[arg-type]
+
+
+def test_small_weights_are_refused_by_strict_and_can_be_forced(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    how = {"mode": "ptq_int8", "min_size": None}
+    with pytest.raises(ReceiptError, match=r"down stayed float16 .*--min-size 0"):
+        run_quantize(checkpoint, tmp_path, text, settings(**how, strict=True), QUIET)
+    run_quantize(checkpoint, tmp_path, text, settings(**how), QUIET)
+    output = CliRunner().invoke(app, ["receipt", str(tmp_path)], catch_exceptions=False).output
+    assert "small: in float16, fewer than 2,048 numbers" in output
+    for options in ({"mode": "qat_int8", "steps": 1}, {"mode": "mixed_precision"}):
+        budget = {"target_bits": 5.0} if "steps" not in options else {}
+        with pytest.raises(InputError, match="take no --min-size"):
+            settings(**options, **budget, min_size=4)
 
 
 def test_the_saved_model_is_the_one_of_the_python_interface(

@@ -27,21 +27,24 @@ from bkcore.model import LanguageModel, ResNetBKForCausalLM, StreamState
 from bkcore.products import onednn_products
 from bkcore.quantization import QuantizationConfig
 from bkcore.quantization.linear import QuantizedLinear
-from bkcore.quantization.weights import PackedWeight
+from bkcore.quantization.weights import PackedWeight, pack_weight
 from bkcore.report.progress import Plan
 
-WIDTHS = (256, 512, 1024)
+LAYERS = ((16, 16), (32, 32), (64, 32), (64, 64), (128, 128), (256, 256), (512, 512))
+ROWS = (1, 64, 1024)
+WIDTHS = (64, 128, 256, 512, 1024)
 SEQUENCES = (1, 8, 64)
 CONTEXTS = (512, 4096, 16384)
 
 _MODES = {"INT8": "ptq_int8", "INT4": "ptq_int4"}
 _PREFILL_TARGETS = {"INT8": 2.0, "INT4": 1.5}
 _DECODE_TARGETS = {"INT8": 1.5, "INT4": 2.0}
-_TARGET_WIDTH = 512  # from here on decoding has targets; below, it must not be slower
+# From these widths on there are targets; below, a quantized model must not be slower.
+_PREFILL_WIDTH, _DECODE_WIDTH = 256, 512
 _VOCABULARY = 4096
 _LAYERS = 4
 _BATCH, _WINDOW = 8, 512
-_RIVAL_WIDTH = 256
+_RIVAL_WIDTH, _SERVING_WIDTH = 256, 512
 _CALIBRATION = (4, 128)
 _MOST_SECONDS = 10.0  # of a rival's prefill
 
@@ -70,6 +73,7 @@ def run_inference(console: Console, only: str = "") -> list[Result]:
     """
     counts = sorted({1, min(2, torch.get_num_threads())})
     cases: dict[str, Callable[[], Iterator[Result]]] = {
+        "layers": partial(_each, single_layers, LAYERS, counts),
         **{f"width {width}": partial(_each, at_width, width, counts) for width in WIDTHS},
         "serving": partial(_each, serving, SEQUENCES, counts),
         "rivals": partial(_each, against_rivals, CONTEXTS, counts[-1:]),
@@ -144,6 +148,23 @@ def check_stream(model: ResNetBKForCausalLM) -> None:
             raise BenchmarkError(f"a streamed token has logits that differ by {error:.2e}")
 
 
+def single_layers(shapes: Sequence[tuple[int, int]], threads: int) -> Iterator[Result]:
+    """One layer in codes against the same in float: which sizes pay, and for how many rows."""
+    for outputs, inputs in shapes:
+        layer = nn.Linear(inputs, outputs, bias=False)
+        packed = {
+            name: QuantizedLinear(pack_weight(layer.weight, bits, inputs))
+            for name, bits in (("INT8", 8), ("INT4", 4))
+        }
+        check_products(nn.ModuleList(packed.values()))
+        for rows in ROWS:
+            x = torch.randn(rows, inputs)
+            calls: dict[str, Call] = {"float32": partial(layer, x)}
+            calls |= {name: partial(coded, x) for name, coded in packed.items()}
+            shape = (rows, inputs, outputs)
+            yield from (row for _, row in _against_float("layer", shape, threads, calls))
+
+
 def at_width(width: int, threads: int) -> Iterator[Result]:
     """Prefill and decoding, each mode against float32; and float32 prefill by oneDNN, which is
     faster on some processors than what PyTorch takes."""
@@ -152,16 +173,18 @@ def at_width(width: int, threads: int) -> Iterator[Result]:
     prefill: dict[str, Call] = {name: partial(model, batch) for name, model in models.items()}
     prefill["float32 by oneDNN"] = onednn_products()(prefill["float32"])
     for name, row in _against_float(f"prefill {width}", (_BATCH, _WINDOW), threads, prefill):
-        yield _with_target(row, _PREFILL_TARGETS[name]) if name in _PREFILL_TARGETS else row
+        if name in _PREFILL_TARGETS:
+            row = _with_target(row, _PREFILL_TARGETS[name] if width >= _PREFILL_WIDTH else 1.0)
+        yield row
     for name, row in _against_float(
         f"decode {width}", (1, 1), threads, _decoders(models, batch, [_WINDOW])
     ):
-        yield _with_target(row, _DECODE_TARGETS[name] if width >= _TARGET_WIDTH else 1.0)
+        yield _with_target(row, _DECODE_TARGETS[name] if width >= _DECODE_WIDTH else 1.0)
 
 
 def serving(counts: Sequence[int], threads: int) -> Iterator[Result]:
     """One more token of sequences of different ages in one batch."""
-    models = build(_TARGET_WIDTH)
+    models = build(_SERVING_WIDTH)
     batch = _tokens(1, _WINDOW)
     for count in counts:
         ages = [1 + n * (_WINDOW - 1) // count for n in range(count)]
@@ -198,7 +221,7 @@ def against_rivals(contexts: Sequence[int], threads: int) -> Iterator[Result]:
 
 def _against_float(
     name: str,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     threads: int,
     calls: Mapping[str, Call],
     include: bool = False,

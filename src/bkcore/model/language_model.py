@@ -376,7 +376,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
     def _take_form(self, fields: dict[str, Any]) -> None:
         """Give a freshly built float model the modules of the state that `fields` names."""
         state = QuantizationState(fields.pop("state", QuantizationState.FLOAT.value))
-        config = self._quant_config = QuantizationConfig(**fields)
+        config = self._quant_config = QuantizationConfig.from_dict(fields)
         quantized.check_tensor_bits(self, config)
         if state is not QuantizationState.FLOAT:
             learnable = config.is_qat and state is not QuantizationState.QUANTIZED

@@ -47,6 +47,12 @@ class Slot(NamedTuple):
         """The layer that is there now."""
         return getattr(self.owner, self.attribute)
 
+    @property
+    def size(self) -> int:
+        """Numbers of its weight, whatever they are stored as."""
+        rows, columns = self.layer.weight.shape
+        return int(rows * columns)
+
 
 def quantizable(model: nn.Module) -> Iterator[Slot]:
     """Every layer whose weight matrix a mode quantizes.
@@ -105,7 +111,7 @@ def attach_moments(
     """
     pairs = []
     for slot in quantizable(model):
-        if config.compensates(slot.part, slot.name):
+        if config.compensates(slot.part, slot.name, slot.size):
             layer = slot.layer
             layer.moments = InputMoments(layer.weight.shape[1]).to(layer.weight.device)
             pairs.append((layer, layer.moments))
@@ -119,7 +125,7 @@ def keep_moments(model: nn.Module, config: QuantizationConfig) -> None:
         CalibrationError: if the change needs some that are not there.
     """
     for slot in quantizable(model):
-        if config.compensates(slot.part, slot.name):
+        if config.compensates(slot.part, slot.name, slot.size):
             _moments(slot)
         elif hasattr(slot.layer, "moments"):
             del slot.layer.moments
@@ -190,7 +196,7 @@ def _packed(config: QuantizationConfig, slot: Slot) -> PackedWeight | HalfWeight
     bits, group_size = _format(config, slot, weight.shape[1])
     if bits == 16:
         return HalfWeight.from_float(weight)
-    if config.compensates(slot.part, slot.name):
+    if config.compensates(slot.part, slot.name, slot.size):
         moments = _moments(slot)
         return pack_weight_by_moments(weight, moments, bits, group_size, not config.per_channel)
     return pack_weight(weight, bits, group_size, not config.per_channel)
@@ -208,7 +214,7 @@ def _moments(slot: Slot) -> InputMoments:
 
 def _format(config: QuantizationConfig, slot: Slot, columns: int) -> tuple[int, int]:
     """Bits and group size of a weight with this many columns: INT8 has a scale per row."""
-    bits = config.weight_bits(slot.part, slot.name)
+    bits = config.weight_bits(slot.part, slot.name, slot.size)
     return bits, min(config.group_size, columns) if bits == 4 else columns
 
 

@@ -139,15 +139,20 @@ def of_cores(certificates: Sequence[CoreCertificate]) -> Receipt:
 def problems(receipt: Receipt) -> list[str]:
     """What in a receipt is not as its mode promises, a sentence for each tensor.
 
-    That is a weight that is not in the bits that the mode names, or whose product runs in float
-    though it has codes; a tensor that stayed float without a reason that is documented; and an
-    expert or a quantizer that no calibration data reached.
+    That is a weight that is not in the bits that the mode names, be it that it was small, or whose
+    product runs in float though it has codes; a tensor that stayed float without a reason that is
+    documented; and an expert or a quantizer that no calibration data reached.
     """
-    config = QuantizationConfig(**receipt["quantization"])
+    config = QuantizationConfig.from_dict(receipt["quantization"])
     found = []
     for entry in receipt["weights"]:
         asked = config.weight_bits(entry["part"], entry["name"])
-        if entry["bits"] != asked:
+        if entry["bits"] == 16 and "reason" in entry:
+            found.append(
+                f"{entry['name']} stayed float16 ({entry['reason']}; min_size=0, --min-size 0 for "
+                "codes)"
+            )
+        elif entry["bits"] != asked:
             found.append(f"{entry['name']} has {entry['bits']} bits instead of {asked}")
         elif asked < 16 and _FLOAT_PRODUCTS & set(entry["kernel"].split(" + ")):
             found.append(f"{entry['name']} is multiplied in float ({entry['kernel']})")
@@ -209,6 +214,8 @@ def _weight_entry(
     }
     weight = layer.weight
     if isinstance(weight, HalfWeight):
+        if config.weight_bits(slot.part, slot.name) != 16:
+            entry["reason"] = f"small: fewer than {config.min_size:,} numbers are faster in float"
         return entry | {
             "bits": 16,
             "scheme": "float16",
@@ -324,8 +331,7 @@ def _kernel(layer: nn.Module) -> str:
     """The product that a layer runs."""
     call = layer.logits if isinstance(layer, QuantizedEmbedding) else layer
     weight: Any = layer.weight
-    shape = weight.packed.shape if isinstance(weight, HalfWeight) else weight.shape
     device = next(iter([*layer.parameters(), *layer.buffers()])).device
     with _Products() as products:
-        call(torch.ones(_ROWS, shape[1], device=device))
+        call(torch.ones(_ROWS, weight.shape[1], device=device))
     return " + ".join(products.names)

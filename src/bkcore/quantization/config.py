@@ -45,7 +45,10 @@ class QuantizationConfig:
         tensor_bits: bits of single weights of the language model by their names, such as
             {"layers.0.experts.experts.3.up": 8}: 4, 8, or 16 for float16, which QAT has not. They
             go before what the mode says, which holds for all others.
-
+        min_size: weights of the language model with fewer numbers than this stay in float16 after
+            PTQ, unless `tensor_bits` names them: with so few, a product in codes takes longer than
+            one in float, for one row and for many (`bkcore bench inference --only layers`). 0
+            leaves none. QAT, which has no float16, trains them through codes.
         nonuniform: the levels of a core's codes need not be evenly spaced (`LevelTable`): in the
             QAT modes of a standalone core, which learn them, and at 4 bits in the language model,
             where QAT learns and PTQ fits them. False saves the tables, 48 bytes each at 8 bits and
@@ -53,7 +56,8 @@ class QuantizationConfig:
 
     Raises:
         InputError: for an unknown mode, observer or rounding, a group size below 1, a percentile
-            out of range, a flag that is not a bool, or bits that a weight cannot have.
+            or a min_size out of range, a flag that is not a bool, or bits that a weight cannot
+            have.
     """
 
     mode: str = "ptq_int8"
@@ -65,6 +69,7 @@ class QuantizationConfig:
     weight_rounding: str = "gptq"
     nonuniform: bool = True
     tensor_bits: dict[str, int] | None = field(default=None, hash=False)
+    min_size: int = 2048
 
     PTQ_INT8: ClassVar[str] = "ptq_int8"
     QAT_INT8: ClassVar[str] = "qat_int8"
@@ -89,7 +94,16 @@ class QuantizationConfig:
                 f"unknown weight_rounding {self.weight_rounding!r}; "
                 f"choose one of {WEIGHT_ROUNDINGS}"
             )
+        if isinstance(self.min_size, bool) or not isinstance(self.min_size, int):
+            raise InputError(f"min_size must be an integer, not {self.min_size!r}")
+        if self.min_size < 0:
+            raise InputError(f"min_size must be at least 0, not {self.min_size}")
         self._check_tensor_bits()
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> QuantizationConfig:
+        """What `to_dict` gave, of this version or of one that had no `min_size`."""
+        return cls(**{"min_size": 0, **fields})
 
     @property
     def bits(self) -> int:
@@ -117,20 +131,23 @@ class QuantizationConfig:
         bits uneven levels gain nothing that it would notice."""
         return self.nonuniform and self.bits == 4
 
-    def weight_bits(self, part: Part, name: str | None = None) -> int:
+    def weight_bits(self, part: Part, name: str | None = None, size: int | None = None) -> int:
         """Bits of the weights in a part of the language model: 4, 8 or 16 (float16).
 
         Args:
             part: where the weight is.
             name: the weight's name, for which `tensor_bits` may say something else.
+            size: its numbers, of which there may be too few; None is any that are enough.
         """
         if self.tensor_bits is not None and name in self.tensor_bits:
             return self.tensor_bits[name]
+        if size is not None and size < self.min_size and not self.is_qat:
+            return 16
         if self.mode == self.MIXED_PRECISION:
             return {"expert": 4, "core": 8, "head": 16}[part]
         return self.bits
 
-    def compensates(self, part: Part, name: str | None = None) -> bool:
+    def compensates(self, part: Part, name: str | None = None, size: int | None = None) -> bool:
         """True if the weights of a part are INT4 codes that make up for each other's errors.
 
         Arguments as in `weight_bits`.
@@ -138,7 +155,7 @@ class QuantizationConfig:
         The head's do not: its rows are the embedding too, and what is nearest for the one is not
         for the other.
         """
-        is_int4 = self.weight_bits(part, name) == 4 and part != "head"
+        is_int4 = self.weight_bits(part, name, size) == 4 and part != "head"
         return is_int4 and not self.is_qat and self.weight_rounding == "gptq"
 
     def core_group_size(self, num_channels: int) -> int:

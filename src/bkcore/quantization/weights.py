@@ -155,6 +155,11 @@ class TrainableWeight(nn.Module):
             trainable.log_scales.copy_(scales.log())
         return trainable
 
+    @property
+    def shape(self) -> torch.Size:
+        """(O, K)."""
+        return self.weight.shape
+
     def scales(self) -> Tensor:
         """float32 scales (O, G) in use, storable and differentiable."""
         return affine.scale_from_log(self.log_scales)
@@ -196,6 +201,11 @@ class HalfWeight(StoredDtypes):
         if not bool(torch.isfinite(half.packed).all()):
             raise CalibrationError("a weight exceeds float16's range, 65,504")
         return half
+
+    @property
+    def shape(self) -> torch.Size:
+        """(O, K)."""
+        return self.packed.shape
 
     def rows(self, index: Tensor) -> Tensor:
         """float32 values of the rows at an integer index (...): (..., K)."""

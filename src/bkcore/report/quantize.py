@@ -44,6 +44,8 @@ class QuantizeSettings:
         mode: as in `QuantizationConfig`.
         group_size: inputs of an INT4 weight that share a scale, None is 128; the INT8 modes have a
             scale per row and take none.
+        min_size: weights with fewer numbers stay in float16, as in `QuantizationConfig`; None is
+            its default. QAT and a bit budget decide for themselves and take none.
         calibration_tokens: tokens of the training text to calibrate on, in windows of the length
             of the model's training; at least one window is taken.
         steps: of training, which the QAT modes need and the others do not have.
@@ -59,12 +61,13 @@ class QuantizeSettings:
 
     Raises:
         InputError: for an unknown mode or group size, a QAT mode without steps, something that is
-            said of training without a QAT mode, an increase or a rate that is not positive, or a
-            bit budget in another mode than mixed precision.
+            said of training without a QAT mode, an increase or a rate that is not positive, a
+            min_size where it has no effect, or a bit budget in another mode than mixed precision.
     """
 
     mode: str = QuantizationConfig.PTQ_INT8
     group_size: int | None = None
+    min_size: int | None = None
     calibration_tokens: int = 32_768
     steps: int | None = None
     learning_rate: float | None = None
@@ -94,6 +97,11 @@ class QuantizeSettings:
             raise InputError(
                 f"mode {self.mode!r} has a scale for each row of a weight: it takes no --group-size"
             )
+        if self.min_size is not None and (self.config.is_qat or self.has_budget):
+            raise InputError(
+                "in the QAT modes all weights are codes, and a bit budget gives each its bits, "
+                "whatever their size: they take no --min-size"
+            )
         if self.target_bits is not None and self.max_increase is not None:
             raise InputError("give --target-bits or --max-ppl-increase, not both")
         if self.max_increase is not None and not self.max_increase > 0:
@@ -109,9 +117,9 @@ class QuantizeSettings:
     @property
     def config(self) -> QuantizationConfig:
         """The choice that the model gets."""
-        if self.group_size is None:
-            return QuantizationConfig(self.mode)
-        return QuantizationConfig(self.mode, self.group_size)
+        given: dict[str, Any] = {"group_size": self.group_size, "min_size": self.min_size}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return QuantizationConfig(self.mode, **chosen)
 
     @property
     def has_budget(self) -> bool:

@@ -63,8 +63,12 @@ def training(receipt: dict[str, Any]) -> str | None:
 def _weights(receipt: dict[str, Any]) -> Table:
     config = receipt["quantization"]
     table = _table(f"weights, {config['mode']}: {average_bits(receipt):.3f} bits on average")
+    notes = []
     if any(entry.get("rounding") == "gptq" for entry in receipt["weights"]):
-        table.caption = "* rounded by GPTQ, which makes up for errors of other weights"
+        notes.append("* rounded by GPTQ, which makes up for errors of other weights")
+    if any("reason" in entry for entry in receipt["weights"]):
+        notes.append(f"small: in float16, fewer than {config['min_size']:,} numbers")
+    table.caption = "\n".join(notes) or None
     table.add_column("weight", no_wrap=True)
     table.add_column("bits")
     table.add_column("group", justify="right")
@@ -158,6 +162,8 @@ def _short(name: str) -> str:
 
 def _range(entry: dict[str, Any]) -> str:
     method = str(entry.get("range_method", entry["scheme"]))
+    if "reason" in entry:
+        return "small"
     return f"{method} *" if entry.get("rounding") == "gptq" else method
 
 
