@@ -215,11 +215,9 @@ class ResolventMixer(nn.Module):
         mixed = torch.cat((state.taps.to(mixed.dtype), mixed), 1)
         taps = mixed[:, mixed.shape[1] - state.taps.shape[1] :]
         mixed = F.silu(convolution(self.conv, mixed))
-        value, query, key = mixed.split((self.width, self.keys, self.keys), dim=-1)
-        query, key = (
-            unit_length(x.unflatten(-1, (self.groups, -1)), self.norm_eps).flatten(2)
-            for x in (query, key)
-        )
+        value, both = mixed.split((self.width, 2 * self.keys), dim=-1)
+        both = unit_length(both.unflatten(-1, (2 * self.groups, -1)), self.norm_eps)
+        query, key = both.flatten(2).chunk(2, dim=-1)
         gate, barrier = dynamics.chunk(2, dim=-1)
         return CoreInputs(query, key, value, gate, barrier), opening, taps
 
