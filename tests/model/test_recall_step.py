@@ -133,6 +133,14 @@ def test_other_scales_and_levels_are_noticed(mode):
     part.stored_scales = 2 * part.stored_scales
     part.zero_points = part.zero_points + 1
     assert_same_bits(made, x)
+    again = copy.deepcopy(made)
+    again.quantizers.gate.stored_scales.mul_(3)
+    again.quantizers.found.imag.zero_points.sub_(5)
+    if mode == "ptq_int4":
+        again.quantizers.key.table.stored_levels.mul_(1.5)
+    assert not torch.equal(read(again, x, in_pieces=False)[0], read(made, x, in_pieces=False)[0])
+    assert_same_bits(again, x)
+    assert_same_bits(again.double().float(), x)
 
 
 def test_what_it_is_not_for_takes_the_pieces():

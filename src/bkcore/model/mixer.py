@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -70,6 +71,9 @@ class CoreQuantizers(nn.Module):
 
         inputs = (self.gate, self.barrier, self.query, self.key, self.value)
         self._parts = (*inputs, self.found.real, self.found.imag)
+        self._tables = [part.table for part in self._parts if part.table is not None]
+        self._held = [part._buffers for part in self._parts]
+        self._known: tuple[list[Tensor | None], list[ChannelRounding]] | None = None
 
     def parts(self) -> tuple[GroupWiseQuantizer, ...]:
         """The seven real quantizers, inputs first."""
@@ -82,7 +86,12 @@ class CoreQuantizers(nn.Module):
 
     def rounding(self) -> list[ChannelRounding]:
         """How `recall_step` is to round the seven parts."""
-        return [part.rounding() for part in self._parts]
+        # Decoding asks at every token; to see that these are the same tensors is quicker.
+        now = [tensor for held in self._held for tensor in held.values()]
+        now += [table.values for table in self._tables]
+        if self._known is None or not all(map(operator.is_, self._known[0], now)):
+            self._known = now, [part.rounding() for part in self._parts]
+        return self._known[1]
 
     def apply_to(self, quantizer: GroupWiseQuantizer, x: Tensor) -> Tensor:
         """Pass x (..., channels) through one quantizer as the phase asks."""

@@ -20,6 +20,12 @@ from bkcore.quantization.linear import QuantizedLinear
 
 _BLOCK = 32
 
+_VECTORS = 32
+"""Numbers that PyTorch's functions take at a time: two vectors of AVX-512, or several of others."""
+
+_UNSHARED = 32_768
+"""Numbers that PyTorch does not cut into shares for threads, at any place: its grain size."""
+
 _TRAINED_ROWS = 64
 """Experts train on multiples of so many rows, for whose shapes oneDNN keeps its kernels: one made
 for the rows of a step would cost as much as the product."""
@@ -41,14 +47,25 @@ class Expert(nn.Module):
         """x (M, D) -> (M, D)."""
         if self.training:
             return _padded(self.perceptron, x, x.shape[0] + -x.shape[0] % _TRAINED_ROWS)
-        layers = (self.up, self.down)
-        if all(isinstance(layer, QuantizedLinear) and layer.is_exact for layer in layers):
-            return self.down(_in_blocks(F.silu, self.up(x)))
+        if _is_exact(self.up) and _is_exact(self.down):
+            return self.down(_silu(self.up(x)))
         return _in_blocks(self.perceptron, x)
 
     def perceptron(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D), in one product whatever the number of rows."""
         return self.down(F.silu(self.up(x)))
+
+
+def _is_exact(layer: nn.Module) -> bool:
+    return isinstance(layer, QuantizedLinear) and layer.is_exact
+
+
+def _silu(x: Tensor) -> Tensor:
+    """SiLU of rows (M, F), each of which gets the same bits whatever M is: see `_in_blocks`."""
+    count = x.numel()
+    if count % _VECTORS == 0 and count <= _UNSHARED:  # nothing left over, and nothing cut
+        return F.silu(x)
+    return _in_blocks(F.silu, x)
 
 
 def _in_blocks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

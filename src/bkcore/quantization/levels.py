@@ -49,7 +49,7 @@ class LevelTable(StoredDtypes):
         super().__init__()
         self.bits = bits
         self._lengths = _SEGMENTS[bits]
-        self._known: tuple[object, Tensor] | None = None
+        self._known: tuple[Tensor, object, Tensor] | None = None
         self.first_level = nn.Parameter(torch.tensor(torch.nan))
         self.log_steps = nn.Parameter(torch.full((len(self._lengths),), torch.nan))
         self.stored_levels: Tensor
@@ -67,18 +67,18 @@ class LevelTable(StoredDtypes):
     @property
     def values(self) -> Tensor:
         """The levels, float32 (2^bits,), ascending; NaN before `fit`."""
-        if self.learnable:
+        stored = self._buffers.get("stored_levels")
+        if stored is None:
             return self._from_parts(affine.rounded(self._parts()))
         # Decoding asks for them at every token; they are worked out again if the buffer changes.
-        stored = self.stored_levels
         if torch.compiler.is_compiling():
             return self._from_parts(stored.float())
         # A tensor made in inference mode keeps no count of its changes: loading forgets, see below.
         version = 0 if stored.is_inference() else stored._version
-        now = (stored.data_ptr(), version, stored.device)
-        if self._known is None or self._known[0] != now:
-            self._known = (now, self._from_parts(stored.float()))
-        return self._known[1]
+        now = (stored.data_ptr(), version)
+        if self._known is None or self._known[0] is not stored or self._known[1] != now:
+            self._known = (stored, now, self._from_parts(stored.float()))
+        return self._known[2]
 
     def _from_parts(self, parts: Tensor) -> Tensor:
         first, steps = parts[0], parts[1:]
