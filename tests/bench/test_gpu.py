@@ -14,6 +14,7 @@ from bkcore import cli
 from bkcore.bench import gpu
 from bkcore.errors import BenchmarkError
 from bkcore.kernels import selection, triton
+from bkcore.model import LanguageModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -23,17 +24,51 @@ def once(call: Callable[[], object]) -> float:
     return 1.0
 
 
-def test_rows(monkeypatch):
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "SHAPES", ((1, 10, 3),))
+    scale = gpu.Scale(width=32, layers=1, vocabulary=40, window=6, batch=1, sequences=3)
+    monkeypatch.setattr(gpu, "SCALE", scale)
+
+
+def test_rows():
     results = gpu.run_gpu(Console(quiet=True), DEVICE, once)
     kinds = ["{}", "backward/{}", "codes/{}/int8", "codes/{}/int4"]
     forms = ["g", "g+psi", "two-sided"]
-    assert [r.name for r in results] == [f"gpu/{kind.format(f)}" for f in forms for kind in kinds]
-    assert {r.target for r in results} == {0.5, 1 / 3, 1.8, None}
+    sweeps = [f"gpu/{kind.format(form)}" for form in forms for kind in kinds]
+    models = ["training step, bfloat16 autocast", "decoding INT8", "decoding INT4"]
+    assert [r.name for r in results] == [*sweeps, *(f"gpu/{name}" for name in models)]
+    assert {r.target for r in results} == {0.5, 1 / 3, 1.8, 1.0, None}
+    assert results[-1].shape == (3, 1)
+    assert results[-1].baseline == "GPT-2 bfloat16 behind 6"
+
+
+def test_the_models_that_are_timed_are_of_one_size():
+    """At full scale: about 100 million parameters each, to a layer of GPT-2."""
+    scale = gpu.Scale()
+    with torch.device("meta"):
+        model = LanguageModel(
+            scale.vocabulary, scale.width, scale.layers, 4096, expert_size=2 * scale.width
+        )
+    count = gpu._parameters(model)
+    assert 0.9e8 < count < 1.2e8
+    assert abs(gpu._parameters(gpu._gpt2(scale, count)) / count - 1) < 0.04
+
+
+def test_a_model_that_computes_nonsense_gets_no_speed(monkeypatch):
+    monkeypatch.setattr(gpu, "SHAPES", ())
+    init = gpu.GPT2LMHeadModel.__init__
+
+    def broken(self, *args, **options):
+        init(self, *args, **options)
+        torch.nn.init.constant_(self.lm_head.weight, torch.nan)
+
+    monkeypatch.setattr(gpu.GPT2LMHeadModel, "__init__", broken)
+    with pytest.raises(BenchmarkError, match="the loss of GPT2LMHeadModel is nan"):
+        gpu.run_gpu(Console(quiet=True), DEVICE, once)
 
 
 def test_a_wrong_kernel_gets_no_speed(monkeypatch):
-    monkeypatch.setattr(gpu, "SHAPES", ((1, 10, 3),))
     wrong = replace(triton.BACKEND, sweep=lambda *args: 1.001 * triton.sweep(*args))
     monkeypatch.setitem(selection._BACKENDS, "triton", wrong)
     with pytest.raises(BenchmarkError, match="wrong result"):

@@ -1,4 +1,5 @@
-"""The rows of `bkcore bench gpu`: the Triton kernels against a copy, each other and float32.
+"""The rows of `bkcore bench gpu`: the Triton kernels against a copy, each other and float32; and
+the language model against GPT-2 of transformers, with PyTorch's own attention.
 
 Times are those of Triton's own timer: CUDA events around single calls, the median, with the cache
 of the GPU emptied before each.
@@ -8,28 +9,56 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from bkcore.bench.kernels import CodedSweep, Gradient
 from bkcore.bench.problem import FORMS, Problem, check_parts, random_problem, true_parts
 from bkcore.bench.result import Result
-from bkcore.errors import BackendError
+from bkcore.errors import BackendError, BenchmarkError
 from bkcore.kernels import backends, use_backend
+from bkcore.model import LanguageModel, ResNetBKForCausalLM
+from bkcore.quantization import QuantizationConfig
 
 SHAPES = ((8, 4096, 1024), (1, 1_048_576, 64))
 COPY_FRACTION = 0.5
 MOST_BACKWARD = 3.0
 LEAST_CODES_SPEEDUP = 1.8
 
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the language models are, and what they read.
+
+    Attributes:
+        width, layers, vocabulary: of ResNet-BK; GPT-2 has as many parameters, to a layer.
+        window, batch: tokens of a text and texts of a training step.
+        sequences: that decode together, each behind a text of `window` tokens.
+    """
+
+    width: int = 768
+    layers: int = 4
+    vocabulary: int = 32_000
+    window: int = 4_096
+    batch: int = 4
+    sequences: int = 64
+
+
+SCALE = Scale()
+
 Timer = Callable[[Callable[[], object]], float]
 """Seconds of a call."""
 
 
 def run_gpu(console: Console, device: str = "cuda", timer: Timer | None = None) -> list[Result]:
-    """Measure every form of the sweep, its results checked first.
+    """Measure every form of the sweep, its results checked first, and the language model.
 
     Raises:
         BackendError: if there is no GPU or no Triton.
@@ -39,15 +68,21 @@ def run_gpu(console: Console, device: str = "cuda", timer: Timer | None = None) 
     if not info.available or (device == "cuda" and not torch.cuda.is_available()):
         raise BackendError(f"this measures the Triton kernels, but {info.reason or 'in no GPU'}")
     seconds = timer or _seconds
-    results = []
+    results: list[Result] = []
     with use_backend("triton"):
         for shape in SHAPES:
             for form in FORMS:
                 problem = random_problem(form, shape).to(device)
-                for result in _rows(problem, seconds):
-                    console.print(f"{result.name} {shape}: {result.seconds * 1e3:.3f} ms")
-                    results.append(result)
+                results += _shown(console, _rows(problem, seconds))
+    # Models are built and quantized on the CPU; on the GPU its tensors choose the kernels.
+    results += _shown(console, _model_rows(SCALE, device, seconds))
     return results
+
+
+def _shown(console: Console, rows: Iterator[Result]) -> Iterator[Result]:
+    for row in rows:
+        console.print(f"{row.name} {row.shape}: {row.seconds * 1e3:.3f} ms")
+        yield row
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -92,3 +127,116 @@ def _rows(problem: Problem, seconds: Timer) -> Iterator[Result]:
                 baseline="float32 sweep",
                 target=LEAST_CODES_SPEEDUP if bits == 8 else None,
             )
+
+
+def _model_rows(scale: Scale, device: str, seconds: Timer) -> Iterator[Result]:
+    """A training step in bfloat16, and one token of many sequences in codes, against GPT-2."""
+    torch.manual_seed(0)
+    model = LanguageModel(
+        scale.vocabulary,
+        d_model=scale.width,
+        n_layers=scale.layers,
+        n_seq=scale.window,
+        expert_size=2 * scale.width,
+        chunked_loss=True,
+    )
+    rival = _gpt2(scale, _parameters(model))
+    millions = f"{_parameters(model) / 1e6:.0f} M parameters, GPT-2 {_parameters(rival) / 1e6:.0f}"
+    coded = {bits: _quantized(model, bits) for bits in (8, 4)}
+    for module in (model, rival, *coded.values()):
+        nn.Module.to(module, device)
+
+    ids = torch.randint(scale.vocabulary, (scale.batch, scale.window), device=device)
+    step, baseline = (_TrainingStep(each, ids) for each in (model, rival))
+    yield Result(
+        "gpu/training step, bfloat16 autocast",
+        (scale.batch, scale.window),
+        0,
+        seconds(step),
+        seconds(baseline),
+        "GPT-2",
+        target=1.0,
+        note=millions,
+    )
+    with torch.inference_mode():
+        tokens = torch.randint(scale.vocabulary, (scale.sequences, 1), device=device)
+        text = tokens.expand(-1, scale.window)
+        behind = rival.eval().bfloat16()
+        baseline_seconds = seconds(_gpt2_decoder(behind, text, tokens))
+        for bits, each in coded.items():
+            # Its state has one size, whatever it has read.
+            state = each(text[:, : min(64, scale.window)], use_cache=True).cache_params
+            yield Result(
+                f"gpu/decoding INT{bits}",
+                (scale.sequences, 1),
+                0,
+                seconds(partial(each, tokens, cache_params=state)),
+                baseline_seconds,
+                f"GPT-2 bfloat16 behind {scale.window:,}",
+                note=millions,
+            )
+
+
+class _TrainingStep:
+    """A step of AdamW on ids (B, N); raises `BenchmarkError` if the first loss is no number."""
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:
+        self._model, self._ids = model.train(), ids
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        loss = self()
+        if not bool(torch.isfinite(loss)):
+            raise BenchmarkError(f"the loss of {type(model).__name__} is {loss.item()}")
+
+    def __call__(self) -> Tensor:
+        with torch.autocast(self._ids.device.type, torch.bfloat16):
+            loss: Tensor = self._model(input_ids=self._ids, labels=self._ids).loss
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss.detach()
+
+
+def _quantized(model: ResNetBKForCausalLM, bits: int) -> ResNetBKForCausalLM:
+    """A copy in codes; how they are rounded makes no difference to the time."""
+    copy = deepcopy(model).eval()
+    copy.configure_quantization(QuantizationConfig(f"ptq_int{bits}", weight_rounding="nearest"))
+    copy.calibrate_quantization([torch.randint(model.config.vocab_size, (4, 128))])
+    return copy
+
+
+def _gpt2(scale: Scale, parameters: int) -> GPT2LMHeadModel:
+    """GPT-2 of the same width and vocabulary with as many parameters, to a layer."""
+
+    def make(layers: int) -> GPT2LMHeadModel:
+        more: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
+        more["attn_implementation"] = "sdpa"
+        return GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=scale.vocabulary,
+                n_embd=scale.width,
+                n_layer=layers,
+                n_head=max(1, scale.width // 64),
+                n_positions=scale.window + 1,
+                **more,
+            )
+        )
+
+    with torch.device("meta"):
+        one, two = (_parameters(make(layers)) for layers in (1, 2))
+    return make(max(1, 1 + round((parameters - one) / (two - one))))
+
+
+def _gpt2_decoder(model: GPT2LMHeadModel, text: Tensor, tokens: Tensor) -> Callable[[], object]:
+    """What reads one more token of each sequence (B, 1) behind a text (B, N), every time anew."""
+    cache = model(text, use_cache=True, logits_to_keep=1).past_key_values
+
+    def decode() -> object:
+        found = model(tokens, past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+        return found
+
+    return decode
+
+
+def _parameters(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
