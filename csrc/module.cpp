@@ -483,10 +483,14 @@ class RecallStep {
   Attention<float> attention_;
 };
 
-void recall_step(const std::string &isa, Index threads, Index bits, AttentionShape shape,
+// Returns false, and computes nothing, if an eta is not positive; NaN goes through.
+bool recall_step(const std::string &isa, Index threads, Index bits, AttentionShape shape,
                  const std::vector<Address> &in, const std::vector<Quantizer> &quantizers,
                  const std::vector<Address> &out) {
+  const auto *eta = reinterpret_cast<const float *>(in[7]);
+  if (std::any_of(eta, eta + std::get<1>(shape), [](float x) { return x <= 0; })) return false;
   RecallStep(isa, bits, shape, in, quantizers, out).run(threads);
+  return true;
 }
 
 // Rows that share a panel, and the fewest products of codes that are worth a thread.

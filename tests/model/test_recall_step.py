@@ -200,6 +200,12 @@ def test_bad_input_raises():
         recall_step(*good, rounding[::-1])
     with pytest.raises(ShapeError, match="with 4 bits; gate has 8"):
         recall_step(*good, [*rounding[:-1], mixer("ptq_int4").quantizers.rounding()[-1]])
+    for eta in (0.0, -1e-3):
+        bad = list(good)
+        bad[7] = good[7].clone()
+        bad[7][2] = eta
+        with pytest.raises(InputError, match="eta must be > 0"):
+            recall_step(*bad, rounding)
     with torch.enable_grad(), pytest.raises(BackendError, match=r"under no_grad\(\)"):
         recall_step(*good)
     with use_backend("reference"), pytest.raises(BackendError, match="native"):

@@ -247,7 +247,7 @@ def test_small_weights_stay_in_float16_unless_they_are_named(build, tokens, tmp_
     assert small == ["layers.1.mixer.out_proj"]
     entry = entries[small[0]]
     assert (entry["bits"], entry["scheme"], entry["kernel"]) == (16, "float16", "aten::mm")
-    assert "fewer than 960 numbers" in entry["reason"]
+    assert entry["reason"] == "small: fewer numbers than min_size, 960"
     [problem] = receipt.problems(model.receipt)
     assert problem.startswith("layers.1.mixer.out_proj stayed float16 (small")
     assert "--min-size 0" in problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -126,6 +127,7 @@ def test_training_in_a_qat_mode(checkpoint: Path, text: Path, tmp_path: Path) ->
     first, last = training.pop("first_loss"), training.pop("last_loss")
     assert training == {
         "steps": 2,
+        "windows": 4096 // 32,
         "batch_size": 4096 // 32,
         "window": 32,
         "learning_rate": 1e-3,
@@ -297,7 +299,12 @@ def test_strict_names_what_is_amiss_and_writes_nothing(
     tokenizer.save_pretrained(tmp_path / "deaf")
     with pytest.raises(ReceiptError, match=r"experts\.1\.up was reached by no calibration data"):
         run_quantize(tmp_path / "deaf", tmp_path / "out", text, settings(strict=True), QUIET)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note").write_text("mine")
+    with pytest.raises(ReceiptError):
+        run_quantize(tmp_path / "deaf", tmp_path / "mine", text, settings(strict=True), QUIET)
+    assert (tmp_path / "mine" / "note").read_text() == "mine"
     run_quantize(tmp_path / "deaf", tmp_path / "out", text, settings(), QUIET)
     assert (tmp_path / "out" / "model.safetensors").exists()
 
@@ -314,6 +321,9 @@ def test_strict_names_what_is_amiss_and_writes_nothing(
         ({"frontier": True}, "--frontier needs"),
         ({"mode": "mixed_precision", "target_bits": 5.0, "max_increase": 1.0}, "not both"),
         ({"mode": "mixed_precision", "max_increase": -3.0}, "must be positive, not -3 %"),
+        ({"mode": "mixed_precision", "target_bits": math.nan}, "at most 16, not nan"),
+        ({"mode": "mixed_precision", "target_bits": math.inf}, "at most 16, not inf"),
+        ({"mode": "mixed_precision", "target_bits": -4.0}, "at most 16, not -4"),
         ({"mode": "int8"}, "unknown quantization mode"),
         ({"mode": "qat_int8", "steps": 3, "learning_rate": -1.0}, "learning_rate must be"),
     ],

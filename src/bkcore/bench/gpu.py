@@ -65,8 +65,12 @@ def run_gpu(console: Console, device: str = "cuda", timer: Timer | None = None) 
         BenchmarkError: if a result is wrong.
     """
     info = backends()["triton"]
-    if not info.available or (device == "cuda" and not torch.cuda.is_available()):
-        raise BackendError(f"this measures the Triton kernels, but {info.reason or 'in no GPU'}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BackendError(
+            "this measures the Triton kernels, but PyTorch sees no GPU: run it where there is one"
+        )
+    if not info.available:
+        raise BackendError(f"this measures the Triton kernels, but {info.reason}")
     seconds = timer or _seconds
     results: list[Result] = []
     with use_backend("triton"):

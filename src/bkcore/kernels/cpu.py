@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bkcore.errors import BackendError
+from bkcore.errors import BackendError, InputError
 from bkcore.kernels import reference
 from bkcore.kernels.backend import (
     ATTENTION_CHUNK,
@@ -421,13 +421,17 @@ def attention(
 def recall_step(
     inputs: Sequence[Tensor], rounding: Sequence[ChannelRounding]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `bkcore.kernels.recall` says, of checked, contiguous tensors in its order."""
+    """What `bkcore.kernels.recall` says, of checked, contiguous tensors in its order.
+
+    Raises:
+        InputError: an eta is not positive.
+    """
     value, first_g, first_psi = inputs[4], inputs[9], inputs[10]
     batch, heads, _, keys, values = first_psi.shape
     groups = inputs[2].shape[-1] // keys
     features = torch.empty_like(value)
     g, psi = torch.empty_like(first_g), torch.empty_like(first_psi)
-    _native.recall_step(
+    computed = _native.recall_step(
         isa(),
         torch.get_num_threads(),
         rounding[0].bits if rounding else 8,
@@ -436,6 +440,11 @@ def recall_step(
         [part.addresses() for part in rounding],
         _addresses(features, g, psi),
     )
+    if not computed:
+        raise InputError(
+            f"eta must be > 0, got {float(inputs[7].min())}: the resolvent is taken in the upper "
+            "half plane; give the energy a positive imaginary part"
+        )
     return features, g, psi
 
 

@@ -76,7 +76,8 @@ def recall_step(
         The result, and the new g and psi; those given are not changed.
 
     Raises:
-        ShapeError, DTypeError, InputError: the tensors do not fit together.
+        ShapeError, DTypeError, InputError: the tensors do not fit together, or an eta is not
+            positive.
         BackendError: `has_recall_step` says no.
     """
     if not has_recall_step(value):

@@ -148,10 +148,7 @@ def problems(receipt: Receipt) -> list[str]:
     for entry in receipt["weights"]:
         asked = config.weight_bits(entry["part"], entry["name"])
         if entry["bits"] == 16 and "reason" in entry:
-            found.append(
-                f"{entry['name']} stayed float16 ({entry['reason']}; min_size=0, --min-size 0 for "
-                "codes)"
-            )
+            found.append(f"{entry['name']} stayed float16 ({entry['reason']}; --min-size 0)")
         elif entry["bits"] != asked:
             found.append(f"{entry['name']} has {entry['bits']} bits instead of {asked}")
         elif asked < 16 and _FLOAT_PRODUCTS & set(entry["kernel"].split(" + ")):
@@ -215,7 +212,7 @@ def _weight_entry(
     weight = layer.weight
     if isinstance(weight, HalfWeight):
         if config.weight_bits(slot.part, slot.name) != 16:
-            entry["reason"] = f"small: fewer than {config.min_size:,} numbers are faster in float"
+            entry["reason"] = f"small: fewer numbers than min_size, {config.min_size:,}"
         return entry | {
             "bits": 16,
             "scheme": "float16",

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,25 @@ def prepare_folder(folder: Path) -> None:
         raise InputError(
             f"{folder} cannot be a folder to write in ({error.strerror}); name another one"
         ) from error
+
+
+@contextmanager
+def prepared_folders(*folders: Path) -> Iterator[None]:
+    """Have folders to write in inside a with block; if it fails, those made for it go, if empty.
+
+    Raises:
+        InputError: as `prepare_folder`.
+    """
+    made = [folder for folder in folders if not folder.exists()]
+    try:
+        for folder in folders:
+            prepare_folder(folder)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # something was written, or it was never made
+                folder.rmdir()
+        raise
 
 
 def refuse_model(folder: Path) -> None:

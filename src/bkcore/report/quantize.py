@@ -21,7 +21,7 @@ from bkcore.model.receipt import problems
 from bkcore.quantization.budget import Assignment, total_loss
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.report.budget import Judge, Search, check_target
-from bkcore.report.files import prepare_folder, refuse_model
+from bkcore.report.files import prepared_folders, refuse_model
 from bkcore.report.progress import Plan
 from bkcore.text import TokenWindows, encode, load_corpus, spread
 from bkcore.training import Schedule, train
@@ -104,6 +104,10 @@ class QuantizeSettings:
             )
         if self.target_bits is not None and self.max_increase is not None:
             raise InputError("give --target-bits or --max-ppl-increase, not both")
+        if self.target_bits is not None and not 0 < self.target_bits <= 16:
+            raise InputError(
+                f"--target-bits must be positive and at most 16, not {self.target_bits:g}"
+            )
         if self.max_increase is not None and not self.max_increase > 0:
             raise InputError(f"--max-ppl-increase must be positive, not {self.max_increase:g} %")
         if self.frontier and not self.has_budget:
@@ -178,10 +182,8 @@ def run_quantize(
         raise InputError(f"mode {settings.mode!r} does not train: there is nothing to control for")
     load_float(checkpoint)
     corpus = load_corpus(data)
-    for folder in (output, control):
-        if folder is not None:
-            prepare_folder(folder)
-    with Plan(_stages(settings, control), console) as plan:
+    folders = [folder for folder in (output, control) if folder is not None]
+    with prepared_folders(*folders), Plan(_stages(settings, control), console) as plan:
         with plan.stage("read text"):
             model, tokenizer = load_float(checkpoint)
             windows = TokenWindows(encode(tokenizer, corpus.train), model.config.n_seq)
@@ -194,7 +196,7 @@ def run_quantize(
         tokenizer.save_pretrained(output)
         if control is not None:
             other, _ = load_float(checkpoint)
-            run.train(other, "train the control")
+            run.train(other, "train the control", run.windows)
             other.save_pretrained(control)
             tokenizer.save_pretrained(control)
     return {
@@ -283,18 +285,21 @@ class _Run:
         with self.plan.stage("calibrate"):
             self._quantize(model, self.settings.config)
         if self.settings.steps is not None:
-            teacher = None if self.settings.distill is False else load_float(self.checkpoint)[0]
-            log = self.train(model, "train", teacher)
+            windows, teacher = self.windows, None
+            if self.settings.distill is not False:
+                windows, teacher = self._few_windows(), load_float(self.checkpoint)[0]
+            log = self.train(model, "train", windows, teacher)
             model.convert()
             assert model.receipt is not None
-            model.receipt["training"] = self._training_entry(log)
+            model.receipt["training"] = self._training_entry(len(windows), log)
         return model, {}
 
-    def _training_entry(self, log: list[dict[str, float]]) -> dict[str, Any]:
+    def _training_entry(self, windows: int, log: list[dict[str, float]]) -> dict[str, Any]:
         """What the receipt says of the training in a QAT mode."""
         schedule = self.settings.schedule(self.length)
         return {
             "steps": schedule.steps,
+            "windows": windows,
             "batch_size": schedule.batch_size,
             "window": self.length,
             "learning_rate": schedule.learning_rate,
@@ -304,20 +309,25 @@ class _Run:
         }
 
     def train(
-        self, model: ResNetBKForCausalLM, stage: str, teacher: ResNetBKForCausalLM | None = None
+        self,
+        model: ResNetBKForCausalLM,
+        stage: str,
+        windows: TokenWindows,
+        teacher: ResNetBKForCausalLM | None = None,
     ) -> list[dict[str, float]]:
         schedule = self.settings.schedule(self.length)
         with self.plan.stage(stage) as advance:
             return train(
                 model,
-                self.windows if teacher is None else self._few_windows(schedule),
+                windows,
                 schedule,
                 teacher=teacher,
                 on_step=lambda step: advance(step / schedule.steps),
             )
 
-    def _few_windows(self, schedule: Schedule) -> TokenWindows:
+    def _few_windows(self) -> TokenWindows:
         """So many, spread over the text, that each is read about ten times."""
+        schedule = self.settings.schedule(self.length)
         count = max(schedule.batch_size, schedule.steps * schedule.batch_size // _READINGS)
         return TokenWindows(spread(self.windows, count).flatten(), self.length)
 

@@ -73,8 +73,9 @@ def _weights(receipt: dict[str, Any]) -> Table:
     table.add_column("bits")
     table.add_column("group", justify="right")
     table.add_column("range")
-    for heading in ("clipped\n%", "error\n%", "tokens\nseen", "bytes"):
+    for heading in ("clipped\n%", "error\n%", "tokens\nseen"):
         table.add_column(heading, justify="right")
+    table.add_column("bytes", justify="right", no_wrap=True, min_width=7)
     table.add_column("kernel", no_wrap=True, min_width=7)
     for entry in receipt["weights"]:
         table.add_row(

@@ -42,7 +42,11 @@ class Teacher:
         self._said: dict[bytes, tuple[Tensor, Tensor]] = {}
 
     def says(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities of the next tokens of ids (B, N), (B * N, V), and their mean entropy."""
+        """Probabilities of the next tokens of ids (B, N), (B * N, V), and their mean entropy.
+
+        Raises:
+            InputError: if they are not finite.
+        """
         probabilities, entropies = zip(*map(self._says, input_ids), strict=True)
         return torch.cat(probabilities), torch.stack(entropies).mean()
 
@@ -53,6 +57,8 @@ class Teacher:
             return self._said[key]
         logits: Tensor = self.model(input_ids=window[None]).logits[0]
         said = logits.softmax(-1, dtype=_float32_at_least(logits))
+        if not bool(torch.isfinite(said).all()):
+            raise InputError("the teacher's logits are not finite: a model of NaN teaches nothing")
         if said.dtype == torch.float32:
             said = said.half()
         # Of the rounded ones, so that the divergence from them is 0 where it ought to be.
