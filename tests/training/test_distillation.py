@@ -201,6 +201,16 @@ def test_what_is_remembered_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert asked[0] == 30 < asked[1] < asked[2] == 84
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 2), (torch.float64, 8)])
+def test_what_is_remembered_takes_two_bytes_a_number(dtype: torch.dtype, size: int) -> None:
+    teacher = Teacher(sharp(1).to(dtype), remembers=True)
+    for _ in range(2):
+        teacher.says(IDS)
+    kept = [said for said, _ in teacher._said.values()]
+    assert sum(said.numel() * said.element_size() for said in kept) == 4 * 16 * 50 * size
+    assert teacher._room == distillation._ROOM - 4 * 16 * 50 * size
+
+
 def test_nothing_is_kept_of_windows_that_come_once() -> None:
     teacher = Teacher(sharp(1))
     teacher.says(IDS)
