@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from bkcore.bench import rivals
 from bkcore.bench.kernels import CodedSweep, Gradient
 from bkcore.bench.problem import FORMS, Problem, check_parts, random_problem, true_parts
 from bkcore.bench.result import Result
@@ -144,8 +145,10 @@ def _model_rows(scale: Scale, device: str, seconds: Timer) -> Iterator[Result]:
         expert_size=2 * scale.width,
         chunked_loss=True,
     )
-    rival = _gpt2(scale, _parameters(model))
-    millions = f"{_parameters(model) / 1e6:.0f} M parameters, GPT-2 {_parameters(rival) / 1e6:.0f}"
+    ours = rivals.count_parameters(model)
+    rival = _gpt2(scale, ours)
+    theirs = rivals.count_parameters(rival)
+    millions = f"{ours / 1e6:.0f} M parameters, GPT-2 {theirs / 1e6:.0f}"
     coded = {bits: _quantized(model, bits) for bits in (8, 4)}
     for module in (model, rival, *coded.values()):
         nn.Module.to(module, device)
@@ -166,7 +169,7 @@ def _model_rows(scale: Scale, device: str, seconds: Timer) -> Iterator[Result]:
         tokens = torch.randint(scale.vocabulary, (scale.sequences, 1), device=device)
         text = tokens.expand(-1, scale.window)
         behind = rival.eval().bfloat16()
-        baseline_seconds = seconds(_gpt2_decoder(behind, text, tokens))
+        baseline_seconds = seconds(rivals.decoder(behind, text, tokens))
         for bits, each in coded.items():
             # Its state has one size, whatever it has read.
             state = each(text[:, : min(64, scale.window)], use_cache=True).cache_params
@@ -208,7 +211,7 @@ def _quantized(model: ResNetBKForCausalLM, bits: int) -> ResNetBKForCausalLM:
     return copy
 
 
-def _gpt2(scale: Scale, parameters: int) -> GPT2LMHeadModel:
+def _gpt2(scale: Scale, parameters: int) -> PreTrainedModel:
     """GPT-2 of the same width and vocabulary with as many parameters, to a layer."""
 
     def make(layers: int) -> GPT2LMHeadModel:
@@ -225,22 +228,4 @@ def _gpt2(scale: Scale, parameters: int) -> GPT2LMHeadModel:
             )
         )
 
-    with torch.device("meta"):
-        one, two = (_parameters(make(layers)) for layers in (1, 2))
-    return make(max(1, 1 + round((parameters - one) / (two - one))))
-
-
-def _gpt2_decoder(model: GPT2LMHeadModel, text: Tensor, tokens: Tensor) -> Callable[[], object]:
-    """What reads one more token of each sequence (B, 1) behind a text (B, N), every time anew."""
-    cache = model(text, use_cache=True, logits_to_keep=1).past_key_values
-
-    def decode() -> object:
-        found = model(tokens, past_key_values=cache, use_cache=True)
-        cache.crop(-1)
-        return found
-
-    return decode
-
-
-def _parameters(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    return rivals.of_size(make, parameters)

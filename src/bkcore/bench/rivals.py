@@ -67,15 +67,21 @@ def build(parameters: int, vocabulary: int, context: int) -> list[LanguageRival]
 def _rival(
     name: str, make: Callable[[int], PreTrainedModel], parameters: int, order: int
 ) -> LanguageRival:
-    with torch.device("meta"):
-        one, two = (_parameters(make(layers)) for layers in (1, 2))
     torch.manual_seed(0)
-    model = make(max(1, 1 + round((parameters - one) / (two - one)))).eval()
+    model = of_size(make, parameters).eval()
     models = {"float32": model, "INT8": _dynamic_int8(model)}
-    return LanguageRival(name, models, _parameters(model), order)
+    return LanguageRival(name, models, count_parameters(model), order)
 
 
-def _parameters(model: nn.Module) -> int:
+def of_size(make: Callable[[int], PreTrainedModel], parameters: int) -> PreTrainedModel:
+    """The model with as many layers as come nearest to so many parameters."""
+    with torch.device("meta"):
+        one, two = (count_parameters(make(layers)) for layers in (1, 2))
+    return make(max(1, 1 + round((parameters - one) / (two - one))))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that a model learns."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -105,7 +111,7 @@ def prefill(model: PreTrainedModel, text: Tensor) -> Call:
 
 
 def decoder(model: PreTrainedModel, text: Tensor, token: Tensor) -> Call:
-    """What reads one more token (1, 1) behind a text, every time anew.
+    """What reads one more token of each sequence (B, 1) behind a text (B, N), every time anew.
 
     The state of Mamba has one size whatever it has read, and its plain scan is slow: it reads the
     beginning of the text only.
@@ -113,7 +119,7 @@ def decoder(model: PreTrainedModel, text: Tensor, token: Tensor) -> Call:
     if isinstance(model, MambaForCausalLM):
         state = model(text[:, :_BEGINNING], use_cache=True).cache_params
         return partial(model, token, cache_params=state, use_cache=True)
-    cache = model(text, use_cache=True).past_key_values
+    cache = model(text, use_cache=True, logits_to_keep=1).past_key_values
 
     def decode() -> object:
         found = model(token, past_key_values=cache, use_cache=True)
