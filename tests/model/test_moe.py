@@ -124,6 +124,13 @@ def test_gradients_reach_the_router_and_every_expert_that_served():
 
 
 @torch.no_grad()
+def test_experts_of_autocast_are_weighed_in_their_own_dtype():
+    layer, x = mixture(), torch.randn(2, 9, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x)[0].dtype == layer.experts[0](x[0]).dtype == torch.bfloat16
+
+
+@torch.no_grad()
 def test_one_token_is_served_as_among_many():
     layer = mixture()
     x = torch.randn(1, 9, 12)

@@ -124,8 +124,8 @@ class MixtureOfExperts(nn.Module):
         probabilities = scores.float().softmax(-1)
         weights, chosen = probabilities.topk(self.experts_per_token)
         weights = weights / weights.sum(-1, keepdim=True)
-        out = self._serve(tokens, chosen) * weights[..., None].to(x.dtype)
-        out = out.sum(1).view_as(x)
+        served = self._serve(tokens, chosen)
+        out = (served * weights[..., None].to(served.dtype)).sum(1).view_as(x)
         for count in (self.load, self.calibration_load):
             if count is not None:
                 count += self._load_of(chosen)
