@@ -1,12 +1,15 @@
 // The Python module bkcore.kernels._native: picks the instruction set and spreads the work over
-// threads. Python has checked every tensor (src/bkcore/kernels/ops.py) and passes addresses.
+// threads. Python has checked every tensor (src/bkcore/kernels/checks.py) and passes addresses, with
+// how much memory is there (buffers.h).
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -15,6 +18,7 @@
 #include <tuple>
 #include <vector>
 
+#include "buffers.h"
 #include "product.h"
 #include "sweep.h"
 
@@ -22,9 +26,6 @@ namespace nb = nanobind;
 
 namespace bkcore {
 namespace {
-
-using Index = std::int64_t;
-using Address = std::uintptr_t;
 
 // Below this many elements per thread, starting the threads costs more than they save.
 constexpr Index kElementsPerThread = 4096;
@@ -207,15 +208,7 @@ void run_backward(const std::string &isa, Index threads, bool two_sided, const A
   parallel_for(list.size(), threads, [&](Index i) { kernel(a, two_sided, list[i], scratch); });
 }
 
-// Address and strides: batch, site, part, lane; as Python passes a tensor.
-using Layout = std::tuple<Address, Index, Index, Index, Index>;
-using Shape = std::tuple<Index, Index, Index>;  // batch, sites, lanes
-
-template <class T>
-Strided<T> strided(const Layout &x) {
-  const auto [address, batch, site, part, lane] = x;
-  return {reinterpret_cast<T *>(address), batch, site, part, lane};
-}
+using Shape = std::array<Index, 3>;  // batch, sites, lanes
 
 // An output that the caches cannot hold anyway is written past them. Aligned, whole lines only.
 template <class T>
@@ -227,18 +220,34 @@ bool should_stream(const Strided<T> &parts, Index bytes, Index cache_bytes) {
   return parts.lane == 1 && aligned && bytes > cache_bytes;
 }
 
+// A sweep of shared parameters; what is swept comes from elsewhere.
 template <class T>
-Sweep<T> describe(Shape shape, const Layout &v, const Layout &source, const Layout &energy,
+Sweep<T> describe(const Shape &shape, const Layout &energy, const Layout &eta,
+                  const Layout &hopping) {
+  const auto [batch, sites, lanes] = shape;
+  Sweep<T> s{batch, sites, lanes};
+  s.energy = strided<const T>(energy, {batch, 1, 1, lanes}, "energy");
+  s.eta = strided<const T>(eta, {batch, sites, 1, lanes}, "eta");
+  s.hopping = strided<const T>(hopping, {batch, sites - 1, 1, lanes}, "hopping");
+  return s;
+}
+
+// The same with what is swept, of which a backward pass may need no v.
+template <class T>
+Sweep<T> describe(const Shape &shape, const Layout &v, const Layout &source, const Layout &energy,
                   const Layout &eta, const Layout &hopping, const Layout &parts) {
   const auto [batch, sites, lanes] = shape;
-  return {batch, sites, lanes, strided<const T>(v), strided<const T>(source),
-          strided<const T>(energy), strided<const T>(eta), strided<const T>(hopping),
-          strided<T>(parts), false};
+  Sweep<T> s = describe<T>(shape, energy, eta, hopping);
+  s.v = strided_or_null<const T>(v, {batch, sites, 1, lanes}, "v");
+  s.source = strided_or_null<const T>(source, {batch, sites, 1, lanes}, "source");
+  s.parts = strided<T>(parts, {batch, sites, source == Layout{} ? 2 : 4, lanes}, "parts");
+  return s;
 }
 
 void forward(const std::string &isa, Index threads, bool is_double, bool two_sided, bool sequential,
              Index cache_bytes, Shape shape, Layout v, Layout source, Layout energy, Layout eta,
              Layout hopping, Layout parts) {
+  if (v == Layout{}) refuse("v is missing");
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     Sweep<T> s = describe<T>(shape, v, source, energy, eta, hopping, parts);
@@ -253,162 +262,244 @@ void backward(const std::string &isa, Index threads, bool is_double, bool two_si
               Index cache_bytes, Shape shape, Layout v, Layout source, Layout energy, Layout eta,
               Layout hopping, Layout parts, Layout grad, Layout dv, Layout dsource, Layout denergy,
               Layout deta, Layout dhopping) {
+  if (two_sided && v == Layout{}) refuse("v is missing");
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    Adjoint<T> a = {describe<T>(shape, v, source, energy, eta, hopping, parts),
-                    strided<const T>(grad), strided<T>(dv), strided<T>(dsource),
-                    strided<T>(denergy), strided<T>(deta), strided<T>(dhopping)};
-    const Index channels = a.forward.source.data ? 4 : 2;
-    const Index elements = a.forward.batch * a.forward.sites * a.forward.lanes;
+    const auto [batch, sites, lanes] = shape;
+    const Sweep<T> s = describe<T>(shape, v, source, energy, eta, hopping, parts);
+    const Index channels = s.source.data ? 4 : 2, elements = batch * sites * lanes;
+    const Sizes site = {batch, sites, 1, lanes};
+    Adjoint<T> a = {s,
+                    strided<const T>(grad, {batch, sites, channels, lanes}, "grad"),
+                    strided<T>(dv, site, "dv"),
+                    s.source.data ? strided<T>(dsource, site, "dsource") : Strided<T>{},
+                    strided<T>(denergy, {batch, 1, 1, lanes}, "denergy"),
+                    strided<T>(deta, {batch, s.eta.site ? sites : 1, 1, lanes}, "deta"),
+                    strided<T>(dhopping, {batch, s.hopping.site ? sites - 1 : 1, 1, lanes},
+                               "dhopping")};
     a.forward.stream = should_stream(a.dv, elements * channels * Index{sizeof(T)}, cache_bytes);
     run_backward<T>(isa, threads, two_sided, a);
   };
   is_double ? run(double()) : run(float());
 }
 
-void coded(const std::string &isa, Index threads, bool two_sided, Index bits, Shape shape,
-           Address v, Address source, Address out, Layout energy, Layout eta, Layout hopping,
-           Layout in_scale, Layout in_zero, Layout out_scale, Layout out_zero, Address in_levels,
-           Address out_bounds) {
-  const Layout none = {0, 0, 0, 0, 0};
-  const CodedSweep s = {describe<float>(shape, none, none, energy, eta, hopping, none),
-                        bits,
-                        reinterpret_cast<const std::uint8_t *>(v),
-                        reinterpret_cast<const std::uint8_t *>(source),
-                        reinterpret_cast<std::uint8_t *>(out),
-                        strided<const float>(in_scale),
-                        strided<const float>(in_zero),
-                        strided<const float>(out_scale),
-                        strided<const float>(out_zero),
-                        reinterpret_cast<const float *>(in_levels),
-                        reinterpret_cast<const float *>(out_bounds)};
+void coded(const std::string &isa, Index threads, bool two_sided, Index bits, Shape shape, Buffer v,
+           Buffer source, Buffer out, Layout energy, Layout eta, Layout hopping, Layout in_scale,
+           Layout in_zero, Layout out_scale, Layout out_zero, Buffer in_levels,
+           Buffer out_bounds) {
+  require_bits(bits);
   const auto [batch, sites, lanes] = shape;
+  const Index inputs = source == Buffer{} ? 1 : 2, outputs = 2 * inputs, levels = Index{1} << bits;
+  const Index row = (lanes * bits + 7) / 8;
+  const Sizes entering = {batch, sites, inputs, lanes}, leaving = {batch, sites, outputs, lanes};
+  const CodedSweep s = {describe<float>(shape, energy, eta, hopping),
+                        bits,
+                        numbers<const std::uint8_t>(v, {batch, sites, row}, "v"),
+                        numbers_or_null<const std::uint8_t>(source, {batch, sites, row}, "source"),
+                        numbers<std::uint8_t>(out, {batch, sites, outputs, row}, "out"),
+                        strided<const float>(in_scale, entering, "in_scale"),
+                        strided<const float>(in_zero, entering, "in_zero"),
+                        strided<const float>(out_scale, leaving, "out_scale"),
+                        strided<const float>(out_zero, leaving, "out_zero"),
+                        numbers_or_null<const float>(in_levels, {inputs, levels}, "in_levels"),
+                        numbers_or_null<const float>(out_bounds, {outputs, levels}, "out_bounds")};
   threads = worthwhile_threads(batch * sites * lanes, threads);
   const std::vector<Unit> list = units(batch, lanes, false, threads);
   const auto kernel = find_isa(isa).table.coded;
   parallel_for(list.size(), threads, [&](Index i) { kernel(s, two_sided, list[i], scratch); });
 }
 
-void rounded(const std::string &isa, Index threads, bool two_sided, Index bits, Index groups,
-             Index group_size, Shape shape, Layout v, Layout energy, Layout eta, Layout hopping, Layout parts,
-             Address scale, Address zero, Address levels, Address bounds) {
-  const Layout none = {0, 0, 0, 0, 0};
-  const RoundedSweep s = {describe<float>(shape, v, none, energy, eta, hopping, parts),
+void rounded(const std::string &isa, Index threads, bool two_sided, Index bits, Index group_size,
+             Shape shape, Layout v, Layout energy, Layout eta, Layout hopping, Layout parts,
+             Buffer scale, Buffer zero, Buffer levels, Buffer bounds) {
+  require_bits(bits);
+  if (v == Layout{} || (levels == Buffer{}) != (bounds == Buffer{}))
+    refuse("v is missing, or there are levels without bounds, or bounds without levels");
+  const auto [batch, sites, lanes] = shape;
+  const Index groups = groups_of(sites, group_size), codes = Index{1} << bits;
+  const RoundedSweep s = {describe<float>(shape, v, Layout{}, energy, eta, hopping, parts),
                           bits,
                           groups,
                           group_size,
-                          reinterpret_cast<const float *>(scale),
-                          reinterpret_cast<const float *>(zero),
-                          reinterpret_cast<const float *>(levels),
-                          reinterpret_cast<const float *>(bounds)};
-  const auto [batch, sites, lanes] = shape;
+                          numbers<const float>(scale, {3, groups}, "scale"),
+                          numbers<const float>(zero, {3, groups}, "zero"),
+                          numbers_or_null<const float>(levels, {3, codes}, "levels"),
+                          numbers_or_null<const float>(bounds, {3, codes}, "bounds")};
   threads = worthwhile_threads(batch * sites * lanes, threads);
   const std::vector<Unit> list = units(batch, lanes, true, threads);
   const auto kernel = find_isa(isa).table.rounded;
   parallel_for(list.size(), threads, [&](Index i) { kernel(s, two_sided, list[i], scratch); });
 }
 
-void step(const std::string &isa, bool is_double, Shape shape, Address v, Address source,
-          Address energy, Address eta, Address hopping, Address state) {
+void step(const std::string &isa, bool is_double, std::array<Index, 2> shape, Buffer v,
+          Buffer source, Buffer energy, Buffer eta, Buffer hopping, Buffer state) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    const auto [batch, sites, lanes] = shape;
-    const auto row = [&](Address p, Index stride) { return Layout{p, stride, 0, 0, 1}; };
-    const Sweep<T> s = describe<T>(shape, row(v, lanes), row(source, lanes), row(energy, 0),
-                                   row(eta, 0), row(hopping, 0), {0, 0, 0, 0, 0});
-    const Index channels = source ? 4 : 2;
-    for (Index b = 0; b < batch; ++b)
-      kernels<T>(isa).step(s, b, reinterpret_cast<T *>(state) + b * channels * lanes);
+    const auto [batch, lanes] = shape;
+    const Index channels = source == Buffer{} ? 2 : 4;
+    const auto row = [&](const T *p, Index stride) { return Strided<const T>{p, stride, 0, 0, 1}; };
+    Sweep<T> s{batch, 1, lanes};
+    s.v = row(numbers<const T>(v, {batch, lanes}, "v"), lanes);
+    s.source = row(numbers_or_null<const T>(source, {batch, lanes}, "source"), lanes);
+    s.energy = row(numbers<const T>(energy, {lanes}, "energy"), 0);
+    s.eta = row(numbers<const T>(eta, {lanes}, "eta"), 0);
+    s.hopping = row(numbers<const T>(hopping, {lanes}, "hopping"), 0);
+    T *const rows = numbers<T>(state, {batch, channels, lanes}, "state");
+    if (lanes == 0) return;
+    for (Index b = 0; b < batch; ++b) kernels<T>(isa).step(s, b, rows + b * channels * lanes);
   };
   is_double ? run(double()) : run(float());
 }
 
-// The sizes of a resolvent attention, and addresses in the order of the members of its structures.
-using AttentionShape = std::tuple<Index, Index, Index, Index, Index>;
+// The sizes of a resolvent attention: batch, sites, heads, keys, values, and the sites between two
+// states that it keeps for its adjoint.
+using AttentionShape = std::array<Index, 6>;
+// v, hopping, energy, eta, query, key, value, and the state before; then g, out, psi, checkpoints.
+using AttentionInputs = std::array<Buffer, 9>;
+using AttentionOutputs = std::array<Buffer, 4>;
 
 template <class T>
-Attention<T> describe_attention(AttentionShape shape, const std::vector<Address> &in,
-                                const std::vector<Address> &out) {
-  const auto [batch, sites, heads, keys, values] = shape;
-  const auto read = [&](int n) { return reinterpret_cast<const T *>(in[n]); };
-  const auto write = [&](int n) { return reinterpret_cast<T *>(out[n]); };
-  return {batch,   sites,   heads,    keys,     values,   read(0),  read(1), read(2), read(3),
-          read(4), read(5), read(6),  read(7),  read(8),  write(0), write(1), write(2), write(3)};
+Attention<T> describe_attention(const AttentionShape &shape, const AttentionInputs &in) {
+  const auto [batch, sites, heads, keys, values, chunk] = shape;
+  if (chunk < 1) refuse("there are " + std::to_string(chunk) + " sites between two states");
+  Attention<T> a{batch, sites, heads, keys, values, chunk};
+  a.v = numbers<const T>(in[0], {batch, sites, heads}, "v");
+  a.hopping = numbers<const T>(in[1], {batch, sites, heads}, "hopping");
+  a.energy = numbers<const T>(in[2], {heads}, "energy");
+  a.eta = numbers<const T>(in[3], {heads}, "eta");
+  a.query = numbers<const T>(in[4], {batch, sites, heads, keys}, "query");
+  a.key = numbers<const T>(in[5], {batch, sites, heads, keys}, "key");
+  a.value = numbers<const T>(in[6], {batch, sites, heads, values}, "value");
+  a.first_g = numbers_or_null<const T>(in[7], {batch, heads, 2}, "first_g");
+  a.first_psi = numbers_or_null<const T>(in[8], {batch, heads, 2, keys, values}, "first_psi");
+  return a;
 }
 
-template <class Work>
-void for_chains(const AttentionShape &shape, Index threads, const Work &work) {
-  const auto [batch, sites, heads, keys, values] = shape;
-  threads = worthwhile_threads(batch * sites * heads * keys * values, threads);
-  const Index lanes = heads;
-  parallel_for(batch * heads, threads, [&](Index i) { work(i / lanes, i % lanes); });
+template <class T>
+T *checkpoints(const Buffer &buffer, const Attention<T> &a) {
+  return numbers<T>(buffer, {a.batch, a.heads, chunks_of(a), 2, a.keys, a.values}, "checkpoints");
+}
+
+template <class T, class Work>
+void for_chains(const Attention<T> &a, Index threads, const Work &work) {
+  const Index products = count({a.batch, a.sites, a.heads, a.keys, a.values});
+  threads = worthwhile_threads(products, threads);
+  const Index lanes = a.heads;
+  parallel_for(a.batch * a.heads, threads, [&](Index i) { work(i / lanes, i % lanes); });
 }
 
 void attention(const std::string &isa, Index threads, bool is_double, AttentionShape shape,
-               const std::vector<Address> &in, const std::vector<Address> &out) {
+               const AttentionInputs &in, const AttentionOutputs &out) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    const Attention<T> a = describe_attention<T>(shape, in, out);
+    Attention<T> a = describe_attention<T>(shape, in);
+    a.g = numbers<T>(out[0], {a.batch, a.sites, a.heads, 2}, "g");
+    a.out = numbers<T>(out[1], {a.batch, a.sites, a.heads, 2, a.values}, "out");
+    a.psi = numbers<T>(out[2], {a.batch, a.heads, 2, a.keys, a.values}, "psi");
+    if (out[3] != Buffer{}) a.checkpoints = checkpoints(out[3], a);
     const auto kernel = kernels<T>(isa).attention;
-    for_chains(shape, threads, [&](Index b, Index h) { kernel(a, b, h); });
+    for_chains(a, threads, [&](Index b, Index h) { kernel(a, b, h); });
   };
   is_double ? run(double()) : run(float());
 }
 
+// grads: of g, out and psi. results: in the order of AttentionAdjoint.
 void attention_backward(const std::string &isa, Index threads, bool is_double, AttentionShape shape,
-                        const std::vector<Address> &in, const std::vector<Address> &out,
-                        const std::vector<Address> &grads, const std::vector<Address> &results) {
+                        const AttentionInputs &in, const Buffer &g, const Buffer &states,
+                        const std::array<Buffer, 3> &grads, const std::array<Buffer, 9> &results) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    const Attention<T> a = describe_attention<T>(shape, in, out);
-    const auto read = [&](int n) { return reinterpret_cast<const T *>(grads[n]); };
-    const auto write = [&](int n) { return reinterpret_cast<T *>(results[n]); };
-    const AttentionAdjoint<T> d = {read(0),  read(1),  read(2),  write(0), write(1), write(2),
-                                   write(3), write(4), write(5), write(6), write(7), write(8)};
+    Attention<T> a = describe_attention<T>(shape, in);
+    a.g = numbers<T>(g, {a.batch, a.sites, a.heads, 2}, "g");
+    a.checkpoints = checkpoints(states, a);
+    AttentionAdjoint<T> d{};
+    d.dg = numbers<const T>(grads[0], {a.batch, a.sites, a.heads, 2}, "dg");
+    d.dout = numbers<const T>(grads[1], {a.batch, a.sites, a.heads, 2, a.values}, "dout");
+    d.dpsi = numbers<const T>(grads[2], {a.batch, a.heads, 2, a.keys, a.values}, "dpsi");
+    d.dv = numbers<T>(results[0], {a.batch, a.sites, a.heads}, "dv");
+    d.dhopping = numbers<T>(results[1], {a.batch, a.sites, a.heads}, "dhopping");
+    d.denergy = numbers<T>(results[2], {a.batch, a.heads}, "denergy");
+    d.deta = numbers<T>(results[3], {a.batch, a.heads}, "deta");
+    d.dquery = numbers<T>(results[4], {a.batch, a.sites, a.heads, a.keys}, "dquery");
+    d.dkey = numbers<T>(results[5], {a.batch, a.sites, a.heads, a.keys}, "dkey");
+    d.dvalue = numbers<T>(results[6], {a.batch, a.sites, a.heads, a.values}, "dvalue");
+    d.dfirst_g = numbers<T>(results[7], {a.batch, a.heads, 2}, "dfirst_g");
+    d.dfirst_psi = numbers<T>(results[8], {a.batch, a.heads, 2, a.keys, a.values}, "dfirst_psi");
     const auto kernel = kernels<T>(isa).attention_adjoint;
-    for_chains(shape, threads, [&](Index b, Index h) { kernel(a, d, b, h, scratch); });
+    for_chains(a, threads, [&](Index b, Index h) { kernel(a, d, b, h, scratch); });
   };
   is_double ? run(double()) : run(float());
 }
 
-// A quantizer of channels: addresses of scale, zero point and levels (or 0), and how many
-// neighbouring channels share a scale.
-using Quantizer = std::tuple<Address, Address, Address, Index>;
+// How rows of channels are rounded: scale, zero point and levels (or none), and how many neighbouring
+// channels share a scale.
+using Quantizer = std::tuple<Buffer, Buffer, Buffer, Index>;
+
+Rounding describe_rounding(Index rows, Index channels, Index bits, const Quantizer &quantizer) {
+  require_bits(bits);
+  const auto &[scale, zero, levels, group_size] = quantizer;
+  const Index groups = groups_of(channels, group_size);
+  Rounding r{rows, channels, bits, group_size};
+  r.scale = numbers<const std::uint16_t>(scale, {groups}, "scale");
+  r.zero = numbers<const std::int8_t>(zero, {groups}, "zero");
+  r.levels = numbers_or_null<const float>(levels, {Index{1} << bits}, "levels");
+  return r;
+}
+
+// Batch, heads, groups of them that share query and key, keys, values.
+using RecallShape = std::array<Index, 5>;
+// In the order of src/bkcore/kernels/recall.py; and the result, g and psi.
+using RecallInputs = std::array<Buffer, 11>;
+using RecallOutputs = std::array<Buffer, 3>;
 
 // One site of resolvent attention with all that the language model does around it; formulas and
 // layout: src/bkcore/kernels/recall.py. Threads share the chains; the rest is too little to share.
 class RecallStep {
  public:
-  RecallStep(const std::string &isa, Index bits, AttentionShape shape,
-             const std::vector<Address> &in, const std::vector<Quantizer> &quantizers,
-             const std::vector<Address> &out)
+  RecallStep(const std::string &isa, Index bits, const RecallShape &shape, const RecallInputs &in,
+             const std::vector<Quantizer> &quantizers, const RecallOutputs &out)
       : isa_(find_isa(isa)), bits_(bits), quantizers_(quantizers) {
-    std::tie(batch_, heads_, groups_, keys_, values_) = shape;
-    const auto read = [&](int n) { return reinterpret_cast<const float *>(in[n]); };
-    rate_ = read(5), height_ = read(6), weight_ = read(8), first_g_ = read(9);
-    features_ = reinterpret_cast<float *>(out[0]);
+    batch_ = shape[0], heads_ = shape[1], groups_ = shape[2], keys_ = shape[3], values_ = shape[4];
+    if (groups_ < 1 || heads_ % groups_) refuse("heads do not share their keys evenly");
+    if (!quantizers.empty() && quantizers.size() != 7) refuse("there are seven quantizers, or none");
     const Index width = heads_ * values_, shared = groups_ * keys_;
+    rate_ = read(in[5], {heads_}, "rate"), height_ = read(in[6], {heads_}, "height");
+    weight_ = read(in[8], {3, width}, "weight");
+    first_g_ = read(in[9], {batch_, heads_, 2}, "g");
+    features_ = numbers<float>(out[0], {batch_, width}, "result");
+    Attention<float> a{batch_, 1, heads_, keys_, values_, 1};
+    a.eta = read(in[7], {heads_}, "eta");
+    a.first_g = first_g_;
+    a.first_psi = read(in[10], {batch_, heads_, 2, keys_, values_}, "psi");
+    a.g = numbers<float>(out[1], {batch_, heads_, 2}, "the new g");
+    a.psi = numbers<float>(out[2], {batch_, heads_, 2, keys_, values_}, "the new psi");
+
     const Index used = batch_ * (4 * heads_ + 2 * shared + 2 * heads_ * keys_ + 7 * width) + heads_;
     static thread_local std::vector<std::byte> memory;
     free_ = static_cast<float *>(aligned(memory, used * sizeof(float)));
-
-    const float *gate = rounded(0, read(0), heads_), *barrier = rounded(1, read(1), heads_);
-    const float *query = for_every_head(rounded(2, read(2), shared));
-    const float *key = for_every_head(rounded(3, read(3), shared));
-    const float *value = rounded(4, read(4), width);
+    const float *gate = rounded(0, read(in[0], {batch_, heads_}, "gate"), heads_);
+    const float *barrier = rounded(1, read(in[1], {batch_, heads_}, "barrier"), heads_);
+    a.query = for_every_head(rounded(2, read(in[2], {batch_, shared}, "query"), shared));
+    a.key = for_every_head(rounded(3, read(in[3], {batch_, shared}, "key"), shared));
+    a.value = rounded(4, read(in[4], {batch_, width}, "value"), width);
     float *hopping = take(heads_), *diagonal = take(heads_), *energy = free_;
     std::fill_n(energy, heads_, 0.0F);
     free_ += heads_;
     for (Index chain = 0; chain < batch_ * heads_; ++chain)
       dynamics(chain, gate[chain], barrier[chain], hopping + chain, diagonal + chain);
-    attention_ = {batch_, 1, heads_, keys_, values_, diagonal, hopping, energy, read(7), query, key,
-                  value, first_g_, read(10), reinterpret_cast<float *>(out[1]), take(2 * width),
-                  reinterpret_cast<float *>(out[2]), nullptr};
+    a.v = diagonal, a.hopping = hopping, a.energy = energy;
+    a.out = take(2 * width);
     real_ = take(width), imag_ = take(width);
+    attention_ = a;
+  }
+
+  // NaN goes through.
+  bool has_positive_eta() const {
+    return std::none_of(attention_.eta, attention_.eta + heads_, [](float x) { return x <= 0; });
   }
 
   void run(Index threads) {
-    for_chains({batch_, 1, heads_, keys_, values_}, threads, [&](Index b, Index h) {
+    for_chains(attention_, threads, [&](Index b, Index h) {
       isa_.table.f32.attention(attention_, b, h);
       over_memory(b * heads_ + h, attention_.eta[h]);
     });
@@ -423,6 +514,11 @@ class RecallStep {
   }
 
  private:
+  static const float *read(const Buffer &buffer, std::initializer_list<Index> sizes,
+                           const char *name) {
+    return numbers<const float>(buffer, sizes, name);
+  }
+
   float *take(Index channels) {
     float *const taken = free_;
     free_ += batch_ * channels;
@@ -431,17 +527,9 @@ class RecallStep {
 
   const float *rounded(Index part, const float *x, Index channels) {
     if (quantizers_.empty()) return x;
-    const auto [scale, zero, levels, group_size] = quantizers_[part];
+    Rounding r = describe_rounding(batch_, channels, bits_, quantizers_[part]);
     float *const out = take(channels);
-    const Rounding r = {batch_,
-                        channels,
-                        bits_,
-                        group_size,
-                        x,
-                        reinterpret_cast<const std::uint16_t *>(scale),
-                        reinterpret_cast<const std::int8_t *>(zero),
-                        reinterpret_cast<const float *>(levels),
-                        out};
+    r.x = x, r.out = out;
     isa_.product.round(r, 0, batch_, scratch);
     return out;
   }
@@ -483,13 +571,13 @@ class RecallStep {
   Attention<float> attention_;
 };
 
-// Returns false, and computes nothing, if an eta is not positive; NaN goes through.
-bool recall_step(const std::string &isa, Index threads, Index bits, AttentionShape shape,
-                 const std::vector<Address> &in, const std::vector<Quantizer> &quantizers,
-                 const std::vector<Address> &out) {
-  const auto *eta = reinterpret_cast<const float *>(in[7]);
-  if (std::any_of(eta, eta + std::get<1>(shape), [](float x) { return x <= 0; })) return false;
-  RecallStep(isa, bits, shape, in, quantizers, out).run(threads);
+// Returns false, and gives no result, if an eta is not positive.
+bool recall_step(const std::string &isa, Index threads, Index bits, RecallShape shape,
+                 const RecallInputs &in, const std::vector<Quantizer> &quantizers,
+                 const RecallOutputs &out) {
+  RecallStep step(isa, bits, shape, in, quantizers, out);
+  if (!step.has_positive_eta()) return false;
+  step.run(threads);
   return true;
 }
 
@@ -504,19 +592,22 @@ EncodedRows encoded_rows(const Product &p, Index words) {
   return {reinterpret_cast<float *>(sums + p.rows * p.groups), sums, start};
 }
 
-void product(const std::string &isa, Index allowed, Index bits,
-             std::tuple<Index, Index, Index, Index> shape, const std::vector<Address> &tensors) {
+void product(const std::string &isa, Index allowed, Index bits, std::array<Index, 4> shape,
+             const std::array<Buffer, 4> &tensors) {
+  require_bits(bits);
   const auto [rows, inputs, outputs, group_size] = shape;
+  const Index groups = groups_of(inputs, group_size);
+  const Index width = bits == 8 ? inputs : ceil_divide(inputs, 2);
   const Product p = {rows,
                      outputs,
                      inputs,
                      bits,
-                     ceil_divide(inputs, group_size),
+                     groups,
                      group_size,
-                     reinterpret_cast<const float *>(tensors[0]),
-                     reinterpret_cast<const std::uint8_t *>(tensors[1]),
-                     reinterpret_cast<const std::uint16_t *>(tensors[2]),
-                     reinterpret_cast<float *>(tensors[3])};
+                     numbers<const float>(tensors[0], {rows, inputs}, "x"),
+                     numbers<const std::uint8_t>(tensors[1], {outputs, width}, "weight"),
+                     numbers<const std::uint16_t>(tensors[2], {outputs, groups}, "scales"),
+                     numbers<float>(tensors[3], {rows, outputs}, "out")};
   const ProductKernels &kernels = find_isa(isa).product;
   const EncodedRows encoded = encoded_rows(p, words_of(p, kernels.depth));
   const Index threads = worthwhile_threads(rows * outputs * inputs, allowed, kProductsPerThread);
@@ -532,18 +623,12 @@ void product(const std::string &isa, Index allowed, Index bits,
   });
 }
 
-void round_channels(const std::string &isa, Index threads, Index bits, Shape shape,
-                    const std::vector<Address> &tensors) {
-  const auto [rows, channels, group_size] = shape;
-  const Rounding r = {rows,
-                      channels,
-                      bits,
-                      group_size,
-                      reinterpret_cast<const float *>(tensors[0]),
-                      reinterpret_cast<const std::uint16_t *>(tensors[1]),
-                      reinterpret_cast<const std::int8_t *>(tensors[2]),
-                      reinterpret_cast<const float *>(tensors[3]),
-                      reinterpret_cast<float *>(tensors[4])};
+void round_channels(const std::string &isa, Index threads, Index bits, std::array<Index, 2> shape,
+                    const Quantizer &quantizer, const Buffer &x, const Buffer &out) {
+  const auto [rows, channels] = shape;
+  Rounding r = describe_rounding(rows, channels, bits, quantizer);
+  r.x = numbers<const float>(x, {rows, channels}, "x");
+  r.out = numbers<float>(out, {rows, channels}, "out");
   threads = worthwhile_threads(rows * channels, threads);
   const Index share = ceil_divide(std::max<Index>(rows, 1), threads);
   const auto kernel = find_isa(isa).product.round;
@@ -552,44 +637,50 @@ void round_channels(const std::string &isa, Index threads, Index bits, Shape sha
   });
 }
 
-void round_channels_backward(const std::string &isa, Index threads, Index bits, Shape shape,
-                             const std::vector<Address> &tensors) {
-  const auto [rows, channels, group_size] = shape;
-  const RoundingAdjoint a = {{rows, channels, bits, group_size,
-                              reinterpret_cast<const float *>(tensors[1]),
-                              reinterpret_cast<const std::uint16_t *>(tensors[2]),
-                              reinterpret_cast<const std::int8_t *>(tensors[3]),
-                              reinterpret_cast<const float *>(tensors[4]), nullptr},
-                             reinterpret_cast<const float *>(tensors[0]),
-                             reinterpret_cast<float *>(tensors[5]),
-                             reinterpret_cast<float *>(tensors[6]),
-                             reinterpret_cast<float *>(tensors[7])};
+// tensors: grad, x, dx, dscale and dlevels.
+void round_channels_backward(const std::string &isa, Index threads, Index bits,
+                             std::array<Index, 2> shape, const Quantizer &quantizer,
+                             const std::array<Buffer, 5> &tensors) {
+  const auto [rows, channels] = shape;
+  const Index shares = ceil_divide(rows, kRowsPerShare);
+  RoundingAdjoint a{describe_rounding(rows, channels, bits, quantizer)};
+  a.forward.x = numbers<const float>(tensors[1], {rows, channels}, "x");
+  a.grad = numbers<const float>(tensors[0], {rows, channels}, "grad");
+  a.dx = numbers<float>(tensors[2], {rows, channels}, "dx");
+  a.dscale = numbers<float>(tensors[3], {shares, channels}, "dscale");
+  if (a.forward.levels)
+    a.dlevels = numbers<float>(tensors[4], {shares, Index{1} << bits}, "dlevels");
   threads = worthwhile_threads(rows * channels, threads);
   const auto kernel = find_isa(isa).product.round_adjoint;
-  parallel_for(ceil_divide(rows, kRowsPerShare), threads,
-               [&](Index share) { kernel(a, share, scratch); });
+  parallel_for(shares, threads, [&](Index share) { kernel(a, share, scratch); });
 }
 
-void round_rows(const std::string &isa, Index threads, Index rows, Index count, Address x,
-                Address out) {
-  threads = worthwhile_threads(rows * count, threads);
+void round_rows(const std::string &isa, Index threads, Index rows, Index columns, Buffer x,
+                Buffer out) {
+  const auto *from = numbers<const float>(x, {rows, columns}, "x");
+  auto *to = numbers<float>(out, {rows, columns}, "out");
+  threads = worthwhile_threads(rows * columns, threads);
   const auto kernel = find_isa(isa).product.round_row;
   constexpr Index kShare = 64;
   parallel_for(ceil_divide(rows, kShare), threads, [&](Index i) {
     for (Index row = i * kShare; row < std::min(rows, (i + 1) * kShare); ++row)
-      kernel(reinterpret_cast<const float *>(x) + row * count, count,
-             reinterpret_cast<float *>(out) + row * count);
+      kernel(from + row * columns, columns, to + row * columns);
   });
 }
 
-WeightRounding weight_rounding(Index bits, Shape shape, const std::vector<Address> &tensors) {
+// rows, columns, group size; weight, scale.
+WeightRounding weight_rounding(Index bits, const Shape &shape, const Buffer &weight,
+                               const Buffer &scale) {
+  require_bits(bits);
   const auto [rows, columns, group_size] = shape;
+  const Index groups = groups_of(columns, group_size);
   return {rows,
           columns,
           bits,
+          groups,
           group_size,
-          reinterpret_cast<const float *>(tensors[0]),
-          reinterpret_cast<const std::uint16_t *>(tensors[1])};
+          numbers<const float>(weight, {rows, columns}, "weight"),
+          numbers<const std::uint16_t>(scale, {rows, groups}, "scale")};
 }
 
 // Calls a kernel with every row of a weight.
@@ -602,24 +693,26 @@ void each_row(const WeightRounding &w, Index threads, Kernel kernel) {
   });
 }
 
+// tensors: weight, scale, codes and values.
 void round_weight(const std::string &isa, Index threads, Index bits, Shape shape,
-                  const std::vector<Address> &tensors) {
-  const WeightRounding w = weight_rounding(bits, shape, tensors);
-  auto *codes = reinterpret_cast<std::int8_t *>(tensors[2]);
-  auto *values = reinterpret_cast<float *>(tensors[3]);
+                  const std::array<Buffer, 4> &tensors) {
+  const WeightRounding w = weight_rounding(bits, shape, tensors[0], tensors[1]);
+  auto *codes = numbers<std::int8_t>(tensors[2], {w.rows, w.columns}, "codes");
+  auto *values = numbers<float>(tensors[3], {w.rows, w.columns}, "values");
   const auto kernel = find_isa(isa).product.round_weight;
   each_row(w, threads, [&](Index row) {
     kernel(w, row, codes + row * w.columns, values + row * w.columns);
   });
 }
 
+// tensors: weight, scale, and the gradients of the values, the weight and the scale.
 void round_weight_backward(const std::string &isa, Index threads, Index bits, Shape shape,
-                           const std::vector<Address> &tensors) {
-  const WeightRounding w = weight_rounding(bits, shape, tensors);
-  const Index groups = ceil_divide(w.columns, w.group_size);
-  const auto *grad = reinterpret_cast<const float *>(tensors[2]);
-  auto *dweight = reinterpret_cast<float *>(tensors[3]);
-  auto *dscale = reinterpret_cast<float *>(tensors[4]);
+                           const std::array<Buffer, 5> &tensors) {
+  const WeightRounding w = weight_rounding(bits, shape, tensors[0], tensors[1]);
+  const Index groups = w.groups;
+  const auto *grad = numbers<const float>(tensors[2], {w.rows, w.columns}, "grad");
+  auto *dweight = numbers<float>(tensors[3], {w.rows, w.columns}, "dweight");
+  auto *dscale = numbers<float>(tensors[4], {w.rows, groups}, "dscale");
   const auto kernel = find_isa(isa).product.round_weight_adjoint;
   each_row(w, threads, [&](Index row) {
     kernel(w, row, grad + row * w.columns, dweight + row * w.columns, dscale + row * groups);
@@ -648,7 +741,6 @@ NB_MODULE(_native, m) {
   m.def("sweep_codes", &bkcore::coded, Unlocked());
   m.def("few_and_long", &bkcore::few_and_long);
   m.def("sweep_rounded", &bkcore::rounded, Unlocked());
-  m.attr("attention_chunk") = bkcore::kAttentionChunk;
   m.def("attention", &bkcore::attention, Unlocked());
   m.def("attention_backward", &bkcore::attention_backward, Unlocked());
   m.def("recall_step", &bkcore::recall_step, Unlocked());

@@ -47,7 +47,7 @@ constexpr std::int64_t kRowsPerShare = 64;
 
 // A weight as codes and as what they stand for (src/bkcore/kernels/weight.py).
 struct WeightRounding {
-  std::int64_t rows, columns, bits, group_size;
+  std::int64_t rows, columns, bits, groups, group_size;
   const float *weight;         // (rows, columns)
   const std::uint16_t *scale;  // bfloat16 (rows, groups)
 };

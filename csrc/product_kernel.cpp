@@ -286,7 +286,9 @@ void multiply_rows(const Product &p, const EncodedRows &rows, const Panel &panel
     for (int r = 0; r < R; ++r) {
       const std::int32_t offset = rows.sums[(row + r) * p.groups + group];
       for (Index o = 0; o < kPanel; ++o) {
-        const float term = static_cast<float>(sums[r * kPanel + o] - offset) * scales[o];
+        // Sums of weights made unsigned may have gone round 2^32; their difference has not.
+        const Word exact = static_cast<Word>(sums[r * kPanel + o]) - static_cast<Word>(offset);
+        const float term = static_cast<float>(static_cast<std::int32_t>(exact)) * scales[o];
         total[r * kPanel + o] = group ? total[r * kPanel + o] + term : term;
       }
     }
@@ -636,11 +638,10 @@ void round_row(const float *x, Index count, float *out) {
 // Calls a function with the columns [first, end) and the scale of every group of a row.
 template <class Visit>
 BKCORE_INLINE void each_group(const WeightRounding &w, Index row, Visit visit) {
-  const Index groups = (w.columns + w.group_size - 1) / w.group_size;
-  for (Index group = 0; group < groups; ++group) {
+  for (Index group = 0; group < w.groups; ++group) {
     const Index first = group * w.group_size;
     visit(group, first, least(w.columns, first + w.group_size),
-          from_bfloat16(w.scale[row * groups + group]));
+          from_bfloat16(w.scale[row * w.groups + group]));
   }
 }
 

@@ -102,8 +102,7 @@ BKCORE_INLINE void copy_row(T *to, const T *from, Index count) {
 template <class T>
 void attention(const Attention<T> &a, Index batch, Index head) {
   const ChainRows<T> rows{a, batch, head};
-  const Index chain = rows.chain(), size = rows.state();
-  const Index chunks = (a.sites + kAttentionChunk - 1) / kAttentionChunk;
+  const Index chain = rows.chain(), size = rows.state(), chunks = chunks_of(a);
   T *psi = a.psi + chain * size;
   copy_row(psi, a.first_psi ? a.first_psi + chain * size : nullptr, size);
   Pair<T> g = rows.g_before(0);
@@ -114,8 +113,8 @@ void attention(const Attention<T> &a, Index batch, Index head) {
       prefetch<0>(a.v + rows.site(next), 1);
       prefetch<1>(a.out + rows.site(next) * 2 * a.values, 2 * a.values);
     }
-    if (a.checkpoints && i % kAttentionChunk == 0)
-      copy_row(a.checkpoints + (chain * chunks + i / kAttentionChunk) * size, psi, size);
+    if (a.checkpoints && i % a.chunk == 0)
+      copy_row(a.checkpoints + (chain * chunks + i / a.chunk) * size, psi, size);
     const T t = a.hopping[site], tt = t * t;
     const T x = a.v[site] - a.energy[head] - tt * g.re, y = a.eta[head] + tt * g.im;
     const T inverse = 1 / (x * x + y * y);
@@ -202,7 +201,7 @@ BKCORE_INLINE SiteSums<T> adjoint_site(const ChainRows<T> &rows, const Attention
 template <class T>
 Index attention_adjoint_bytes(const Attention<T> &a) {
   const Index state = 2 * a.keys * a.values, partial = 2 * a.keys * Simd<T>::width;
-  return ((kAttentionChunk + 2) * state + partial) * static_cast<Index>(sizeof(T));
+  return ((a.chunk + 2) * state + partial) * static_cast<Index>(sizeof(T));
 }
 
 template <class T>
@@ -210,14 +209,16 @@ void attention_adjoint(const Attention<T> &a, const AttentionAdjoint<T> &d, Inde
                        T *memory) {
   const ChainRows<T> rows{a, batch, head};
   const Index chain = rows.chain(), size = rows.state(), plane = size / 2;
-  const Index chunks = (a.sites + kAttentionChunk - 1) / kAttentionChunk;
-  T *states = memory, *m = memory + (kAttentionChunk + 1) * size, *partial = m + size;
+  const Index chunks = chunks_of(a);
+  T *states = memory, *m = memory + (a.chunk + 1) * size, *partial = m + size;
+  // Without values nobody writes to the sums, and they are 0.
+  std::memset(partial, 0, 2 * a.keys * Simd<T>::width * sizeof(T));
   copy_row(m, d.dpsi + chain * size, size);
   for (Index j = plane; j < size; ++j) m[j] = -m[j];  // a cotangent is dL/dRe - i dL/dIm
   Pair<T> carry = {0, 0};
   T denergy = 0, deta = 0;
   for (Index chunk = chunks - 1; chunk >= 0; --chunk) {
-    const Index start = chunk * kAttentionChunk, end = least(a.sites, start + kAttentionChunk);
+    const Index start = chunk * a.chunk, end = least(a.sites, start + a.chunk);
     copy_row<T>(states, a.checkpoints + (chain * chunks + chunk) * size, size);
     for (Index i = start; i < end; ++i) {
       if (i + kAhead < end) prefetch_inputs(rows, i + kAhead);

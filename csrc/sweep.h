@@ -57,22 +57,28 @@ struct RoundedSweep {
   const float *levels, *bounds;           // (3, 2^bits) or null; as in CodedSweep
 };
 
-// Sites between two states that the forward pass of the attention keeps for its adjoint, which
-// recomputes those between: 32 states of 32 x 32 are 256 KiB in float32.
-constexpr std::int64_t kAttentionChunk = 32;
-
 // Resolvent attention; all tensors contiguous. v, hopping: (batch, sites, heads). energy, eta:
 // (heads). query, key: (batch, sites, heads, keys). value: (batch, sites, heads, values).
 // first_g, first_psi: the state before the first site, or null for zeros.
 template <class T>
 struct Attention {
   std::int64_t batch, sites, heads, keys, values;
+  std::int64_t chunk;  // sites between two states that are kept for the adjoint
   const T *v, *hopping, *energy, *eta, *query, *key, *value, *first_g, *first_psi;
   T *g;            // (batch, sites, heads, 2)
   T *out;          // (batch, sites, heads, 2, values)
   T *psi;          // (batch, heads, 2, keys, values), after the last site
   T *checkpoints;  // (batch, heads, chunks, 2, keys, values), before each chunk; null: not kept
 };
+
+namespace {
+
+template <class T>
+inline std::int64_t chunks_of(const Attention<T> &a) {
+  return a.sites / a.chunk + (a.sites % a.chunk != 0);
+}
+
+}  // namespace
 
 template <class T>
 struct AttentionAdjoint {

@@ -150,7 +150,7 @@ def test_tensors_that_do_not_fit_are_refused():
         product(x, codes.flatten(), scales, 16, 8)
     with pytest.raises(InputError, match="at least 1 wide"):
         product(x[0, 0], codes, scales, 16, 8)
-    with pytest.raises(InputError, match="group_size=0"):
+    with pytest.raises(InputError, match="group_size must be an integer >= 1, not 0"):
         product(x, codes, scales, 0, 8)
 
 

@@ -175,7 +175,7 @@ def test_levels_that_do_not_fit_are_refused():
     x, scale, zero = problem(3, 40, 16, 0)
     with pytest.raises(ShapeError, match=r"levels must be \(256,\)"):
         round_channels(x, scale, zero, 16, 8, levels=torch.arange(16.0))
-    with pytest.raises(DTypeError, match=r"levels must be float32 on cpu, got torch\.float64"):
+    with pytest.raises(DTypeError, match=r"levels must be torch\.float32.*got torch\.float64"):
         round_channels(x, scale, zero, 16, 4, levels=torch.arange(16.0).double())
 
 
@@ -233,7 +233,7 @@ def test_tensors_that_do_not_fit_are_refused():
     x, scale, zero = problem(3, 40, 16, 0)
     with pytest.raises(InputError, match="bits must be 4 or 8, not 2"):
         round_channels(x, scale, zero, 16, 2)
-    with pytest.raises(InputError, match="group_size must be at least 1"):
+    with pytest.raises(InputError, match="group_size must be an integer >= 1"):
         round_channels(x, scale, zero, 0, 8)
     with pytest.raises(ShapeError, match=r"scale must be \(4,\)"):
         round_channels(x, scale, zero, 10, 8)
@@ -280,7 +280,7 @@ def test_rows_are_rounded_to_the_codes_of_products(rows, count, seed):
 def test_rows_that_do_not_fit_are_refused():
     with pytest.raises(ShapeError, match=r"\(\.\.\., K\) with K >= 1"):
         round_rows(torch.zeros(3, 0))
-    with pytest.raises(DTypeError, match=r"float32, got torch\.float64"):
+    with pytest.raises(DTypeError, match=r"torch\.float32, got torch\.float64"):
         round_rows(torch.zeros(3, 2).double())
     torch.library.opcheck(
         torch.ops.bkcore.round_rows.default,

@@ -149,7 +149,7 @@ def test_threads_change_no_bit() -> None:
         ({"bits": 3}, InputError, "4 or 8"),
         ({"scale": torch.ones(2, 1)}, ShapeError, r"scale must be \(3, 1\) for 5 sites"),
         ({"group_size": 2}, ShapeError, r"scale must be \(3, 3\)"),
-        ({"group_size": 0}, InputError, "at least 1"),
+        ({"group_size": 0}, InputError, ">= 1"),
         ({"scale": torch.ones(3, 1).double()}, DTypeError, "float32"),
         ({"scale": torch.zeros(3, 1)}, InputError, "positive"),
         ({"scale": torch.full((3, 1), torch.nan)}, InputError, "positive"),

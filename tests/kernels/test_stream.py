@@ -43,7 +43,7 @@ def test_bad_input_raises():
         step(*good[:3], row, *good[4:])
     with pytest.raises(DTypeError, match=r"v must be torch.float64"):
         step(state.double(), *good[1:])
-    with pytest.raises(DTypeError, match=r"eta must be torch.float32 on cpu like the state"):
+    with pytest.raises(InputError, match=r"eta is on meta but the others are on cpu"):
         step(*good[:4], row[0].to("meta"), row[0])
     with pytest.raises(ShapeError, match="v must be contiguous"):
         step(state, torch.ones(5, 2).T, *good[2:])

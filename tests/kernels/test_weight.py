@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused():
     weight, scale, _ = problem(5, 40, 16, 0)
     with pytest.raises(InputError, match="bits must be 4 or 8, not 2"):
         round_weight(weight, scale, 16, 2)
-    with pytest.raises(InputError, match="group_size must be at least 1, not 0"):
+    with pytest.raises(InputError, match="group_size must be an integer >= 1, not 0"):
         round_weight(weight, scale, 0, 4)
     with pytest.raises(ShapeError, match=r"weight must be \(O, K\), got \(40,\)"):
         round_weight(weight[0], scale, 16, 4)
@@ -145,5 +145,7 @@ def test_what_does_not_fit_is_refused():
         ShapeError, match=r"scale must be \(5, 2\) for a weight \(5, 40\) in groups"
     ):
         round_weight(weight, scale, 32, 4)
-    with pytest.raises(DTypeError, match=r"weight must be torch.float32 on cpu, got torch.float64"):
+    with pytest.raises(
+        DTypeError, match=r"weight must be torch.float32 for a weight .* got torch.float64"
+    ):
         round_weight(weight.double(), scale, 16, 4)

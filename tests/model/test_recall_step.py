@@ -186,7 +186,7 @@ def test_bad_input_raises():
         with pytest.raises(ShapeError, match=rf"^{name} must be"):
             recall_step(*bad)
         bad[index] = good[index].double()
-        with pytest.raises(DTypeError, match=rf"^{name} must be float32"):
+        with pytest.raises(DTypeError, match=rf"^{name} must be torch.float32"):
             recall_step(*bad)
     with pytest.raises(ShapeError, match="psi must be"):
         recall_step(*good[:-1], good[-1][0])

@@ -1,12 +1,12 @@
 """The O(N) sweep behind every public function, and the choice of what runs it."""
 
 from bkcore.kernels.attention import attention
+from bkcore.kernels.checks import ChannelRounding
 from bkcore.kernels.codes import sweep_codes
 from bkcore.kernels.ops import sweep
 from bkcore.kernels.product import product
 from bkcore.kernels.recall import has_recall_step, recall_step
 from bkcore.kernels.round import (
-    ChannelRounding,
     round_channels,
     round_channels_straight_through,
     round_rows,

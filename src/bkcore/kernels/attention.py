@@ -48,8 +48,9 @@ from torch import Tensor
 
 from bkcore.errors import DTypeError, ShapeError
 from bkcore.kernels.backend import ATTENTION_CHUNK
+from bkcore.kernels.checks import Expected, check_tensors
 from bkcore.kernels.ops import library, no_second_derivative
-from bkcore.kernels.selection import current_choice, select, use_backend
+from bkcore.kernels.selection import keep_choice, kept_choice, select
 
 library.define(
     "attention(Tensor v, Tensor hopping, Tensor energy, Tensor eta, Tensor query, Tensor key,"
@@ -87,7 +88,7 @@ def attention(
         g (B, N, H, 2), out (B, N, H, 2, U) and the last psi (B, H, 2, K, U).
 
     Raises:
-        ShapeError, DTypeError: the tensors do not fit together.
+        ShapeError, DTypeError, InputError: the tensors do not fit together.
         BackendError: a forced backend is absent or cannot take the tensors.
     """
     tensors = (v, hopping, energy, eta, query, key, value, first_g, first_psi)
@@ -118,32 +119,67 @@ def check_attention(
             "query and value must be (B, N, H, K) and (B, N, H, U), got "
             f"{tuple(query.shape)} and {tuple(value.shape)}"
         )
-    batch, sites, heads = v.shape
+    check_tensors(
+        _expected(v, hopping, energy, eta, query, key, value, first_g, first_psi),
+        v.device,
+        lambda: f"for v of {v.dtype} and shape {tuple(v.shape)}",
+    )
+
+
+def _expected(
+    v: Tensor,
+    hopping: Tensor,
+    energy: Tensor,
+    eta: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first_g: Tensor | None,
+    first_psi: Tensor | None,
+) -> dict[str, Expected]:
+    batch, _, heads = v.shape
     keys, values = query.shape[3], value.shape[3]
-    expected = {
-        "hopping": (hopping, (batch, sites, heads)),
-        "energy": (energy, (heads,)),
-        "eta": (eta, (heads,)),
-        "query": (query, (batch, sites, heads, keys)),
-        "key": (key, (batch, sites, heads, keys)),
-        "value": (value, (batch, sites, heads, values)),
-        "first_g": (first_g, (batch, heads, 2)),
-        "first_psi": (first_psi, (batch, heads, 2, keys, values)),
+    return {
+        "v": (v, v.shape, v.dtype),
+        "hopping": (hopping, v.shape, v.dtype),
+        "energy": (energy, (heads,), v.dtype),
+        "eta": (eta, (heads,), v.dtype),
+        "query": (query, (*v.shape, keys), v.dtype),
+        "key": (key, (*v.shape, keys), v.dtype),
+        "value": (value, (*v.shape, values), v.dtype),
+        "first_g": (first_g, (batch, heads, 2), v.dtype),
+        "first_psi": (first_psi, (batch, heads, 2, keys, values), v.dtype),
     }
-    for name, (x, shape) in expected.items():
-        if x is not None:
-            _check_one(name, x, shape, v)
 
 
-def _check_one(name: str, x: Tensor, shape: tuple[int, ...], v: Tensor) -> None:
-    if x.shape != shape:
-        raise ShapeError(
-            f"{name} must be {tuple(shape)} for v of shape {tuple(v.shape)}, got {tuple(x.shape)}"
-        )
-    if x.dtype != v.dtype or x.device != v.device:
-        raise DTypeError(
-            f"{name} must be {v.dtype} on {v.device} like v, got {x.dtype} on {x.device}"
-        )
+def _check_backward(
+    dg: Tensor,
+    dout: Tensor,
+    dpsi: Tensor,
+    v: Tensor,
+    hopping: Tensor,
+    energy: Tensor,
+    eta: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first_g: Tensor | None,
+    g: Tensor,
+    checkpoints: Tensor,
+) -> None:
+    check_attention(v, hopping, energy, eta, query, key, value, first_g, None)
+    of_g, of_out, of_psi, of_checkpoints = attention_shapes(v, query, value, keep=True)
+    check_tensors(
+        {
+            "dg": (dg, of_g, v.dtype),
+            "dout": (dout, of_out, v.dtype),
+            "dpsi": (dpsi, of_psi, v.dtype),
+            "g": (g, of_g, v.dtype),
+            "checkpoints": (checkpoints, of_checkpoints, v.dtype),
+        },
+        v.device,
+        lambda: f"for v of {v.dtype} and shape {tuple(v.shape)} in a forward pass with keep=True",
+    )
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -156,7 +192,8 @@ def _attention(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return select(laid_out[0]).attention(*laid_out)
 
 
-def _attention_backward(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+def _attention_backward(*tensors: Any) -> tuple[Tensor, ...]:
+    _check_backward(*tensors)
     laid_out: list[Any] = [None if x is None else _plain(x) for x in tensors]
     return select(laid_out[0]).attention_backward(*laid_out)
 
@@ -182,6 +219,7 @@ def _attention_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _attention_backward_fake(*tensors: Any) -> tuple[Tensor, ...]:
+    _check_backward(*tensors)
     v, hopping, energy, eta, query, key, value = tensors[3:10]
     batch, _, heads = v.shape
     first_g = v.new_empty(batch, heads, 2)
@@ -195,11 +233,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(checkpoints)
     ctx.save_for_backward(*tensors, first_g, g, checkpoints)
     ctx.started = (first_g is not None, first_psi is not None)
-    ctx.choice = current_choice()
+    keep_choice(ctx)
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    with use_backend(ctx.choice):
+    with kept_choice(ctx):
         results = torch.ops.bkcore.attention_backward.default(*grads[:3], *ctx.saved_tensors)
     *rest, first_g, first_psi = results
     has_g, has_psi = ctx.started

@@ -9,8 +9,9 @@ Layout
     v, source   8 bits: int8 (B, N, H);  4 bits: uint8 (B, N, ceil(H / 2)), the even lane low
     energy (H,), eta (R, H), hopping (R, H)   float32, as in `bkcore.kernels.ops`
     in_scale, in_zero     (1 or 2, R, H)  of v and the source; R = 1, or N for one per site
-    out_scale, out_zero   (2 or 4, R, H)  of Re g, Im g (or G), Re psi, Im psi
-    in_levels             (1 or 2, 2^bits), ascending: non-uniform levels, optional
+    out_scale, out_zero   (2 or 4, R, H)  of Re g, Im g (or G), Re psi, Im psi; scales float32,
+                          zero points float32 or int8
+    in_levels             float32 (1 or 2, 2^bits), ascending: non-uniform levels, optional
     out_levels            (2 or 4, 2^bits)
     result      8 bits: int8 (B, N, C, H);  4 bits: uint8 (B, N, C, ceil(H / 2))
 
@@ -26,8 +27,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bkcore.errors import DTypeError, InputError, ShapeError
-from bkcore.kernels.ops import check_sweep
+from bkcore.errors import InputError, ShapeError
+from bkcore.kernels.checks import check_bits, check_levels, check_tensors
+from bkcore.kernels.ops import check_chain
 from bkcore.kernels.selection import select
 
 _library = torch.library.Library("bkcore", "FRAGMENT")
@@ -70,7 +72,8 @@ def sweep_codes(
         Codes (B, N, 2 or 4, H) as v holds them.
 
     Raises:
-        ShapeError, DTypeError, InputError: the tensors do not fit together, or bits is not 4 or 8.
+        ShapeError, DTypeError, InputError: the tensors do not fit together, bits is not 4 or 8, a
+            scale is not a positive, normal number, or levels do not ascend.
         BackendError: a forced backend is absent or cannot take the tensors.
     """
     codes: Tensor = torch.ops.bkcore.sweep_codes.default(
@@ -106,28 +109,25 @@ def _check(
     bits: int,
     two_sided: bool,
 ) -> None:
-    if bits not in (4, 8):
-        raise InputError(f"bits must be 4 or 8, not {bits}")
-    wanted = torch.int8 if bits == 8 else torch.uint8
+    check_bits(bits)
     if energy.ndim != 1 or v.ndim != 3 or v.shape[2] != -(-energy.shape[0] * bits // 8):
         raise ShapeError(
             f"v of shape {tuple(v.shape)} does not hold {bits}-bit codes (B, N, "
-            f"{-(-energy.shape[-1] * bits // 8)}) for energy of shape {tuple(energy.shape)}"
+            f"{-(-energy.shape[-1] * bits // 8) if energy.ndim else 1}) for energy of shape "
+            f"{tuple(energy.shape)}"
         )
-    for name, codes in (("v", v), ("source", source)):
-        if codes is not None and codes.dtype != wanted:
-            raise DTypeError(f"{name} must be {wanted} for {bits}-bit codes, got {codes.dtype}")
-    if source is not None and source.shape != v.shape:
-        raise ShapeError(f"source must have shape {tuple(v.shape)}, got {tuple(source.shape)}")
-    batch, sites, lanes = v.shape[0], v.shape[1], energy.shape[0]
-    others = (v, source, in_scale, in_zero, out_scale, out_zero, in_levels, out_levels)
-    devices = {x.device for x in others if x is not None} | {energy.device}
-    if len(devices) > 1:
-        raise DTypeError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
-    floats = energy.new_empty(1).expand(batch, sites, lanes)
-    if energy.dtype != torch.float32:
-        raise DTypeError(f"energy must be float32, got {energy.dtype}")
-    check_sweep(floats, None if source is None else floats, energy, eta, hopping, two_sided)
+    sites, lanes = v.shape[1], energy.shape[0]
+    if sites < 1:
+        raise ShapeError(f"v must be (B, N, H) with N >= 1, got {tuple(v.shape)}")
+    if two_sided and source is not None:
+        raise InputError("two_sided=True takes no source: only the causal sweep propagates one")
+
+    def why() -> str:
+        return f"for {bits}-bit codes of {sites} sites and {lanes} lanes"
+
+    codes = torch.int8 if bits == 8 else torch.uint8
+    check_tensors({"v": (v, v.shape, codes), "source": (source, v.shape, codes)}, v.device, why)
+    check_chain(energy, eta, hopping, (sites, lanes), torch.float32, v.device, why)
     inputs, outputs = (1, 2) if source is None else (2, 4)
     for name, x, parts in (
         ("in_scale", in_scale, inputs),
@@ -135,25 +135,15 @@ def _check(
         ("out_scale", out_scale, outputs),
         ("out_zero", out_zero, outputs),
     ):
-        if (
-            x.ndim != 3
-            or x.shape[0] != parts
-            or x.shape[1] not in (1, sites)
-            or x.shape[2] != lanes
-        ):
+        if x.ndim != 3 or x.shape[::2] != (parts, lanes) or x.shape[1] not in (1, sites):
             raise ShapeError(
                 f"{name} must be ({parts}, 1, {lanes}) or ({parts}, {sites}, {lanes}), got "
                 f"{tuple(x.shape)}"
             )
-    for name, levels, parts in (
-        ("in_levels", in_levels, inputs),
-        ("out_levels", out_levels, outputs),
-    ):
-        if levels is not None and levels.shape != (parts, 2**bits):
-            raise ShapeError(
-                f"{name} must be ({parts}, {2**bits}), a level for every code of {bits} bits, got "
-                f"{tuple(levels.shape)}"
-            )
+        whole = name.endswith("zero") and x.dtype == torch.int8
+        check_tensors({name: (x, x.shape, torch.int8 if whole else torch.float32)}, v.device, why)
+    check_levels("in_levels", in_levels, (inputs, 2**bits), v.device, bits)
+    check_levels("out_levels", out_levels, (outputs, 2**bits), v.device, bits)
 
 
 def _sweep_codes(
@@ -190,30 +180,32 @@ def _sweep_codes(
         if not (scale >= torch.finfo(torch.float32).tiny).all():
             raise InputError(f"{name} must be positive, normal float32 numbers; some are not")
     if in_levels is not None:
-        check_levels("in_levels", in_levels)
+        require_ascending("in_levels", in_levels)
     if out_levels is not None:
-        check_levels("out_levels", out_levels)
+        require_ascending("out_levels", out_levels)
     return select(v).sweep_codes(
         v.contiguous(),
         None if source is None else source.contiguous(),
         energy.contiguous(),
         eta.contiguous(),
         hopping.contiguous(),
-        in_scale.float(),
+        in_scale,
         in_zero.float(),
-        out_scale.float(),
+        out_scale,
         out_zero.float(),
-        None if in_levels is None else in_levels.float().contiguous(),
-        None if out_levels is None else bounds_between(out_levels.float()),
+        None if in_levels is None else in_levels.contiguous(),
+        None if out_levels is None else bounds_between(out_levels),
         bits,
         two_sided,
     )
 
 
-def check_levels(name: str, levels: Tensor) -> None:
-    """Raise `InputError` unless each row of levels ascends."""
-    if not (levels.diff() > 0).all():
-        raise InputError(f"{name} must be ascending numbers, none twice; sort them, and drop NaN")
+def require_ascending(name: str, levels: Tensor) -> None:
+    """Raise `InputError` unless each row of levels is finite and ascends."""
+    if not bool((levels.diff() > 0).all() & levels.isfinite().all()):
+        raise InputError(
+            f"{name} must be ascending, finite numbers, none twice; sort them, and drop NaN"
+        )
 
 
 def bounds_between(levels: Tensor) -> Tensor:

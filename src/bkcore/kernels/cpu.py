@@ -1,7 +1,7 @@
 """The sweep in C++ for CPU tensors: vectorized over lanes, parallel over batch and lanes.
 
-The extension takes raw addresses and strides. `bkcore.kernels.ops` has checked shapes, dtypes and
-devices before a tensor comes here.
+The extension takes raw addresses. `bkcore.kernels.checks` has seen to shapes, dtypes and devices
+before a tensor comes here, and the extension looks at how much memory there is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +26,7 @@ from bkcore.kernels.backend import (
     empty_parts,
     ordered_sum,
 )
-
-if TYPE_CHECKING:
-    from bkcore.kernels.round import ChannelRounding
+from bkcore.kernels.checks import ChannelRounding
 
 _native: Any = None
 _import_error = ""
@@ -137,7 +135,7 @@ def sweep(
         tuple(v.shape),
         _sequence(v),
         _sequence(source),
-        (energy.data_ptr(), 0, 0, 0, energy.stride(0)),
+        _row(energy),
         _parameter(eta),
         _parameter(hopping),
         _parts(parts),
@@ -172,7 +170,7 @@ def sweep_backward(
         (batch, sites, lanes),
         _sequence(v),
         _sequence(source),
-        (energy.data_ptr(), 0, 0, 0, energy.stride(0)),
+        _row(energy),
         _parameter(eta),
         _parameter(hopping),
         _parts(parts),
@@ -209,15 +207,12 @@ def sweep_codes(
         two_sided,
         bits,
         (batch, sites, energy.shape[0]),
-        v.data_ptr(),
-        0 if source is None else source.data_ptr(),
-        codes.data_ptr(),
-        (energy.data_ptr(), 0, 0, 0, 1),
+        *_buffers(v, source, codes),
+        _row(energy),
         _parameter(eta),
         _parameter(hopping),
         *(_quantizer(x) for x in (in_scale, in_zero, out_scale, out_zero)),
-        0 if in_levels is None else in_levels.data_ptr(),
-        0 if out_bounds is None else out_bounds.data_ptr(),
+        *_buffers(in_levels, out_bounds),
     )
     return codes
 
@@ -258,15 +253,14 @@ def sweep_rounded(
         torch.get_num_threads(),
         two_sided,
         bits,
-        scale.shape[1],
         group_size,
         tuple(v.shape),
         _sequence(v),
-        (energy.data_ptr(), 0, 0, 0, energy.stride(0)),
+        _row(energy),
         _parameter(eta),
         _parameter(hopping),
         _parts(parts),
-        *_addresses(scale, zero, levels, bounds),
+        *_buffers(scale, zero, levels, bounds),
     )
     return parts
 
@@ -279,7 +273,7 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: in
         torch.get_num_threads(),
         bits,
         (x.numel() // inputs, inputs, outputs, group_size),
-        _addresses(x, weight, scales, out),
+        _buffers(x, weight, scales, out),
     )
     return out
 
@@ -298,8 +292,9 @@ def round_channels(
         isa(),
         torch.get_num_threads(),
         bits,
-        (x.numel() // max(channels, 1), channels, group_size),
-        _addresses(x, scale, zero, levels, out),
+        (x.numel() // max(channels, 1), channels),
+        (*_buffers(scale, zero, levels), group_size),
+        *_buffers(x, out),
     )
     return out
 
@@ -323,17 +318,16 @@ def round_channels_backward(
         isa(),
         torch.get_num_threads(),
         bits,
-        (rows, channels, group_size),
-        _addresses(grad, x, scale, zero, levels, dx, dscale, dlevels),
+        (rows, channels),
+        (*_buffers(scale, zero, levels), group_size),
+        _buffers(grad, x, dx, dscale, dlevels),
     )
     return dx, ordered_sum(dscale), None if dlevels is None else ordered_sum(dlevels)
 
 
 def round_rows(x: Tensor) -> Tensor:
     out, count = torch.empty_like(x), x.shape[-1]
-    _native.round_rows(
-        isa(), torch.get_num_threads(), x.numel() // count, count, x.data_ptr(), out.data_ptr()
-    )
+    _native.round_rows(isa(), torch.get_num_threads(), x.numel() // count, count, *_buffers(x, out))
     return out
 
 
@@ -346,7 +340,7 @@ def round_weight(
         torch.get_num_threads(),
         bits,
         (*weight.shape, group_size),
-        _addresses(weight, scale, codes, values),
+        _buffers(weight, scale, codes, values),
     )
     return codes, values
 
@@ -360,7 +354,7 @@ def round_weight_backward(
         torch.get_num_threads(),
         bits,
         (*weight.shape, group_size),
-        _addresses(weight, scale, grad, by_weight, by_scale),
+        _buffers(weight, scale, grad, by_weight, by_scale),
     )
     return by_weight, by_scale
 
@@ -377,13 +371,8 @@ def step(
     _native.step(
         isa(),
         state.dtype == torch.float64,
-        (batch, 1, lanes),
-        v.data_ptr(),
-        0 if source is None else source.data_ptr(),
-        energy.data_ptr(),
-        eta.data_ptr(),
-        hopping.data_ptr(),
-        state.data_ptr(),
+        (batch, lanes),
+        *_buffers(v, source, energy, eta, hopping, state),
     )
 
 
@@ -411,9 +400,9 @@ def attention(
         isa(),
         torch.get_num_threads(),
         v.dtype == torch.float64,
-        (batch, sites, heads, keys, values),
-        _addresses(*inputs),
-        _addresses(g, out, psi, checkpoints if keep else None),
+        (batch, sites, heads, keys, values, ATTENTION_CHUNK),
+        _buffers(*inputs),
+        _buffers(g, out, psi, checkpoints if keep else None),
     )
     return g, out, psi, checkpoints
 
@@ -436,9 +425,9 @@ def recall_step(
         torch.get_num_threads(),
         rounding[0].bits if rounding else 8,
         (batch, heads, groups, keys, values),
-        _addresses(*inputs),
-        [part.addresses() for part in rounding],
-        _addresses(features, g, psi),
+        _buffers(*inputs),
+        [(*_buffers(part.scale, part.zero, part.levels), part.group_size) for part in rounding],
+        _buffers(features, g, psi),
     )
     if not computed:
         raise InputError(
@@ -474,42 +463,57 @@ def attention_backward(
         isa(),
         torch.get_num_threads(),
         v.dtype == torch.float64,
-        (batch, sites, heads, keys, values),
-        _addresses(v, hopping, energy, eta, query, key, value, first_g, None),
-        _addresses(g, None, None, checkpoints),
-        _addresses(dg, dout, dpsi),
-        _addresses(dv, dhopping, denergy, deta, dquery, dkey, dvalue, dfirst_g, dfirst_psi),
+        (batch, sites, heads, keys, values, ATTENTION_CHUNK),
+        _buffers(v, hopping, energy, eta, query, key, value, first_g, None),
+        *_buffers(g, checkpoints),
+        _buffers(dg, dout, dpsi),
+        _buffers(dv, dhopping, denergy, deta, dquery, dkey, dvalue, dfirst_g, dfirst_psi),
     )
     denergy, deta = ordered_sum(denergy), ordered_sum(deta)
     return dv, dhopping, denergy, deta, dquery, dkey, dvalue, dfirst_g, dfirst_psi
 
 
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in tensors]
+# What the extension takes for a contiguous tensor (csrc/buffers.h): address and bytes.
+_Buffer = tuple[int, int]
+_NONE: _Buffer = (0, 0)
 
 
-# What the extension takes for a tensor: (address, strides of batch, site, part and lane).
+def _buffers(*tensors: Tensor | None) -> list[_Buffer]:
+    return [_NONE if x is None else (x.data_ptr(), x.nbytes) for x in tensors]
 
 
-def _sequence(x: Tensor | None) -> tuple[int, ...]:
+# For any other: address, bytes of a number, and sizes and strides of batch, site, part and lane.
+# A stride of 0 is an axis that it lacks.
+_Layout = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+def _layout(x: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...]) -> _Layout:
+    return x.data_ptr(), x.itemsize, sizes, strides
+
+
+def _sequence(x: Tensor | None) -> _Layout:
     if x is None:
-        return (0, 0, 0, 0, 0)
-    batch, site, lane = x.stride()
-    return (x.data_ptr(), batch, site, 0, lane)
+        return 0, 0, (0, 0, 0, 0), (0, 0, 0, 0)
+    (batch, sites, lanes), (by_batch, by_site, by_lane) = x.shape, x.stride()
+    return _layout(x, (batch, sites, 1, lanes), (by_batch, by_site, 0, by_lane))
 
 
-def _parameter(x: Tensor) -> tuple[int, ...]:
-    site, lane = x.stride()
-    return (x.data_ptr(), 0, site if x.shape[0] > 1 else 0, 0, lane)
+def _row(x: Tensor) -> _Layout:
+    return _layout(x, (1, 1, 1, *x.shape), (0, 0, 0, *x.stride()))
 
 
-def _quantizer(x: Tensor) -> tuple[int, ...]:
-    part, site, lane = x.stride()
-    return (x.data_ptr(), 0, site if x.shape[1] > 1 else 0, part, lane)
+def _parameter(x: Tensor) -> _Layout:
+    (rows, lanes), (by_row, by_lane) = x.shape, x.stride()
+    return _layout(x, (1, rows, 1, lanes), (0, by_row if rows > 1 else 0, 0, by_lane))
 
 
-def _parts(x: Tensor) -> tuple[int, ...]:
-    return (x.data_ptr(), *x.stride())
+def _quantizer(x: Tensor) -> _Layout:
+    (parts, rows, lanes), (by_part, by_row, by_lane) = x.shape, x.stride()
+    return _layout(x, (1, rows, parts, lanes), (0, by_row if rows > 1 else 0, by_part, by_lane))
+
+
+def _parts(x: Tensor) -> _Layout:
+    return _layout(x, tuple(x.shape), x.stride())
 
 
 BACKEND = Backend(

@@ -58,6 +58,7 @@ In both forms dA = dv - dE - i deta, so with X for P or W:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn, overload
 
 import torch
@@ -71,7 +72,8 @@ from bkcore.kernels.backend import (
     empty_parts,
     sites_last,
 )
-from bkcore.kernels.selection import current_choice, select, use_backend
+from bkcore.kernels.checks import Expected, check_tensors
+from bkcore.kernels.selection import keep_choice, kept_choice, select
 
 library = torch.library.Library("bkcore", "FRAGMENT")
 library.define(
@@ -123,39 +125,83 @@ def check_sweep(
         raise DTypeError(f"v must be float32, float64 or bfloat16, got {v.dtype}")
     if v.ndim != 3 or v.shape[1] < 1:
         raise ShapeError(f"v must be (B, N, H) with N >= 1, got {tuple(v.shape)}")
+    _check_source(two_sided, source)
+
+    def why() -> str:
+        return f"for v of {v.dtype} and shape {tuple(v.shape)}"
+
+    check_chain(energy, eta, hopping, v.shape[1:], computed_dtype(v), v.device, why)
+    check_tensors({"v": (v, v.shape, v.dtype), "source": (source, v.shape, v.dtype)}, v.device, why)
+
+
+def _check_source(two_sided: bool, source: Tensor | None) -> None:
     if two_sided and source is not None:
         raise InputError("two_sided=True takes no source: only the causal sweep propagates one")
-    _, sites, lanes = v.shape
-    _check_like("energy", energy, v, (lanes,))
-    _check_rows("eta", eta, v, sites)
-    _check_rows("hopping", hopping, v, max(sites - 1, 1))
-    if source is not None:
-        _check_like("source", source, v, v.shape, v.dtype)
 
 
-def _check_rows(name: str, value: Tensor, v: Tensor, rows: int) -> None:
-    lanes = v.shape[2]
-    if value.ndim != 2 or value.shape[1] != lanes or value.shape[0] not in (1, rows):
-        raise ShapeError(
-            f"{name} must be (1, {lanes}) or ({rows}, {lanes}) for v of shape {tuple(v.shape)}, "
-            f"got {tuple(value.shape)}"
-        )
-    _check_like(name, value, v, value.shape)
-
-
-def _check_like(
-    name: str, value: Tensor, v: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+def check_chain(
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+    size: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    why: Callable[[], str],
 ) -> None:
-    dtype = dtype or computed_dtype(v)
-    if value.shape != shape:
+    """Raise if these are no parameters (H,), (R, H), (R, H) of chains of size (N, H)."""
+    sites, lanes = size
+    for name, x, rows in (("eta", eta, sites), ("hopping", hopping, max(sites - 1, 1))):
+        if x.ndim != 2 or x.shape[1] != lanes or x.shape[0] not in (1, rows):
+            raise ShapeError(
+                f"{name} must be (1, {lanes}) or ({rows}, {lanes}) {why()}, got {tuple(x.shape)}"
+            )
+    check_tensors(
+        {
+            "energy": (energy, (lanes,), dtype),
+            "eta": (eta, eta.shape, dtype),
+            "hopping": (hopping, hopping.shape, dtype),
+        },
+        device,
+        why,
+    )
+
+
+def _check_backward(
+    grad: Tensor,
+    parts: Tensor,
+    v: Tensor | None,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+    two_sided: bool,
+) -> None:
+    _check_source(two_sided, source)
+    if two_sided and v is None:
+        raise InputError("the adjoint of the two-sided sweep needs v, which is None")
+    if parts.dtype not in _FLOATS[:2]:
+        raise DTypeError(f"parts must be float32 or float64, got {parts.dtype}")
+    components = 2 if source is None else 4
+    if parts.ndim != 4 or parts.shape[1] < 1 or parts.shape[2] != components:
         raise ShapeError(
-            f"{name} must have shape {tuple(shape)} for v of shape {tuple(v.shape)}, "
-            f"got {tuple(value.shape)}"
+            f"parts must be (B, N, {components}, H) with N >= 1, got {tuple(parts.shape)}"
         )
-    if value.dtype != dtype:
-        raise DTypeError(f"{name} must be {dtype} for v of {v.dtype}, got {value.dtype}")
-    if value.device != v.device:
-        raise InputError(f"{name} is on {value.device} but v is on {v.device}; move one of them")
+    batch, sites, _, lanes = parts.shape
+
+    def why() -> str:
+        return f"for parts of {parts.dtype} and shape {tuple(parts.shape)}"
+
+    check_chain(energy, eta, hopping, (sites, lanes), parts.dtype, parts.device, why)
+    expected: dict[str, Expected] = {
+        "parts": (parts, parts.shape, parts.dtype),
+        "grad": (grad, parts.shape, parts.dtype),
+    }
+    for name, x in (("v", v), ("source", source)):
+        if x is not None:
+            half = x.dtype == torch.bfloat16 and parts.dtype == torch.float32
+            dtype = x.dtype if half else parts.dtype
+            expected[name] = (x, (batch, sites, lanes), dtype)
+    check_tensors(expected, parts.device, why)
 
 
 def _sweep(
@@ -189,6 +235,7 @@ def _sweep_backward(
     hopping: Tensor,
     two_sided: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_backward(grad, parts, v, source, energy, eta, hopping, two_sided)
     backend = select(parts)
     v, source = _readable(backend, v), _readable(backend, source)
     dv, dsource, denergy, deta, dhopping = backend.sweep_backward(
@@ -258,6 +305,7 @@ def _sweep_backward_fake(
     hopping: Tensor,
     two_sided: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_backward(grad, parts, v, source, energy, eta, hopping, two_sided)
     dv = empty_like_sites(parts)
     dsource = parts.new_empty(0) if source is None else torch.empty_like(dv)
     denergy, deta, dhopping = (parts.new_empty(x.shape) for x in (energy, eta, hopping))
@@ -268,13 +316,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     v, source, energy, eta, hopping, two_sided = inputs
     ctx.save_for_backward(output, v if two_sided else None, source, energy, eta, hopping)
     ctx.two_sided, ctx.dtype = two_sided, v.dtype
-    # Autograd may run the backward pass in a thread of its own, which sees no context variable.
-    ctx.choice = current_choice()
+    keep_choice(ctx)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     parts, v, source, energy, eta, hopping = ctx.saved_tensors
-    with use_backend(ctx.choice):
+    with kept_choice(ctx):
         dv, dsource, *parameters = torch.ops.bkcore.sweep_backward.default(
             grad, parts, v, source, energy, eta, hopping, ctx.two_sided
         )

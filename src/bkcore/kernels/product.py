@@ -18,7 +18,8 @@ Layout
     x       float32 (..., K): M rows; contiguous in memory or copied
     weight  8 bits: int8 (O, K);  4 bits: uint8 (O, ceil(K / 2)), the even input low
             at 4 bits a code stands for w = level(code), see `bkcore.kernels.weight_levels`
-    scales  bfloat16 (O, G), s, of groups of `group_size` inputs; G = ceil(K / group_size)
+    scales  bfloat16 (O, G), s, of groups of `group_size` inputs, which beyond K is K;
+            G = ceil(K / group_size)
     result  float32 (..., O)
 """
 
@@ -27,7 +28,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.errors import InputError, ShapeError
+from bkcore.kernels.checks import check_bits, check_tensors, count_groups, fit_group_size
 from bkcore.kernels.selection import select
 
 _LARGEST_GROUP = (2**31 - 1) // (128 * 127)
@@ -54,38 +56,32 @@ def product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: in
     return out
 
 
-def _check(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: int) -> None:
-    if bits not in (4, 8):
-        raise InputError(f"bits must be 4 or 8, not {bits}")
+def _check(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: int) -> int:
+    """Raise if the arguments do not fit together; the group size that fits the inputs."""
+    check_bits(bits)
     inputs = x.shape[-1] if x.ndim else 0
-    if inputs < 1 or group_size < 1:
-        raise InputError(f"x {tuple(x.shape)} and group_size={group_size} must be at least 1 wide")
-    if min(group_size, inputs) > _LARGEST_GROUP:
+    if inputs < 1:
+        raise ShapeError(f"x {tuple(x.shape)} must be at least 1 wide")
+    group_size = fit_group_size(group_size, inputs)
+    if group_size > _LARGEST_GROUP:
         raise InputError(f"{inputs} inputs in one group may overflow int32; make groups smaller")
     outputs = weight.shape[0] if weight.ndim else 0
-    width = inputs if bits == 8 else -(-inputs // 2)
-    wanted = (
-        ("x", x, torch.float32, x.shape),
-        ("weight", weight, torch.int8 if bits == 8 else torch.uint8, (outputs, width)),
-        ("scales", scales, torch.bfloat16, (outputs, -(-inputs // group_size))),
+    width, codes = (inputs, torch.int8) if bits == 8 else (-(-inputs // 2), torch.uint8)
+    check_tensors(
+        {
+            "x": (x, x.shape, torch.float32),
+            "weight": (weight, (outputs, width), codes),
+            "scales": (scales, (outputs, count_groups(inputs, group_size)), torch.bfloat16),
+        },
+        x.device,
+        lambda: f"at {bits} bits, for {inputs} inputs in groups of {group_size}",
     )
-    for name, tensor, dtype, shape in wanted:
-        if tensor.dtype != dtype:
-            raise DTypeError(f"{name} must be {dtype} at {bits} bits, got {tensor.dtype}")
-        if tensor.shape != shape:
-            raise ShapeError(
-                f"{name} must be {tuple(shape)} for {inputs} inputs of {bits} bits in groups of "
-                f"{group_size}, got {tuple(tensor.shape)}"
-            )
-        if tensor.device != x.device:
-            raise InputError(f"{name} is on {tensor.device} but x is on {x.device}; move one")
+    return group_size
 
 
 def _product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: int) -> Tensor:
-    _check(x, weight, scales, group_size, bits)
-    group_size = min(group_size, x.shape[-1])
-    backend = select(x)
-    return backend.product(
+    group_size = _check(x, weight, scales, group_size, bits)
+    return select(x).product(
         x.contiguous(), weight.contiguous(), scales.contiguous(), group_size, bits
     )
 

@@ -33,11 +33,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bkcore.errors import BackendError, DTypeError, InputError, ShapeError
+from bkcore.errors import BackendError, InputError, ShapeError
 from bkcore.kernels import cpu
-from bkcore.kernels.round import ChannelRounding
+from bkcore.kernels.checks import ChannelRounding, check_tensors
 from bkcore.kernels.selection import select
 
+_CPU = torch.device("cpu")
 _PARTS = ("gate", "barrier", "query", "key", "value", "real", "imag")
 _INPUTS = (*_PARTS[:5], "rate", "height", "eta", "weight", "g", "psi")
 
@@ -108,13 +109,8 @@ def _check(inputs: list[Tensor]) -> None:
         *(head, head, head, (3, width)),
         *((batch, heads, 2), (batch, heads, 2, keys, values)),
     )
-    for index, (x, shape) in enumerate(zip(inputs, expected, strict=True)):
-        if x.shape != shape:
-            raise ShapeError(f"{_INPUTS[index]} must be {shape}, got {tuple(x.shape)}")
-        if x.dtype != torch.float32 or not x.is_cpu:
-            raise DTypeError(
-                f"{_INPUTS[index]} must be float32 on the CPU, got {x.dtype} on {x.device}"
-            )
+    named = zip(_INPUTS, inputs, expected, strict=True)
+    check_tensors({name: (x, shape, torch.float32) for name, x, shape in named}, _CPU)
 
 
 def _check_rounding(inputs: list[Tensor], rounding: Sequence[ChannelRounding]) -> None:

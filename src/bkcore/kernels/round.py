@@ -15,7 +15,7 @@ Layout of `round_channels`
 -------------------------
     x       float32 (..., C), contiguous in memory or copied
     scale   bfloat16 (G,), zero  int8 (G,), of groups of `group_size` neighbouring channels; the
-            last one may be smaller: G = ceil(C / group_size)
+            last one may be smaller: G = ceil(C / group_size); a group size beyond C is C
     levels  float32 (2^bits,), ascending: what the codes stand for in place of
             -2^(bits-1), ..., 2^(bits-1) - 1; optional
     result  float32 (..., C)
@@ -23,14 +23,14 @@ Layout of `round_channels`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bkcore.errors import DTypeError, InputError, ShapeError
-from bkcore.kernels.selection import select
+from bkcore.errors import ShapeError
+from bkcore.kernels.checks import check_bits, check_rounding, check_tensors
+from bkcore.kernels.selection import keep_choice, kept_choice, select
 
 _library = torch.library.Library("bkcore", "FRAGMENT")
 _library.define("round_rows(Tensor x) -> Tensor")
@@ -42,41 +42,6 @@ _library.define(
     "round_channels_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero, Tensor? levels,"
     " int group_size, int bits) -> (Tensor, Tensor, Tensor)"
 )
-
-
-@dataclass(frozen=True)
-class ChannelRounding:
-    """How channels are rounded, checked once, for kernels that round on the way.
-
-    Attributes:
-        channels: C, whose last group may be smaller than `group_size`.
-        scale, zero, levels, group_size, bits: as in this module's text; on the CPU.
-
-    Raises:
-        ShapeError, DTypeError, InputError: they do not fit together.
-    """
-
-    channels: int
-    scale: Tensor
-    zero: Tensor
-    levels: Tensor | None
-    group_size: int
-    bits: int
-
-    def __post_init__(self) -> None:
-        like = torch.empty(self.channels)
-        _check(like, self.scale, self.zero, self.levels, self.group_size, self.bits)
-        if not all(x is None or x.is_contiguous() for x in (self.scale, self.zero, self.levels)):
-            raise ShapeError("scale, zero and levels must be contiguous in memory")
-
-    def is_of(self, scale: Tensor, zero: Tensor, levels: Tensor | None) -> bool:
-        """Whether it rounds with these very tensors, whatever numbers they hold by now."""
-        return self.scale is scale and self.zero is zero and self.levels is levels
-
-    def addresses(self) -> tuple[int, int, int, int]:
-        """For a kernel: where scale, zero and levels are, 0 for no levels; and the group size."""
-        levels = 0 if self.levels is None else self.levels.data_ptr()
-        return self.scale.data_ptr(), self.zero.data_ptr(), levels, self.group_size
 
 
 def round_channels(
@@ -128,7 +93,9 @@ class _RoundChannels(torch.autograd.Function):
         group_size: int,
         bits: int,
     ) -> Tensor:
+        check_tensors({"scale": (scale, scale.shape, torch.float32)}, x.device)
         x, stored = x.contiguous(), scale.to(torch.bfloat16)
+        keep_choice(ctx)
         ctx.save_for_backward(x, stored, zero, levels)
         ctx.group_size, ctx.bits = group_size, bits
         return round_channels(x, stored, zero, group_size, bits, levels=levels)
@@ -136,9 +103,10 @@ class _RoundChannels(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, stored, zero, levels = ctx.saved_tensors
-        dx, dscale, dlevels = torch.ops.bkcore.round_channels_backward.default(
-            grads[0], x, stored, zero, levels, ctx.group_size, ctx.bits
-        )
+        with kept_choice(ctx):
+            dx, dscale, dlevels = torch.ops.bkcore.round_channels_backward.default(
+                grads[0], x, stored, zero, levels, ctx.group_size, ctx.bits
+            )
         return dx, dscale, None, None if levels is None else dlevels, None, None
 
 
@@ -167,6 +135,25 @@ def round_channels_straight_through(
     return out
 
 
+def _check(
+    x: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    levels: Tensor | None,
+    group_size: int,
+    bits: int,
+    grad: Tensor | None = None,
+) -> int:
+    """Raise if the arguments do not fit together; the group size that fits the channels."""
+    check_bits(bits)
+    if x.ndim < 1:
+        raise ShapeError("x must have an axis of channels")
+    check_tensors(
+        {"x": (x, x.shape, torch.float32), "grad": (grad, x.shape, torch.float32)}, x.device
+    )
+    return check_rounding(x.shape[-1], x.device, scale, zero, levels, group_size, bits)
+
+
 def _round_channels_backward(
     grad: Tensor,
     x: Tensor,
@@ -176,7 +163,7 @@ def _round_channels_backward(
     group_size: int,
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, scale, zero, levels, group_size, bits)
+    group_size = _check(x, scale, zero, levels, group_size, bits, grad)
     x, levels = x.contiguous(), None if levels is None else levels.contiguous()
     dx, each, dlevels = select(x).round_channels_backward(
         grad.contiguous(), x, scale.contiguous(), zero.contiguous(), levels, group_size, bits
@@ -195,6 +182,7 @@ def _round_channels_backward_fake(
     group_size: int,
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, scale, zero, levels, group_size, bits, grad)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     return dx, x.new_empty(scale.shape), x.new_empty(0 if levels is None else len(levels))
 
@@ -202,8 +190,7 @@ def _round_channels_backward_fake(
 def _check_rows(x: Tensor) -> None:
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ShapeError(f"x must be (..., K) with K >= 1, got {tuple(x.shape)}")
-    if x.dtype != torch.float32:
-        raise DTypeError(f"x must be float32, got {x.dtype}")
+    check_tensors({"x": (x, x.shape, torch.float32)}, x.device)
 
 
 def _round_rows(x: Tensor) -> Tensor:
@@ -216,47 +203,10 @@ def _round_rows_fake(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _check(
-    x: Tensor, scale: Tensor, zero: Tensor, levels: Tensor | None, group_size: int, bits: int
-) -> None:
-    if bits not in (4, 8):
-        raise InputError(f"bits must be 4 or 8, not {bits}")
-    if group_size < 1:
-        raise InputError(f"group_size must be at least 1, not {group_size}")
-    if x.ndim < 1:
-        raise ShapeError("x must have an axis of channels")
-    groups = -(-x.shape[-1] // group_size)
-    for name, tensor, dtype, shape in (
-        ("x", x, torch.float32, x.shape),
-        ("scale", scale, torch.bfloat16, (groups,)),
-        ("zero", zero, torch.int8, (groups,)),
-    ):
-        if tensor.shape != shape:
-            raise ShapeError(
-                f"{name} must be {tuple(shape)} for {x.shape[-1]} channels in groups of "
-                f"{group_size}, got {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != dtype or tensor.device != x.device:
-            raise DTypeError(
-                f"{name} must be {dtype} on {x.device}, got {tensor.dtype} on {tensor.device}"
-            )
-    if levels is None:
-        return
-    if levels.shape != (2**bits,):
-        raise ShapeError(
-            f"levels must be ({2**bits},), a level for every code of {bits} bits, got "
-            f"{tuple(levels.shape)}"
-        )
-    if levels.dtype != torch.float32 or levels.device != x.device:
-        raise DTypeError(
-            f"levels must be float32 on {x.device}, got {levels.dtype} on {levels.device}"
-        )
-
-
 def _round_channels(
     x: Tensor, scale: Tensor, zero: Tensor, levels: Tensor | None, group_size: int, bits: int
 ) -> Tensor:
-    _check(x, scale, zero, levels, group_size, bits)
+    group_size = _check(x, scale, zero, levels, group_size, bits)
     x = x.contiguous()
     levels = None if levels is None else levels.contiguous()
     return select(x).round_channels(

@@ -3,7 +3,7 @@
 It gives, bit for bit, what rounding v, `bkcore::sweep` in float32 and rounding the result give, in
 one pass over memory: what a quantized core computes when floats go in and come out. Each part, v
 and Re and Im of the output, has a scale and a zero point for every `group_size` neighbouring sites;
-the last group may be smaller. A number x is rounded to
+the last group may be smaller, and a group size beyond N is N. A number x is rounded to
 
     scale * (clamp(round(x / scale) + zero, -2^(bits-1), 2^(bits-1) - 1) - zero)
 
@@ -25,9 +25,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.errors import DTypeError, InputError
 from bkcore.kernels.backend import empty_parts
-from bkcore.kernels.codes import bounds_between, check_levels
+from bkcore.kernels.checks import (
+    check_bits,
+    check_levels,
+    check_tensors,
+    count_groups,
+    fit_group_size,
+)
+from bkcore.kernels.codes import bounds_between, require_ascending
 from bkcore.kernels.ops import check_sweep, dense, parameter_rows
 from bkcore.kernels.selection import select
 
@@ -78,30 +85,22 @@ def _check(
     group_size: int,
     bits: int,
     two_sided: bool,
-) -> None:
-    if bits not in (4, 8):
-        raise InputError(f"bits must be 4 or 8, not {bits}")
+) -> int:
+    """Raise if the arguments do not fit together; the group size that fits the sites."""
+    check_bits(bits)
     check_sweep(v, None, energy, eta, hopping, two_sided)
     if v.dtype != torch.float32:
         raise DTypeError(f"v must be float32, got {v.dtype}: codes are made from float32")
-    if group_size < 1:
-        raise InputError(f"group_size must be at least 1, not {group_size}")
-    groups = -(-v.shape[1] // group_size)
-    for name, x in (("scale", scale), ("zero", zero)):
-        if x.shape != (3, groups):
-            raise ShapeError(
-                f"{name} must be (3, {groups}) for {v.shape[1]} sites in groups of {group_size}, "
-                f"got {tuple(x.shape)}"
-            )
-        if x.dtype != torch.float32 or x.device != v.device:
-            raise DTypeError(
-                f"{name} must be float32 on {v.device} like v, got {x.dtype} on {x.device}"
-            )
-    if levels is not None and levels.shape != (3, 2**bits):
-        raise ShapeError(
-            f"levels must be (3, {2**bits}), a level for every code of {bits} bits, got "
-            f"{tuple(levels.shape)}"
-        )
+    sites = v.shape[1]
+    group_size = fit_group_size(group_size, sites)
+    shape = (3, count_groups(sites, group_size))
+    check_tensors(
+        {"scale": (scale, shape, torch.float32), "zero": (zero, shape, torch.float32)},
+        v.device,
+        lambda: f"for {sites} sites in groups of {group_size}",
+    )
+    check_levels("levels", levels, (3, 2**bits), v.device, bits)
+    return group_size
 
 
 def _sweep_rounded(
@@ -116,11 +115,11 @@ def _sweep_rounded(
     bits: int,
     two_sided: bool,
 ) -> Tensor:
-    _check(v, energy, eta, hopping, scale, zero, levels, group_size, bits, two_sided)
+    group_size = _check(v, energy, eta, hopping, scale, zero, levels, group_size, bits, two_sided)
     if not float(scale.min()) >= torch.finfo(torch.float32).tiny:
         raise InputError("scale must be positive, normal float32 numbers; some are not")
     if levels is not None:
-        check_levels("levels", levels)
+        require_ascending("levels", levels)
     return select(v).sweep_rounded(
         dense(v),
         energy,

@@ -8,7 +8,9 @@ import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from bkcore.errors import BackendError
@@ -59,7 +61,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Force a backend ("cpu", "triton", "reference") or "auto" inside a with block.
 
     It wins over the environment variable BKCORE_BACKEND, which is read at import. A backward pass
-    uses the choice that was in force when its forward pass ran.
+    uses the choice that was in force when its forward pass ran; only what `torch.compile` made of
+    one uses the choice that is in force when it runs itself.
 
     Raises:
         BackendError: the name is unknown, or that backend is absent.
@@ -76,6 +79,21 @@ def use_backend(name: str) -> Iterator[None]:
 def current_choice() -> str:
     """The choice in force: `use_backend` first, then BKCORE_BACKEND, then "auto"."""
     return _choice.get() or _known(_environment)
+
+
+def keep_choice(ctx: Any) -> None:
+    """In the forward pass of an autograd function: remember the choice in force."""
+    # Dynamo cannot trace context variables, and the graphs it makes choose when they run.
+    ctx.choice = None if torch.compiler.is_compiling() else current_choice()
+
+
+def kept_choice(ctx: Any) -> contextlib.AbstractContextManager[None]:
+    """In its backward pass: the choice that `keep_choice` remembered, in a with block.
+
+    Autograd may run a backward pass after the forward pass's with block, or in a thread of its own,
+    which sees no context variable.
+    """
+    return contextlib.nullcontext() if ctx.choice is None else use_backend(ctx.choice)
 
 
 def select(v: Tensor) -> Backend:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.kernels.checks import Expected, check_plain, check_tensors
 from bkcore.kernels.selection import select
 
 
@@ -38,7 +39,7 @@ def step(
 
     Raises:
         ShapeError, DTypeError: the tensors do not fit together.
-        InputError: a tensor requires a gradient, which would be lost.
+        InputError: a tensor is on another device, or requires a gradient, which would be lost.
     """
     _check(state, v, source, energy, eta, hopping)
     select(state).step(state, v, source, energy, eta, hopping)
@@ -63,31 +64,21 @@ def _check(
         raise DTypeError(f"state must be float32 or float64, got {dtype}")
     batch, _, lanes = state.shape
     row, site = (lanes,), (batch, lanes)
-    _check_one("state", state, state.shape, dtype, device)
-    _check_one("v", v, site, dtype, device)
-    if source is not None:
-        _check_one("source", source, site, dtype, device)
-    _check_one("energy", energy, row, dtype, device)
-    _check_one("eta", eta, row, dtype, device)
-    _check_one("hopping", hopping, row, dtype, device)
-
-
-def _check_one(
-    name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
-    if x.shape != shape:
-        raise ShapeError(f"{name} must be {tuple(shape)} like the state, got {tuple(x.shape)}")
-    if x.dtype != dtype or x.device != device:
-        raise DTypeError(
-            f"{name} must be {dtype} on {device} like the state, got {x.dtype} on {x.device}"
-        )
-    if not x.is_contiguous() or x.is_neg():
-        raise ShapeError(
-            f"{name} must be contiguous in memory: pass {name}.contiguous(), or "
-            f"{name}.resolve_neg() for the imaginary part of a conjugate"
-        )
-    if x.requires_grad and torch.is_grad_enabled():
-        raise InputError(
-            f"step has no derivative, and {name} requires one: call it under torch.no_grad(), "
-            "or use bkcore.kernels.sweep"
-        )
+    expected: dict[str, Expected] = {
+        "state": (state, state.shape, dtype),
+        "v": (v, site, dtype),
+        "source": (source, site, dtype),
+        "energy": (energy, row, dtype),
+        "eta": (eta, row, dtype),
+        "hopping": (hopping, row, dtype),
+    }
+    check_tensors(expected, device, "like the state")
+    for name, (x, _, _) in expected.items():
+        if x is None:
+            continue
+        check_plain(name, x)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                f"step has no derivative, and {name} requires one: call it under torch.no_grad(), "
+                "or use bkcore.kernels.sweep"
+            )

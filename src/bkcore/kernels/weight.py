@@ -12,7 +12,7 @@ Layout
 ------
     weight  float32 (O, K)
     scale   bfloat16 (O, G), positive, of groups of `group_size` neighbouring columns; the last one
-            may be smaller: G = ceil(K / group_size)
+            may be smaller: G = ceil(K / group_size); a group size beyond K is K
     result  codes int8 (O, K) and values float32 (O, K)
 """
 
@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bkcore.errors import DTypeError, InputError, ShapeError
-from bkcore.kernels.selection import select
+from bkcore.errors import ShapeError
+from bkcore.kernels.checks import check_bits, check_tensors, count_groups, fit_group_size
+from bkcore.kernels.selection import keep_choice, kept_choice, select
 
 _library = torch.library.Library("bkcore", "FRAGMENT")
 _library.define(
@@ -63,7 +64,9 @@ class _RoundWeight(torch.autograd.Function):
     def forward(
         ctx: Any, weight: Tensor, scale: Tensor, group_size: int, bits: int
     ) -> tuple[Tensor, Tensor]:
+        check_tensors({"scale": (scale, scale.shape, torch.float32)}, weight.device)
         stored = scale.to(torch.bfloat16)
+        keep_choice(ctx)
         ctx.save_for_backward(weight, stored)
         ctx.format = group_size, bits
         codes, values = torch.ops.bkcore.round_weight.default(weight, stored, group_size, bits)
@@ -72,39 +75,38 @@ class _RoundWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        by_weight, by_scale = torch.ops.bkcore.round_weight_backward.default(
-            grads[1], *ctx.saved_tensors, *ctx.format
-        )
+        with kept_choice(ctx):
+            by_weight, by_scale = torch.ops.bkcore.round_weight_backward.default(
+                grads[1], *ctx.saved_tensors, *ctx.format
+            )
         return by_weight, by_scale, None, None
 
 
-def _check(weight: Tensor, scale: Tensor, group_size: int, bits: int) -> None:
-    if bits not in (4, 8):
-        raise InputError(f"bits must be 4 or 8, not {bits}")
-    if group_size < 1:
-        raise InputError(f"group_size must be at least 1, not {group_size}")
+def _check(
+    weight: Tensor, scale: Tensor, group_size: int, bits: int, grad: Tensor | None = None
+) -> int:
+    """Raise if the arguments do not fit together; the group size that fits the columns."""
+    check_bits(bits)
     if weight.ndim != 2:
         raise ShapeError(f"weight must be (O, K), got {tuple(weight.shape)}")
     rows, columns = weight.shape
-    if scale.shape != (rows, -(-columns // group_size)):
-        raise ShapeError(
-            f"scale must be {(rows, -(-columns // group_size))} for a weight {(rows, columns)} in "
-            f"groups of {group_size}, got {tuple(scale.shape)}"
-        )
-    for name, tensor, dtype in (
-        ("weight", weight, torch.float32),
-        ("scale", scale, torch.bfloat16),
-    ):
-        if tensor.dtype != dtype or tensor.device != weight.device:
-            raise DTypeError(
-                f"{name} must be {dtype} on {weight.device}, got {tensor.dtype} on {tensor.device}"
-            )
+    group_size = fit_group_size(group_size, columns)
+    check_tensors(
+        {
+            "weight": (weight, weight.shape, torch.float32),
+            "scale": (scale, (rows, count_groups(columns, group_size)), torch.bfloat16),
+            "grad": (grad, weight.shape, torch.float32),
+        },
+        weight.device,
+        lambda: f"for a weight {(rows, columns)} in groups of {group_size}",
+    )
+    return group_size
 
 
 def _round_weight(
     weight: Tensor, scale: Tensor, group_size: int, bits: int
 ) -> tuple[Tensor, Tensor]:
-    _check(weight, scale, group_size, bits)
+    group_size = _check(weight, scale, group_size, bits)
     return select(weight).round_weight(weight.contiguous(), scale.contiguous(), group_size, bits)
 
 
@@ -118,7 +120,7 @@ def _round_weight_fake(
 def _round_weight_backward(
     grad: Tensor, weight: Tensor, scale: Tensor, group_size: int, bits: int
 ) -> tuple[Tensor, Tensor]:
-    _check(weight, scale, group_size, bits)
+    group_size = _check(weight, scale, group_size, bits, grad)
     return select(weight).round_weight_backward(
         grad.contiguous(), weight.contiguous(), scale.contiguous(), group_size, bits
     )
@@ -127,6 +129,7 @@ def _round_weight_backward(
 def _round_weight_backward_fake(
     grad: Tensor, weight: Tensor, scale: Tensor, group_size: int, bits: int
 ) -> tuple[Tensor, Tensor]:
+    _check(weight, scale, group_size, bits, grad)
     return weight.new_empty(weight.shape), weight.new_empty(scale.shape)
 
 

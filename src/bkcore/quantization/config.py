@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
 from bkcore.errors import InputError
+from bkcore.kernels.checks import check_group_size
 from bkcore.quantization.affine import code_range
 
 Part = Literal["core", "expert", "head"]
@@ -24,9 +25,10 @@ class QuantizationConfig:
     Attributes:
         mode: "ptq_int8", "qat_int8", "ptq_int4", "qat_int4" or "mixed_precision" (language model:
             INT4 experts, INT8 core, FP16 head; a standalone core is INT8 in that mode).
-        group_size: channels that share a scale, at least 1; in a standalone core 1 means a scale
-            per sequence position. In the language model it groups the inputs of INT4 weights,
-            and the core's activations have a scale per channel whatever the group size.
+        group_size: channels that share a scale, at least 1; more than there are is all of them. In
+            a standalone core 1 means a scale per sequence position. In the language model it
+            groups the inputs of INT4 weights, and the core's activations have a scale per channel
+            whatever the group size.
         per_channel: False puts one scale on the whole tensor instead.
         symmetric: None (default) lets the range decide: real parts symmetric, imaginary parts
             asymmetric, because Im G >= 0; potentials asymmetric, because errors near a resonance
@@ -182,15 +184,6 @@ class QuantizationConfig:
                 raise InputError(
                     f"tensor_bits[{name!r}] is {bits!r}; mode {self.mode!r} takes {allowed}"
                 )
-
-
-def check_group_size(group_size: int) -> None:
-    """Raise `InputError` unless `group_size` is an integer of at least 1."""
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-        raise InputError(
-            f"group_size must be an integer >= 1, not {group_size!r}; "
-            "1 gives every channel its own scale"
-        )
 
 
 def check_observer(observer: str | None, percentile: float) -> None:

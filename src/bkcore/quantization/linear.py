@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bkcore.kernels import product, round_rows
+from bkcore.kernels.selection import keep_choice, kept_choice
 from bkcore.quantization import affine
 from bkcore.quantization.weights import HalfWeight, PackedWeight, TrainableWeight
 
@@ -24,6 +25,7 @@ class _StraightThroughProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, values: Tensor, weight_codes: Tensor, scales: Tensor, group_size: int
     ) -> Tensor:
+        keep_choice(ctx)
         ctx.save_for_backward(x, values)
         # Codes of 4 bits are codes of 8, too, and the scales are values that storage keeps.
         return product(x, weight_codes, scales.to(affine.SCALE_DTYPE), group_size, 8)
@@ -31,8 +33,9 @@ class _StraightThroughProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, values = ctx.saved_tensors
-        grad = grads[0]
-        return grad @ values, grad.t() @ round_rows(x), None, None, None
+        with kept_choice(ctx):
+            rounded = round_rows(x)
+        return grads[0] @ values, grads[0].t() @ rounded, None, None, None
 
 
 def project(x: Tensor, weight: PackedWeight | TrainableWeight | HalfWeight) -> Tensor:

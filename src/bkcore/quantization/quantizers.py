@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from bkcore.errors import CalibrationError, DTypeError, InputError, LifecycleError, ShapeError
 from bkcore.kernels import ChannelRounding, round_channels, round_channels_straight_through
+from bkcore.kernels.checks import check_bits, count_groups, fit_group_size
 from bkcore.quantization import affine, levels
-from bkcore.quantization.config import check_group_size, check_observer
+from bkcore.quantization.config import check_observer
 from bkcore.quantization.levels import LevelTable
 from bkcore.quantization.observers import METHODS, HistogramObserver
 from bkcore.quantization.storage import StoredDtypes
@@ -23,7 +24,7 @@ class GroupWiseQuantizer(StoredDtypes):
     Args:
         num_channels: size of the last axis.
         group_size: neighbouring channels that share a scale; the last group may be smaller.
-            1 is per channel, `num_channels` per tensor.
+            1 is per channel, `num_channels` (or more) per tensor.
         bits: 4 or 8.
         symmetric: True puts the zero point at 0; False fits it to the data.
         learnable: make the scales a parameter, kept positive as exp(log_scales), that trains with
@@ -60,14 +61,12 @@ class GroupWiseQuantizer(StoredDtypes):
         nonuniform: bool = False,
     ) -> None:
         super().__init__()
-        check_group_size(group_size)
         check_observer(observer, percentile)
         if num_channels < 1:
             raise InputError(f"num_channels must be at least 1, not {num_channels}")
-        if bits not in (4, 8):
-            raise InputError(f"bits must be 4 or 8, not {bits}")
+        check_bits(bits)
         self.num_channels = num_channels
-        self.group_size = group_size
+        self.group_size = fit_group_size(group_size, num_channels)
         self.bits = bits
         self.symmetric = symmetric
         self.norm = norm
@@ -94,7 +93,7 @@ class GroupWiseQuantizer(StoredDtypes):
     @property
     def num_groups(self) -> int:
         """Number of groups, the ragged last one included."""
-        return -(-self.num_channels // self.group_size)
+        return count_groups(self.num_channels, self.group_size)
 
     @property
     def qmin(self) -> int:
@@ -373,7 +372,6 @@ class ComplexQuantizer(nn.Module):
         nonuniform: bool = False,
     ) -> None:
         super().__init__()
-        check_group_size(group_size)
         size = group_size if per_channel else num_channels
 
         def part(default_symmetric: bool) -> GroupWiseQuantizer:

@@ -1,7 +1,8 @@
 """Weight matrices as codes: packed for inference, or trained behind the same codes.
 
 Both kinds answer `codes()` and `scales()`, so one integer product serves them. A weight (O, K) has
-a scale per row and per group of K, the group size along K; INT8 uses one group per row.
+a scale per row and per group of K, the group size along K; INT8 uses one group per row. A group
+size beyond K is K.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from bkcore.errors import CalibrationError
 from bkcore.kernels import round_weight
+from bkcore.kernels.checks import check_bits, count_groups, fit_group_size
 from bkcore.kernels.weight_levels import nearest_codes, saturates, to_codes, to_levels
 from bkcore.quantization import affine
 from bkcore.quantization.packing import pack_int4, unpack_int4
@@ -24,12 +26,14 @@ _FRACTIONS = 24
 
 def _grouped(x: Tensor, group_size: int) -> Tensor:
     """(O, K) as (O, G, group_size), a ragged last group padded with zeros."""
+    group_size = fit_group_size(group_size, x.shape[1])
     padding = -x.shape[1] % group_size
     return nn.functional.pad(x, (0, padding)).unflatten(1, (-1, group_size))
 
 
 def each_column(scales: Tensor, group_size: int, columns: int) -> Tensor:
     """Scales (..., G) of groups repeated to (..., columns)."""
+    group_size = fit_group_size(group_size, columns)
     return scales.repeat_interleave(group_size, dim=-1)[..., :columns]
 
 
@@ -89,10 +93,12 @@ class PackedWeight(StoredDtypes):
 
     def __init__(self, shape: tuple[int, int], bits: int, group_size: int) -> None:
         super().__init__()
+        check_bits(bits)
         rows, columns = shape
-        self.shape, self.bits, self.group_size = shape, bits, group_size
+        self.shape, self.bits = shape, bits
+        self.group_size = fit_group_size(group_size, columns)
         width, dtype = (columns, torch.int8) if bits == 8 else ((columns + 1) // 2, torch.uint8)
-        groups = -(-columns // group_size)
+        groups = count_groups(columns, self.group_size)
         self.register_buffer("packed", torch.zeros(rows, width, dtype=dtype))
         self.register_buffer("stored_scales", torch.ones(rows, groups, dtype=affine.SCALE_DTYPE))
         self.tokens_seen = 0
@@ -139,8 +145,9 @@ class TrainableWeight(nn.Module):
 
     def __init__(self, shape: tuple[int, int], bits: int, group_size: int) -> None:
         super().__init__()
-        self.bits, self.group_size = bits, group_size
-        groups = -(-shape[1] // group_size)
+        check_bits(bits)
+        self.bits, self.group_size = bits, fit_group_size(group_size, shape[1])
+        groups = count_groups(shape[1], self.group_size)
         self.weight = nn.Parameter(torch.zeros(shape))
         self.log_scales = nn.Parameter(torch.zeros(shape[0], groups))
 
