@@ -97,7 +97,7 @@ def _check(inputs: list[Tensor]) -> None:
     if inputs[10].ndim != 5:
         raise ShapeError(f"psi must be (B, H, 2, K, U), got {tuple(inputs[10].shape)}")
     batch, heads, _, keys, values = inputs[10].shape
-    shared, width = inputs[2].shape[-1], heads * values
+    shared, width = inputs[2].shape[-1] if inputs[2].ndim else 0, heads * values
     if not shared or not keys or shared % keys or heads % (shared // keys):
         raise ShapeError(
             f"query has {shared} channels, which are no groups of {keys} for {heads} heads to share"

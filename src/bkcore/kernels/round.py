@@ -93,7 +93,8 @@ class _RoundChannels(torch.autograd.Function):
         group_size: int,
         bits: int,
     ) -> Tensor:
-        check_tensors({"scale": (scale, scale.shape, torch.float32)}, x.device)
+        wanted = {"x": (x, x.shape, torch.float32), "scale": (scale, scale.shape, torch.float32)}
+        check_tensors(wanted, x.device)
         x, stored = x.contiguous(), scale.to(torch.bfloat16)
         keep_choice(ctx)
         ctx.save_for_backward(x, stored, zero, levels)
