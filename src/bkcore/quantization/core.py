@@ -18,6 +18,7 @@ from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.lifecycle import QuantizationLifecycle, QuantizationState
 from bkcore.quantization.metrics import error_metrics
 from bkcore.quantization.quantizers import ComplexQuantizer, GroupWiseQuantizer
+from bkcore.quantization.transaction import all_or_nothing
 
 _HISTORY = 1000
 
@@ -283,9 +284,10 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
         # To first order dG_ii = -G_ij^2 dv_j, and sum_i |G_ij|^2 = Im G_jj / eta (Ward): what an
         # error of v_j costs all features together, here over the largest that it can be.
         weight = None if self.core.causal else features[..., 1] * self.core.epsilon
-        self.v_quantizer.observe(v, weight)
-        self.G_quantizer.real.observe(features[..., 0])
-        self.G_quantizer.imag.observe(features[..., 1])
+        with all_or_nothing(self):
+            self.v_quantizer.observe(v, weight)
+            self.G_quantizer.real.observe(features[..., 0])
+            self.G_quantizer.imag.observe(features[..., 1])
         return features
 
     def _diagnose(self, v: Tensor, features: Tensor) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class LevelTable(StoredDtypes):
     """
 
     stored = ("stored_levels",)
+    written_in_place = ("first_level", "log_steps", "stored_levels")
 
     def __init__(self, bits: int) -> None:
         super().__init__()

@@ -4,15 +4,22 @@
                                        -> training -> quantized    (quantization-aware, QAT)
 
 A step out of order raises `LifecycleError` and names the missing one; nothing is repaired or
-skipped silently.
+skipped silently. A step that fails, whatever the exception, leaves the model exactly as it was
+before, ready for another try.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
+from typing import cast
+
+from torch import nn
 
 from bkcore.errors import LifecycleError
 from bkcore.quantization.config import QuantizationConfig
+from bkcore.quantization.transaction import all_or_nothing
 
 
 class QuantizationState(str, Enum):
@@ -35,7 +42,11 @@ _NEXT_STEP = {
 
 
 class QuantizationLifecycle:
-    """Mixin with the public steps. A subclass does the work in the `_on_...` methods."""
+    """Mixin of an `nn.Module` with the public steps.
+
+    A subclass does the work in the `_on_...` methods, which may fail anywhere: each runs inside
+    `all_or_nothing`.
+    """
 
     _state: QuantizationState = QuantizationState.FLOAT
     _quant_config: QuantizationConfig | None = None
@@ -63,8 +74,8 @@ class QuantizationLifecycle:
         if self._recalibrates_when_quantized:
             allowed.add(QuantizationState.QUANTIZED)
         self._require("start_calibration", allowed)
-        self._on_start_calibration()
-        self._set_state(QuantizationState.CALIBRATING)
+        with self._step_to(QuantizationState.CALIBRATING):
+            self._on_start_calibration()
 
     def end_calibration(self) -> None:
         """Turn what was observed into scales and zero points.
@@ -73,8 +84,8 @@ class QuantizationLifecycle:
             CalibrationError: if no data was seen; the model stays in calibration.
         """
         self._require("end_calibration", {QuantizationState.CALIBRATING})
-        self._on_end_calibration()
-        self._set_state(QuantizationState.CALIBRATED)
+        with self._step_to(QuantizationState.CALIBRATED):
+            self._on_end_calibration()
 
     def apply_ptq(self) -> None:
         """Quantize a calibrated model of a PTQ mode; does nothing if that is done already."""
@@ -87,8 +98,8 @@ class QuantizationLifecycle:
         if self._state is QuantizationState.QUANTIZED:
             return
         self._require("apply_ptq", {QuantizationState.CALIBRATED})
-        self._on_quantize()
-        self._set_state(QuantizationState.QUANTIZED)
+        with self._step_to(QuantizationState.QUANTIZED):
+            self._on_quantize()
 
     def enable_qat(self) -> None:
         """Fake-quantize a calibrated model of a QAT mode; does nothing if that is done already."""
@@ -101,8 +112,8 @@ class QuantizationLifecycle:
         if self._state is QuantizationState.TRAINING:
             return
         self._require("enable_qat", {QuantizationState.CALIBRATED})
-        self._on_enable_qat()
-        self._set_state(QuantizationState.TRAINING)
+        with self._step_to(QuantizationState.TRAINING):
+            self._on_enable_qat()
 
     def convert(self) -> None:
         """End quantization-aware training: freeze scales and weights into codes, bit for bit."""
@@ -113,8 +124,8 @@ class QuantizationLifecycle:
                 "model with a 'qat_...' mode"
             )
         self._require("convert", {QuantizationState.TRAINING})
-        self._on_quantize()
-        self._set_state(QuantizationState.QUANTIZED)
+        with self._step_to(QuantizationState.QUANTIZED):
+            self._on_quantize()
 
     def _require_config(self, step: str) -> QuantizationConfig:
         if self._quant_config is None:
@@ -132,6 +143,13 @@ class QuantizationLifecycle:
             f"{step}() needs a model that is {needed}, and this one is {self._state.value}; "
             f"the next step from here is {_NEXT_STEP[self._state]}"
         )
+
+    @contextmanager
+    def _step_to(self, state: QuantizationState) -> Iterator[None]:
+        """Take the state once the block has done its work; undo the block if anything raises."""
+        with all_or_nothing(cast(nn.Module, self)):
+            yield
+            self._set_state(state)
 
     def _set_state(self, state: QuantizationState) -> None:
         self._state = state

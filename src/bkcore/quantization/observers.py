@@ -101,20 +101,23 @@ class HistogramObserver:
                 f"{_LARGEST:.0e}; check the data, or the model that made them"
             )
         groups = group_of_channel.cpu()
-        self.low.scatter_reduce_(0, groups, values.amin(0), "amin")
-        self.high.scatter_reduce_(0, groups, values.amax(0), "amax")
-        extreme = torch.maximum(-self.low, self.high).double().clamp(min=_SMALLEST)
-        self._widen(torch.exp2(torch.ceil(torch.log2(extreme))))
-        bins = _bins(values, self.half_range[groups].float())
+        low = self.low.scatter_reduce(0, groups, values.amin(0), "amin")
+        high = self.high.scatter_reduce(0, groups, values.amax(0), "amax")
+        extreme = torch.maximum(-low, high).double().clamp(min=_SMALLEST)
+        half_range = torch.maximum(self.half_range, torch.exp2(torch.ceil(torch.log2(extreme))))
+        bins = _bins(values, half_range[groups].float())
         flat = (bins + groups * BINS).flatten()
         counts = torch.bincount(flat, minlength=self.counts.numel())
-        self.counts += counts.view_as(self.counts)
         if weight is None:
             costs = counts * WEIGHT_STEPS
         else:
             steps = (weight.detach().reshape(values.shape).double().cpu() * WEIGHT_STEPS).round()
             costs = torch.bincount(flat, steps.flatten(), minlength=len(counts)).long()
-        self.costs += costs.view_as(self.costs)
+        # Replaced all together and never written to: nothing is half counted, and copies last.
+        self._widen(half_range)
+        self.counts = self.counts + counts.view_as(self.counts)
+        self.costs = self.costs + costs.view_as(self.costs)
+        self.low, self.high = low, high
 
     def merge(self, other: HistogramObserver) -> None:
         """Add what another observer saw, exactly as if this one had seen it too.

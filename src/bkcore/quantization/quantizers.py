@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from bkcore.quantization.config import check_observer
 from bkcore.quantization.levels import LevelTable
 from bkcore.quantization.observers import METHODS, HistogramObserver
 from bkcore.quantization.storage import StoredDtypes
+from bkcore.quantization.transaction import all_or_nothing
 
 
 class GroupWiseQuantizer(StoredDtypes):
@@ -46,6 +48,7 @@ class GroupWiseQuantizer(StoredDtypes):
     """
 
     stored = ("stored_scales",)
+    written_in_place = ("log_scales", "stored_scales", "zero_points", "record")
 
     def __init__(
         self,
@@ -169,10 +172,10 @@ class GroupWiseQuantizer(StoredDtypes):
             raise ShapeError(
                 f"weight must have the shape of x, {tuple(x.shape)}, got {tuple(weight.shape)}"
             )
-        if self._histograms is None:
-            self._histograms = HistogramObserver(self.num_groups)
+        histograms = copy.copy(self._histograms) or HistogramObserver(self.num_groups)
         groups = torch.arange(self.num_channels) // self.group_size
-        self._histograms.observe(x, groups, weight)
+        histograms.observe(x, groups, weight)
+        self._histograms = histograms
 
     def start_calibration(self) -> None:
         """Forget what was observed."""
@@ -187,7 +190,11 @@ class GroupWiseQuantizer(StoredDtypes):
         Raises:
             CalibrationError: if nothing was observed.
         """
-        observer = self._histograms or HistogramObserver(self.num_groups)
+        with all_or_nothing(self):
+            self._choose_scales()
+
+    def _choose_scales(self) -> None:
+        observer = copy.copy(self._histograms) or HistogramObserver(self.num_groups)
         observer.merge_processes(self.zero_points.device)
         if observer.empty:
             raise CalibrationError(
@@ -207,10 +214,11 @@ class GroupWiseQuantizer(StoredDtypes):
         self._histograms = None
 
     def calibrate(self, x: Tensor) -> None:
-        """Choose the scales from one tensor (..., num_channels)."""
-        self.start_calibration()
-        self.observe(x)
-        self.end_calibration()
+        """Choose the scales from one tensor (..., num_channels); a failure changes nothing."""
+        with all_or_nothing(self):
+            self.start_calibration()
+            self.observe(x)
+            self.end_calibration()
 
     def quantize(self, x: Tensor) -> Tensor:
         """int8 codes of x, same shape; 4-bit codes lie in [-8, 7].
@@ -428,13 +436,15 @@ class ComplexQuantizer(nn.Module):
     def observe(self, x: Tensor) -> None:
         """Add complex x (..., num_channels) to the calibration data; errors as in `calibrate`."""
         _check_complex(x)
-        self.real.observe(x.real)
-        self.imag.observe(x.imag)
+        with all_or_nothing(self):
+            self.real.observe(x.real)
+            self.imag.observe(x.imag)
 
     def end_calibration(self) -> None:
         """Choose the scales of both parts; `CalibrationError` if nothing was observed."""
-        self.real.end_calibration()
-        self.imag.end_calibration()
+        with all_or_nothing(self):
+            self.real.end_calibration()
+            self.imag.end_calibration()
 
     def calibrate(self, x: Tensor) -> None:
         """Choose the scales from one complex tensor (..., num_channels).
@@ -443,9 +453,10 @@ class ComplexQuantizer(nn.Module):
             DTypeError: if x is not complex.
             CalibrationError: if it is empty or not finite.
         """
-        self.start_calibration()
-        self.observe(x)
-        self.end_calibration()
+        with all_or_nothing(self):
+            self.start_calibration()
+            self.observe(x)
+            self.end_calibration()
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """int8 codes of the real and of the imaginary part of complex x."""
