@@ -37,12 +37,30 @@ def test_defaults_are_the_documented_ones():
         "observer": None,
         "percentile": 99.9,
         "weight_rounding": "gptq",
-        "nonuniform": True,
+        "nonuniform": None,
         "min_size": 2048,
     }
     assert QuantizationConfig.from_dict(config.to_dict()) == config
     older = {name: value for name, value in config.to_dict().items() if name != "min_size"}
     assert QuantizationConfig.from_dict(older).min_size == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "nonuniform", "core", "model"),
+    [
+        ("ptq_int8", None, False, False),
+        ("ptq_int4", None, False, True),
+        ("qat_int8", None, True, False),
+        ("qat_int4", None, False, True),
+        ("ptq_int4", True, False, True),
+        ("qat_int4", True, True, True),
+        ("qat_int8", False, False, False),
+        ("qat_int4", False, False, False),
+    ],
+)
+def test_where_levels_are_uneven(mode, nonuniform, core, model):
+    config = QuantizationConfig(mode, nonuniform=nonuniform)
+    assert (config.core_has_level_tables, config.has_level_tables) == (core, model)
 
 
 @pytest.mark.parametrize("mode", MODES.values())

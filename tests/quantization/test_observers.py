@@ -467,3 +467,34 @@ def test_ranges_go_where_errors_cost():
         return float((affine.fake_quantize(x, scale, zero_point, 4) - x)[x > 1].abs().mean())
 
     assert error_above(weighted) < 0.6 * error_above(plain)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "auto"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_groups_that_share_a_zero_point(method, bits):
+    torch.manual_seed(0)
+    spread = torch.tensor([0.1, 1.0, 1.0, 10.0])
+    x = 0.4 + spread * torch.rand(2000, 4)  # ranges that start at quite different shares of the end
+    observer = HistogramObserver(4)
+    observer.observe(x, torch.arange(4))
+    own = observer.choose(method, bits, False, 1, 99.0)
+    shared = observer.choose(method, bits, False, 1, 99.0, shared_zero_point=True)
+    assert len(shared.zero_points.unique()) == 1
+    assert set(shared.zero_points.tolist()) <= set(own.zero_points.tolist())
+    if method == "minmax" and bits == 4:  # at 8 a stored scale is off by more than half a code
+        assert shared.clipped == 0
+    costs = [
+        observer.error(own.scales, torch.full((4,), zero).to(torch.int8), bits, 1)
+        for zero in own.zero_points.tolist()
+    ]
+    if method in ("mae", "mse", "auto"):  # the best, each group keeping its upper end
+        assert observer.error(shared.scales, shared.zero_points, bits, 1) <= min(costs)
+
+
+def test_a_zero_point_that_all_groups_would_choose_changes_nothing():
+    torch.manual_seed(0)
+    observer = HistogramObserver(3)
+    observer.observe(torch.rand(500, 1).expand(500, 3), torch.arange(3))
+    own, shared = (observer.choose("mae", 4, False, 1, 99.0, share) for share in (False, True))
+    assert torch.equal(own.scales, shared.scales)
+    assert torch.equal(own.zero_points, shared.zero_points)

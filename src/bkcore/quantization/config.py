@@ -51,10 +51,11 @@ class QuantizationConfig:
             PTQ, unless `tensor_bits` names them: with so few, a product in codes takes longer than
             one in float, for one row and for many (`bkcore bench inference --only layers`). 0
             leaves none. QAT, which has no float16, trains them through codes.
-        nonuniform: the levels of a core's codes need not be evenly spaced (`LevelTable`): in the
-            QAT modes of a standalone core, which learn them, and at 4 bits in the language model,
-            where QAT learns and PTQ fits them. False saves the tables, 48 bytes each at 8 bits and
-            32 at 4.
+        nonuniform: the levels of a core's codes need not be evenly spaced (`LevelTable`). True has
+            tables in the QAT modes of a standalone core, which learn them, and at 4 bits in the
+            language model, where QAT learns and PTQ fits them; False has none, and saves 48 bytes
+            each at 8 bits and 32 at 4. None (default) is True, but for the QAT INT4 mode of a
+            standalone core, where three tables would take more bytes than all scales.
 
     Raises:
         InputError: for an unknown mode, observer or rounding, a group size below 1, a percentile
@@ -69,7 +70,7 @@ class QuantizationConfig:
     observer: str | None = None
     percentile: float = 99.9
     weight_rounding: str = "gptq"
-    nonuniform: bool = True
+    nonuniform: bool | None = None
     tensor_bits: dict[str, int] | None = field(default=None, hash=False)
     min_size: int = 2048
 
@@ -85,11 +86,11 @@ class QuantizationConfig:
                 f"unknown quantization mode {self.mode!r}; choose one of {', '.join(MODES)}"
             )
         check_group_size(self.group_size)
-        for name in ("per_channel", "nonuniform"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if self.symmetric is not None and not isinstance(self.symmetric, bool):
-            raise InputError(f"symmetric must be None, True or False, not {self.symmetric!r}")
+        if not isinstance(self.per_channel, bool):
+            raise InputError(f"per_channel must be True or False, not {self.per_channel!r}")
+        for name in ("symmetric", "nonuniform"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise InputError(f"{name} must be None, True or False, not {getattr(self, name)!r}")
         check_observer(self.observer, self.percentile)
         if self.weight_rounding not in WEIGHT_ROUNDINGS:
             raise InputError(
@@ -131,7 +132,13 @@ class QuantizationConfig:
     def has_level_tables(self) -> bool:
         """True if the activations of the language model's cores have levels of their own: at 8
         bits uneven levels gain nothing that it would notice."""
-        return self.nonuniform and self.bits == 4
+        return self.nonuniform is not False and self.bits == 4
+
+    @property
+    def core_has_level_tables(self) -> bool:
+        """True if the codes of a standalone core have levels of their own."""
+        wanted = self.bits == 8 if self.nonuniform is None else self.nonuniform
+        return self.is_qat and wanted
 
     def weight_bits(self, part: Part, name: str | None = None, size: int | None = None) -> int:
         """Bits of the weights in a part of the language model: 4, 8 or 16 (float16).

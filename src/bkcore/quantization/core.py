@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from bkcore.core.module import BirmanSchwingerCore
 from bkcore.core.resolvent import resolvent_diagonal
 from bkcore.errors import CheckpointError, ShapeError
 from bkcore.kernels import sweep_rounded
+from bkcore.quantization import core_state
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.lifecycle import QuantizationLifecycle, QuantizationState
 from bkcore.quantization.metrics import error_metrics
@@ -66,7 +67,7 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
             learnable=config.is_qat,
             observer=config.observer,
             percentile=config.percentile,
-            nonuniform=config.is_qat and config.nonuniform,
+            nonuniform=config.core_has_level_tables,
         )
         self.G_quantizer = ComplexQuantizer(
             n_seq,
@@ -76,9 +77,13 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
             learnable=config.is_qat,
             observer=config.observer,
             percentile=config.percentile,
-            nonuniform=config.is_qat and config.nonuniform,
+            nonuniform=config.core_has_level_tables,
+            # All lie in one disc, so that one zero point suits all groups: Im G >= 0.
+            shared_zero_point=config.bits == 4,
         )
         self._history: deque[dict[str, float]] = deque(maxlen=_HISTORY)
+        self.register_state_dict_post_hook(core_state.reduce_zero_points)
+        self.register_load_state_dict_pre_hook(core_state.check)
 
     @property
     def n_seq(self) -> int:
@@ -165,6 +170,9 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
     def estimate_model_size(self) -> dict[str, Any]:
         """Bytes of one sequence: its N potentials, 2 N features and the quantization parameters.
 
+        The parameters are the scales, zero points and tables of levels that a state dict holds. Not
+        counted are what it says about the core: its configuration, and the record of calibration.
+
         Returns:
             `fp32_bytes`; `quantized_bytes` (what they take once quantized, at any state);
             `current_bytes` (what they take now); `compression_ratio` (the first over the second);
@@ -210,13 +218,7 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Lifecycle state, configuration and core as JSON bytes, uint8, for the state dict."""
-        fields = {"state": self._state.value, **self._identity()}
-        return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for scales to mean the same."""
-        names = ("n_seq", "epsilon", "energy", "hopping", "onsite", "causal")
-        return self.quant_config.to_dict() | {name: getattr(self.core, name) for name in names}
+        return core_state.encode(self)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the lifecycle state from a state dict.
@@ -224,19 +226,23 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
         Raises:
             CheckpointError: if the state dict is of another core or configuration.
         """
-        try:
-            fields = json.loads(bytes(state.tolist()))
-            restored = QuantizationState(fields.pop("state"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"the state dict holds no quantization state: {error}") from error
-        own = self._identity()
-        differing = {key: fields.get(key) for key in own if fields.get(key) != own[key]}
-        if differing:
-            raise CheckpointError(
-                f"the state dict is of a core with {differing}, and this one has "
-                f"{ ({key: own[key] for key in differing}) }; build it the same"
-            )
-        self._state = restored
+        self._state = core_state.decode(self, state)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As in PyTorch; a state dict that is refused changes nothing.
+
+        Raises:
+            CheckpointError: if it is of another core or configuration, or an entry is missing,
+                unknown, or of another shape or dtype; also inside the state dict of a larger
+                model, and with `strict=False`, which only lets all entries be missing.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise CheckpointError(f"state_dict must be a mapping, not {type(state_dict).__name__}")
+        if strict and not state_dict:
+            raise CheckpointError("state_dict is empty; give what core.state_dict() returned")
+        return super().load_state_dict(state_dict, strict, assign)
 
     @property
     def _quantizes(self) -> bool:

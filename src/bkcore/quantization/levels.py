@@ -61,9 +61,14 @@ class LevelTable(StoredDtypes):
         return "log_steps" in self._parameters
 
     @property
+    def segments(self) -> int:
+        """How many steps the table has."""
+        return len(self._lengths)
+
+    @property
     def storage_bytes(self) -> int:
         """Bytes of the table as it is stored: two a step, and two for the first level."""
-        return 2 * (1 + len(self._lengths))
+        return 2 * (1 + self.segments)
 
     @property
     def values(self) -> Tensor:

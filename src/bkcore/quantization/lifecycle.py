@@ -31,6 +31,11 @@ class QuantizationState(str, Enum):
     TRAINING = "training"
     QUANTIZED = "quantized"
 
+    @property
+    def has_scales(self) -> bool:
+        """True once calibration has ended."""
+        return self not in (QuantizationState.FLOAT, QuantizationState.CALIBRATING)
+
 
 _NEXT_STEP = {
     QuantizationState.FLOAT: "start_calibration()",
@@ -65,7 +70,7 @@ class QuantizationLifecycle:
     @property
     def calibrated(self) -> bool:
         """True once calibration has ended."""
-        return self._state not in (QuantizationState.FLOAT, QuantizationState.CALIBRATING)
+        return self._state.has_scales
 
     def start_calibration(self) -> None:
         """Begin to observe ranges; forward passes stay float. Calibrated models start afresh."""

@@ -166,7 +166,13 @@ class HistogramObserver:
         self.half_range = half_range
 
     def choose(
-        self, method: str, bits: int, symmetric: bool, norm: int, percentile: float
+        self,
+        method: str,
+        bits: int,
+        symmetric: bool,
+        norm: int,
+        percentile: float,
+        shared_zero_point: bool = False,
     ) -> Choice:
         """Choose the range of the codes.
 
@@ -174,6 +180,7 @@ class HistogramObserver:
             method: one of `METHODS`, or "auto": the one whose mean |error|^norm over the whole
                 tensor is least on the histograms; the first in their order of several.
             percentile: percent of the values that "percentile" keeps inside, in (0, 100].
+            shared_zero_point: give all groups one zero point; for values that are not negative.
 
         Raises:
             CalibrationError: if nothing was observed.
@@ -185,8 +192,30 @@ class HistogramObserver:
         if method == "auto":
             method = min(ranges, key=lambda name: self.error(*ranges[name], bits, norm))
         scales, zero_points = ranges[method]
+        if shared_zero_point:
+            searched = method in ("mae", "mse")
+            scales, zero_points = self._shared(scales, zero_points, bits, norm, searched)
         seen = int(self.counts.sum())
         return Choice(method, scales, zero_points, seen, self.clipped(scales, zero_points, bits))
+
+    def _shared(
+        self, scales: Tensor, zero_points: Tensor, bits: int, norm: int, searched: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The ranges with one zero point for all; each keeps its upper end.
+
+        Of those that the groups have: the one of least error if ranges were searched for it, else
+        the greatest, with which no range loses its lower end either.
+        """
+        qmax = affine.code_range(bits)[1]
+        highs = scales * (qmax - zero_points.float())
+
+        def sharing(zero: int) -> tuple[Tensor, Tensor]:
+            return affine.storable(highs / (qmax - zero)), torch.full_like(zero_points, zero)
+
+        zeros = zero_points.unique().tolist()
+        if not searched:
+            return sharing(zeros[-1])
+        return min(map(sharing, zeros), key=lambda pair: self.error(pair[0], pair[1], bits, norm))
 
     def _range(
         self, method: str, bits: int, symmetric: bool, percentile: float

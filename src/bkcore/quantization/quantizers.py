@@ -38,6 +38,8 @@ class GroupWiseQuantizer(StoredDtypes):
         percentile: percent of the values inside the range of the observer "percentile".
         nonuniform: have a table of levels, too: learned if the scales are, or chosen by the
             calibration.
+        shared_zero_point: one zero point for all groups, of which one byte has to be stored; for
+            values that are not negative.
 
     Attributes:
         scales: (num_groups,) float32; NaN before calibration.
@@ -62,6 +64,7 @@ class GroupWiseQuantizer(StoredDtypes):
         observer: str | None = None,
         percentile: float = 99.9,
         nonuniform: bool = False,
+        shared_zero_point: bool = False,
     ) -> None:
         super().__init__()
         check_observer(observer, percentile)
@@ -75,6 +78,7 @@ class GroupWiseQuantizer(StoredDtypes):
         self.norm = norm
         self.observer = observer or ("mae" if norm == 1 else "mse")
         self.percentile = percentile
+        self.shared_zero_point = shared_zero_point and not symmetric
         self._histograms: HistogramObserver | None = None
         self._calibrated = False
         self._rounding: ChannelRounding | None = None
@@ -148,7 +152,14 @@ class GroupWiseQuantizer(StoredDtypes):
     def storage_bytes(self) -> int:
         """Bytes of the quantization parameters: scales, zero points if fitted, and the table."""
         table = self.table.storage_bytes if self.table else 0
-        return self.num_groups * (2 if self.symmetric else 3) + table
+        return 2 * self.num_groups + self.distinct_zero_points + table
+
+    @property
+    def distinct_zero_points(self) -> int:
+        """How many zero points there are to store: none, one or one per group."""
+        if self.symmetric:
+            return 0
+        return 1 if self.shared_zero_point else self.num_groups
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -201,7 +212,12 @@ class GroupWiseQuantizer(StoredDtypes):
                 "calibration saw no data: pass at least one non-empty batch before it ends"
             )
         choice = observer.choose(
-            self.observer, self.bits, self.symmetric, self.norm, self.percentile
+            self.observer,
+            self.bits,
+            self.symmetric,
+            self.norm,
+            self.percentile,
+            self.shared_zero_point,
         )
         with torch.no_grad():
             target = self.log_scales if self.learnable else self.stored_scales
@@ -345,7 +361,7 @@ class GroupWiseQuantizer(StoredDtypes):
         # have learned ones; take its form, so that a converted model loads into a fresh one.
         if self.learnable and prefix + "stored_scales" in state_dict:
             self.freeze()
-        self._calibrated = False
+        self._calibrated, self._histograms = False, None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -359,6 +375,7 @@ class ComplexQuantizer(nn.Module):
         group_size: channels that share a scale.
         symmetric: None makes the real part symmetric and the imaginary part asymmetric, the right
             choice for a resolvent, where Im G >= 0; True or False forces both.
+        shared_zero_point: one zero point for all groups of the imaginary part.
         learnable, norm, observer, percentile, nonuniform: as in `GroupWiseQuantizer`.
 
     Attributes:
@@ -378,11 +395,12 @@ class ComplexQuantizer(nn.Module):
         observer: str | None = None,
         percentile: float = 99.9,
         nonuniform: bool = False,
+        shared_zero_point: bool = False,
     ) -> None:
         super().__init__()
         size = group_size if per_channel else num_channels
 
-        def part(default_symmetric: bool) -> GroupWiseQuantizer:
+        def part(default_symmetric: bool, shares: bool = False) -> GroupWiseQuantizer:
             return GroupWiseQuantizer(
                 num_channels,
                 size,
@@ -393,10 +411,11 @@ class ComplexQuantizer(nn.Module):
                 observer=observer,
                 percentile=percentile,
                 nonuniform=nonuniform,
+                shared_zero_point=shares,
             )
 
         self.real = part(default_symmetric=True)
-        self.imag = part(default_symmetric=False)
+        self.imag = part(default_symmetric=False, shares=shared_zero_point)
 
     @property
     def num_channels(self) -> int:

@@ -1,0 +1,183 @@
+"""The state dict of a standalone core: what is in it, and whether one fits a core.
+
+Beside the tensors of its quantizers it holds the lifecycle state, the configuration and the core as
+JSON bytes (`_extra_state`). Of the zero points it holds those that `storage_bytes` counts: none of
+a symmetric quantizer, one of a quantizer whose groups share it. Those of every group, as earlier
+versions saved them, load too.
+
+A state dict is looked through before anything is loaded, so that a core takes all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bkcore.errors import CheckpointError
+from bkcore.quantization.affine import SCALE_DTYPE
+from bkcore.quantization.lifecycle import QuantizationState
+from bkcore.quantization.quantizers import GroupWiseQuantizer
+
+if TYPE_CHECKING:
+    from bkcore.quantization.core import QuantizedBirmanSchwingerCore
+
+_EXTRA = "_extra_state"
+_Expected = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
+"""Shape and dtype by name; None stands for any real floating dtype."""
+
+
+def encode(core: QuantizedBirmanSchwingerCore) -> Tensor:
+    """Lifecycle state, configuration and core as JSON bytes, uint8."""
+    fields = {"state": core.quantization_state.value, **_identity(core)}
+    return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+
+
+def decode(core: QuantizedBirmanSchwingerCore, state: Any) -> QuantizationState:
+    """The lifecycle state of what `encode` gave for a core like this one.
+
+    Raises:
+        CheckpointError: if it is of another core or configuration, or nothing of the kind.
+    """
+    try:
+        if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.ndim != 1:
+            raise TypeError(f"{_EXTRA} is no uint8 tensor with one axis but {_described(state)}")
+        fields = json.loads(bytes(state.tolist()))
+        restored = QuantizationState(fields.pop("state"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"the state dict holds no quantization state: {error}") from error
+    own = _identity(core)
+    # Earlier versions wrote what the configuration said; PTQ modes have no tables in any case.
+    fields["nonuniform"] = core.quant_config.is_qat and fields.get("nonuniform")
+    differing = {key: fields.get(key) for key in own if fields.get(key) != own[key]}
+    if differing:
+        raise CheckpointError(
+            f"the state dict is of a core with {differing}, and this one has "
+            f"{ ({key: own[key] for key in differing}) }; build it the same"
+        )
+    return restored
+
+
+def reduce_zero_points(
+    core: QuantizedBirmanSchwingerCore, state_dict: dict[str, Any], prefix: str, _: Any
+) -> None:
+    """Leave in a state dict the zero points that have to be stored: a post hook of saving."""
+    for name, quantizer in _quantizers(core).items():
+        zero_points = state_dict.pop(f"{prefix}{name}.zero_points")
+        if quantizer.distinct_zero_points:
+            kept = zero_points[: quantizer.distinct_zero_points].clone()
+            state_dict[f"{prefix}{name}.zero_points"] = kept
+
+
+def check(
+    core: QuantizedBirmanSchwingerCore,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_: Any,
+) -> None:
+    """Refuse a state dict that does not fit, and complete its zero points: a pre hook of loading.
+
+    One that holds nothing of the core is left to PyTorch, which lists what is missing.
+
+    Raises:
+        CheckpointError: if an entry is missing, unknown, or not what this core can hold.
+    """
+    entries = {k[len(prefix) :]: x for k, x in state_dict.items() if k.startswith(prefix)}
+    if not entries:
+        return
+    calibrated = decode(core, entries.get(_EXTRA)).has_scales
+    expected: _Expected = {}
+    for name, quantizer in _quantizers(core).items():
+        expected |= _expected(name, quantizer, entries)
+    missing, unknown = expected.keys() - entries.keys(), entries.keys() - expected.keys() - {_EXTRA}
+    if missing or unknown:
+        raise CheckpointError(
+            f"the state dict of a core lacks {sorted(missing)} and holds {sorted(unknown)}, which "
+            "is not in it; save and load all that core.state_dict() gives"
+        )
+    for name, (shape, dtype) in expected.items():
+        _check_entry(name, entries[name], shape, dtype)
+        if calibrated and name.endswith("stored_scales"):
+            _check_scales(name, entries[name])
+    for name, quantizer in _quantizers(core).items():
+        key = f"{name}.zero_points"
+        every = _every_zero_point(key, entries.get(key), quantizer)
+        state_dict[prefix + key] = every
+
+
+def _identity(core: QuantizedBirmanSchwingerCore) -> dict[str, Any]:
+    """What must be the same for scales to mean the same."""
+    names = ("n_seq", "epsilon", "energy", "hopping", "onsite", "causal")
+    fields = core.quant_config.to_dict() | {name: getattr(core.core, name) for name in names}
+    return fields | {"nonuniform": core.quant_config.core_has_level_tables}
+
+
+def _quantizers(core: QuantizedBirmanSchwingerCore) -> dict[str, GroupWiseQuantizer]:
+    real, imag = core.G_quantizer.real, core.G_quantizer.imag
+    return {"v_quantizer": core.v_quantizer, "G_quantizer.real": real, "G_quantizer.imag": imag}
+
+
+def _expected(name: str, quantizer: GroupWiseQuantizer, entries: dict[str, Any]) -> _Expected:
+    """The entries of a quantizer in the form, learned or stored, in which its scales came."""
+    groups = (quantizer.num_groups,)
+    learned = f"{name}.log_scales" in entries
+    expected: _Expected = {f"{name}.record": ((3,), torch.int64)}
+    if learned and not quantizer.learnable:
+        raise CheckpointError(
+            f"the state dict holds {name}.log_scales, which train, and this core is converted; "
+            "load it into a core that was built anew"
+        )
+    expected[f"{name}.log_scales" if learned else f"{name}.stored_scales"] = (
+        groups,
+        None if learned else SCALE_DTYPE,
+    )
+    zero_points = entries.get(f"{name}.zero_points")
+    if zero_points is not None or quantizer.distinct_zero_points:
+        earlier = isinstance(zero_points, Tensor) and zero_points.shape == groups
+        count = groups if earlier else (quantizer.distinct_zero_points,)
+        expected[f"{name}.zero_points"] = (count, torch.int8)
+    if quantizer.table is not None:
+        steps = quantizer.table.segments
+        if learned:
+            expected[f"{name}.table.first_level"] = ((), None)
+            expected[f"{name}.table.log_steps"] = ((steps,), None)
+        else:
+            expected[f"{name}.table.stored_levels"] = ((1 + steps,), SCALE_DTYPE)
+    return expected
+
+
+def _check_entry(name: str, entry: Any, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    fits = isinstance(entry, Tensor) and entry.shape == shape
+    if fits and (entry.dtype == dtype if dtype else entry.is_floating_point()):
+        return
+    raise CheckpointError(
+        f"{name} in the state dict is {_described(entry)}, not {dtype or 'floating point'} of "
+        f"shape {shape}; it is damaged, or of another core"
+    )
+
+
+def _check_scales(name: str, scales: Tensor) -> None:
+    if not bool((scales.isfinite() & (scales > 0)).all()):
+        raise CheckpointError(
+            f"{name} in the state dict of a calibrated core holds {scales.min().item()} to "
+            f"{scales.max().item()}, and scales are finite and positive; the file is damaged"
+        )
+
+
+def _every_zero_point(name: str, stored: Tensor | None, quantizer: GroupWiseQuantizer) -> Tensor:
+    """The zero point of every group, of those in a state dict."""
+    if stored is None:
+        return torch.zeros_like(quantizer.zero_points)
+    if quantizer.symmetric and bool(stored.any()):
+        raise CheckpointError(
+            f"{name} in the state dict is not 0, and the quantizer is symmetric; it is damaged"
+        )
+    return stored.expand(quantizer.num_groups).clone()
+
+
+def _described(entry: Any) -> str:
+    if isinstance(entry, Tensor):
+        return f"{entry.dtype} of shape {tuple(entry.shape)}"
+    return type(entry).__name__
