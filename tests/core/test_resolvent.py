@@ -288,7 +288,7 @@ def test_energy_and_onsite_that_do_not_broadcast_raise():
         ({"eta": 0.0}, InputError, "eta must be > 0, got 0.0"),
         ({"eta": torch.tensor([1.0, -0.5, 1.0])}, InputError, "eta must be > 0, got -0.5"),
         ({"eta": torch.ones(2)}, ShapeError, r"eta must be a number or \(3,\)"),
-        ({"energy": torch.zeros(3) * 1j}, DTypeError, "energy or onsite must be real"),
+        ({"energy": torch.zeros(3) * 1j}, DTypeError, "energy must be real"),
         ({"hopping": torch.ones(5, 3)}, ShapeError, "hopping must be a number"),
     ],
 )

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bkcore.core.resolvent import require_positive, require_real_float
+from bkcore.core.arguments import (
+    computing_dtype,
+    real,
+    require_device,
+    require_positive,
+    require_range,
+    require_real_float,
+)
+from bkcore.errors import DTypeError, ShapeError
 from bkcore.kernels import attention
 
 
@@ -15,7 +23,7 @@ def resolvent_attention(
     value: Tensor,
     hopping: Tensor,
     potential: Tensor,
-    eta: Tensor,
+    eta: float | Tensor,
     state: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Read what earlier sites wrote, by the last row of the resolvent of the sites so far.
@@ -40,7 +48,7 @@ def resolvent_attention(
         value: (B, N, H, U).
         hopping: (B, N, H), t_i.
         potential: (B, N, H), in units of the hopping 1.
-        eta: (H,), positive: the broadening, Im z.
+        eta: number, or tensor () or (H,), positive: the broadening, Im z.
         state: what an earlier call returned; the sequence goes on from there, bit for bit. A chain
             whose g is 0 has no site yet, and begins as without a state.
 
@@ -51,25 +59,81 @@ def resolvent_attention(
 
     Raises:
         ShapeError: the tensors do not fit together.
-        DTypeError: a tensor is complex, or value is of integers.
-        InputError: eta is not positive (checked on the CPU).
+        DTypeError: a tensor is complex or of integers, or an argument is no tensor.
+        InputError: eta is not positive, or tensors are on different devices; or what is computed
+            in, float32 or float64, does not hold the results: with M = 1e18 or 1e150, eta must
+            lie between 1/M and M, |potential| and hopping^2 go up to M, and hopping^2 up to
+            M eta. Values are looked at on the CPU only, as in `bkcore.core.resolvent`.
     """
-    for name, x in {"query": query, "key": key, "value": value, "hopping": hopping}.items():
-        require_real_float(name, x)
-    require_real_float("potential", potential)
-    require_positive("eta", eta)
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    eta = _check(query, key, value, hopping, potential, eta)
+    dtype = computing_dtype(value)
+    added = {"potential": potential, "hopping^2": hopping.detach().square()}
+    sites_last = hopping.transpose(1, 2)
+    require_range(dtype, added, eta.unsqueeze(-1), sites_last, eta_name="eta", tensor="value")
+    first_g, first_psi = _taken_apart(state, value, key.shape[-1], dtype)
     query, key, value, hopping, potential, eta = (
         x.to(dtype) for x in (query, key, value, hopping, potential, eta)
     )
     first = torch.zeros_like(hopping[:, :1])
-    if state is not None:  # g of a site is never 0
-        first = hopping[:, :1] * (state[0] != 0).any(-1)[:, None]
+    if first_g is not None:  # g of a site is never 0
+        first = hopping[:, :1] * (first_g != 0).any(-1)[:, None]
     hopping = torch.cat((first, hopping[:, 1:]), 1)
     diagonal = 1 + hopping.square() + potential
-    first_g, first_psi = (None, None) if state is None else (x.to(dtype) for x in state)
     g, out, psi = attention(
         diagonal, hopping, torch.zeros_like(eta), eta, query, key, value, first_g, first_psi
     )
     complex_out = torch.complex(out[:, :, :, 0], out[:, :, :, 1])
     return complex_out, torch.view_as_complex(g), (g[:, -1], psi)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hopping: Tensor,
+    potential: Tensor,
+    eta: float | Tensor,
+) -> Tensor:
+    """Raise unless the inputs fit together; eta as (H,)."""
+    tensors = {"query": query, "key": key, "value": value}
+    tensors |= {"hopping": hopping, "potential": potential}
+    for name, x in tensors.items():
+        require_real_float(name, x)
+    for name, x in (("query", query), ("value", value)):
+        if x.ndim != 4 or x.shape[1] < 1:
+            raise ShapeError(f"{name} must have axes (B, N, H, ...), N >= 1, got {tuple(x.shape)}")
+    chains = query.shape[:3]
+    last = {"query": query.shape[3:], "key": query.shape[3:], "value": value.shape[3:]}
+    for name, x in tensors.items():
+        shape = (*chains, *last.get(name, ()))
+        if x.shape != shape:
+            raise ShapeError(
+                f"{name} must be {shape} for query of shape {tuple(query.shape)}, "
+                f"got {tuple(x.shape)}"
+            )
+        require_device(name, x, query, "query")
+    eta = real("eta", eta, value, "value")
+    require_positive("eta", eta)
+    if not isinstance(eta, Tensor):
+        return query.new_full(chains[2:], eta, dtype=torch.float64)
+    if eta.shape not in ((), chains[2:]):
+        raise ShapeError(f"eta must be a number or {tuple(chains[2:])}, got {tuple(eta.shape)}")
+    return eta.to(value.device).expand(chains[2:])
+
+
+def _taken_apart(
+    state: tuple[Tensor, Tensor] | None, value: Tensor, keys: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """g and psi of a state, checked."""
+    if state is None:
+        return None, None
+    if not isinstance(state, tuple | list) or len(state) != 2:
+        raise DTypeError(f"state must be None or two tensors, got {type(state).__name__}")
+    batch, _, heads, values = value.shape
+    shapes = ((batch, heads, 2), (batch, heads, 2, keys, values))
+    for i, (x, shape) in enumerate(zip(state, shapes, strict=True)):
+        require_real_float(f"state[{i}]", x)
+        require_device(f"state[{i}]", x, value, "value")
+        if x.shape != shape:
+            raise ShapeError(f"state[{i}] must be {shape}, got {tuple(x.shape)}")
+    return state[0].to(dtype), state[1].to(dtype)

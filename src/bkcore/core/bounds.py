@@ -55,14 +55,16 @@ bounds on the real and on the imaginary part (`_Size`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from bkcore.core.arguments import require_positive, require_real_float
 from bkcore.core.operator import weighted_row_norms
-from bkcore.core.resolvent import require_positive, require_real_float, resolvent_diagonal
+from bkcore.core.resolvent import resolvent_diagonal
 from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.kernels.attention import check_attention
 
@@ -192,7 +194,10 @@ def contraction_factor(hopping: Number, eta: Number) -> Number:
         InputError: eta <= 0.
     """
     _check_eta(eta)
-    return hopping**2 / (hopping**2 + eta**2)
+    if isinstance(hopping, Tensor) or isinstance(eta, Tensor):
+        t, width = torch.broadcast_tensors(*map(torch.as_tensor, (hopping, eta)))
+        return (t / torch.hypot(t, width.to(t.dtype))).square()
+    return (hopping / math.hypot(hopping, eta)) ** 2
 
 
 def ward_bound(
@@ -277,7 +282,7 @@ def uniform_bound(dv: Tensor, eta: float | Tensor) -> Tensor:
         InputError: eta <= 0.
     """
     _check_eta(eta)
-    return dv.abs().amax(-1, keepdim=True) / eta**2
+    return dv.abs().amax(-1, keepdim=True) / eta / eta
 
 
 @torch.no_grad()

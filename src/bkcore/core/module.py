@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from bkcore.core.resolvent import require_real_float, resolvent_diagonal_parts
-from bkcore.errors import InputError, ShapeError
+from bkcore.core.arguments import computing_dtype, real_number, require_range, require_real_float
+from bkcore.core.resolvent import resolvent_diagonal_parts
+from bkcore.errors import DTypeError, InputError, ShapeError
 
 
 class BirmanSchwingerCore(nn.Module):
@@ -14,15 +16,18 @@ class BirmanSchwingerCore(nn.Module):
     It has no parameters. For learned or per-site energies and hoppings use `resolvent_diagonal`.
 
     Args:
-        n_seq: number of sites, >= 1.
-        epsilon: Im z, > 0.
+        n_seq: number of sites, 1 <= n_seq < 2^31.
+        epsilon: Im z, > 0. This and the numbers below are Python's, NumPy's or tensors with one
+            element; within the range of `bkcore.core.resolvent`, that of float64 at the start, and
+            that of the dtype of v in the forward pass.
         energy: Re z.
         hopping: off-diagonal entry of H0.
         onsite: diagonal entry of H0.
         causal: left-connected Green's function, in which site i sees sites 0 ... i only.
 
     Raises:
-        InputError: n_seq < 1 or epsilon <= 0.
+        InputError: n_seq or epsilon is no such number, or a number is out of range.
+        DTypeError: a number is none, or complex; causal is no bool.
     """
 
     def __init__(
@@ -36,16 +41,19 @@ class BirmanSchwingerCore(nn.Module):
         causal: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(n_seq, int) or n_seq < 1:
-            raise InputError(f"n_seq must be an integer of at least 1, got {n_seq}")
-        if not epsilon > 0:
-            raise InputError(f"epsilon must be > 0, got {epsilon}: it is the imaginary part of z")
+        if isinstance(n_seq, bool) or not isinstance(n_seq, int) or not 1 <= n_seq < 2**31:
+            raise InputError(f"n_seq must be an integer of at least 1, below 2^31, got {n_seq!r}")
+        if not isinstance(causal, bool):
+            raise DTypeError(f"causal must be True or False, got {causal!r}")
         self.n_seq = n_seq
-        self.epsilon = epsilon
-        self.energy = energy
-        self.hopping = hopping
-        self.onsite = onsite
+        self.epsilon = real_number("epsilon", epsilon)
+        self.energy = real_number("energy", energy)
+        self.hopping = real_number("hopping", hopping)
+        self.onsite = real_number("onsite", onsite)
         self.causal = causal
+        if not self.epsilon > 0:
+            raise InputError(f"epsilon must be > 0, got {epsilon}: it is the imaginary part of z")
+        self._require_range(torch.float64)
 
     def forward(self, v: Tensor) -> Tensor:
         """Features of a potential.
@@ -59,6 +67,7 @@ class BirmanSchwingerCore(nn.Module):
         Raises:
             ShapeError: the last dimension of v is not n_seq.
             DTypeError: v is complex or an integer tensor.
+            InputError: v or a number of the core is out of range for the dtype of v.
         """
         self.check(v)
         return resolvent_diagonal_parts(
@@ -77,6 +86,11 @@ class BirmanSchwingerCore(nn.Module):
                 f"v must be (..., {self.n_seq}), got {tuple(v.shape)}; pad or cut the sequence, "
                 "or build the core with another n_seq"
             )
+        self._require_range(computing_dtype(v), v)
+
+    def _require_range(self, dtype: torch.dtype, v: Tensor | float = 0.0) -> None:
+        added = {"v": v, "energy": self.energy, "onsite": self.onsite}
+        require_range(dtype, added, self.epsilon, self.hopping, eta_name="epsilon")
 
     def extra_repr(self) -> str:
         return (

@@ -30,6 +30,11 @@ from typing import NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from bkcore.core.arguments import (
+    real,
+    require_fits,
+    require_tensor,
+)
 from bkcore.core.resolvent import resolvent_diagonal
 from bkcore.errors import DTypeError, InputError, ShapeError
 
@@ -43,6 +48,9 @@ __all__ = [
 
 Value = TypeVar("Value", bound=complex | Tensor)
 
+_COUNTABLE = 1e150
+"""The largest modulus that Sturm counts take, and the inverse of the smallest hopping."""
+
 
 class BirmanSchwingerOperator:
     """`K(z) = |V|^(1/2) (H0 - z)^-1 V^(1/2)`, without its matrix.
@@ -55,7 +63,7 @@ class BirmanSchwingerOperator:
 
     Raises:
         DTypeError: v is not real floating point.
-        InputError: Im z <= 0.
+        InputError: Im z <= 0, or an argument is out of the range of `resolvent_diagonal`.
         ShapeError: N = 0, or the shapes do not broadcast.
 
     Leading dimensions broadcast, so v (N,) and z (M, 1) make M operators. Results are complex64,
@@ -87,9 +95,10 @@ class BirmanSchwingerOperator:
             Complex (..., N).
 
         Raises:
+            DTypeError: x is no tensor of numbers.
             ShapeError: x does not fit v.
         """
-        _check_fits(x, self._left)
+        require_fits("x", x, self._left)
         root = self.v.abs().sqrt()
         return root * _solve(self._free, root * self.v.sgn() * x)
 
@@ -127,8 +136,12 @@ class BirmanSchwingerOperator:
         The matrix of `|R0_ij|^2` is symmetric with row sums `Im (R0)_ii / eta` (Ward), the
         greatest of which bounds its norm (Schur's test). With one eta per site, the least counts.
         """
-        eta = self.z.imag.amin(-1) if isinstance(self.z, Tensor) else self.z.imag
-        return self.v.square().sum(-1) * self._free.diagonal.imag.amax(-1) / eta
+        eta = torch.as_tensor(self.z.imag, dtype=self.v.dtype, device=self.v.device)
+        eta = eta.amin(-1, keepdim=True) if eta.ndim else eta
+        # What is too small for a float counts as the smallest; the factors of a square, neither.
+        largest = self._free.diagonal.imag.amax(-1, keepdim=True)
+        largest = largest + torch.finfo(largest.dtype).tiny
+        return (self.v * (largest / eta).sqrt()).square().sum(-1)
 
 
 def resolvent_apply(
@@ -153,10 +166,12 @@ def resolvent_apply(
 
     Raises:
         DTypeError: v is not real floating point.
-        InputError: Im z <= 0.
+        InputError: Im z <= 0, or an argument is out of the range of `resolvent_diagonal`.
         ShapeError: N = 0, or the shapes do not broadcast.
     """
-    return _solve(_sections(v, z, hopping, onsite), source)
+    sections = _sections(v, z, hopping, onsite)
+    require_fits("source", source, sections.diagonal)
+    return _solve(sections, source)
 
 
 def weighted_row_norms(
@@ -182,20 +197,23 @@ def weighted_row_norms(
         causal: take for row i the resolvent of the first i+1 sites instead of that of all sites.
 
     Returns:
-        Real (..., N).
+        Real (..., N). A square below the smallest number of the dtype counts as 0.
 
     Raises:
         DTypeError: v or weights is not real.
-        InputError: Im z <= 0.
+        InputError: Im z <= 0, or an argument is out of the range of `resolvent_diagonal`.
         ShapeError: N = 0, or the shapes do not broadcast.
     """
+    require_tensor("weights", weights)
     if weights.is_complex():
         raise DTypeError(f"weights must be real, got {weights.dtype}")
     if not causal:
-        return _row_norms(_sections(v, z, hopping, onsite), weights)
+        sections = _sections(v, z, hopping, onsite)
+        require_fits("weights", weights, sections.diagonal)
+        return _row_norms(sections, weights)
     left = resolvent_diagonal(v, z, hopping=hopping, onsite=onsite, causal=True)
-    _check_fits(weights, left)
-    crossing = _modulus2(_crossing(hopping, left[..., :-1]))
+    require_fits("weights", weights, left)
+    crossing = _modulus2(_crossing(real("hopping", hopping), left[..., :-1]))
     return _modulus2(left) * (weights + _carry(weights, crossing))
 
 
@@ -225,7 +243,8 @@ def spectral_shift(
 
     Raises:
         DTypeError: v is complex.
-        InputError: an argument is not finite: a count has no NaN to return.
+        InputError: an argument is not finite, a count having no NaN to return; or above 1e150, or
+            a hopping is below 1e-150 without being 0.
         ShapeError: N = 0, or the shapes do not broadcast.
     """
     free, squares = _shifted_free(v, energy, hopping, onsite)
@@ -249,6 +268,7 @@ def _sections(
     v: Tensor, z: complex | Tensor, hopping: float | Tensor, onsite: float | Tensor
 ) -> _Sections:
     left = resolvent_diagonal(v, z, hopping=hopping, onsite=onsite, causal=True)
+    hopping, onsite = real("hopping", hopping), real("onsite", onsite)
     right = resolvent_diagonal(
         v.flip(-1), _mirror(z), hopping=_mirror(hopping), onsite=_mirror(onsite), causal=True
     ).flip(-1)
@@ -269,13 +289,11 @@ def _mirror(value: Value) -> Value:
 
 
 def _solve(sections: _Sections, source: Tensor) -> Tensor:
-    _check_fits(source, sections.diagonal)
     source = source.to(torch.promote_types(source.dtype, sections.diagonal.dtype))
     return sections.diagonal * _meet(source, sections.rightward, sections.leftward)
 
 
 def _row_norms(sections: _Sections, weights: Tensor) -> Tensor:
-    _check_fits(weights, sections.diagonal)
     reach = _meet(weights, _modulus2(sections.rightward), _modulus2(sections.leftward))
     return _modulus2(sections.diagonal) * reach
 
@@ -299,18 +317,6 @@ def _modulus2(x: Tensor) -> Tensor:
     return x.real.square() + x.imag.square()
 
 
-def _check_fits(x: Tensor, diagonal: Tensor) -> None:
-    sites = diagonal.shape[-1]
-    if x.ndim == 0 or x.shape[-1] != sites:
-        raise ShapeError(f"expected {sites} sites in the last dimension, got {tuple(x.shape)}")
-    try:
-        torch.broadcast_shapes(x.shape, diagonal.shape)
-    except RuntimeError as error:
-        raise ShapeError(
-            f"shape {tuple(x.shape)} does not broadcast against {tuple(diagonal.shape)}"
-        ) from error
-
-
 def _count_below(diagonal: Tensor, squares: Tensor) -> Tensor:
     """Negative eigenvalues, counted by pivots: diagonal (..., N), squared bonds (..., N-1).
 
@@ -331,19 +337,38 @@ def _shifted_free(
     v: Tensor, energy: float | Tensor, hopping: float | Tensor, onsite: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Diagonal (..., N) and squared bonds (..., N-1) of `H0 - E` in float64, checked."""
-    if v.is_complex():
+    require_tensor("v", v)
+    if v.is_complex() or v.dtype == torch.bool:
         raise DTypeError(f"v must be real, got {v.dtype}")
     if v.ndim == 0 or v.shape[-1] == 0:
         raise ShapeError(f"v must be (..., N) with N >= 1, got {tuple(v.shape)}")
-    if isinstance(energy, Tensor) and energy.ndim and energy.shape[-1] != 1:
+    energy, hopping, onsite = (
+        torch.as_tensor(real(name, x, v), dtype=torch.float64, device=v.device)
+        for name, x in (("energy", energy), ("hopping", hopping), ("onsite", onsite))
+    )
+    if energy.ndim and energy.shape[-1] != 1:
         raise ShapeError(f"energy must be a number or (..., 1), got {tuple(energy.shape)}")
-    free, bonds = v.new_zeros(v.shape[-1:], dtype=torch.float64), torch.as_tensor(hopping).double()
+    free = v.new_zeros(v.shape[-1:], dtype=torch.float64)
     try:
         diagonal = free + onsite - energy
-        torch.broadcast_shapes(v.shape, diagonal.shape, (*bonds.shape[:-1], v.shape[-1]))
-        squares = bonds.square().expand(*bonds.shape[:-1], v.shape[-1] - 1)
+        torch.broadcast_shapes(v.shape, diagonal.shape, (*hopping.shape[:-1], v.shape[-1]))
+        squares = hopping.square().expand(*hopping.shape[:-1], v.shape[-1] - 1)
     except RuntimeError as error:
-        raise ShapeError(f"the arguments do not broadcast: {error}") from None
-    if not all(x.isfinite().all() for x in (v, diagonal, squares)):
-        raise InputError("v, energy, hopping and onsite must be finite")
+        raise ShapeError(f"v, energy, hopping and onsite do not broadcast: {error}") from None
+    if v.is_meta:
+        raise InputError("v is on the meta device and has no values to count by")
+    for name, x in {"v": v, "energy": energy, "hopping": hopping, "onsite": onsite}.items():
+        _require_countable(name, x)
     return diagonal, squares
+
+
+def _require_countable(name: str, x: Tensor) -> None:
+    """Raise unless the squares of what a pivot is made of are normal float64 numbers, or 0."""
+    size = x.double().abs()
+    bad = ~(size <= _COUNTABLE) | ((size < 1 / _COUNTABLE) & (size > 0) & (name == "hopping"))
+    if bool(bad.any()):
+        found = x[bad].flatten()[0].item() if x.ndim else x.item()
+        raise InputError(
+            f"{name} must be finite and at most {_COUNTABLE:.0e}, a hopping 0 or at least "
+            f"{1 / _COUNTABLE:.0e}, got {found}; choose other units of energy"
+        )

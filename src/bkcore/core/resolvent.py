@@ -9,9 +9,12 @@ All functions compute in float32, or in float64 if v (or the source) is float64:
 float16 are converted, under autocast too, and parameters take the dtype of v. Gradients are exact,
 once differentiable, and reach every tensor argument.
 
-Values of Im z are checked where that costs nothing to speak of: numbers always, tensors on the CPU
-outside of tracing. On a GPU the check would wait for the device at every call, and is left out: an
-Im z <= 0 there gives meaningless numbers.
+Values are checked where that costs nothing to speak of: numbers always, tensors on the CPU outside
+of tracing and `vmap`. On a GPU the check would wait for the device at every call, and is left out:
+an Im z <= 0 there, or what is out of range, gives meaningless numbers.
+
+Range. With M = 1e18 in float32 and 1e150 in float64: 1/M <= Im z <= M; |v|, |onsite| and |Re z| up
+to M; and t^2 <= M Im z. The rest is refused (`bkcore.core.arguments` says why there is no more).
 """
 
 from __future__ import annotations
@@ -21,7 +24,17 @@ import math
 import torch
 from torch import Tensor
 
-from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.core.arguments import (
+    broadcast_leading,
+    computing_dtype,
+    real,
+    require_device,
+    require_positive,
+    require_range,
+    require_real_float,
+    split_z,
+)
+from bkcore.errors import ShapeError
 from bkcore.kernels import sweep
 
 
@@ -51,8 +64,9 @@ def resolvent_diagonal(
         |G - i/(2 eta)| <= 1/(2 eta) if Im z = eta is the same for all sites.
 
     Raises:
-        DTypeError: v, hopping or onsite is complex, or v is an integer tensor.
-        InputError: Im z <= 0.
+        DTypeError: v, hopping or onsite is complex or no number, or v is an integer tensor.
+        InputError: Im z <= 0, an argument is out of range (see the top of this module), or tensors
+            are on different devices.
         ShapeError: N = 0, or the shapes do not broadcast.
     """
     parts = resolvent_diagonal_parts(v, z, hopping=hopping, onsite=onsite, causal=causal)
@@ -72,9 +86,11 @@ def resolvent_diagonal_parts(
     if v.ndim < 1 or v.shape[-1] < 1:
         raise ShapeError(f"v must be (..., N) with N >= 1, got {tuple(v.shape)}")
     sites = v.shape[-1]
-    real, eta = _split_z(z)
-    energy = _difference(real, onsite)
-    lead = _leading_shape({"v": v, "z": energy, "Im z": eta, "hopping": hopping})
+    base, eta = split_z(z, v)
+    hopping, onsite = real("hopping", hopping, v), real("onsite", onsite, v)
+    energy = _difference(base, onsite)
+    lead = broadcast_leading({"v": v, "z or onsite": energy, "Im z": eta, "hopping": hopping})
+    require_range(computing_dtype(v), {"v": v, "Re z": base, "onsite": onsite}, eta, hopping)
     v = _rows("v", v, lead, sites, v)
     rows = _rows("z or onsite", energy, lead, sites, v)
     if rows.shape[0] == sites and sites > 1:
@@ -143,75 +159,38 @@ def causal_sweep_parts(
 
     Raises:
         DTypeError: a tensor is complex, or v or the source is an integer tensor.
-        InputError: eta <= 0.
+        InputError: eta <= 0, an argument is out of range (see the top of this module; Re z is
+            energy, Im z is eta), or tensors are on different devices.
         ShapeError: N = 0, or the shapes do not fit.
     """
     require_real_float("v", v)
     if v.ndim != 3 or v.shape[1] < 1:
         raise ShapeError(f"v must be (B, N, H) with N >= 1, got {tuple(v.shape)}")
-    dtype = _compute_dtype(v)
     if source is not None:
         require_real_float("source", source)
         if source.shape != v.shape:
             raise ShapeError(
                 f"source must have the shape of v, {tuple(v.shape)}, got {tuple(source.shape)}"
             )
-        dtype = torch.promote_types(dtype, _compute_dtype(source))
+        require_device("source", source, v)
+    dtype = computing_dtype(v, source)
+    energy, eta = real("energy", energy, v), real("eta", eta, v)
+    hopping, onsite = real("hopping", hopping, v), real("onsite", onsite, v)
     require_positive("eta", eta)
+    shift = _difference(energy, onsite)
+    for name, x in {"energy or onsite": shift, "eta": eta, "hopping": hopping}.items():
+        _check_channels(name, x, v)
+    added = {"v": v, "energy": energy, "onsite": onsite}
+    require_range(dtype, added, _each(eta), _each(hopping), eta_name="eta")
     if any(x is not None and x.dtype != torch.bfloat16 for x in (v, source)):
         v, source = v.to(dtype), None if source is None else source.to(dtype)
-    return sweep(
-        v,
-        source,
-        _channels("energy or onsite", _difference(energy, onsite), v),
-        _channels("eta", eta, v).unsqueeze(0),
-        _channels("hopping", hopping, v).unsqueeze(0),
-    )
+    shift, eta, hopping = (_channels(x, v, dtype) for x in (shift, eta, hopping))
+    return sweep(v, source, shift, eta.unsqueeze(0), hopping.unsqueeze(0))
 
 
-def _compute_dtype(v: Tensor) -> torch.dtype:
-    return torch.float64 if v.dtype == torch.float64 else torch.float32
-
-
-def require_real_float(name: str, value: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise DTypeError(
-            f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor()"
-        )
-    if value.is_complex():
-        raise DTypeError(f"{name} must be real, got {value.dtype}; a potential is real: use .real")
-    if not value.is_floating_point():
-        raise DTypeError(f"{name} must be a floating-point tensor, got {value.dtype}; use .float()")
-
-
-def _split_z(z: complex | Tensor) -> tuple[float | Tensor, float | Tensor]:
-    """Real and imaginary part of z, the latter checked."""
-    if isinstance(z, Tensor) and not z.is_complex():
-        raise InputError(f"z must be complex with Im z > 0, got a real tensor ({z.dtype})")
-    z = z if isinstance(z, Tensor) else complex(z)
-    require_positive("Im z", z.imag)
-    return z.real, z.imag
-
-
-def require_positive(name: str, value: float | Tensor) -> None:
-    if not isinstance(value, Tensor):
-        smallest, good = value, value > 0
-    elif _is_cheap_to_read(value):
-        smallest = value.min().item()
-        good = not smallest <= 0  # a tensor may hold NaN, which goes through
-    else:
-        return
-    if not good:
-        raise InputError(
-            f"{name} must be > 0, got {smallest}: the resolvent is taken in the upper half plane; "
-            "give the energy a positive imaginary part, such as z = 1j"
-        )
-
-
-def _is_cheap_to_read(value: Tensor) -> bool:
-    plain = type(value) in (Tensor, torch.nn.Parameter)
-    on_cpu = value.device.type == "cpu" and value.numel() > 0
-    return plain and on_cpu and not torch.compiler.is_compiling()
+def _each(value: float | Tensor) -> float | Tensor:
+    """A number, or the numbers of every channel as chains of one site."""
+    return value.unsqueeze(-1) if isinstance(value, Tensor) else value
 
 
 def _difference(energy: float | Tensor, onsite: float | Tensor) -> float | Tensor:
@@ -221,24 +200,11 @@ def _difference(energy: float | Tensor, onsite: float | Tensor) -> float | Tenso
         raise ShapeError(f"energy and onsite do not broadcast: {error}") from None
 
 
-def _leading_shape(arguments: dict[str, float | Tensor]) -> torch.Size:
-    shapes = {k: x.shape[:-1] for k, x in arguments.items() if isinstance(x, Tensor)}
-    try:
-        return torch.broadcast_shapes(*shapes.values())
-    except RuntimeError:
-        listed = ", ".join(f"{k} {tuple(s)}" for k, s in shapes.items())
-        raise ShapeError(f"leading dimensions do not broadcast: {listed}") from None
-
-
 def _rows(name: str, value: float | Tensor, lead: torch.Size, sites: int, like: Tensor) -> Tensor:
     """(..., sites) or (..., 1) as (sites, lanes) or (1, lanes), in the dtype to compute in."""
-    dtype, lanes = _compute_dtype(like), math.prod(lead)
-    if isinstance(value, complex):
-        raise DTypeError(f"{name} must be real, got {value}")
+    dtype, lanes = computing_dtype(like), math.prod(lead)
     if not isinstance(value, Tensor):
         return torch.full((1, lanes), value, dtype=dtype, device=like.device)
-    if value.is_complex():
-        raise DTypeError(f"{name} must be real, got {value.dtype}")
     if value.ndim == 0:
         return value.to(dtype=dtype, device=like.device).expand(1, lanes)
     last = value.shape[-1]
@@ -254,15 +220,14 @@ def _rows(name: str, value: float | Tensor, lead: torch.Size, sites: int, like: 
     return value.expand(*lead, last).reshape(lanes, last).t()
 
 
-def _channels(name: str, value: float | Tensor, v: Tensor) -> Tensor:
-    """A number or a tensor () or (H,) as (H,), on the device of v, in the dtype to compute in."""
-    lanes, dtype = v.shape[2], _compute_dtype(v)
-    if not isinstance(value, Tensor):
-        return v.new_full((lanes,), value, dtype=dtype)
-    if value.is_complex():
-        raise DTypeError(f"{name} must be real, got {value.dtype}")
-    if value.ndim == 0:
-        return value.to(device=v.device, dtype=dtype).expand(lanes)
-    if value.shape != (lanes,):
+def _check_channels(name: str, value: float | Tensor, v: Tensor) -> None:
+    lanes = v.shape[2]
+    if isinstance(value, Tensor) and value.shape not in ((), (lanes,)):
         raise ShapeError(f"{name} must be a number or ({lanes},), got {tuple(value.shape)}")
-    return value.to(dtype)
+
+
+def _channels(value: float | Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """A number or a tensor () or (H,) as (H,), on the device of v, in the dtype to compute in."""
+    if not isinstance(value, Tensor):
+        return v.new_full(v.shape[2:], value, dtype=dtype)
+    return value.to(device=v.device, dtype=dtype).expand(v.shape[2:])

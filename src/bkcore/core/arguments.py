@@ -1,0 +1,257 @@
+"""What the public functions take: kinds of values, and the range that they compute in.
+
+Numbers are Python's, NumPy's or tensors; tensors are never converted to numbers, so that gradients
+reach them. Values are looked at where that costs little beside the sweep: numbers always, tensors
+on the CPU outside of tracing and `vmap`. On a GPU a look would wait for the device at every call,
+and is left out.
+
+Range
+-----
+The continued fractions square the denominators d = a - z - t^2 g, and no square may leave the
+floating-point numbers. `|g| <= 1/eta` and `|Im d| >= eta` bound d by the arguments alone: between
+eta and `|v| + |onsite| + |Re z| + eta + 2 t^2 / eta`. So with M = 1e18 in float32 and 1e150 in
+float64 everything is as accurate as round-off allows for
+
+    1/M <= eta <= M,    |v|, |onsite|, |Re z| <= M,    t^2 <= M eta.
+
+All else is refused. NaN goes through, and comes out.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from typing import SupportsFloat, cast
+
+import torch
+from torch import Tensor
+
+from bkcore.errors import DTypeError, InputError, ShapeError
+
+_LARGEST = {torch.float32: 1e18, torch.float64: 1e150}
+"""M, by the dtype of the computation."""
+
+
+def computing_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if a tensor is, else float32."""
+    is_double = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def require_tensor(name: str, value: object) -> None:
+    """Raise `DTypeError` unless this is a tensor."""
+    if not isinstance(value, Tensor):
+        raise DTypeError(
+            f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor()"
+        )
+
+
+def require_real_float(name: str, value: Tensor) -> None:
+    """Raise `DTypeError` unless this is a real floating-point tensor."""
+    require_tensor(name, value)
+    if value.is_complex():
+        raise DTypeError(f"{name} must be real, got {value.dtype}; a potential is real: use .real")
+    if not value.is_floating_point():
+        raise DTypeError(f"{name} must be a floating-point tensor, got {value.dtype}; use .float()")
+
+
+def require_complex(name: str, value: Tensor) -> None:
+    """Raise `DTypeError` unless this is a complex tensor."""
+    require_tensor(name, value)
+    if not value.is_complex():
+        raise DTypeError(f"{name} must be complex, got {value.dtype}; use torch.complex()")
+
+
+def real(
+    name: str, value: object, like: Tensor | None = None, like_name: str = "v"
+) -> float | Tensor:
+    """A real number as a float, or a real tensor as it is.
+
+    Args:
+        like: a tensor on whose device it has to be; one without dimensions may be on any.
+
+    Raises:
+        DTypeError: for anything else.
+        InputError: for a number beyond float64, or a tensor on another device.
+    """
+    if isinstance(value, Tensor):
+        if value.is_complex() or value.dtype == torch.bool:
+            raise DTypeError(f"{name} must be real, got {value.dtype}")
+        if like is not None:
+            require_device(name, value, like, like_name)
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        got = value if isinstance(value, numbers.Complex) else type(value).__name__
+        raise DTypeError(f"{name} must be real, a number or a tensor, got {got}")
+    return _in_float64(name, cast(SupportsFloat, value))
+
+
+def real_number(name: str, value: object) -> float:
+    """A real number, or a real tensor with one element and no gradient, as a float.
+
+    Raises:
+        DTypeError, InputError: as in `real`, and for a tensor that is no number.
+    """
+    value = real(name, value)
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1 or value.requires_grad or not _is_readable(value):
+        raise InputError(
+            f"{name} must be a number, got a tensor of shape {tuple(value.shape)}"
+            f"{', which requires a gradient' if value.requires_grad else ''} on {value.device}"
+        )
+    return float(value.item())
+
+
+def split_z(z: object, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    """Real and imaginary part of z, a complex number or tensor; the latter positive."""
+    if isinstance(z, Tensor):
+        if not z.is_complex():
+            raise InputError(f"z must be complex with Im z > 0, got a real tensor ({z.dtype})")
+        require_device("z", z, like)
+        parts: tuple[float | Tensor, float | Tensor] = z.real, z.imag
+    elif isinstance(z, bool) or not isinstance(z, numbers.Complex):
+        raise DTypeError(f"z must be a complex number or tensor, got {type(z).__name__}")
+    else:
+        parts = _in_float64("z", z.real), _in_float64("z", z.imag)
+    require_positive("Im z", parts[1])
+    return parts
+
+
+def require_device(name: str, value: Tensor, like: Tensor, like_name: str = "v") -> None:
+    """Raise `InputError` unless a tensor is where `like` is, or has no dimensions and can move."""
+    if value.device != like.device and (value.ndim or value.is_meta):
+        raise InputError(
+            f"{name} is on {value.device} but {like_name} on {like.device}; move one of them"
+        )
+
+
+def require_positive(name: str, value: float | Tensor) -> None:
+    """Raise `InputError` if a number or any element, so far as it is looked at, is not positive."""
+    if isinstance(value, Tensor):
+        if not _is_readable(value):
+            return
+        smallest = value.min().item()
+        good = not smallest <= 0  # a tensor may hold NaN, which goes through
+    else:
+        smallest, good = value, value > 0
+    if not good:
+        raise InputError(
+            f"{name} must be > 0, got {smallest}: the resolvent is taken in the upper half plane; "
+            "give the energy a positive imaginary part, such as z = 1j"
+        )
+
+
+def require_range(
+    dtype: torch.dtype,
+    added: Mapping[str, float | Tensor],
+    eta: float | Tensor,
+    hopping: float | Tensor,
+    *,
+    eta_name: str = "Im z",
+    tensor: str = "v",
+) -> None:
+    """Raise `InputError` if the results may lie out of the range of this module's text.
+
+    Args:
+        dtype: what is computed in.
+        added: what is added up to the diagonal, by name.
+        eta, hopping: numbers, or tensors that broadcast against each other but for a last dimension
+            of sites or bonds.
+        tensor: the argument whose dtype decides.
+    """
+    largest = _LARGEST[dtype]
+    remedy = f"in {str(dtype).removeprefix('torch.')}; " + (
+        f"give {tensor} in float64, or choose other units of energy"
+        if dtype == torch.float32
+        else "choose other units of energy"
+    )
+    for name, x in {eta_name: eta, **added}.items():
+        found = _largest_modulus(x)
+        if found > largest:
+            raise InputError(f"{name} reaches {found:.3g}, and may reach {largest:.0e} {remedy}")
+    found = _smallest(eta)
+    if found < 1 / largest:
+        raise InputError(
+            f"{eta_name} is down to {found:.3g}, and has to be at least {1 / largest:.0e} {remedy}"
+        )
+    found = _largest_ratio(hopping, eta)
+    if found > math.sqrt(largest):
+        raise InputError(
+            f"hopping / sqrt({eta_name}) reaches {found:.3g}, and may reach "
+            f"{math.sqrt(largest):.0e} {remedy}"
+        )
+
+
+def require_fits(name: str, value: Tensor, v: Tensor) -> None:
+    """Raise unless a real or complex tensor (..., N) broadcasts against v, or what v led to."""
+    require_tensor(name, value)
+    if value.dtype == torch.bool:
+        raise DTypeError(f"{name} must be real or complex, got {value.dtype}")
+    sites = v.shape[-1]
+    if value.ndim == 0 or value.shape[-1] != sites:
+        raise ShapeError(
+            f"{name} must have {sites} sites in its last dimension, got {tuple(value.shape)}"
+        )
+    broadcast_leading({name: value, "v": v})
+    require_device(name, value, v)
+
+
+def broadcast_leading(arguments: dict[str, float | Tensor]) -> torch.Size:
+    """The common shape of all dimensions but the last; `ShapeError` if there is none."""
+    shapes = {k: x.shape[:-1] for k, x in arguments.items() if isinstance(x, Tensor)}
+    try:
+        return torch.broadcast_shapes(*shapes.values())
+    except RuntimeError:
+        listed = ", ".join(f"{k} {tuple(s)}" for k, s in shapes.items())
+        raise ShapeError(f"leading dimensions do not broadcast: {listed}") from None
+
+
+def _in_float64(name: str, value: SupportsFloat) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(f"{name} is beyond the numbers of float64") from None
+
+
+def _is_readable(value: Tensor) -> bool:
+    """Whether a look at the values costs next to nothing."""
+    plain = type(value) in (Tensor, torch.nn.Parameter)
+    on_cpu = value.device.type == "cpu" and value.numel() > 0
+    if not plain or not on_cpu or torch.compiler.is_compiling():
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def _largest_modulus(x: float | Tensor) -> float:
+    """The largest modulus that is no NaN; 0 for what is not looked at."""
+    if not isinstance(x, Tensor):
+        return 0.0 if math.isnan(x) else abs(x)
+    if not _is_readable(x):
+        return 0.0
+    low, high = (end.item() for end in torch.aminmax(x.detach()))
+    if math.isnan(low):  # one NaN hides everything else
+        return float(x.detach().abs().nan_to_num(0.0, torch.inf).max().item())
+    return float(max(-low, high))
+
+
+def _smallest(x: float | Tensor) -> float:
+    if not isinstance(x, Tensor):
+        return x
+    return float(x.detach().nan_to_num(torch.inf).min().item()) if _is_readable(x) else torch.inf
+
+
+def _largest_ratio(hopping: float | Tensor, eta: float | Tensor) -> float:
+    """The largest |t| / sqrt(eta) of any chain, with the smallest eta of its sites."""
+    if not isinstance(hopping, Tensor) and not isinstance(eta, Tensor):
+        return abs(hopping) / math.sqrt(eta)
+    t, width = (
+        x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in (hopping, eta)
+    )
+    if not (_is_readable(t) and _is_readable(width)):
+        return 0.0
+    low, high = torch.aminmax(t.detach(), dim=-1, keepdim=True) if t.ndim else (t, t)
+    width = width.detach().amin(-1, keepdim=True) if width.ndim else width
+    ratio = torch.maximum(low.double().abs(), high.double().abs()) / width.double().sqrt()
+    return float(ratio.nan_to_num(0.0, torch.inf).max().item())
