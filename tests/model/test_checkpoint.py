@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bkcore.errors import CheckpointError, LifecycleError
 from bkcore.model import ResNetBKForCausalLM
-from bkcore.model.checkpoint import FORMAT_VERSION, MANIFEST, RECEIPT, model_bytes
+from bkcore.manifest import FORMAT_VERSION, MANIFEST, RECEIPT, model_bytes
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -229,7 +229,7 @@ def test_a_failing_save_leaves_the_old_checkpoint(saved, build, tokens, monkeypa
         raise OSError("no space left on device")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(CheckpointError, match="no space left"):
         build("ptq_int8", "quantized").save_pretrained(folder)
     monkeypatch.undo()
     assert contents(folder) == before
@@ -250,7 +250,7 @@ def test_a_save_that_is_killed_between_its_renames_is_noticed(saved, build, monk
         rename(source, target)
         done.append(target)
 
-    monkeypatch.setattr("bkcore.model.checkpoint.os.replace", replace_one)
+    monkeypatch.setattr("bkcore.manifest.os.replace", replace_one)
     with pytest.raises(KeyboardInterrupt):
         build("ptq_int8", "quantized").save_pretrained(folder)
     monkeypatch.undo()

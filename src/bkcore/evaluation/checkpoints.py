@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from bkcore import manifest
 from bkcore.errors import BKCoreError, CheckpointError, InputError
 from bkcore.evaluation.perplexity import (
     Protocol,
@@ -28,11 +28,12 @@ from bkcore.evaluation.perplexity import (
     standard_error,
 )
 from bkcore.evaluation.unfinished import Unfinished, identity_of
+from bkcore.manifest import model_bytes
 from bkcore.memory import keep_freed_memory
 from bkcore.model import ResNetBKForCausalLM
-from bkcore.model.checkpoint import model_bytes
 from bkcore.model.moe import counting_load
-from bkcore.text import count_words, encode, tokenizer_hash
+from bkcore.text import count_words, encode, load_tokenizer, tokenizer_hash
+from bkcore.text.saved import CheckpointTokenizer
 
 _SPEED_BATCHES = 9
 
@@ -220,26 +221,27 @@ def _progress(scores: Scores, tokens: int) -> Progress:
     return Progress(scores.total_tokens / tokens, perplexity, error)
 
 
-def load_checkpoint(folder: Path) -> tuple[ResNetBKForCausalLM, PreTrainedTokenizerFast]:
-    """Load a model and the tokenizer beside it.
+def load_checkpoint(folder: Path) -> tuple[ResNetBKForCausalLM, CheckpointTokenizer]:
+    """Load a model and the tokenizer beside it, both checked against the manifest.
 
     Weights that were saved in float16 or bfloat16 are widened: everything computes in float32.
 
     Raises:
-        CheckpointError: if either is missing or damaged.
+        CheckpointError: if either is missing, damaged or not listed, or they do not belong
+            together.
     """
+    digests = manifest.read(folder)
     model = ResNetBKForCausalLM.from_pretrained(folder).eval()
     if model.dtype in (torch.float16, torch.bfloat16):
         model.float()
-    if not (folder / "tokenizer.json").is_file():
+    tokenizer = load_tokenizer(folder)
+    if manifest.read(folder) != digests:
+        raise CheckpointError(f"{folder} changed while it was read; load it again")
+    if len(tokenizer) > model.config.vocab_size:
         raise CheckpointError(
-            f"{folder} holds no tokenizer.json; save the tokenizer into the model's folder: "
-            "tokenizer.save_pretrained(folder)"
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model "
+            f"{model.config.vocab_size}: it is the tokenizer of another model"
         )
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load the tokenizer in {folder}: {error}") from error
     return model, tokenizer
 
 

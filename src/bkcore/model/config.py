@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-import math
+import os
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
 
 from bkcore.errors import InputError
+from bkcore.quantization.config import QuantizationConfig
+from bkcore.quantization.lifecycle import QuantizationState
+from bkcore.reading import shown
 
 _MIXERS = ("resolvent", "convolution", "green")
+
+_LARGEST = 2**31 - 1
+
+_SIZES = (
+    *("vocab_size", "d_model", "n_layers", "n_seq", "num_experts", "expert_size"),
+    *("experts_per_token", "num_heads", "key_size", "conv_width"),
+)
+_NUMBERS = ("embedding_multiplier", "dropout", "load_balancing", "norm_eps", "initializer_range")
+_FLAGS = ("chunked_loss", "use_cache", "tie_word_embeddings")
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+_ELSEWHERE = {
+    *("model_type", "torch_dtype", "auto_map", "name_or_path", "_name_or_path", "_commit_hash"),
+    *("num_labels", "output_attentions", "attn_implementation", "experts_implementation"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "hidden_size", "num_hidden_layers"),
+    *GenerationConfig._get_default_generation_params(),
+}
+"""What a configuration of transformers may hold that is no field of it."""
 
 
 class ResNetBKConfig(PreTrainedConfig):
@@ -67,38 +92,38 @@ class ResNetBKConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False  # one module serves both, so there is nothing to tie
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _check_inherited(self, kwargs)
         super().__post_init__(**kwargs)
-        sizes = ("vocab_size", "d_model", "n_layers", "n_seq", "num_experts", "expert_size")
-        for name in (*sizes, "experts_per_token", "num_heads", "key_size", "conv_width"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a positive integer, not {value!r}")
+        _check_kinds(self)
         if self.experts_per_token > self.num_experts:
             raise InputError(
                 f"experts_per_token={self.experts_per_token} exceeds num_experts={self.num_experts}"
             )
-        if not 0 < self.embedding_multiplier < math.inf:
+        if not 0 < self.embedding_multiplier:
             raise InputError(
                 f"embedding_multiplier must be positive, not {self.embedding_multiplier!r}"
             )
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
+        for name in ("load_balancing", "norm_eps", "initializer_range"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, not {getattr(self, name)!r}")
         if self.mixer not in _MIXERS:
-            raise InputError(f"mixer must be one of {', '.join(_MIXERS)}, not {self.mixer!r}")
+            raise InputError(f"mixer must be one of {', '.join(_MIXERS)}, not {shown(self.mixer)}")
         if self.value_size is None and self.mixer == "resolvent" and self.d_model % self.num_heads:
             raise InputError(
                 f"num_heads={self.num_heads} must divide d_model={self.d_model}, unless value_size "
                 "gives the size of a head's values"
             )
-        for name in ("key_groups", "value_size"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} must be None or a positive integer, not {value!r}")
         if self.key_groups is not None and self.num_heads % self.key_groups:
             raise InputError(
                 f"key_groups={self.key_groups} must divide num_heads={self.num_heads}: groups are "
                 "of one size"
             )
+        if self.quantization is not None:
+            if self.mixer != "resolvent":
+                raise InputError(f'a model with mixer="{self.mixer}" cannot be quantized')
+            form_of(self.quantization)
 
     @property
     def value_width(self) -> int:
@@ -106,3 +131,115 @@ class ResNetBKConfig(PreTrainedConfig):
         if self.value_size is None:
             return self.d_model
         return self.num_heads * self.value_size
+
+
+def form_of(fields: object) -> tuple[QuantizationConfig, QuantizationState]:
+    """What `ResNetBKConfig.quantization` says: how a model is quantized, and how far.
+
+    Raises:
+        InputError: if it says no such thing.
+    """
+    if not isinstance(fields, dict):
+        raise InputError(f"quantization must be None or a dictionary, not {shown(fields)}")
+    options = dict(fields)
+    state = options.pop("state", QuantizationState.FLOAT.value)
+    states = [each.value for each in QuantizationState if each != QuantizationState.CALIBRATING]
+    if state not in states:
+        raise InputError(f"the state of quantization must be one of {states}, not {shown(state)}")
+    config = QuantizationConfig.from_dict(options)
+    if state == QuantizationState.TRAINING.value and not config.is_qat:
+        raise InputError(f"mode {config.mode!r} does not train, but the state is {state!r}")
+    return config, QuantizationState(state)
+
+
+def _check_kinds(config: ResNetBKConfig) -> None:
+    for name in (*_SIZES, "key_groups", "value_size"):
+        value = getattr(config, name)
+        if value is None and name not in _SIZES:
+            continue
+        if type(value) is not int or value < 1:
+            allowed = "a positive integer" if name in _SIZES else "None or a positive integer"
+            raise InputError(f"{name} must be {allowed}, not {shown(value)}")
+        if value > _LARGEST:
+            raise InputError(f"{name} must be at most {_LARGEST:,}, not {shown(value)}")
+    for name in _NUMBERS:
+        if not _is_number(getattr(config, name)):
+            raise InputError(f"{name} must be a finite number, not {shown(getattr(config, name))}")
+    for name in _FLAGS:
+        if not isinstance(getattr(config, name), bool):
+            raise InputError(f"{name} must be True or False, not {shown(getattr(config, name))}")
+
+
+def _check_inherited(config: ResNetBKConfig, others: Mapping[str, Any]) -> None:
+    """Check what transformers is about to take for granted."""
+    unknown = sorted(map(str, others.keys() - _ELSEWHERE))
+    if unknown:
+        raise InputError(
+            f"ResNetBKConfig has no fields {shown(unknown)}: of another model, or a newer version?"
+        )
+    values = {**vars(config), **others}
+    for name, kind in _KINDS.items():
+        value = values.get(name)
+        if value is not None and not kind(value):
+            raise InputError(f"{name} of a ResNetBKConfig cannot be {shown(value)}")
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | os.PathLike)
+
+
+def _is_dtype(value: object) -> bool:
+    name = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    return name in _DTYPES
+
+
+def _are_tokens(value: object) -> bool:
+    several = value if isinstance(value, list) else [value]
+    return all(type(token) is int and abs(token) <= _LARGEST for token in several)
+
+
+def _are_labels(value: object) -> bool:
+    """Whether these are names by number."""
+    if not isinstance(value, dict):
+        return False
+    return all(str(k).isdecimal() and len(str(k)) < 10 and _is_text(v) for k, v in value.items())
+
+
+def _are_numbers(value: object) -> bool:
+    """Whether these are numbers by name."""
+    return isinstance(value, dict) and all(type(each) is int for each in value.values())
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "model_type": lambda value: value == ResNetBKConfig.model_type,
+    "transformers_version": _is_text,
+    "architectures": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "output_hidden_states": lambda value: isinstance(value, bool),
+    "output_attentions": lambda value: isinstance(value, bool),
+    "return_dict": lambda value: isinstance(value, bool),
+    "dtype": _is_dtype,
+    "torch_dtype": _is_dtype,
+    "chunk_size_feed_forward": lambda value: value == 0,
+    "is_encoder_decoder": lambda value: value is False,
+    "id2label": _are_labels,
+    "label2id": _are_numbers,
+    "problem_type": lambda value: False,
+    "num_labels": lambda value: type(value) is int and 0 <= value <= _LARGEST >> 16,
+    "auto_map": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
+    # There is no other; and a name of transformers' may be one of code on a hub.
+    "attn_implementation": lambda value: value == "eager",
+    "experts_implementation": lambda value: value == "eager",
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _are_tokens),
+    **dict.fromkeys(("name_or_path", "_name_or_path", "_commit_hash"), _is_path),
+}
+"""Of what is not None, whether transformers can take it."""

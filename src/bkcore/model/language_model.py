@@ -17,9 +17,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
 from bkcore.errors import CheckpointError, DTypeError, InputError, LifecycleError, ShapeError
-from bkcore.model import checkpoint, quantized, receipt
+from bkcore.model import loading, quantized, receipt, saving
 from bkcore.model.certificate import certify
-from bkcore.model.config import ResNetBKConfig
+from bkcore.model.config import ResNetBKConfig, form_of
 from bkcore.model.loss import IGNORED, next_token_loss
 from bkcore.model.mixer import MIXERS, ConvolutionMixer, Features, GreenMixer, ResolventMixer
 from bkcore.model.moe import MixtureOfExperts, uncounted
@@ -116,7 +116,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         self.final_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.post_init()
         if config.quantization is not None:
-            self._take_form(dict(config.quantization))
+            self._take_form(config.quantization)
 
     def forward(
         self,
@@ -375,8 +375,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
 
     def _take_form(self, fields: dict[str, Any]) -> None:
         """Give a freshly built float model the modules of the state that `fields` names."""
-        state = QuantizationState(fields.pop("state", QuantizationState.FLOAT.value))
-        config = self._quant_config = QuantizationConfig.from_dict(fields)
+        config, state = form_of(fields)
+        self._quant_config = config
         quantized.check_tensor_bits(self, config)
         if state is not QuantizationState.FLOAT:
             learnable = config.is_qat and state is not QuantizationState.QUANTIZED
@@ -445,39 +445,73 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Save the model, its quantization state and its receipt: safetensors, JSON, checksums.
 
-        Files are complete before the first is renamed into place.
+        The folder holds this model afterwards and nothing of one that was there before, or, if
+        saving fails or is killed, the old one or what `from_pretrained` refuses. A tokenizer in it
+        stays and is listed with the model.
+
+        Args:
+            save_directory: the folder; made if it is not there.
+            kwargs: of transformers: `state_dict`, `max_shard_size`, `variant`, `is_main_process`
+                (only the main process writes), `save_original_format`.
 
         Raises:
+            InputError: for arguments that cannot be honoured, such as `push_to_hub`.
             LifecycleError: during calibration, whose histograms are not saved.
-            CheckpointError: if the folder cannot be written.
+            CheckpointError: if the folder cannot be written, or what is saved could not be loaded
+                again.
         """
-        if kwargs.get("safe_serialization") is False:
-            raise InputError("checkpoints are safetensors only; drop safe_serialization=False")
+        saving.check_arguments(kwargs)
+        if getattr(self, "_hf_peft_config_loaded", False):  # files of PEFT's, which load_adapter reads
+            super().save_pretrained(save_directory, **kwargs)
+            return
         if self._state is QuantizationState.CALIBRATING:
             raise LifecycleError("cannot save during calibration: call end_calibration() first")
-        with checkpoint.writing(Path(save_directory)) as staged:
+        with saving.place(Path(save_directory), kwargs) as staged:
             super().save_pretrained(staged, **kwargs)
-            if self.receipt is not None:
-                receipt.write(self.receipt, staged)
+            if kwargs.get("is_main_process", True):
+                if self.receipt is not None:
+                    receipt.write(self.receipt, staged)
+                loading.check_saved(type(self), staged, Path(save_directory))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Load what `save_pretrained` wrote, bit for bit; arguments as in transformers.
+        """Load what `save_pretrained` wrote, bit for bit.
+
+        Only files that the manifest lists are read. Everything is compared with the configuration
+        before it takes memory, and nothing in the folder is ever run.
+
+        Args:
+            path: the folder.
+            args: none.
+            kwargs: of transformers: `config`, or fields of one; `dtype`, `device_map`,
+                `max_memory`, `generation_config`, `subfolder`, `variant`, `output_loading_info`.
+                Those about downloads mean nothing for a folder, and are left aside.
 
         Raises:
-            CheckpointError: if the checkpoint is missing, truncated, altered or incomplete.
+            InputError: for other arguments.
+            CheckpointError: if the checkpoint is missing, truncated, altered, incomplete or
+                malformed.
         """
-        checkpoint.verify(Path(path))
-        want_info = kwargs.pop("output_loading_info", False)
-        kwargs["ignore_mismatched_sizes"] = True  # they are refused below, with all else
-        kwargs["output_loading_info"] = True
-        loaded: Any = super().from_pretrained(path, *args, **kwargs)
+        request = loading.Request.of(path, args, kwargs)
+        with loading.opened(request, cls) as source:
+            loaded: Any = super().from_pretrained(
+                None,
+                config=source.config,
+                state_dict=source.tensors,
+                dtype=request.dtype or source.dtype,
+                output_loading_info=True,
+                **request.passed_on,
+            )
         model, info = loaded
         wrong = {name: keys for name, keys in info.items() if keys}
         if wrong:
             raise CheckpointError(f"the checkpoint {path} does not fit its configuration: {wrong}")
-        model.receipt = receipt.find(Path(path))
-        return (model, info) if want_info else model
+        model.name_or_path = model.config.name_or_path = str(request.folder)
+        model.receipt = source.receipt
+        generation = request.generation or source.generation
+        if generation is not None:
+            model.generation_config = copy.deepcopy(generation)
+        return (model, info) if request.wants_info else model
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in PyTorch, for a model of the same quantization state.

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bkcore import manifest
 from bkcore.errors import CheckpointError
-from bkcore.model import checkpoint, quantized
+from bkcore.model import quantized
 from bkcore.model.certificate import CoreCertificate
 from bkcore.model.mixer import CoreQuantizers, Features, ResolventMixer
 from bkcore.model.moe import MixtureOfExperts, of_all_processes
@@ -25,6 +26,7 @@ from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.linear import QuantizedEmbedding
 from bkcore.quantization.quantizers import GroupWiseQuantizer
 from bkcore.quantization.weights import HalfWeight, PackedWeight, TrainableWeight
+from bkcore.reading import parse_json, shown
 
 Receipt = dict[str, Any]
 """Fields: see `of_quantized`."""
@@ -169,8 +171,7 @@ def read(folder: Path) -> Receipt:
         CheckpointError: if there is no whole checkpoint, or it has no receipt: a float one, or one
             of a version that wrote none.
     """
-    checkpoint.verify(folder)
-    receipt = find(folder)
+    receipt = find(folder, manifest.verify(folder))
     if receipt is None or "weights" not in receipt:
         raise CheckpointError(
             f"the checkpoint {folder} has no receipt: it is not quantized, or was saved by a "
@@ -179,19 +180,101 @@ def read(folder: Path) -> Receipt:
     return receipt
 
 
-def find(folder: Path) -> Receipt | None:
-    """What a checkpoint, already verified, says of its quantization; None if it says nothing."""
-    if checkpoint.RECEIPT not in checkpoint.files(folder):
+def find(folder: Path, digests: manifest.Digests) -> Receipt | None:
+    """What a checkpoint with these digests says of its quantization; None if it says nothing.
+
+    Raises:
+        CheckpointError: if the file is not what `write` writes.
+    """
+    if manifest.RECEIPT not in digests:
         return None
+    content = manifest.contents(folder, manifest.RECEIPT, digests)
     try:
-        return dict(json.loads((folder / checkpoint.RECEIPT).read_text()))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / checkpoint.RECEIPT} cannot be read: {error}") from error
+        receipt = parse_json(content)
+        _check(receipt)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / manifest.RECEIPT} is no receipt: {error}") from error
+    return dict(receipt)
 
 
 def write(receipt: Receipt, folder: Path) -> None:
     """Write a receipt into a folder."""
-    (folder / checkpoint.RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n")
+    (folder / manifest.RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n")
+
+
+_INT, _TEXT, _NUMBER, _NONE = (int,), (str,), (int, float), (type(None),)
+
+_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "part", "kernel", "scheme", "levels", "rounding", "dtype"), _TEXT),
+    **dict.fromkeys(("range_method", "reason"), _TEXT + _NONE),
+    **dict.fromkeys(("bits", "bytes", "scales", "channels", "group_size"), _INT),
+    **dict.fromkeys(("layer", "tokens", "steps"), _INT),
+    "calibration_tokens": _INT + _NONE,
+    **dict.fromkeys(("smallest_scale", "largest_scale", "error", "bound", "worst"), _NUMBER),
+    **dict.fromkeys(("relative_error", "first_loss", "last_loss"), _NUMBER),
+    "clipping_rate": _NUMBER + _NONE,
+    "shape": (list,),
+    "clipped": (dict,),
+    "distilled": (bool,),
+}
+"""The kinds of the fields of all entries."""
+
+_NEEDED = {
+    "weights": "name part shape kernel bytes bits scheme calibration_tokens",
+    "activations": (
+        "name bits scheme scales smallest_scale largest_scale range_method calibration_tokens"
+    ),
+    "float": "name shape bytes reason",
+    "cores": "layer tokens error bound worst clipped",
+    "training": "steps distilled first_loss last_loss",
+}
+"""What an entry of each section cannot go without."""
+
+
+def _check(receipt: object) -> None:
+    """Raise `ValueError` or `TypeError` unless this is what `of_quantized` gives."""
+    if not isinstance(receipt, dict):
+        raise TypeError(f"it is {shown(receipt)}")
+    if "weights" in receipt:
+        if "quantization" not in receipt or not receipt["weights"]:
+            raise ValueError("it says nothing of the mode, or of no weight")
+        receipt = {"activations": [], "float": [], **receipt}
+    for section, content in receipt.items():
+        if section == "quantization":
+            if not isinstance(content, dict):
+                raise TypeError(f"its quantization is {shown(content)}")
+            QuantizationConfig.from_dict(content)
+        elif section == "calibration":
+            _check_counts(content)
+        elif section in _NEEDED:
+            entries = [content] if section == "training" else content
+            if not isinstance(entries, list):
+                raise TypeError(f"{section} is {shown(entries)}, not a list")
+            for entry in entries:
+                _check_entry(section, entry)
+
+
+def _check_entry(section: str, entry: object) -> None:
+    if not isinstance(entry, dict):
+        raise TypeError(f"an entry of {section} is {shown(entry)}")
+    missing = sorted(set(_NEEDED[section].split()) - entry.keys())
+    if missing:
+        raise ValueError(f"an entry of {section} lacks {missing}")
+    for name, value in entry.items():
+        kinds = _FIELDS.get(name, (object,))
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds == _INT):
+            raise TypeError(f"{name} in {section} is {shown(value)}")
+    sizes = entry.get("shape", [])
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"a shape in {section} is {shown(sizes)}")
+    if section == "weights" and len(sizes) != 2:
+        raise ValueError(f"the shape of a weight is {shown(sizes)}")
+    _check_counts(entry.get("clipped", {}))
+
+
+def _check_counts(counts: object) -> None:
+    if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
+        raise TypeError(f"{shown(counts)} are no counts by name")
 
 
 def _tokens(seen: dict[str, int], name: str) -> dict[str, int | None]:

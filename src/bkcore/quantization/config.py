@@ -105,7 +105,14 @@ class QuantizationConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> QuantizationConfig:
-        """What `to_dict` gave, of this version or of one that had no `min_size`."""
+        """What `to_dict` gave, of this version or of one that had no `min_size`.
+
+        Raises:
+            InputError: for unknown fields, and as the constructor.
+        """
+        unknown = sorted(map(str, fields.keys() - cls.__dataclass_fields__.keys()))
+        if unknown:
+            raise InputError(f"QuantizationConfig has no fields {unknown}")
         return cls(**{"min_size": 0, **fields})
 
     @property
@@ -187,7 +194,7 @@ class QuantizationConfig:
             )
         allowed = (4, 8) if self.is_qat else (4, 8, 16)
         for name, bits in self.tensor_bits.items():
-            if isinstance(bits, bool) or bits not in allowed:
+            if type(bits) is not int or bits not in allowed:
                 raise InputError(
                     f"tensor_bits[{name!r}] is {bits!r}; mode {self.mode!r} takes {allowed}"
                 )

@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from bkcore.model.checkpoint import model_bytes
+from bkcore.manifest import model_bytes
 from bkcore.model.receipt import Receipt, read
 
 

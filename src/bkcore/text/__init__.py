@@ -2,6 +2,7 @@
 
 from bkcore.text.cache import cached_tokenizer, cached_tokens
 from bkcore.text.corpus import Corpus, StreamedCorpus, count_words, load_corpus, open_corpus
+from bkcore.text.saved import list_tokenizer, load_tokenizer
 from bkcore.text.shards import TokenShards, write_shards
 from bkcore.text.tokenizer import (
     END_OF_TEXT,
@@ -23,7 +24,9 @@ __all__ = [
     "count_words",
     "encode",
     "encode_pieces",
+    "list_tokenizer",
     "load_corpus",
+    "load_tokenizer",
     "open_corpus",
     "scored_windows",
     "spread",

@@ -7,13 +7,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from bkcore.text.corpus import StreamedCorpus
+from bkcore.text.saved import CheckpointTokenizer, read_tokenizer
 from bkcore.text.shards import TokenShards, write_shards
 from bkcore.text.tokenizer import encode_pieces, tokenizer_hash, train_tokenizer
 
 
 def cached_tokenizer(
     corpus: StreamedCorpus, vocab_size: int, folder: Path, *, min_frequency: int = 2
-) -> PreTrainedTokenizerFast:
+) -> CheckpointTokenizer:
     """Train a tokenizer on the train part of a corpus, or load the one that was trained before.
 
     Args:
@@ -23,6 +24,7 @@ def cached_tokenizer(
 
     Raises:
         InputError: as in `train_tokenizer`.
+        CheckpointError: if it cannot be written, or what is there is damaged.
     """
     name = f"tokenizer-{corpus.sha256[:16]}-{vocab_size}-{min_frequency}"
     if not (folder / name).exists():
@@ -32,8 +34,7 @@ def cached_tokenizer(
         tokenizer.save_pretrained(staged)
         os.replace(staged, folder / name)
     # Loaded even when it was just trained, so that the first run and the next do the same.
-    loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder / name)
-    return loaded
+    return read_tokenizer(folder / name)
 
 
 def cached_tokens(

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from bkcore.errors import InputError
+from bkcore.text.saved import CheckpointTokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 """The one special token: it begins and ends a text. Its id is 0."""
@@ -29,7 +30,7 @@ _CHUNKS_AT_ONCE = 256
 
 def train_tokenizer(
     text: str | Iterable[str], vocab_size: int, *, min_frequency: int = 2
-) -> PreTrainedTokenizerFast:
+) -> CheckpointTokenizer:
     """Train a byte-level BPE tokenizer. The same text and sizes give the same tokenizer.
 
     Args:
@@ -41,7 +42,8 @@ def train_tokenizer(
 
     Returns:
         A tokenizer whose beginning and end of text are both ``<|endoftext|>`` (id 0), which
-        it adds nowhere by itself, and for which ``decode(encode(text))`` is the text.
+        it adds nowhere by itself, and for which ``decode(encode(text))`` is the text. It enters
+        what it saves in the manifest of a model's folder.
 
     Raises:
         InputError: ``vocab_size`` or ``min_frequency`` is too small, or the text holds a lone
@@ -66,7 +68,7 @@ def train_tokenizer(
     )
     pieces = [text] if isinstance(text, str) else text
     backend.train_from_iterator(_chunks(_encodable(pieces)), trainer=trainer)
-    return PreTrainedTokenizerFast(
+    return CheckpointTokenizer(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,

@@ -1,0 +1,337 @@
+"""Loading a model: what a folder holds is compared with its configuration before it takes memory.
+
+Nothing but the files of the manifest is read, and no library goes looking for more: transformers is
+given a configuration and tensors, no folder. So a file that a stranger put there is never run,
+followed or taken for weights.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from bkcore import manifest
+from bkcore.errors import CheckpointError, InputError
+from bkcore.model import receipt
+from bkcore.model.config import ResNetBKConfig
+from bkcore.quantization.storage import StoredDtypes
+from bkcore.reading import foreign, parse_json, shown
+
+_LAYER = re.compile(r"layers\.(\d{1,9})\.")
+_EXPERT = re.compile(r"layers\.\d{1,9}\.experts\.experts\.(\d{1,9})\.")
+
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    **{"U8": torch.uint8, "BOOL": torch.bool},
+}
+"""By the names that safetensors gives them; others are in no model."""
+
+_PASSED_ON = {"device_map", "max_memory"}
+
+_WITHOUT_EFFECT = {
+    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token"),
+    *("trust_remote_code", "code_revision", "low_cpu_mem_usage", "weights_only"),
+    *("adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"),
+}
+"""Arguments of `from_pretrained` about downloads, pickles and code, of which there are none."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `from_pretrained` was asked for.
+
+    Attributes:
+        folder: where the checkpoint is.
+        variant: which variant of the weights must be there; None takes any.
+        config: to use instead of the one in the folder; None takes that.
+        changes: fields of the configuration to change.
+        generation: to use instead of what the folder holds; None takes that.
+        dtype: of the parameters; None takes the configuration's, or that of the weights.
+        wants_info: whether the loading info is to be returned, too.
+        passed_on: arguments that transformers handles.
+    """
+
+    folder: Path
+    variant: str | None
+    config: ResNetBKConfig | None
+    changes: dict[str, Any]
+    generation: GenerationConfig | None
+    dtype: torch.dtype | None
+    wants_info: bool
+    passed_on: dict[str, Any]
+
+    @staticmethod
+    def of(path: object, arguments: tuple[Any, ...], options: dict[str, Any]) -> Request:
+        """What the arguments of `from_pretrained` ask for.
+
+        Raises:
+            InputError: for what cannot be had.
+        """
+        if not isinstance(path, str | os.PathLike):
+            raise InputError(f"from_pretrained takes the path of a folder, not {shown(path)}")
+        if arguments:
+            raise InputError(f"from_pretrained takes names with arguments, not {shown(arguments)}")
+        options = {name: each for name, each in options.items() if name not in _WITHOUT_EFFECT}
+        for name, only in (("use_safetensors", True), ("ignore_mismatched_sizes", False)):
+            if options.pop(name, None) not in (None, only):
+                raise InputError(f"from_pretrained can only do what {name}={only} asks for")
+        for name in ("attn_implementation", "experts_implementation"):
+            if options.pop(name, None) not in (None, "eager"):
+                raise InputError(f"this model has no {name}; leave it out")
+        config = options.pop("config", None)
+        if config is not None and not isinstance(config, ResNetBKConfig):
+            raise InputError(f"config must be a ResNetBKConfig, not {shown(config)}")
+        generation = options.pop("generation_config", None)
+        if generation is not None and not isinstance(generation, GenerationConfig):
+            raise InputError(f"generation_config must be such an object, not {shown(generation)}")
+        older = options.pop("torch_dtype", None)
+        request = Request(
+            folder=Path(path) / (options.pop("subfolder", None) or ""),
+            variant=options.pop("variant", None),
+            config=config,
+            dtype=_dtype(options.pop("dtype", older)),
+            generation=generation,
+            wants_info=options.pop("output_loading_info", False),
+            passed_on={name: options.pop(name) for name in _PASSED_ON & options.keys()},
+            changes=options,
+        )
+        unknown = sorted(options.keys() - ResNetBKConfig.__dataclass_fields__.keys())
+        if unknown or (config is not None and options):
+            given = unknown or sorted(options)
+            raise InputError(
+                f"from_pretrained cannot take {given}; it takes config or fields of one, dtype, "
+                "device_map, max_memory, generation_config, subfolder, variant and "
+                "output_loading_info"
+            )
+        return request
+
+
+def _dtype(asked: object) -> torch.dtype | None:
+    dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    if asked is None or asked == "auto":
+        return None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f'dtype must be "auto" or a floating-point dtype, not {shown(asked)}')
+    return dtype
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a model is made of.
+
+    Attributes:
+        config: checked.
+        tensors: by name, read when they are indexed.
+        generation: what the folder says, or None.
+        receipt: likewise.
+    """
+
+    config: ResNetBKConfig
+    tensors: dict[str, Any]
+    generation: GenerationConfig | None
+    receipt: receipt.Receipt | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of parameters if nobody asks for another."""
+        if isinstance(self.config.dtype, torch.dtype):
+            return self.config.dtype
+        floats = (_DTYPES[each.get_dtype()] for each in self.tensors.values())
+        return next((dtype for dtype in floats if dtype.is_floating_point), torch.float32)
+
+
+@contextmanager
+def opened(request: Request, kind: type[PreTrainedModel]) -> Iterator[Source]:
+    """What a model of a kind is made of, whole and fitting together; open inside a with block.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing, truncated, altered, incomplete or malformed.
+    """
+    folder = request.folder
+    digests = manifest.read(folder)
+    content = manifest.contents(folder, manifest.CONFIG, digests)
+    config = config_from(content, folder / manifest.CONFIG, request.changes)
+    if request.config is not None:
+        config = request.config
+    generation = None
+    if manifest.GENERATION in digests:
+        content = manifest.contents(folder, manifest.GENERATION, digests)
+        generation = generation_from(content, folder / manifest.GENERATION)
+    found = receipt.find(folder, digests)
+    weights = sorted(filter(manifest.is_weights_file, digests))
+    if request.variant is not None:
+        _check_variant(request.variant, weights, folder)
+    with ExitStack() as stack:
+        files = []
+        for name in weights:
+            path, status = manifest.check(folder, name, digests)
+            files.append(_open(path, folder / name, stack))
+            if not _is_same(path, status):
+                raise CheckpointError(f"{folder / name} changed while it was read; load it again")
+        tensors = together(files, folder)
+        check_fit(kind, config, tensors, folder)
+        yield Source(config, tensors, generation, found)
+
+
+def check_saved(kind: type[PreTrainedModel], staged: Path, folder: Path) -> None:
+    """Check that what was written to `staged`, to be moved to `folder`, can be loaded again.
+
+    Raises:
+        CheckpointError: if the configuration or the tensors are of another model, as those of
+            adapters, or hold what no checkpoint keeps.
+    """
+    try:
+        content = (staged / manifest.CONFIG).read_bytes()
+        config = config_from(content, folder / manifest.CONFIG)
+        if (staged / manifest.GENERATION).exists():
+            content = (staged / manifest.GENERATION).read_bytes()
+            generation_from(content, folder / manifest.GENERATION)
+        with ExitStack() as stack:
+            names = sorted(filter(manifest.is_weights_file, os.listdir(staged)))
+            files = [_open(staged / name, folder / name, stack) for name in names]
+            check_fit(kind, config, together(files, folder), folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"what was to be saved could not be loaded again: {error}") from error
+
+
+def config_from(
+    content: bytes, path: Path, changes: Mapping[str, Any] | None = None
+) -> ResNetBKConfig:
+    """The configuration in a JSON file, with some fields changed.
+
+    Raises:
+        CheckpointError: if it is none.
+    """
+    fields = _object(content, path)
+    with foreign(str(path)):
+        config = ResNetBKConfig(**fields)
+    # What the caller asks for is no fault of the file: it raises InputError.
+    return ResNetBKConfig(**{**fields, **changes}) if changes else config
+
+
+def generation_from(content: bytes, path: Path) -> GenerationConfig:
+    """The generation configuration in a JSON file.
+
+    Raises:
+        CheckpointError: if it is none.
+    """
+    fields = _object(content, path)
+    defaults = vars(GenerationConfig())
+    usual = {**defaults, **GenerationConfig._get_default_generation_params()}
+    usual["early_stopping"] = None  # True, False or "never"
+    for name, value in fields.items():
+        if name not in defaults and (name.startswith("_") or hasattr(GenerationConfig, name)):
+            raise CheckpointError(f"{path} has the field {shown(name)}, which is no setting")
+        if value is not None and not _is_like(value, usual.get(name)):
+            raise CheckpointError(f"{name} in {path} cannot be {shown(value)}")
+    with foreign(str(path)):
+        return GenerationConfig.from_dict(fields)
+
+
+def together(files: Iterable[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+    """The tensors of all files.
+
+    Raises:
+        CheckpointError: if two hold the same.
+    """
+    tensors: dict[str, Any] = {}
+    for file in files:
+        twice = sorted(tensors.keys() & file.keys())
+        if twice:
+            raise CheckpointError(f"the weights in {folder} hold {shown(twice)} twice")
+        tensors |= file
+    return tensors
+
+
+def check_fit(
+    kind: type[PreTrainedModel], config: ResNetBKConfig, tensors: Mapping[str, Any], folder: Path
+) -> None:
+    """Compare the names, shapes and dtypes of tensors with those of a model, without any memory.
+
+    Raises:
+        CheckpointError: naming what is missing, or is not as the configuration asks for.
+    """
+    for pattern, name in ((_LAYER, "n_layers"), (_EXPERT, "num_experts")):
+        count = len({match[1] for match in map(pattern.match, tensors) if match})
+        if count != getattr(config, name):
+            raise CheckpointError(
+                f"the checkpoint {folder} does not fit its configuration: {name} is "
+                f"{getattr(config, name)}, but it has tensors for {count}"
+            )
+    with foreign(str(folder / manifest.CONFIG)), torch.device("meta"):
+        model = kind(config)
+    own, exact = model.state_dict(), _exact(model)
+    amiss = [f"it lacks {shown(name)}" for name in own if name not in tensors]
+    for name, tensor in tensors.items():
+        shape, dtype = tuple(tensor.get_shape()), _DTYPES.get(tensor.get_dtype())
+        if name not in own:
+            amiss.append(f"{shown(name)} is of another model")
+        elif shape != own[name].shape:
+            amiss.append(f"{name} is {shape} instead of {tuple(own[name].shape)}")
+        elif dtype != own[name].dtype and (
+            name in exact or dtype is None or not dtype.is_floating_point
+        ):
+            amiss.append(f"{name} is {tensor.get_dtype()} instead of {own[name].dtype}")
+    if amiss:
+        more = f"; and {len(amiss) - 5} more" if len(amiss) > 5 else ""
+        raise CheckpointError(
+            f"the checkpoint {folder} does not fit its configuration: {'; '.join(amiss[:5])}{more}"
+        )
+
+
+def _exact(model: nn.Module) -> set[str]:
+    """Names of the tensors whose dtype is part of the format; others may be in any floating one."""
+    names = {name for name, x in model.state_dict().items() if not x.is_floating_point()}
+    for path, module in model.named_modules():
+        if isinstance(module, StoredDtypes):
+            names |= {f"{path}.{name}" for name in module.stored}
+    return names
+
+
+def _object(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        fields = parse_json(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {shown(fields)}")
+    return fields
+
+
+def _is_like(value: object, usual: object) -> bool:
+    """Whether a value can stand where the usual one is of the kind that it is."""
+    if isinstance(usual, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(usual, bool | None)
+    if isinstance(usual, int | float):
+        return isinstance(value, int | float) and abs(value) <= torch.finfo(torch.float64).max
+    return usual is None or isinstance(value, type(usual))
+
+
+def _open(path: Path, shown_path: Path, stack: ExitStack) -> dict[str, Any]:
+    with foreign(str(shown_path)):
+        file = stack.enter_context(safe_open(path, framework="pt"))
+        return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _is_same(path: Path, before: os.stat_result) -> bool:
+    now = path.stat()
+    fields = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
+    return all(getattr(now, name) == getattr(before, name) for name in fields)
+
+
+def _check_variant(variant: object, weights: list[str], folder: Path) -> None:
+    if not all(name.startswith((f"model.{variant}.", f"model.{variant}-")) for name in weights):
+        raise CheckpointError(
+            f"{folder} holds {', '.join(weights)}, not the variant {shown(variant)}; leave it out"
+        )

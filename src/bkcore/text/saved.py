@@ -1,0 +1,187 @@
+"""Tokenizers in checkpoint folders: listed in the manifest, and checked before they are read."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from bkcore import manifest
+from bkcore.errors import CheckpointError, InputError
+from bkcore.reading import foreign, parse_json, read_bytes, shortened, shown
+
+_TOKENIZER = "tokenizer.json"
+_SETTINGS = "tokenizer_config.json"
+_SPECIAL_TOKENS = "special_tokens_map.json"
+_BYTES = 128 << 20
+
+_TOKENS = {
+    *PreTrainedTokenizerFast.SPECIAL_TOKENS_ATTRIBUTES,
+    *("extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens"),
+}
+_KNOWN = {
+    *_TOKENS,
+    *("added_tokens_decoder", "model_max_length", "padding_side", "truncation_side"),
+    *("model_input_names", "clean_up_tokenization_spaces", "split_special_tokens"),
+    *("add_prefix_space", "add_bos_token", "add_eos_token", "chat_template"),
+    *("chat_control_tokens", "response_template", "errors", "legacy", "trim_offsets"),
+    # what it was made by and where from, which says nothing of texts
+    *("tokenizer_class", "processor_class", "backend", "is_local", "local_files_only"),
+    *("name_or_path", "special_tokens_map_file"),
+}
+"""Settings that a tokenizer may bring along."""
+
+
+class CheckpointTokenizer(PreTrainedTokenizerFast):
+    """A tokenizer of transformers that enters its files in the manifest of the folder they go to.
+
+    So a model and its tokenizer may be saved into one folder in either order.
+    """
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, **kwargs: Any
+    ) -> tuple[str, ...]:
+        """Save the tokenizer; a manifest in the folder lists it afterwards.
+
+        Args:
+            save_directory: the folder; made if it is not there.
+            kwargs: of transformers. Chat templates go into `tokenizer_config.json`.
+
+        Returns:
+            The names of the files with the folder.
+
+        Raises:
+            InputError: for `push_to_hub` or `filename_prefix`, which cannot be honoured.
+            CheckpointError: if the folder cannot be written.
+        """
+        for name in ("push_to_hub", "filename_prefix"):
+            if kwargs.get(name):
+                raise InputError(f"{name} would leave the manifest behind: drop it")
+        folder = Path(save_directory)
+        with manifest.saving_tokenizer(folder) as staged:
+            self._save(staged, {"save_jinja_files": False, **kwargs})
+            names = sorted(os.listdir(staged))
+        return tuple(str(folder / name) for name in names)
+
+    def _save(self, staged: Path, options: dict[str, Any]) -> None:
+        try:
+            super().save_pretrained(staged, **options)
+        except Exception as error:
+            if type(error) is Exception:  # what Rust's errors are, such as that of a full disk
+                raise OSError(shortened(error)) from error
+            raise
+        # A name that transformers knows, for those who load the folder without this library.
+        path = staged / _SETTINGS
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["tokenizer_class"] = PreTrainedTokenizerFast.__name__
+        text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def load_tokenizer(folder: Path) -> CheckpointTokenizer:
+    """Load the tokenizer in a checkpoint folder, checked against the manifest.
+
+    Raises:
+        CheckpointError: if there is none, one of its files is not listed, truncated, altered or
+            malformed, or as `manifest.read`.
+    """
+    digests = manifest.read(folder)
+    present = [name for name in manifest.TOKENIZER_FILES if os.path.lexists(folder / name)]
+    if _TOKENIZER not in {*present, *digests}:
+        raise CheckpointError(
+            f"{folder} holds no {_TOKENIZER}; save the tokenizer into the model's folder: "
+            "tokenizer.save_pretrained(folder)"
+        )
+    unlisted = [name for name in present if name not in digests]
+    if unlisted:
+        raise CheckpointError(
+            f"{folder / manifest.MANIFEST} does not list {', '.join(unlisted)}, so nothing says "
+            "that this is the tokenizer the model was trained with. If you know that it is, call "
+            "bkcore.text.list_tokenizer(folder); or save the right one: "
+            "bkcore.text.train_tokenizer() makes tokenizers that list themselves"
+        )
+
+    def read(name: str) -> bytes | None:
+        return manifest.contents(folder, name, digests, _BYTES) if name in digests else None
+
+    return _tokenizer(read, folder)
+
+
+def read_tokenizer(folder: Path) -> CheckpointTokenizer:
+    """Load the tokenizer in a folder without a manifest.
+
+    Raises:
+        CheckpointError: if there is none, or it is malformed.
+    """
+
+    def read(name: str) -> bytes | None:
+        try:
+            return read_bytes(folder / name, _BYTES)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
+
+    return _tokenizer(read, folder)
+
+
+def list_tokenizer(folder: str | Path) -> None:
+    """Enter the tokenizer that is in a checkpoint folder in its manifest, as it is.
+
+    For one of another library, or that an older version saved: make sure first that it is the one
+    that the model was trained with.
+
+    Raises:
+        CheckpointError: if the folder holds no model or no tokenizer, or cannot be written.
+    """
+    manifest.list_tokenizer(Path(folder))
+    load_tokenizer(Path(folder))
+
+
+def _tokenizer(read: Callable[[str], bytes | None], folder: Path) -> CheckpointTokenizer:
+    """Have transformers read a copy of what was checked, and nothing else."""
+    contents = {name: read(name) for name in manifest.TOKENIZER_FILES}
+    if contents[_TOKENIZER] is None:
+        raise CheckpointError(f"{folder} holds no {_TOKENIZER}")
+    for name, known in ((_SETTINGS, _KNOWN), (_SPECIAL_TOKENS, _TOKENS)):
+        _check_settings(contents[name] or b"{}", known, folder / name)
+    with _copied(contents) as copy, foreign(f"the tokenizer in {folder}"):
+        tokenizer = CheckpointTokenizer.from_pretrained(copy, local_files_only=True)
+        len(tokenizer), tokenizer.bos_token_id  # noqa: B018 - what all callers are going to ask for
+    tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(folder)
+    return tokenizer
+
+
+@contextmanager
+def _copied(contents: Mapping[str, bytes | None]) -> Iterator[Path]:
+    with ExitStack() as stack:
+        try:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            for name, content in contents.items():
+                if content is not None:
+                    (folder / name).write_bytes(content)
+        except OSError as error:
+            raise CheckpointError(f"no temporary copy of a tokenizer: {error}") from error
+        yield folder
+
+
+def _check_settings(content: bytes, known: set[str], path: Path) -> None:
+    """Refuse what could have transformers open other files."""
+    try:
+        settings = parse_json(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {shown(settings)}")
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise CheckpointError(
+            f"{path} has settings that this library does not take from a file: {shown(unknown)}; "
+            "delete them there, or save the tokenizer again"
+        )
