@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -108,9 +108,7 @@ def read(folder: Path) -> Digests:
     return dict(digests)
 
 
-def contents(
-    folder: Path, name: str, digests: Digests, limit: int = JSON_BYTES
-) -> bytes:
+def contents(folder: Path, name: str, digests: Digests, limit: int = JSON_BYTES) -> bytes:
     """A small file of a checkpoint folder, checked.
 
     Raises:
@@ -251,16 +249,12 @@ def saving_model(folder: Path) -> Iterator[Path]:
     """
     with _staging(folder) as staged:
         yield staged
-        before = _listed(folder) or {}
-        own = {path.name: _digest(path) for path in staged.iterdir()}
-        others = {name: digest for name, digest in before.items() if not is_model_file(name)}
-        others = {name: digest for name, digest in others.items() if (folder / name).is_file()}
+        own = _digests(staged)
+        others = _others(folder, is_model_file)
         for name in TOKENIZER_FILES:
             if name not in others and _is_own(folder / name):
                 others[name] = _digest(folder / name)
-        stale = {name for name in before if is_model_file(name)}
-        stale |= set(filter(_WITHOUT_VARIANT.fullmatch, os.listdir(folder)))
-        _move(staged, folder, list(own), {**own, **others}, stale - own.keys())
+        _move(staged, folder, own, {**own, **others}, _earlier_model(folder))
 
 
 @contextmanager
@@ -274,31 +268,39 @@ def saving_tokenizer(folder: Path) -> Iterator[Path]:
     """
     with _staging(folder) as staged:
         yield staged
-        before = _listed(folder)
-        own = {path.name: _digest(path) for path in staged.iterdir()}
+        own = _digests(staged)
         digests = None
-        if before is not None:
-            others = {name: each for name, each in before.items() if not is_tokenizer_file(name)}
-            digests = {**others, **own}
-        _move(staged, folder, list(own), digests, set(TOKENIZER_FILES) - own.keys())
+        if _listed(folder) is not None:
+            digests = {**own, **_others(folder, is_tokenizer_file)}
+        _move(staged, folder, own, digests, set(TOKENIZER_FILES))
+
+
+@contextmanager
+def saving_checkpoint(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to save both in, a model and its tokenizer, as `saving_model` does.
+
+    Raises:
+        CheckpointError: as `saving_model`.
+    """
+    with _staging(folder) as staged:
+        yield staged
+        own = read(staged)
+        others = _others(folder, lambda name: is_model_file(name) or is_tokenizer_file(name))
+        stale = {*_earlier_model(folder), *TOKENIZER_FILES}
+        _move(staged, folder, own, {**own, **others}, stale)
 
 
 def list_tokenizer(folder: Path) -> None:
     """Enter the tokenizer's files that are in a checkpoint folder in its manifest, as they are.
 
-    For a tokenizer of another library, or one that an older version saved: make sure first that it
-    is the one that the model was trained with.
-
     Raises:
-        CheckpointError: if the folder has no manifest, the tokenizer's files cannot be read, or
-            the manifest cannot be written.
+        CheckpointError: if the folder has no manifest, or it cannot be written.
     """
-    digests = {name: each for name, each in read(folder).items() if not is_tokenizer_file(name)}
+    read(folder)
     with _staging(folder) as staged:
-        for name in TOKENIZER_FILES:
-            if _is_own(folder / name):
-                digests[name] = _digest(folder / name)
-        _move(staged, folder, [], digests, set())
+        names = [name for name in TOKENIZER_FILES if _is_own(folder / name)]
+        own = {name: _digest(folder / name) for name in names}
+        _move(staged, folder, {}, {**own, **_others(folder, is_tokenizer_file)}, set())
 
 
 @contextmanager
@@ -329,8 +331,24 @@ def _listed(folder: Path) -> Digests | None:
     return dict(digests)
 
 
+def _others(folder: Path, owns: Callable[[str], bool]) -> Digests:
+    """What the manifest lists of others, as far as it is there."""
+    listed = _listed(folder) or {}
+    return {name: x for name, x in listed.items() if not owns(name) and (folder / name).is_file()}
+
+
+def _earlier_model(folder: Path) -> set[str]:
+    """Files of a model that was saved there: the listed ones, and what may be taken for it."""
+    listed = set(filter(is_model_file, _listed(folder) or {}))
+    return listed | set(filter(_WITHOUT_VARIANT.fullmatch, os.listdir(folder)))
+
+
 def _is_own(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
+
+
+def _digests(staged: Path) -> Digests:
+    return {path.name: _digest(path) for path in staged.iterdir()}
 
 
 def _digest(path: Path) -> str:
@@ -339,15 +357,16 @@ def _digest(path: Path) -> str:
 
 
 def _move(
-    staged: Path, folder: Path, names: list[str], digests: Digests | None, stale: set[str]
+    staged: Path, folder: Path, own: Digests, digests: Digests | None, stale: set[str]
 ) -> None:
-    names = sorted(names)
+    """Move what was written into a folder, with a manifest if there are digests for one."""
+    names = sorted(own)
     manifest = {"format_version": FORMAT_VERSION, "sha256": dict(sorted((digests or {}).items()))}
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for name in names:  # safetensors makes files that nobody but their owner can read
         (staged / name).chmod((staged / MANIFEST).stat().st_mode)
     for name in names if digests is None else [*names, MANIFEST]:
         os.replace(staged / name, folder / name)
-    for name in stale:
+    for name in stale - own.keys():
         if (folder / name).is_file() or (folder / name).is_symlink():
             (folder / name).unlink()

@@ -22,6 +22,9 @@ JSON_BYTES = 16 << 20
 
 _DEPTH = 64
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
+
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading, without waiting for anybody who might write it.
@@ -74,7 +77,7 @@ def read_json(path: Path) -> Any:
 def shown(value: object) -> str:
     """A value for a message: `repr`, or its beginning if that is long."""
     try:
-        return reprlib.repr(value)
+        return _SHORT.repr(value)
     except ValueError:  # Python refuses to print integers of thousands of digits
         return f"an {type(value).__name__} that is too long to print"
 

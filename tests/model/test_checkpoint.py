@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bkcore.errors import CheckpointError, LifecycleError
-from bkcore.model import ResNetBKForCausalLM
 from bkcore.manifest import FORMAT_VERSION, MANIFEST, RECEIPT, model_bytes
+from bkcore.model import ResNetBKForCausalLM
 
 
 def contents(folder: Path) -> dict[str, bytes]:

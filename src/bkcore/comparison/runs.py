@@ -8,7 +8,6 @@ trainer's checkpoints. A lock keeps two processes from doing the same run.
 from __future__ import annotations
 
 import fcntl
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from time import perf_counter
 from typing import Any
 
 from bkcore.errors import InputError
+from bkcore.reading import read_json
 from bkcore.report import files
 
 Advance = Callable[[float], None]
@@ -48,7 +48,7 @@ class Run:
         """
         path = root / self.name / "run.json"
         now = self.settings()
-        begun = json.loads(path.read_text()) if path.is_file() else now
+        begun = _read(path) if path.exists() else now
         names = sorted({*begun, *now})
         different = [name for name in names if begun.get(name) != now.get(name)]
         if different:
@@ -79,7 +79,14 @@ class Run:
 
 def finished(root: Path, group: str) -> list[dict[str, Any]]:
     """Results of the finished runs of a group, ordered by folder."""
-    return [json.loads(path.read_text()) for path in sorted(root.glob(f"{group}/*/*/result.json"))]
+    return [_read(path) for path in sorted(root.glob(f"{group}/*/*/result.json"))]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(read_json(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove {path.parent}") from error
 
 
 @contextmanager

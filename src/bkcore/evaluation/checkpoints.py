@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from bkcore import manifest
@@ -27,7 +28,7 @@ from bkcore.evaluation.perplexity import (
     score,
     standard_error,
 )
-from bkcore.evaluation.unfinished import Unfinished, identity_of
+from bkcore.evaluation.unfinished import Unfinished
 from bkcore.manifest import model_bytes
 from bkcore.memory import keep_freed_memory
 from bkcore.model import ResNetBKForCausalLM
@@ -182,6 +183,11 @@ def _score(
         on_progress(_progress(scores, len(tokens)))
 
     with counting_load(model) as load:
+        if earlier_load is not None and list(map(len, earlier_load)) != list(map(len, load)):
+            raise CheckpointError(
+                f"{unfinished and unfinished.path} is of a model with other experts; delete it to "
+                "score from the beginning"
+            )
         try:
             scores = score(
                 model,
@@ -206,7 +212,7 @@ def _unfinished(folder: Path, setting: Setting) -> Unfinished | None:
         return None
     text = hashlib.sha256(setting.text.encode()).hexdigest()
     own = {"text": text, "window": setting.window, "batch_size": setting.batch_size}
-    return Unfinished(setting.unfinished, {**own, "files": identity_of(folder)})
+    return Unfinished(setting.unfinished, {**own, "files": manifest.read(folder)})
 
 
 def _added(left: list[list[int]], right: list[list[int]]) -> list[list[int]]:
@@ -243,6 +249,21 @@ def load_checkpoint(folder: Path) -> tuple[ResNetBKForCausalLM, CheckpointTokeni
             f"{model.config.vocab_size}: it is the tokenizer of another model"
         )
     return model, tokenizer
+
+
+def save_checkpoint(
+    folder: Path, model: ResNetBKForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Save a model and its tokenizer, both or none, in the place of what the folder held.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    with manifest.saving_checkpoint(folder) as staged:
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        if not isinstance(tokenizer, CheckpointTokenizer):
+            manifest.list_tokenizer(staged)
 
 
 def evaluate_in_new_process(

@@ -10,8 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bkcore.errors import CheckpointError, InputError
+from bkcore.errors import CheckpointError
 from bkcore.evaluation.perplexity import Scores
+from bkcore.reading import parse_json, read_bytes, shortened
+
+_BYTES = 256 << 20
+"""What the scores of ten million windows take."""
 
 _SECONDS = 1.0
 """The most work that is lost when the process is killed, a batch more if batches take longer."""
@@ -36,14 +40,18 @@ class Unfinished:
         Raises:
             CheckpointError: if the file is damaged.
         """
-        if not self.path.exists():
-            return None
         try:
-            content = json.loads(self.path.read_text())
-            return Scores.from_dict(content["scores"]), content["expert_load"]
-        except (ValueError, KeyError, TypeError, InputError) as error:
+            content = parse_json(read_bytes(self.path, _BYTES))
+            scores, load = Scores.from_dict(content["scores"]), content["expert_load"]
+            if not _are_counts(load):
+                raise ValueError("its expert_load is no list of counts for each layer")
+            return scores, load
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
             raise CheckpointError(
-                f"{self.path} is damaged ({error}); delete it to score from the beginning"
+                f"{self.path} is damaged ({shortened(error)}); "
+                "delete it to score from the beginning"
             ) from error
 
     def is_due(self) -> bool:
@@ -51,13 +59,22 @@ class Unfinished:
         return time.monotonic() - self._saved >= _SECONDS
 
     def save(self, scores: Scores, expert_load: list[list[int]]) -> None:
-        """Write the file whole or not at all."""
+        """Write the file whole or not at all.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
         content = {"scores": scores.as_dict(), "expert_load": expert_load}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=self.path.parent) as folder:
-            staged = Path(folder) / self.path.name
-            staged.write_text(json.dumps(content))
-            os.replace(staged, self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".saving-", dir=self.path.parent) as folder:
+                staged = Path(folder) / self.path.name
+                staged.write_text(json.dumps(content))
+                os.replace(staged, self.path)
+        except OSError as error:
+            raise CheckpointError(
+                f"what was scored cannot be kept in {self.path.parent}: {error}"
+            ) from error
         self._saved = time.monotonic()
 
     def delete(self) -> None:
@@ -65,10 +82,9 @@ class Unfinished:
         self.path.unlink(missing_ok=True)
 
 
-def identity_of(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of every file directly in the folder of a model and its tokenizer."""
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(checkpoint.iterdir())
-        if path.is_file()
-    }
+def _are_counts(load: object) -> bool:
+    layers = load if isinstance(load, list) else [None]
+    return all(
+        isinstance(layer, list) and all(type(count) is int and count >= 0 for count in layer)
+        for layer in layers
+    )

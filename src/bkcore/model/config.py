@@ -99,7 +99,7 @@ class ResNetBKConfig(PreTrainedConfig):
             raise InputError(
                 f"experts_per_token={self.experts_per_token} exceeds num_experts={self.num_experts}"
             )
-        if not 0 < self.embedding_multiplier:
+        if not self.embedding_multiplier > 0:
             raise InputError(
                 f"embedding_multiplier must be positive, not {self.embedding_multiplier!r}"
             )
@@ -165,6 +165,7 @@ def _check_kinds(config: ResNetBKConfig) -> None:
     for name in _NUMBERS:
         if not _is_number(getattr(config, name)):
             raise InputError(f"{name} must be a finite number, not {shown(getattr(config, name))}")
+        setattr(config, name, float(getattr(config, name)))  # tensors take no huge integers
     for name in _FLAGS:
         if not isinstance(getattr(config, name), bool):
             raise InputError(f"{name} must be True or False, not {shown(getattr(config, name))}")

@@ -461,7 +461,9 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
                 again.
         """
         saving.check_arguments(kwargs)
-        if getattr(self, "_hf_peft_config_loaded", False):  # files of PEFT's, which load_adapter reads
+        if getattr(
+            self, "_hf_peft_config_loaded", False
+        ):  # files of PEFT's, which load_adapter reads
             super().save_pretrained(save_directory, **kwargs)
             return
         if self._state is QuantizationState.CALIBRATING:

@@ -21,6 +21,8 @@ from bkcore.quantization.weights import (
     pack_weight,
     search_weight_scales,
 )
+from bkcore.reading import shown
+
 
 _LINEARS: dict[type[nn.Module], tuple[Part, tuple[str, ...]]] = {
     ResolventMixer: ("core", ("in_proj", "out_proj")),
@@ -73,7 +75,7 @@ def check_tensor_bits(model: nn.Module, config: QuantizationConfig) -> None:
     unknown = set(config.tensor_bits or ()) - {slot.name for slot in quantizable(model)}
     if unknown:
         raise InputError(
-            f"tensor_bits names {sorted(unknown)}, which are no weights that are quantized; "
+            f"tensor_bits names {shown(sorted(unknown))}, which are no weights that are quantized; "
             "quantized.quantizable(model) gives their names"
         )
 

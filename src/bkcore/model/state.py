@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bkcore.errors import CheckpointError, InputError, ShapeError
+from bkcore.reading import open_regular
 
 
 @dataclass(frozen=True)
@@ -122,16 +123,41 @@ class StreamState:
         Raises:
             CheckpointError: if the file is missing, damaged or not a state.
         """
+        path = Path(path)
         try:
-            tensors = load_file(path)
-            count = 1 + max(int(name.split(".")[0]) for name in tensors if name != "seen")
-            layers = [
-                LayerState(*(tensors[f"{n}.{f.name}"] for f in fields(LayerState)))
-                for n in range(count)
-            ]
-            return StreamState(tuple(layers), tensors["seen"])
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            with open_regular(path):  # not one that would be waited for
+                tensors = load_file(path)
+        except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{path} is not a saved state, or damaged: {error}") from error
+        seen = tensors.pop("seen", None)
+        count = len(tensors) // len(fields(LayerState))
+        names = [[f"{n}.{f.name}" for f in fields(LayerState)] for n in range(count)]
+        if seen is None or not names or tensors.keys() != {each for row in names for each in row}:
+            raise CheckpointError(f"{path} is not a saved state, or damaged: it lacks tensors")
+        layers = tuple(LayerState(*(tensors[name] for name in row)) for row in names)
+        if not _is_whole(layers, seen):
+            raise CheckpointError(
+                f"{path} is not a saved state, or damaged: its shapes or dtypes are not those of "
+                "one"
+            )
+        return StreamState(layers, seen)
+
+
+def _is_whole(layers: Sequence[LayerState], seen: Tensor) -> bool:
+    """Whether tensors are of the shapes and dtypes that `LayerState` and `StreamState` name."""
+    if seen.dtype != torch.int64 or seen.dim() != 1 or bool((seen < 0).any()):
+        return False
+    for layer in layers:
+        taps, g, psi = layer.taps, layer.g, layer.psi
+        if (taps.dim(), g.dim(), psi.dim()) != (3, 3, 5) or psi.shape[:3] != g.shape:
+            return False
+        if {len(taps), len(g)} != {len(seen)} or g.shape[2] != 2:
+            return False
+        if not taps.is_floating_point() or g.dtype != psi.dtype:
+            return False
+        if g.dtype not in (torch.float32, torch.float64):
+            return False
+    return True
 
 
 def _shape(state: StreamState) -> tuple[object, ...]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from bkcore.errors import InputError
 from bkcore.kernels.checks import check_group_size
 from bkcore.quantization.affine import code_range
+from bkcore.reading import shown
 
 Part = Literal["core", "expert", "head"]
 """A part of the language model: the mixer around the core, the experts, the tied output head."""
@@ -83,24 +84,26 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise InputError(
-                f"unknown quantization mode {self.mode!r}; choose one of {', '.join(MODES)}"
+                f"unknown quantization mode {shown(self.mode)}; choose one of {', '.join(MODES)}"
             )
         check_group_size(self.group_size)
         if not isinstance(self.per_channel, bool):
-            raise InputError(f"per_channel must be True or False, not {self.per_channel!r}")
+            raise InputError(f"per_channel must be True or False, not {shown(self.per_channel)}")
         for name in ("symmetric", "nonuniform"):
             if not isinstance(getattr(self, name), bool | None):
-                raise InputError(f"{name} must be None, True or False, not {getattr(self, name)!r}")
+                raise InputError(
+                    f"{name} must be None, True or False, not {shown(getattr(self, name))}"
+                )
         check_observer(self.observer, self.percentile)
         if self.weight_rounding not in WEIGHT_ROUNDINGS:
             raise InputError(
-                f"unknown weight_rounding {self.weight_rounding!r}; "
+                f"unknown weight_rounding {shown(self.weight_rounding)}; "
                 f"choose one of {WEIGHT_ROUNDINGS}"
             )
         if isinstance(self.min_size, bool) or not isinstance(self.min_size, int):
-            raise InputError(f"min_size must be an integer, not {self.min_size!r}")
+            raise InputError(f"min_size must be an integer, not {shown(self.min_size)}")
         if self.min_size < 0:
-            raise InputError(f"min_size must be at least 0, not {self.min_size}")
+            raise InputError(f"min_size must be at least 0, not {shown(self.min_size)}")
         self._check_tensor_bits()
 
     @classmethod
@@ -112,7 +115,7 @@ class QuantizationConfig:
         """
         unknown = sorted(map(str, fields.keys() - cls.__dataclass_fields__.keys()))
         if unknown:
-            raise InputError(f"QuantizationConfig has no fields {unknown}")
+            raise InputError(f"QuantizationConfig has no fields {shown(unknown)}")
         return cls(**{"min_size": 0, **fields})
 
     @property
@@ -190,21 +193,22 @@ class QuantizationConfig:
             return
         if not isinstance(self.tensor_bits, dict):
             raise InputError(
-                f"tensor_bits must be a dictionary of names and bits, not {self.tensor_bits!r}"
+                f"tensor_bits must be a dictionary of names and bits, not {shown(self.tensor_bits)}"
             )
         allowed = (4, 8) if self.is_qat else (4, 8, 16)
         for name, bits in self.tensor_bits.items():
             if type(bits) is not int or bits not in allowed:
                 raise InputError(
-                    f"tensor_bits[{name!r}] is {bits!r}; mode {self.mode!r} takes {allowed}"
+                    f"tensor_bits[{shown(name)}] is {shown(bits)}; "
+                    f"mode {self.mode!r} takes {allowed}"
                 )
 
 
 def check_observer(observer: str | None, percentile: float) -> None:
     """Raise `InputError` unless these name a way to choose ranges."""
     if observer is not None and observer not in OBSERVERS:
-        raise InputError(f"unknown observer {observer!r}; choose one of {OBSERVERS}, or None")
+        raise InputError(f"unknown observer {shown(observer)}; choose one of {OBSERVERS}, or None")
     if isinstance(percentile, bool) or not isinstance(percentile, int | float):
-        raise InputError(f"percentile must be a number, not {percentile!r}")
+        raise InputError(f"percentile must be a number, not {shown(percentile)}")
     if not 0 < percentile <= 100:
-        raise InputError(f"percentile must lie in (0, 100], not {percentile}")
+        raise InputError(f"percentile must lie in (0, 100], not {shown(percentile)}")

@@ -14,7 +14,12 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from bkcore.errors import DataError
-from bkcore.evaluation.checkpoints import Evaluation, Setting, evaluate_in_new_process
+from bkcore.evaluation.checkpoints import (
+    Evaluation,
+    Setting,
+    evaluate_in_new_process,
+    save_checkpoint,
+)
 from bkcore.evaluation.perplexity import (
     paired_change,
     perplexity_per_byte,
@@ -193,8 +198,7 @@ class _Demo:
         self._save(model, CONTROL)
 
     def _save(self, model: ResNetBKForCausalLM, name: str) -> None:
-        model.save_pretrained(self._folder(name))
-        self.tokenizer.save_pretrained(self._folder(name))
+        save_checkpoint(self._folder(name), model, self.tokenizer)
 
     def _folder(self, name: str) -> Path:
         return self.output / name.replace(" ", "-")

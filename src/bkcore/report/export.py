@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from bkcore.errors import InputError
-from bkcore.evaluation.checkpoints import load_checkpoint
+from bkcore.evaluation.checkpoints import load_checkpoint, save_checkpoint
 from bkcore.report.files import refuse_model
 
 
@@ -34,5 +34,4 @@ def export_half(checkpoint: Path, output: Path) -> None:
             f"{checkpoint} is {state}, and only float models are exported in float16; "
             "export the float checkpoint it was made from"
         )
-    model.half().save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    save_checkpoint(output, model.half(), tokenizer)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bkcore.errors import InputError
+from bkcore.reading import read_json
 
 
 def prepare_folder(folder: Path) -> None:
@@ -54,16 +55,18 @@ def refuse_model(folder: Path) -> None:
         InputError: if the folder holds a model that is not quantized, or may hold one.
     """
     path = folder / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        config = read_json(path)
+        quantization = config.get("quantization") or {"state": "float"}
+        is_float = quantization.get("state", "float") == "float"
+    except (OSError, ValueError, AttributeError) as error:
         raise InputError(
             f"{folder} may hold a model, but its config.json cannot be read ({error}); "
             "name another folder, or delete it"
         ) from error
-    if (config.get("quantization") or {}).get("state", "float") == "float":
+    if is_float:
         raise InputError(
             f"{folder} holds a float model, which would be lost; name another folder, or delete it"
         )
@@ -95,9 +98,16 @@ def prepare_plot(path: Path) -> None:
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write a report whole or not at all."""
+    """Write a report whole or not at all.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
     text = json.dumps(report, indent=2) + "\n"
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as folder:
-        staged = Path(folder) / path.name
-        staged.write_text(text)
-        os.replace(staged, path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as folder:
+            staged = Path(folder) / path.name
+            staged.write_text(text)
+            os.replace(staged, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error}); name another file") from error

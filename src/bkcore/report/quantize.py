@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from bkcore.errors import InputError, ReceiptError
-from bkcore.evaluation.checkpoints import load_checkpoint
+from bkcore.evaluation.checkpoints import load_checkpoint, save_checkpoint
 from bkcore.evaluation.sensitivity import Sensitivity, measure, units
 from bkcore.model import ResNetBKForCausalLM
 from bkcore.model.receipt import problems
@@ -192,13 +192,11 @@ def run_quantize(
         assert model.receipt is not None
         if settings.strict:
             check_strictly(model.receipt)
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
+        save_checkpoint(output, model, tokenizer)
         if control is not None:
             other, _ = load_float(checkpoint)
             run.train(other, "train the control", run.windows)
-            other.save_pretrained(control)
-            tokenizer.save_pretrained(control)
+            save_checkpoint(control, other, tokenizer)
     return {
         "receipt": model.receipt,
         "corpus": corpus.name,

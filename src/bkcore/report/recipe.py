@@ -11,6 +11,7 @@ import yaml
 
 from bkcore.errors import InputError
 from bkcore.model import ResNetBKConfig
+from bkcore.reading import read_bytes, shortened, shown
 from bkcore.training import Schedule
 
 # What the other sections and the tokenizer decide, or what no training begins with.
@@ -18,7 +19,15 @@ _NOT_CHOSEN = {"vocab_size", "n_seq", "quantization"}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 takes 5e-3 for a number; PyYAML, which knows 1.1, does not."""
+    """YAML 1.2 takes 5e-3 for a number; PyYAML, which knows 1.1, does not.
+
+    A few aliases of aliases could stand for more than any memory holds; a recipe has no use of one.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("a recipe takes no aliases (*name): write the value again")
+        return super().compose_node(parent, index)
 
 
 _Loader.add_implicit_resolver(
@@ -85,12 +94,13 @@ def read_recipe(path: Path) -> Recipe:
 
 def _parse(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        return yaml.load(read_bytes(path).decode(), _Loader)
     except OSError as error:
-        raise InputError(f"the recipe {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"the recipe {path} is not YAML: {reason}") from error
+        raise InputError(f"the recipe {path} cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date, or a number, that is none
+        raise InputError(f"the recipe {path} is not YAML: {shortened(error)}") from error
+    except RecursionError as error:
+        raise InputError(f"the recipe {path} is nested too deeply") from error
 
 
 def _section(content: Any, known: set[str], name: str) -> dict[str, Any]:
@@ -98,10 +108,10 @@ def _section(content: Any, known: set[str], name: str) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise InputError(f"{name} must hold names with values, not {content!r}")
+        raise InputError(f"{name} must hold names with values, not {shown(content)}")
     unknown = sorted(str(key) for key in content.keys() - known)
     if unknown:
-        raise InputError(f"{name} has no {unknown}; it takes {sorted(known)}")
+        raise InputError(f"{name} has no {shown(unknown)}; it takes {sorted(known)}")
     return content
 
 
@@ -120,7 +130,7 @@ def _check(recipe: Recipe) -> None:
     ):
         value = getattr(recipe, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise InputError(f"{name} must be an integer of at least {least}, not {value!r}")
+            raise InputError(f"{name} must be an integer of at least {least}, not {shown(value)}")
     for name, value in recipe.model.items():
         _check_kind(name, value, getattr(ResNetBKConfig, name))
     ResNetBKConfig(vocab_size=recipe.vocab_size, n_seq=recipe.window, **recipe.model)
@@ -132,4 +142,4 @@ def _check_kind(name: str, value: Any, default: Any) -> None:
     if type(default) in kinds and (
         not isinstance(value, taken) or isinstance(value, bool) != isinstance(default, bool)
     ):
-        raise InputError(f"{name} must be {kinds[type(default)]}, not {value!r}")
+        raise InputError(f"{name} must be {kinds[type(default)]}, not {shown(value)}")

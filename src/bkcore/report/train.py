@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from bkcore.evaluation.checkpoints import save_checkpoint
 from bkcore.evaluation.perplexity import (
     Protocol,
     perplexity_per_token,
@@ -123,8 +124,7 @@ def run_training(
         "curve": curve,
     }
     if process.is_main_process:
-        model.save_pretrained(output / MODEL)
-        tokenizer.save_pretrained(output / MODEL)
+        save_checkpoint(output / MODEL, model, tokenizer)
         write_json(report, output / REPORT)
         console.print(_summary(report, output), highlight=False, soft_wrap=True)
     process.wait_for_everyone()

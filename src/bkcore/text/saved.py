@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
@@ -151,9 +152,10 @@ def _tokenizer(read: Callable[[str], bytes | None], folder: Path) -> CheckpointT
         raise CheckpointError(f"{folder} holds no {_TOKENIZER}")
     for name, known in ((_SETTINGS, _KNOWN), (_SPECIAL_TOKENS, _TOKENS)):
         _check_settings(contents[name] or b"{}", known, folder / name)
-    with _copied(contents) as copy, foreign(f"the tokenizer in {folder}"):
-        tokenizer = CheckpointTokenizer.from_pretrained(copy, local_files_only=True)
-        len(tokenizer), tokenizer.bos_token_id  # noqa: B018 - what all callers are going to ask for
+    with _copied(contents) as place, foreign(f"the tokenizer in {folder}"):
+        tokenizer = CheckpointTokenizer.from_pretrained(place, local_files_only=True)
+        copy.deepcopy(tokenizer.backend_tokenizer)  # which is stricter, and encoding does it
+        _ = len(tokenizer), tokenizer.bos_token_id
     tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(folder)
     return tokenizer
 

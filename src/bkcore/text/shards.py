@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bkcore.errors import DataError, InputError
+from bkcore.reading import open_regular, read_json
 
 FORMAT_VERSION = 1
 SHARD_TOKENS = 1 << 26
@@ -140,10 +141,12 @@ def _in_shards(
 
 def _read_index(folder: Path) -> dict[str, Any]:
     try:
-        index = dict(json.loads((folder / _INDEX).read_text()))
-        version = int(index["format_version"])
-        if version <= FORMAT_VERSION:
-            _ = index["dtype"], [(shard["file"], shard["tokens"]) for shard in index["shards"]]
+        index = read_json(folder / _INDEX)
+        version = index["format_version"]
+        if type(version) is not int:
+            raise TypeError("its format_version is no integer")
+        if version <= FORMAT_VERSION and not _is_whole(index):
+            raise ValueError("it does not name the files")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder} holds no token ids: {_INDEX} cannot be read.") from error
     if version > FORMAT_VERSION:
@@ -154,9 +157,20 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def _is_whole(index: dict[str, Any]) -> bool:
+    """Whether an index says what `_open` wants to know, of files in its folder."""
+    return isinstance(index["dtype"], str) and all(
+        isinstance(shard["file"], str)
+        and Path(shard["file"]).name == shard["file"]
+        and type(shard["tokens"]) is int
+        for shard in index["shards"]
+    )
+
+
 def _open(folder: Path, shard: dict[str, Any], dtype: str) -> NDArray[Any]:
     path = folder / shard["file"]
     try:
+        open_regular(path).close()  # not one that would be waited for
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bkcore.errors import CheckpointError
+from bkcore.reading import read_json, shown
 
 MARKER = "complete.json"
 
@@ -28,7 +29,8 @@ def step_of(checkpoint: Path) -> int:
 
 def minutes_of(checkpoint: Path) -> float:
     """How long the training took up to a checkpoint."""
-    return float(_marker(checkpoint)["minutes"])
+    minutes: float = _marker(checkpoint)["minutes"]
+    return minutes
 
 
 def mark_complete(checkpoint: Path, run: dict[str, Any], minutes: float) -> None:
@@ -65,9 +67,9 @@ def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
     Raises:
         CheckpointError: naming what differs.
     """
-    saved = dict(_marker(checkpoint)["run"])
+    saved = _marker(checkpoint)["run"]
     changes = [
-        f"{name} was {saved.get(name)!r} and is {run.get(name)!r}"
+        f"{shown(name)[1:-1]} was {shown(saved.get(name))} and is {shown(run.get(name))}"
         for name in sorted(saved.keys() | run.keys())
         if saved.get(name) != run.get(name)
     ]
@@ -79,10 +81,15 @@ def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
 
 
 def _marker(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / MARKER
     try:
-        return dict(json.loads((checkpoint / MARKER).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / MARKER} cannot be read: {error}") from error
+        marker = read_json(path)
+        run, minutes = marker["run"], marker["minutes"]
+        if not isinstance(run, dict) or type(minutes) not in (int, float) or not minutes >= 0:
+            raise TypeError("it does not say which run it is of, and how long that took")
+        return {"run": run, "minutes": float(minutes)}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _checkpoints(folder: Path) -> list[Path]:

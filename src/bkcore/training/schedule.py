@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bkcore.errors import InputError
+from bkcore.reading import shown
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULERS = ("cosine", "linear", "warmup_stable_decay", "constant_with_warmup")
@@ -72,7 +73,9 @@ class Schedule:
             _check_positive("max_minutes", self.max_minutes)
         for name, known in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
             if getattr(self, name) not in known:
-                raise InputError(f"{name} is {getattr(self, name)!r}, but must be one of {known}")
+                raise InputError(
+                    f"{name} is {shown(getattr(self, name))}, but must be one of {known}"
+                )
         if (
             self.scheduler == "warmup_stable_decay"
             and self.warmup_fraction + self.decay_fraction > 1
@@ -112,15 +115,15 @@ def _is_number(value: Any) -> bool:
 
 def _check_count(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} must be a positive integer, not {value!r}")
+        raise InputError(f"{name} must be a positive integer, not {shown(value)}")
 
 
 def _check_positive(name: str, value: Any) -> None:
     if not _is_number(value) or not 0 < value < float("inf"):
-        raise InputError(f"{name} must be a positive number, not {value!r}")
+        raise InputError(f"{name} must be a positive number, not {shown(value)}")
 
 
 def _check_range(name: str, value: Any, low: float, high: float = float("inf")) -> None:
     if not _is_number(value) or not low <= value <= high:
         limits = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
-        raise InputError(f"{name} must be a number {limits}, not {value!r}")
+        raise InputError(f"{name} must be a number {limits}, not {shown(value)}")

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
-from bkcore.errors import InputError
+from bkcore.errors import CheckpointError, InputError
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -66,6 +66,16 @@ def save_whole(model: PreTrainedModel, folder: Path) -> None:
         raise InputError("the model is not sharded: model.save_pretrained() saves it")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
+    failure: list[str | None] = [None]
     if dist.get_rank() == 0:
-        model.save_pretrained(folder, state_dict=weights)
-    dist.barrier()
+        try:
+            model.save_pretrained(folder, state_dict=weights)
+        except Exception as error:
+            failure = [str(error)]
+            raise
+        finally:  # the others wait for it, and must not do so for ever
+            dist.broadcast_object_list(failure, src=0)
+        return
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise CheckpointError(f"the first process could not save the model: {failure[0]}")

@@ -40,6 +40,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from bkcore.errors import CheckpointError, DivergenceError, InputError, LifecycleError
 from bkcore.products import onednn_products
+from bkcore.reading import foreign, read_json
 from bkcore.training import checkpoints
 from bkcore.training.distillation import (
     Teacher,
@@ -470,7 +471,14 @@ def _start(output: Path, resume: bool, run: dict[str, Any], processes: PartialSt
 
 
 def _state(checkpoint: Path) -> TrainerState:
-    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    path = checkpoint / TRAINER_STATE_NAME
+    with foreign(str(path)):
+        read_json(path)  # bounded, which transformers is not
+        state = TrainerState.load_from_json(str(path))
+    best = state.best_global_step
+    if not (best is None or type(best) is int) or not isinstance(state.log_history, list):
+        raise CheckpointError(f"{path} is damaged: it is no state of a training")
+    return state
 
 
 def _is_over(checkpoint: Path, schedule: Schedule) -> bool:
