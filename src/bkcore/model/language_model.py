@@ -16,8 +16,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
-from bkcore.errors import CheckpointError, DTypeError, InputError, LifecycleError, ShapeError
-from bkcore.model import loading, quantized, receipt, saving
+from bkcore.errors import CheckpointError, InputError, LifecycleError, ShapeError
+from bkcore.model import inputs, loading, quantized, receipt, saving
 from bkcore.model.certificate import certify
 from bkcore.model.config import ResNetBKConfig, form_of
 from bkcore.model.loss import IGNORED, next_token_loss
@@ -56,9 +56,9 @@ class ResNetBKLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, hidden: Tensor, state: LayerState | None = None
+        self, hidden: Tensor, state: LayerState | None = None, real: Tensor | None = None
     ) -> tuple[Tensor, Tensor, LayerState | None]:
-        """hidden (B, N, D), which goes on where `state` ended.
+        """hidden (B, N, D), which goes on where `state` ended; bool (B, N), where it is no padding.
 
         Returns:
             (B, N, D), the load-balancing loss of this layer, and the state behind `hidden`, which
@@ -66,7 +66,7 @@ class ResNetBKLayer(GradientCheckpointingLayer):
         """
         mixed, state = self.mixer(self.mixer_norm(hidden), state)
         hidden = hidden + self.dropout(mixed)
-        update, balance = self.experts(self.experts_norm(hidden))
+        update, balance = self.experts(self.experts_norm(hidden), real)
         return hidden + self.dropout(update), balance, state
 
 
@@ -78,11 +78,13 @@ class ResNetBKOutput(ModelOutput):
         loss: scalar, if there are labels.
         logits: (B, N, vocab_size), unless `return_logits` is False.
         cache_params: the state after the last token, if it is asked for.
+        aux_loss: scalar, while training: the weighted load-balancing loss, which `loss` has in it.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     cache_params: StreamState | None = None
+    aux_loss: Tensor | None = None
 
 
 class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixin):
@@ -133,11 +135,13 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
 
         Args:
             input_ids: integers in [0, vocab_size), (B, N), any B, N >= 1.
-            attention_mask: (B, N), 0 for padding, which must come last in its row: what comes
-                first enters the state of all that follows. The logits of padding mean nothing.
-            labels: (B, N), usually the same ids; they are shifted here, -100 is ignored. With
-                labels the output's `loss` is the mean negative log likelihood in nats, plus the
-                weighted load-balancing loss while training.
+            attention_mask: integers or bool (B, N), 1 for tokens and 0 for padding, which must
+                come last in its row: what comes first enters the state of all that follows. The
+                logits of padding mean nothing; it takes no part in calibration, in the counts of
+                the experts' tokens and in their balance.
+            labels: integers (B, N), usually the same ids; they are shifted here, -100 is ignored,
+                which padding has to have. With labels the output's `loss` is the mean negative log
+                likelihood in nats, plus the weighted load-balancing loss while training.
             num_items_in_batch: divide the summed loss by this instead of the number of labels;
                 given by `Trainer` when it accumulates gradients. The load-balancing loss then
                 weighs as much as the labels that are here, so that the parts of a batch add up.
@@ -153,30 +157,44 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             `ResNetBKOutput`.
 
         Raises:
-            ShapeError, DTypeError: if `input_ids`, or `labels`, is not an integer tensor (B, N),
-                or `cache_params` is the state of another model.
-            InputError: if an id is not in the vocabulary, a token follows padding, neither logits
-                nor a loss are wanted, or a state is asked for that does not fit, is not there, or
-                would have read padding.
+            ShapeError, DTypeError: if `input_ids`, `attention_mask` or `labels` is not a tensor as
+                above, an option is of another type, or `cache_params` is the state of another
+                model.
+            InputError: if an id or a label is not in the vocabulary, a token follows padding,
+                neither logits nor a loss are wanted, or a state is asked for that does not fit, is
+                not there, or would have read padding.
+            LifecycleError: if a quantized model is to be trained.
         """
+        flags = {
+            "use_cache": use_cache,
+            "return_logits": return_logits,
+            "return_dict": return_dict,
+        }
+        inputs.check_options(num_items_in_batch, cache_params, flags)
+        input_ids = inputs.token_ids(input_ids)
+        if labels is not None:
+            labels = inputs.next_labels(labels, input_ids, self.config.vocab_size)
+        real = inputs.real_tokens(attention_mask, input_ids, labels)
+        if self.training and not (labels is None and num_items_in_batch is None):
+            self._check_trainable()
         if return_logits is None:
             return_logits = labels is None or not (self.training and self.config.chunked_loss)
         if labels is None and not return_logits:
             raise InputError("return_logits=False leaves nothing to return without labels")
         use_cache = cache_params is not None if use_cache is None else use_cache
-        if labels is not None:
-            _check_labels(labels, input_ids)
         if use_cache or cache_params is not None:
-            self._check_stream(input_ids, attention_mask, cache_params)
-        hidden, balance, state = self._hidden(input_ids, attention_mask, cache_params)
+            self._check_stream(input_ids, real, cache_params)
+        hidden, balance, state = self._hidden(input_ids, real, cache_params)
         logits = self.embedding.logits(hidden) if return_logits else None
-        loss = None
+        loss = aux_loss = None
+        if self.training:
+            aux_loss = self.config.load_balancing / len(self.layers) * balance
         if labels is not None:
             loss = self._loss(hidden, logits, labels, num_items_in_batch)
-            if self.training:
-                weight = self.config.load_balancing / len(self.layers)
-                loss = loss + weight * balance * _part(labels, num_items_in_batch)
-        output = ResNetBKOutput(loss, logits, state if use_cache else None)
+            if aux_loss is not None:
+                aux_loss = aux_loss * _part(labels, num_items_in_batch)
+                loss = loss + aux_loss
+        output = ResNetBKOutput(loss, logits, state if use_cache else None, aux_loss)
         return output.to_tuple() if return_dict is False else output
 
     def iter_logits(self, input_ids: Tensor, positions: int) -> Iterator[Tensor]:
@@ -194,20 +212,19 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             ShapeError, DTypeError: if `input_ids` is not an integer tensor (B, N).
             InputError: if an id is not in the vocabulary.
         """
-        hidden, _, _ = self._hidden(input_ids)
+        hidden, _, _ = self._hidden(inputs.token_ids(input_ids))
         for piece in hidden.flatten(0, 1).split(positions):
             yield self.embedding.logits(piece)
 
     def _hidden(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        real: Tensor | None = None,
         state: StreamState | None = None,
     ) -> tuple[Tensor, Tensor, StreamState | None]:
         """What the head takes, (B, N, D); the load-balancing loss summed over layers; the state."""
-        _check_ids(input_ids)
-        if attention_mask is not None:
-            _check_padding(attention_mask, input_ids)
+        if real is not None and self._state is QuantizationState.CALIBRATING:
+            return self._hidden_by_rows(input_ids, real.sum(1).tolist())
         hidden = self.dropout(self._embedded(input_ids).to(self.final_norm.weight.dtype))
         balance = hidden.new_zeros(())
         befores: Sequence[LayerState | None] = [None] * len(self.layers)
@@ -215,12 +232,30 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             befores = state.layers
         afters = []
         for layer, before in zip(self.layers, befores, strict=True):
-            hidden, layer_balance, after = layer(hidden, before)
+            hidden, layer_balance, after = layer(hidden, before, real)
             balance = balance + layer_balance
             afters.append(after)
         seen = input_ids.new_full(input_ids.shape[:1], input_ids.shape[1])
         seen = seen if state is None else state.seen + seen
         return self.final_norm(hidden), balance, StreamState(tuple(afters), seen)
+
+    def _hidden_by_rows(
+        self, input_ids: Tensor, lengths: list[int]
+    ) -> tuple[Tensor, Tensor, None]:
+        """`_hidden` of the first tokens of each row alone, so that nothing observes padding."""
+        rows, balances = [], []
+        for row, length in zip(input_ids, lengths, strict=True):
+            hidden, balance, _ = self._hidden(row[None, :length])
+            rows.append(F.pad(hidden[0], (0, 0, 0, len(row) - length)))
+            balances.append(balance * length / sum(lengths))
+        return torch.stack(rows), torch.stack(balances).sum(), None
+
+    def _check_trainable(self) -> None:
+        if self._state is QuantizationState.QUANTIZED and torch.is_grad_enabled():
+            raise LifecycleError(
+                "the model is quantized: its weights are codes, which cannot be trained; train the "
+                "float model, or in a QAT mode before convert(); call eval() to compute a loss"
+            )
 
     def _embedded(self, input_ids: Tensor) -> Tensor:
         try:
@@ -233,11 +268,11 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         return embedded * self.config.embedding_multiplier
 
     def _check_stream(
-        self, input_ids: Tensor, attention_mask: Tensor | None, state: StreamState | None
+        self, input_ids: Tensor, real: Tensor | None, state: StreamState | None
     ) -> None:
         if self.config.mixer != "resolvent":
             raise InputError(f'a model with mixer="{self.config.mixer}" keeps no state')
-        if attention_mask is not None and not bool(attention_mask.all()):
+        if real is not None:
             raise InputError(
                 "a state would have read the padding too; read texts of different lengths one "
                 "after the other, and put their states together with StreamState.batch()"
@@ -646,37 +681,6 @@ def _part(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | f
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(here.device)
     return here / num_items_in_batch
-
-
-def _check_padding(attention_mask: Tensor, input_ids: Tensor) -> None:
-    if attention_mask.shape != input_ids.shape:
-        raise ShapeError(
-            f"attention_mask must be {tuple(input_ids.shape)} like input_ids, "
-            f"not {tuple(attention_mask.shape)}"
-        )
-    real = attention_mask != 0
-    if bool((real[:, 1:] & ~real[:, :-1]).any()):
-        raise InputError(
-            "a token follows padding in attention_mask, and padding enters the state of what "
-            "follows; pad on the right (tokenizer.padding_side = 'right')"
-        )
-
-
-def _check_ids(input_ids: Tensor) -> None:
-    if input_ids.is_floating_point() or input_ids.is_complex():
-        raise DTypeError(f"input_ids must be integers, not {input_ids.dtype}")
-    if input_ids.dim() != 2 or input_ids.numel() == 0:
-        raise ShapeError(f"input_ids must be (B, N), B, N >= 1, not {tuple(input_ids.shape)}")
-
-
-def _check_labels(labels: Tensor, input_ids: Tensor) -> None:
-    if labels.is_floating_point() or labels.is_complex():
-        raise DTypeError(f"labels must be integers, not {labels.dtype}")
-    if labels.shape != input_ids.shape:
-        raise ShapeError(
-            f"labels must be {tuple(input_ids.shape)} like input_ids, not {tuple(labels.shape)}: "
-            "they are shifted by the model"
-        )
 
 
 def LanguageModel(

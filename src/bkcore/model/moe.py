@@ -110,12 +110,16 @@ class MixtureOfExperts(nn.Module):
         self.load: Tensor | None = None
         self.calibration_load: Tensor | None = None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, N, D) -> (B, N, D), and the load-balancing loss.
 
         That loss is 1 when the load is even, and `num_experts` when one expert serves all; it is 0
         outside training, and where there is no router. In data-parallel training the load is that
         of all processes, and the mean of their losses that of one process with the whole batch.
+
+        Args:
+            real: bool (B, N), False for padding, which is served but counts in no load and in no
+                loss; None if there is none.
         """
         if self.router is None:
             return cast(Expert, self.experts[0]).perceptron(x), x.new_zeros(())
@@ -128,18 +132,25 @@ class MixtureOfExperts(nn.Module):
         out = (served * weights[..., None].to(served.dtype)).sum(1).view_as(x)
         for count in (self.load, self.calibration_load):
             if count is not None:
-                count += self._load_of(chosen)
+                count += self._load_of(chosen, real)
         if not self.training:
             return out, x.new_zeros(())
-        load = of_all_processes(self._load_of(chosen))
+        load = of_all_processes(self._load_of(chosen, real))
         share = load / load.sum()
-        balance = len(self.experts) * (share * probabilities.mean(0)).sum()
+        if real is None:
+            mean = probabilities.mean(0)
+        else:
+            mean = (probabilities * real.reshape(-1, 1)).sum(0) / real.sum()
+        balance = len(self.experts) * (share * mean).sum()
         return out, balance
 
-    def _load_of(self, chosen: Tensor) -> Tensor:
+    def _load_of(self, chosen: Tensor, real: Tensor | None = None) -> Tensor:
         """Tokens of each expert, int64 (E,), of the experts that were chosen (T, k)."""
         experts = torch.arange(len(self.experts), device=chosen.device)
-        return (chosen[..., None] == experts).sum((0, 1))
+        served = chosen[..., None] == experts
+        if real is not None:
+            served = served & real.reshape(-1, 1, 1)
+        return served.sum((0, 1))
 
     def new_count(self) -> Tensor:
         """Zeros int64 (E,) to count in."""
@@ -147,15 +158,21 @@ class MixtureOfExperts(nn.Module):
         return torch.zeros(len(self.experts), dtype=torch.int64, device=device)
 
     def _serve(self, tokens: Tensor, chosen: Tensor) -> Tensor:
-        """Outputs of the chosen experts: tokens (T, D), chosen (T, k) -> (T, k, D)."""
+        """Outputs of the chosen experts: tokens (T, D), chosen (T, k) -> (T, k, D).
+
+        In training idle experts serve no rows instead of nothing, so that every parameter has a
+        gradient, if of zeros: processes that share their gradients wait for each.
+        """
         if torch.compiler.is_compiling():
             return self._serve_densely(tokens, chosen)
-        if tokens.shape[0] == 1:  # nothing to sort
+        if tokens.shape[0] == 1 and not self.training:  # nothing to sort
             return torch.stack([self.experts[i](tokens) for i in chosen[0].tolist()], 1)
         order = chosen.flatten().argsort(stable=True)
         batches = tokens[order // self.experts_per_token].split(self._load_of(chosen).tolist())
         outputs = [
-            expert(batch) for expert, batch in zip(self.experts, batches, strict=True) if len(batch)
+            expert(batch)
+            for expert, batch in zip(self.experts, batches, strict=True)
+            if self.training or len(batch)
         ]
         served = torch.cat(outputs)[order.argsort()]
         return served.view(*chosen.shape, -1)

@@ -1,0 +1,120 @@
+"""What the language model takes: every argument is honoured, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.model.loss import IGNORED
+from bkcore.model.state import StreamState
+
+
+def token_ids(input_ids: Any) -> Tensor:
+    """Token ids as int64 (B, N), B, N >= 1.
+
+    Raises:
+        DTypeError, ShapeError: if they are no integers, or not (B, N).
+    """
+    ids = _integers("input_ids", input_ids)
+    if ids.dim() != 2 or ids.numel() == 0:
+        raise ShapeError(f"input_ids must be (B, N), B, N >= 1, not {tuple(ids.shape)}")
+    return ids
+
+
+def next_labels(labels: Any, ids: Tensor, vocab_size: int) -> Tensor:
+    """Labels as int64 of the shape of the ids.
+
+    Raises:
+        DTypeError, ShapeError: if they are no integers, or of another shape.
+        InputError: if one is neither in the vocabulary nor `IGNORED`.
+    """
+    labels = _integers("labels", labels)
+    if labels.shape != ids.shape:
+        raise ShapeError(
+            f"labels must be {tuple(ids.shape)} like input_ids, not {tuple(labels.shape)}: "
+            "they are shifted by the model"
+        )
+    if not torch.compiler.is_compiling():  # a graph cannot look at values
+        wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= vocab_size))]
+        if len(wrong):
+            raise InputError(
+                f"labels hold {int(wrong[0])}, but must be in [0, {vocab_size}), or {IGNORED} "
+                "where there is none"
+            )
+    return labels
+
+
+def real_tokens(mask: Any, ids: Tensor, labels: Tensor | None) -> Tensor | None:
+    """Where the ids are tokens and not padding, bool (B, N); None if they are all tokens.
+
+    Raises:
+        DTypeError, ShapeError: if the mask is not of integers or bool, or not of the ids' shape.
+        InputError: if it holds other numbers than 0 and 1, a token follows padding, a row is
+            nothing but padding, or padding has labels.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
+        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise DTypeError(
+            "attention_mask must be a tensor of integers or bool, 1 for tokens and 0 for padding, "
+            f"not {given}; masks that are added to scores do not fit a model without attention"
+        )
+    if mask.shape != ids.shape:
+        raise ShapeError(
+            f"attention_mask must be {tuple(ids.shape)} like input_ids, not {tuple(mask.shape)}"
+        )
+    real = mask.to(ids.device) != 0
+    if bool(real.all()) and bool((mask == 1).all()):
+        return None
+    if not bool((mask == real.to(mask)).all()):
+        raise InputError("attention_mask must hold 1 for tokens, 0 for padding, and nothing else")
+    if bool((real[:, 1:] & ~real[:, :-1]).any()):
+        raise InputError(
+            "a token follows padding in attention_mask, and padding enters the state of what "
+            "follows; pad on the right (tokenizer.padding_side = 'right')"
+        )
+    if not bool(real[:, 0].all()):
+        raise InputError("a row of attention_mask is nothing but padding; leave it out")
+    if labels is not None and bool((labels != IGNORED)[~real].any()):
+        raise InputError(
+            f"there are labels where attention_mask has padding; make them {IGNORED}, which the "
+            "loss leaves out"
+        )
+    return real
+
+
+def check_options(
+    num_items_in_batch: Any, cache_params: Any, flags: dict[str, Any]
+) -> None:
+    """Raise `DTypeError` or `InputError` if an option of `forward` is of another kind."""
+    for name, value in flags.items():
+        if not (value is None or isinstance(value, bool)):
+            raise DTypeError(f"{name} must be True, False or None, not {value!r}")
+    if not (cache_params is None or isinstance(cache_params, StreamState)):
+        raise DTypeError(
+            f"cache_params must be a StreamState, not {type(cache_params).__name__}: there are no "
+            "keys and values to keep"
+        )
+    count = num_items_in_batch
+    if isinstance(count, Tensor):
+        if count.numel() != 1 or count.is_complex() or count.dtype == torch.bool:
+            raise InputError(
+                "num_items_in_batch must be one number, not "
+                f"{count.dtype} {tuple(count.shape)}"
+            )
+    elif count is not None and (isinstance(count, bool) or not isinstance(count, int | float)):
+        raise DTypeError(f"num_items_in_batch must be a number, not {count!r}")
+    elif count is not None and not count > 0:
+        raise InputError(f"num_items_in_batch must be positive, not {count!r}")
+
+
+def _integers(name: str, x: Any) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise DTypeError(f"{name} must be a tensor of integers, not {type(x).__name__}")
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise DTypeError(f"{name} must be integers, not {x.dtype}")
+    return x.long()
