@@ -1,6 +1,7 @@
 """The ResNet-BK language model."""
 
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from bkcore.model.certificate import CoreCertificate, core_certificates
 from bkcore.model.config import ResNetBKConfig
@@ -9,6 +10,8 @@ from bkcore.model.state import StreamState
 
 AutoConfig.register(ResNetBKConfig.model_type, ResNetBKConfig, exist_ok=True)
 AutoModelForCausalLM.register(ResNetBKConfig, ResNetBKForCausalLM, exist_ok=True)
+# By these names the Trainer's label smoothing knows that labels are those of the next position.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ResNetBKConfig.model_type] = ResNetBKForCausalLM.__name__
 
 __all__ = [
     "CoreCertificate",

@@ -66,6 +66,7 @@ class ResNetBKConfig(PreTrainedConfig):
     """
 
     model_type = "resnet_bk"
+    keys_to_ignore_at_inference = ["cache_params"]  # noqa: RUF012
     attribute_map = {"hidden_size": "d_model", "num_hidden_layers": "n_layers"}  # noqa: RUF012
 
     vocab_size: int = 2048

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.model.loss import IGNORED
 from bkcore.model.state import StreamState
+
+_UNUSED = ("labels", "token_type_ids", "special_tokens_mask")
+"""What tokenizers and data sets give with the ids, and no quantity of calibration depends on."""
 
 
 def token_ids(input_ids: Any) -> Tensor:
@@ -87,10 +91,46 @@ def real_tokens(mask: Any, ids: Tensor, labels: Tensor | None) -> Tensor | None:
     return real
 
 
+def calibration_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """The ids of a batch and where they are tokens, as `token_ids` and `real_tokens` give them.
+
+    Args:
+        batch: a tensor of ids, or a mapping with `input_ids`, `attention_mask` and what does not
+            matter to calibration.
+
+    Raises:
+        InputError: if it is something else; or as they do.
+    """
+    if isinstance(batch, Tensor):
+        batch = {"input_ids": batch}
+    if not isinstance(batch, Mapping):
+        raise InputError(
+            "a batch must be a tensor of token ids, or a mapping with input_ids and "
+            f"attention_mask, not a {type(batch).__name__}"
+        )
+    unknown = set(batch) - {"input_ids", "attention_mask", *_UNUSED}
+    if unknown or "input_ids" not in batch:
+        raise InputError(
+            "a batch must have input_ids, may have attention_mask, and calibration can use nothing "
+            f"else; this one has {', '.join(map(str, batch))}"
+        )
+    ids = token_ids(batch["input_ids"])
+    return ids, real_tokens(batch.get("attention_mask"), ids, None)
+
+
 def check_options(
-    num_items_in_batch: Any, cache_params: Any, flags: dict[str, Any]
+    num_items_in_batch: Any, cache_params: Any, flags: dict[str, Any], others: dict[str, Any]
 ) -> None:
-    """Raise `DTypeError` or `InputError` if an option of `forward` is of another kind."""
+    """Raise `DTypeError` or `InputError` if an option of `forward` is of another kind.
+
+    Args:
+        num_items_in_batch, cache_params: the options of these names.
+        flags: what is True, False or None, by name.
+        others: what the model does not have; to be refused unless it is None or False.
+    """
+    for name, value in others.items():
+        if not (value is None or value is False):
+            raise DTypeError(f"the model takes no {name}; see ResNetBKForCausalLM.forward")
     for name, value in flags.items():
         if not (value is None or isinstance(value, bool)):
             raise DTypeError(f"{name} must be True, False or None, not {value!r}")
@@ -103,8 +143,7 @@ def check_options(
     if isinstance(count, Tensor):
         if count.numel() != 1 or count.is_complex() or count.dtype == torch.bool:
             raise InputError(
-                "num_items_in_batch must be one number, not "
-                f"{count.dtype} {tuple(count.shape)}"
+                f"num_items_in_batch must be one number, not {count.dtype} {tuple(count.shape)}"
             )
     elif count is not None and (isinstance(count, bool) or not isinstance(count, int | float)):
         raise DTypeError(f"num_items_in_batch must be a number, not {count!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from bkcore.model.loss import IGNORED, next_token_loss
 from bkcore.model.mixer import MIXERS, ConvolutionMixer, Features, GreenMixer, ResolventMixer
 from bkcore.model.moe import MixtureOfExperts, uncounted
 from bkcore.model.state import LayerState, StreamState
+from bkcore.model.structure import check_structure
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.lifecycle import QuantizationLifecycle, QuantizationState
 from bkcore.quantization.linear import QuantizedEmbedding
+from bkcore.quantization.transaction import all_or_nothing
 
 _SAMPLE = 128
 """Tokens of the calibration data that the receipt certifies the cores on."""
@@ -130,6 +133,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         use_cache: bool | None = None,
         return_logits: bool | None = None,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> ResNetBKOutput | tuple[Any, ...]:
         """Next-token logits of token ids.
 
@@ -152,14 +156,15 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
                 `logits` None, so that memory does not grow as N * vocab_size. If not given, they
                 are left out while training with labels if `config.chunked_loss` says so.
             return_dict: False gives a tuple, without what is None.
+            others: what wrappers ask other models for; None or False, for it is not here.
 
         Returns:
             `ResNetBKOutput`.
 
         Raises:
             ShapeError, DTypeError: if `input_ids`, `attention_mask` or `labels` is not a tensor as
-                above, an option is of another type, or `cache_params` is the state of another
-                model.
+                above, an option is of another type or not known, or `cache_params` is the state of
+                another model.
             InputError: if an id or a label is not in the vocabulary, a token follows padding,
                 neither logits nor a loss are wanted, or a state is asked for that does not fit, is
                 not there, or would have read padding.
@@ -170,8 +175,14 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             "return_logits": return_logits,
             "return_dict": return_dict,
         }
-        inputs.check_options(num_items_in_batch, cache_params, flags)
+        inputs.check_options(num_items_in_batch, cache_params, flags, others)
         input_ids = inputs.token_ids(input_ids)
+        if labels is None and num_items_in_batch is not None and torch.compiler.is_compiling():
+            raise InputError(
+                "the Trainer computes a loss outside of a compiled model, whose name hides that "
+                "labels are to be shifted: leave out torch_compile, or label_smoothing_factor and "
+                "compute_loss_func"
+            )
         if labels is not None:
             labels = inputs.next_labels(labels, input_ids, self.config.vocab_size)
         real = inputs.real_tokens(attention_mask, input_ids, labels)
@@ -184,7 +195,9 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         use_cache = cache_params is not None if use_cache is None else use_cache
         if use_cache or cache_params is not None:
             self._check_stream(input_ids, real, cache_params)
-        hidden, balance, state = self._hidden(input_ids, real, cache_params)
+        observing = self._state is QuantizationState.CALIBRATING
+        with all_or_nothing(self) if observing else nullcontext():
+            hidden, balance, state = self._hidden(input_ids, real, cache_params)
         logits = self.embedding.logits(hidden) if return_logits else None
         loss = aux_loss = None
         if self.training:
@@ -239,9 +252,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         seen = seen if state is None else state.seen + seen
         return self.final_norm(hidden), balance, StreamState(tuple(afters), seen)
 
-    def _hidden_by_rows(
-        self, input_ids: Tensor, lengths: list[int]
-    ) -> tuple[Tensor, Tensor, None]:
+    def _hidden_by_rows(self, input_ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, None]:
         """`_hidden` of the first tokens of each row alone, so that nothing observes padding."""
         rows, balances = [], []
         for row, length in zip(input_ids, lengths, strict=True):
@@ -311,7 +322,9 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
 
         Raises:
             InputError: for an unknown mode.
-            LifecycleError: if the model is past the float state, or its mixer cannot be quantized.
+            LifecycleError: if the model is past the float state, or its mixer cannot be quantized,
+                or something was put between the model and its layers, see
+                `bkcore.model.structure`.
         """
         self._require("configure_quantization", {QuantizationState.FLOAT})
         if self.config.mixer != "resolvent":
@@ -321,8 +334,9 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             )
         config = QuantizationConfig(config) if isinstance(config, str) else config
         quantized.check_tensor_bits(self, config)
-        self._quant_config = config
-        self._set_state(QuantizationState.FLOAT)
+        with self._whole_or_not():
+            self._quant_config = config
+            self._set_state(QuantizationState.FLOAT)
 
     def assign_bits(self, tensor_bits: dict[str, int]) -> None:
         """Choose the bits of single weights, before or after calibration.
@@ -339,47 +353,49 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         self._require("assign_bits", {QuantizationState.FLOAT, QuantizationState.CALIBRATED})
         config = replace(config, tensor_bits=dict(tensor_bits))
         quantized.check_tensor_bits(self, config)
-        if self._state is QuantizationState.CALIBRATED:
-            quantized.keep_moments(self, config)
-        self._quant_config = config
-        self._set_state(self._state)
+        with self._whole_or_not():
+            if self._state is QuantizationState.CALIBRATED:
+                quantized.keep_moments(self, config)
+            self._quant_config = config
+            self._set_state(self._state)
 
-    def calibrate_quantization(self, batches: Iterable[Tensor | dict[str, Tensor]]) -> None:
+    def calibrate_quantization(self, batches: Iterable[Tensor | Mapping[str, Any]]) -> None:
         """Calibrate on token ids, then quantize (PTQ modes) or make ready to train (QAT modes).
 
         Args:
-            batches: token ids (B, N), or dictionaries with `input_ids`.
+            batches: token ids (B, N), or mappings with `input_ids` and, if there is padding,
+                `attention_mask`, both as in `forward`, such as a tokenizer gives with
+                return_tensors="pt". Padding is not observed. `labels` are not looked at.
 
         Raises:
-            LifecycleError: without a quantization mode, or past the float state.
-            CalibrationError: if there is no batch, or an activation is not finite. The model is
-                float again then.
+            LifecycleError: without a quantization mode, past the calibrated state, or as in
+                `configure_quantization`.
+            CalibrationError: if there is no batch, or an activation or a weight is not finite.
+            InputError: if a batch is something else, or as in `forward`.
+            Whatever is raised, the model is then as it was before.
         """
         config = self._require_config("calibrate_quantization")
-        if isinstance(batches, Tensor):
+        if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
             raise InputError(
-                "calibrate_quantization takes an iterable of batches, not a tensor; "
-                "for one batch of token ids give [ids]"
+                "calibrate_quantization takes an iterable of batches, not a "
+                f"{type(batches).__name__}; for one batch of token ids give [ids]"
             )
         was_training = self.training
-        self.start_calibration()
-        try:
+        with self._whole_or_not():
+            self.start_calibration()
             self.eval()
             with torch.no_grad():
                 for batch in batches:
-                    ids = batch["input_ids"] if isinstance(batch, dict) else batch
-                    self(ids)
-                    self._certified_ids = ids[:1, :_SAMPLE].clone()
+                    ids, real = inputs.calibration_batch(batch)
+                    self._hidden(ids, real)
+                    first = ids[0] if real is None else ids[0, real[0]]
+                    self._certified_ids = first[None, :_SAMPLE].clone()
             self.end_calibration()
-        except BaseException:
-            self._abandon_calibration()
-            raise
-        finally:
             self.train(was_training)
-        if config.is_qat:
-            self.enable_qat()
-        else:
-            self.apply_ptq()
+            if config.is_qat:
+                self.enable_qat()
+            else:
+                self.apply_ptq()
 
     def estimate_model_size(self) -> dict[str, Any]:
         """Bytes of the parameters and buffers.
@@ -423,6 +439,25 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             quantized.set_phase(self, "quantize")
         self._set_state(state)
 
+    def _require(self, step: str, allowed: set[QuantizationState]) -> None:
+        super()._require(step, allowed)
+        plain = copy.deepcopy(self.config)
+        if plain.quantization and self._state is QuantizationState.CALIBRATING:
+            plain.quantization["state"] = QuantizationState.CALIBRATED.value  # of the same parts
+        with torch.device("meta"):
+            check_structure(self, type(self)(plain), step)
+
+    @contextmanager
+    def _whole_or_not(self) -> Iterator[None]:
+        """Put the model back as it was, its configuration too, if the block raises."""
+        before = self.config.quantization
+        try:
+            with all_or_nothing(self):
+                yield
+        except BaseException:
+            self.config.quantization = before
+            raise
+
     def _set_state(self, state: QuantizationState) -> None:
         super()._set_state(state)
         assert self._quant_config is not None
@@ -435,6 +470,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             moments.watch(layer)
         quantized.set_phase(self, "observe")
         receipt.start_counting(self)
+        self._certified_ids = None
 
     def _on_end_calibration(self) -> None:
         for quantizers in quantized.core_quantizers(self):
@@ -464,16 +500,6 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             with uncounted(self.eval()):
                 self.receipt |= receipt.of_cores(certify(self, self._certified_ids))
             self.train(was_training)
-
-    def _abandon_calibration(self) -> None:
-        if self._state is QuantizationState.CALIBRATING:
-            for module in self.modules():
-                if isinstance(module, ResolventMixer):
-                    module.quantizers = None
-                if isinstance(module, MixtureOfExperts):
-                    module.calibration_load = None
-            quantized.drop_moments(self)
-            self._set_state(QuantizationState.FLOAT)
 
     # ---- transformers ----------------------------------------------------------------------
 
@@ -562,6 +588,11 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
                 f"is {self._state.value}; save_pretrained() and from_pretrained() keep the state"
             )
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def _get_name(self) -> str:
+        # The Trainer asks for it to know whose labels to shift where it computes a loss of its own:
+        # the same for subclasses, one of which `fully_shard` makes.
+        return ResNetBKForCausalLM.__name__
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding, which also is the output head."""

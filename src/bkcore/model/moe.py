@@ -130,9 +130,10 @@ class MixtureOfExperts(nn.Module):
         weights = weights / weights.sum(-1, keepdim=True)
         served = self._serve(tokens, chosen)
         out = (served * weights[..., None].to(served.dtype)).sum(1).view_as(x)
-        for count in (self.load, self.calibration_load):
-            if count is not None:
-                count += self._load_of(chosen, real)
+        if self.load is not None:
+            self.load += self._load_of(chosen, real)
+        if self.calibration_load is not None:  # replaced, so that a pass that fails is not counted
+            self.calibration_load = self.calibration_load + self._load_of(chosen, real)
         if not self.training:
             return out, x.new_zeros(())
         load = of_all_processes(self._load_of(chosen, real))

@@ -59,6 +59,11 @@ class InputMoments(StoredDtypes):
         self.tokens: Tensor
         self._hook: RemovableHandle | None = None
 
+    @property
+    def hook_id(self) -> int | None:
+        """Key of its hook among those of the layer that it watches; None if it watches none."""
+        return None if self._hook is None else self._hook.id
+
     def watch(self, layer: nn.Module) -> None:
         """Observe whatever enters `layer` from now on."""
         self._hook = layer.register_forward_pre_hook(lambda _, inputs: self.observe(inputs[0]))
@@ -72,8 +77,10 @@ class InputMoments(StoredDtypes):
     def merge_processes(self) -> None:
         """Add up the moments of all processes of `torch.distributed`, if it is initialized."""
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.second)
-            dist.all_reduce(self.tokens)
+            second, tokens = self.second.clone(), self.tokens.clone()
+            dist.all_reduce(second)
+            dist.all_reduce(tokens)
+            self.second, self.tokens = second, tokens
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -90,8 +97,9 @@ class InputMoments(StoredDtypes):
             )
         step = torch.exp2(torch.frexp(largest).exponent.double() - 7)
         rows = (rows / step).round() * step
-        self.second += rows.t() @ rows
-        self.tokens += (largest > 0).sum()
+        # Replaced, not written to: what was there comes back if the forward pass fails later.
+        self.second = self.second + rows.t() @ rows
+        self.tokens = self.tokens + (largest > 0).sum()
 
 
 def gptq(

@@ -1,0 +1,102 @@
+"""Whether a model is made of the parts that its configuration names, and of nothing else.
+
+Quantization replaces layers. Whatever somebody put between the model and a layer, such as an
+adapter, a parametrization or a hook, would vanish with it without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from bkcore.errors import LifecycleError
+from bkcore.model.quantized import quantizable
+from bkcore.quantization.gptq import InputMoments
+
+_REMEDY = (
+    "merge adapters first (merge_and_unload()), remove parametrizations, norms and pruning of "
+    "weights (remove_parametrizations(), prune.remove()) and hooks (remove()), and shard, wrap or "
+    "compile afterwards"
+)
+
+
+def check_structure(model: nn.Module, expected: nn.Module, step: str) -> None:
+    """Refuse to quantize a model that is not as built.
+
+    Args:
+        model: the model.
+        expected: one that was built by the same configuration, on any device.
+        step: the method that is going to replace layers.
+
+    Raises:
+        LifecycleError: naming the first part that differs.
+    """
+    for problem in _problems(model, expected):
+        raise LifecycleError(
+            f"{step}() takes a model as its configuration builds it, but {problem}, which would be "
+            f"lost: {_REMEDY}"
+        )
+
+
+def _problems(model: nn.Module, expected: nn.Module) -> Iterator[str]:
+    modules, wanted = (dict(m.named_modules(remove_duplicate=False)) for m in (model, expected))
+    for name, module in modules.items():
+        place = name or "the model itself"
+        if name not in wanted:
+            yield f"{place} was added to it, a {_kind(module)}"
+        elif type(module) is not type(wanted[name]):
+            yield f"{place} is a {_kind(module)}, not a {_kind(wanted[name])}"
+        elif module._compiled_call_impl is not None:
+            yield f"{place} is compiled"
+        else:
+            yield from _tensor_problems(place, module, wanted[name])
+    yield from (f"{name} is not there" for name in wanted.keys() - modules.keys())
+    for slot in quantizable(model):
+        yield from _layer_problems(slot.name, slot.layer)
+    yield from _shared(model)
+
+
+def _tensor_problems(place: str, module: nn.Module, wanted: nn.Module) -> Iterator[str]:
+    for kind, attribute in ((nn.Parameter, "_parameters"), (Tensor, "_buffers")):
+        found: dict[str, Tensor | None] = getattr(module, attribute)
+        known: dict[str, Tensor | None] = getattr(wanted, attribute)
+        for name in sorted(found.keys() ^ known.keys()):
+            yield f"{name} of {place} was {'added' if name in found else 'taken away'}"
+        for name in found.keys() & known.keys():
+            tensor, like = found[name], known[name]
+            if tensor is None and like is None:
+                continue
+            if tensor is None or like is None:
+                yield f"{name} of {place} was {'taken away' if tensor is None else 'added'}"
+            elif type(tensor) is not kind:
+                yield f"{name} of {place} is a {type(tensor).__qualname__}"
+            elif tensor.shape != like.shape:
+                yield f"{name} of {place} is {tuple(tensor.shape)}, not {tuple(like.shape)}"
+            elif tensor.is_meta:
+                yield f"{name} of {place} is on the meta device, without values"
+
+
+def _layer_problems(name: str, layer: nn.Module) -> Iterator[str]:
+    """What a layer that is going to be replaced has beside its weight."""
+    moments = getattr(layer, "moments", None)
+    own = moments.hook_id if isinstance(moments, InputMoments) else None
+    before = layer._forward_pre_hooks.keys() - {own}
+    if before or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        yield f"{name} has hooks"
+    if "forward" in vars(layer):
+        yield f"{name} has a forward() of its own"
+
+
+def _shared(model: nn.Module) -> Iterator[str]:
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in names:
+            yield f"{name} is shared with {names[id(parameter)]}"
+        names[id(parameter)] = name
+
+
+def _kind(module: nn.Module) -> str:
+    kind = type(module)
+    library = kind.__module__.partition(".")[0]
+    return kind.__qualname__ if library in ("torch", "bkcore") else f"{library} {kind.__qualname__}"
