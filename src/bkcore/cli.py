@@ -2,20 +2,73 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.text import Text
+from typer.core import TyperCommand
 
-from bkcore.errors import BenchmarkError, BKCoreError
+from bkcore.errors import BenchmarkError, BKCoreError, OutputError
 from bkcore.memory import keep_freed_memory
+from bkcore.outputs import write_json, write_text
+from bkcore.report.console import Console, LastingStream, say, visible
 
 if TYPE_CHECKING:
     from bkcore.bench.result import Result
+
+
+class _Command(TyperCommand):
+    """A command during which transformers is quiet, and that says so when it is interrupted."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with _quiet_transformers():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            _complain("; ".join(["interrupted", *map(str, stop.args)]))
+            number = stop.number if isinstance(stop, _Terminated) else signal.SIGINT
+            raise typer.Exit(128 + number) from None
+
+
+class _Terminated(KeyboardInterrupt):
+    """Another process asked this one to end."""
+
+    number = signal.SIGTERM
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without warnings and progress bars of transformers inside of a with block."""
+    from transformers.utils import logging
+
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _keeping(what: str) -> Iterator[None]:
+    """Have an interruption inside of a with block say what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.args = (what,)
+        raise
+
 
 app = typer.Typer(
     add_completion=False,
@@ -26,6 +79,8 @@ app = typer.Typer(
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
 app.add_typer(bench, name="bench")
+command = partial(app.command, cls=_Command)
+bench_command = partial(bench.command, cls=_Command)
 
 DataOption = Annotated[
     str | None,
@@ -73,27 +128,28 @@ def _options(
     """Options of every command."""
 
 
-@app.command()
+@command()
 def demo(
     data: DataOption = None,
     json_file: JsonOption = None,
     output: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("runs/demo"),
 ) -> None:
     """Train a language model, quantize it in five modes, and judge what was saved."""
-    from bkcore.report import files
     from bkcore.report.demo import run_demo, table
+    from bkcore.report.files import prepare
 
     console = Console()
-    if json_file is not None:
-        files.prepare_file(json_file)
+    prepare({"--json": json_file}, {"--output": output}, [data])
     result = run_demo(data, output, console)
-    console.print(table(result))
-    if json_file is not None:
-        files.write_json(result, json_file)
-    console.print(f"Checkpoints: {output}", highlight=False)
+
+    def show() -> None:
+        console.print(table(result))
+        say(console, f"Checkpoints: {output}")
+
+    _publish(show, (json_file, partial(write_json, result)))
 
 
-@app.command()
+@command()
 def train(
     config: Annotated[Path, typer.Option(help="Recipe in YAML, such as configs/wikitext2.yaml.")],
     data: DataOption = None,
@@ -106,20 +162,22 @@ def train(
     plot: PlotOption = None,
 ) -> None:
     """Train a language model by a recipe; a killed training resumes by the same command."""
-    from bkcore.report import files
     from bkcore.report.curve import draw_curve
+    from bkcore.report.files import prepare, prepare_plot
     from bkcore.report.recipe import read_recipe
     from bkcore.report.train import run_training
 
-    if plot is not None:
-        files.prepare_plot(plot)
     folder = output or Path("runs") / config.stem
-    report = run_training(read_recipe(config), data, folder, resume, Console())
+    if plot is not None:
+        prepare_plot(plot)
+    prepare({"--plot": plot}, {"--output": folder}, [config, data])
+    with _keeping(f"{folder} keeps the checkpoints, and the same command continues from the last"):
+        report = run_training(read_recipe(config), data, folder, resume, Console())
     if plot is not None:
         draw_curve(report, plot)
 
 
-@app.command()
+@command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a float model.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
@@ -128,10 +186,10 @@ def export(
     from bkcore.report.export import export_half
 
     export_half(checkpoint, output)
-    typer.echo(f"Checkpoint: {output}")
+    say(Console(), f"Checkpoint: {output}")
 
 
-@app.command()
+@command()
 def quantize(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a float model.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
@@ -202,15 +260,12 @@ def quantize(
     json_file: JsonOption = None,
 ) -> None:
     """Quantize a checkpoint, and print the receipt that is saved with it."""
-    from bkcore.report import budget, files
+    from bkcore.report import budget
+    from bkcore.report.files import prepare, prepare_plot
     from bkcore.report.quantize import QuantizeSettings, as_json, run_quantize
-    from bkcore.report.receipt import size, tables, training
+    from bkcore.report.receipt import show
 
     console = Console()
-    if json_file is not None:
-        files.prepare_file(json_file)
-    if frontier is not None:
-        files.prepare_plot(frontier)
     has_budget = target_bits is not None or max_ppl_increase is not None
     settings = QuantizeSettings(
         mode=mode or ("mixed_precision" if has_budget else "ptq_int8"),
@@ -225,48 +280,50 @@ def quantize(
         max_increase=None if max_ppl_increase is None else _percent(max_ppl_increase),
         frontier=frontier is not None,
     )
-    result = run_quantize(checkpoint, output, data, settings, console, control)
-    for table in tables(result["receipt"]):
-        console.print(table, "")
-    if has_budget:
-        console.print(budget.sensitivity_table(result["sensitivity"], result["assignment"]))
-        console.print(budget.frontier_table(result["points"]))
     if frontier is not None:
-        budget.draw_frontier(result["points"], frontier)
-    if json_file is not None:
-        files.write_json(as_json(result), json_file)
-    calibrated = f"{result['calibration_tokens']:,} tokens of {result['corpus']}"
-    console.print(f"Calibrated on {calibrated}", highlight=False, soft_wrap=True)
-    if (line := training(result["receipt"])) is not None:
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(size(result["receipt"], output), highlight=False, soft_wrap=True)
-    console.print(f"Checkpoint: {output}", highlight=False, soft_wrap=True)
-    if control is not None:
-        console.print(f"Control: {control}", highlight=False, soft_wrap=True)
+        prepare_plot(frontier)
+    prepare(
+        {"--json": json_file, "--frontier": frontier},
+        {"OUTPUT": output, "--control": control},
+        [checkpoint, data],
+    )
+    result = run_quantize(checkpoint, output, data, settings, console, control)
+
+    def show_all() -> None:
+        tables = []
+        if has_budget:
+            tables += [budget.sensitivity_table(result["sensitivity"], result["assignment"])]
+            tables += [budget.frontier_table(result["points"])]
+        calibrated = f"{result['calibration_tokens']:,} tokens of {result['corpus']}"
+        show(console, result["receipt"], output, tables, [f"Calibrated on {calibrated}"])
+        say(console, f"Checkpoint: {output}")
+        if control is not None:
+            say(console, f"Control: {control}")
+
+    _publish(
+        show_all,
+        (json_file, partial(write_json, as_json(result))),
+        (frontier, partial(budget.draw_frontier, result.get("points", []))),
+    )
 
 
-@app.command()
+@command()
 def receipt(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a quantized model.")],
     json_file: JsonOption = None,
 ) -> None:
     """Print what was done to every tensor of a quantized checkpoint."""
-    from bkcore.report import files
-    from bkcore.report.receipt import read_receipt, size, tables, training
+    from bkcore.report.files import prepare
+    from bkcore.report.receipt import read_receipt, show
 
-    console = Console()
+    prepare({"--json": json_file}, read=[checkpoint])
     content = read_receipt(checkpoint)
-    for table in tables(content):
-        console.print(table, "")
-    if (line := training(content)) is not None:
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(size(content, checkpoint), highlight=False, soft_wrap=True)
-    if json_file is not None:
-        files.prepare_file(json_file)
-        files.write_json(content, json_file)
+    _publish(
+        partial(show, Console(), content, checkpoint), (json_file, partial(write_json, content))
+    )
 
 
-@app.command()
+@command()
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     data: DataOption = None,
@@ -285,21 +342,25 @@ def evaluate(
 
     If it is interrupted, the same command continues where it was.
     """
-    from bkcore.report import files
     from bkcore.report.evaluate import load_table, run_evaluation, summary
+    from bkcore.report.files import prepare
 
     console = Console()
-    if json_file is not None:
-        files.prepare_file(json_file)
-    result = run_evaluation(checkpoint, data, reference, console, window, output)
-    console.print(summary(result))
-    if result["expert_load"]:
-        console.print(load_table(result["expert_load"]))
-    if json_file is not None:
-        files.write_json(result, json_file)
+    prepare({"--json": json_file}, {"--output": output}, [checkpoint, reference, data])
+
+    def publish(result: dict[str, Any]) -> None:
+        def show() -> None:
+            console.print(summary(result))
+            if result["expert_load"]:
+                console.print(load_table(result["expert_load"]))
+
+        _publish(show, (json_file, partial(write_json, result)))
+
+    with _keeping(f"{output} keeps what was scored, and the same command continues from there"):
+        run_evaluation(checkpoint, data, reference, console, window, output, publish)
 
 
-@app.command()
+@command()
 def compare(
     data: DataOption = None,
     json_file: JsonOption = None,
@@ -332,28 +393,30 @@ def compare(
     from bkcore.comparison.language import LanguageSettings
     from bkcore.comparison.synthetic import SyntheticSettings
     from bkcore.comparison.tables import language_table, synthetic_table
-    from bkcore.report import files
+    from bkcore.report.files import prepare
 
     console = Console()
-    if json_file is not None:
-        files.prepare_file(json_file)
+    prepare({"--json": json_file}, {"--output": output}, [data])
     if threads is not None:
         torch.set_num_threads(threads)
     comparison = Comparison(
         LanguageSettings(training_tokens=tokens), SyntheticSettings(steps=steps)
     )
-    result = run_comparison(comparison, data, output, console, only, seed)
-    if result["language"]:
-        console.print(language_table(result))
-    if result["synthetic"]:
-        console.print(synthetic_table(result))
-    if result["unfinished"]:
-        console.print("unfinished: " + ", ".join(result["unfinished"]), highlight=False)
-    if json_file is not None:
-        files.write_json(result, json_file)
+    with _keeping(f"{output} keeps what was trained, and the same command continues from there"):
+        result = run_comparison(comparison, data, output, console, only, seed)
+
+    def show() -> None:
+        if result["language"]:
+            console.print(language_table(result))
+        if result["synthetic"]:
+            console.print(synthetic_table(result))
+        if result["unfinished"]:
+            say(console, "unfinished: " + ", ".join(result["unfinished"]))
+
+    _publish(show, (json_file, partial(write_json, result)))
 
 
-@app.command()
+@command()
 def generate(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint folder; default: the one in the repository.")
@@ -366,31 +429,46 @@ def generate(
     """Continue a text with a checkpoint."""
     from bkcore.report.generate import continue_text
 
-    typer.echo(continue_text(checkpoint, prompt, tokens, temperature, seed))
+    print(continue_text(checkpoint, _as_text(prompt), tokens, temperature, seed))
 
 
-def _prepare_rows(json_file: Path | None, markdown: Path | None) -> None:
-    from bkcore.report import files
+def _as_text(argument: str) -> str:
+    """An argument in UTF-8 as text, where the locale took it for something else."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:
+        return argument
 
-    for path in (json_file, markdown):
-        if path is not None:
-            files.prepare_file(path)
+
+def _prepare_rows(
+    json_file: Path | None, markdown: Path | None = None, plot: Path | None = None
+) -> None:
+    from bkcore.report.files import prepare, prepare_plot
+
+    if plot is not None:
+        prepare_plot(plot)
+    prepare({"--json": json_file, "--markdown": markdown, "--plot": plot})
 
 
 def _publish_rows(
-    console: Console, results: Sequence[Result], json_file: Path | None, markdown: Path | None
+    console: Console,
+    results: Sequence[Result],
+    json_file: Path | None,
+    markdown: Path | None,
+    plot: Path | None = None,
 ) -> None:
+    from bkcore.bench.plot import draw
     from bkcore.bench.result import markdown_table, report, table
-    from bkcore.report import files
 
-    console.print(table(results))
-    if json_file is not None:
-        files.write_json(report(results), json_file)
-    if markdown is not None:
-        markdown.write_text(markdown_table(results))
+    _publish(
+        lambda: console.print(table(results)),
+        (json_file, partial(write_json, report(results))),
+        (markdown, partial(write_text, markdown_table(results))),
+        (plot, partial(draw, results)),
+    )
 
 
-@bench.command("kernels")
+@bench_command("kernels")
 def bench_kernels(
     json_file: JsonOption = None,
     markdown: MarkdownOption = None,
@@ -399,20 +477,13 @@ def bench_kernels(
 ) -> None:
     """Time the kernels against copies, limits and other ways to the same result."""
     from bkcore.bench.kernels import run_kernels
-    from bkcore.bench.plot import draw
-    from bkcore.report import files
 
     console = Console()
-    _prepare_rows(json_file, markdown)
-    if plot is not None:
-        files.prepare_plot(plot)
-    results = run_kernels(console, only)
-    _publish_rows(console, results, json_file, markdown)
-    if plot is not None:
-        draw(results, plot)
+    _prepare_rows(json_file, markdown, plot)
+    _publish_rows(console, run_kernels(console, only), json_file, markdown, plot)
 
 
-@bench.command("gpu")
+@bench_command("gpu")
 def bench_gpu(json_file: JsonOption = None, markdown: MarkdownOption = None) -> None:
     """Time the Triton kernels against a copy in the memory of this GPU."""
     from bkcore.bench.gpu import run_gpu
@@ -422,7 +493,7 @@ def bench_gpu(json_file: JsonOption = None, markdown: MarkdownOption = None) -> 
     _publish_rows(console, run_gpu(console), json_file, markdown)
 
 
-@bench.command("inference")
+@bench_command("inference")
 def bench_inference(
     json_file: JsonOption = None, markdown: MarkdownOption = None, only: OnlyOption = ""
 ) -> None:
@@ -434,7 +505,7 @@ def bench_inference(
     _publish_rows(console, run_inference(console, only), json_file, markdown)
 
 
-@bench.command("memory")
+@bench_command("memory")
 def bench_memory(
     json_file: JsonOption = None,
     markdown: MarkdownOption = None,
@@ -444,43 +515,35 @@ def bench_memory(
     """Measure the peak memory and the time of long sequences, in training and evaluation."""
     from bkcore.bench.memory import markdown_table, report, run_memory, table
     from bkcore.bench.plot import draw_memory
-    from bkcore.report import files
 
     console = Console()
-    for path in (json_file, markdown):
-        if path is not None:
-            files.prepare_file(path)
-    if plot is not None:
-        files.prepare_plot(plot)
+    _prepare_rows(json_file, markdown, plot)
     points = run_memory(console, longest)
-    console.print(table(points))
-    if json_file is not None:
-        files.write_json(report(points), json_file)
-    if markdown is not None:
-        markdown.write_text(markdown_table(points))
-    if plot is not None:
-        draw_memory(points, plot)
+    _publish(
+        lambda: console.print(table(points)),
+        (json_file, partial(write_json, report(points))),
+        (markdown, partial(write_text, markdown_table(points))),
+        (plot, partial(draw_memory, points)),
+    )
 
 
-@bench.command("stream")
+@bench_command("stream")
 def bench_stream(
     json_file: JsonOption = None,
     length: Annotated[int, typer.Option(help="Tokens to read before the timed ones.")] = 1_000_000,
 ) -> None:
     """Time single tokens early and late in a text."""
     from bkcore.bench.stream import report, run_stream, summary
-    from bkcore.report import files
 
     console = Console()
-    if json_file is not None:
-        files.prepare_file(json_file)
+    _prepare_rows(json_file)
     result = run_stream(console, length)
-    console.print(summary(result), highlight=False)
-    if json_file is not None:
-        files.write_json(report(result), json_file)
+    _publish(
+        lambda: console.print(summary(result)), (json_file, partial(write_json, report(result)))
+    )
 
 
-@bench.command("stability")
+@bench_command("stability")
 def bench_stability(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a quantized model.")],
     reference: Annotated[
@@ -498,25 +561,97 @@ def bench_stability(
 ) -> None:
     """Read a text over and over: does a quantized model stay as near to float as it was?"""
     from bkcore.bench.stability import report, run_stability, table
-    from bkcore.report import files
+    from bkcore.report.files import prepare
 
     console = Console()
-    if json_file is not None:
-        files.prepare_file(json_file)
+    prepare({"--json": json_file}, read=[checkpoint, reference, data])
     result = run_stability(console, checkpoint, reference, data, length, step)
-    console.print(table(result.ages))
-    if json_file is not None:
-        files.write_json(report(result), json_file)
+    _publish(
+        lambda: console.print(table(result.ages)),
+        (json_file, partial(write_json, report(result))),
+    )
+
+
+def _publish(show: Callable[[], None], *files: tuple[Path | None, Callable[[Path], None]]) -> None:
+    """Write a result into the files that were asked for, then print it.
+
+    Raises:
+        OutputError: in the end, if something of it could not be written or printed.
+    """
+    failed = []
+    try:
+        for path, write in files:
+            try:
+                if path is not None:
+                    write(path)
+            except OutputError as error:
+                failed.append(str(error))
+    finally:
+        show()
+    if failed:
+        raise OutputError("; ".join(failed))
+    sys.stdout.flush()
+    if getattr(sys.stdout, "error", None) is not None:
+        raise _UnprintedError
+
+
+class _UnprintedError(OutputError):
+    """The terminal, file or pipe that was printed to took no more; `main` says so."""
 
 
 def main() -> None:
     """Run the command; an error that bkcore foresaw is one sentence, not a traceback.
 
-    The exit code is 1 where a benchmark found a wrong result, and 2 for all other such errors.
+    The exit code is 1 where a benchmark found a wrong result, 130 or 143 after an interruption, 141
+    where what was printed went into a pipe that was closed, and 2 for all other such errors.
     """
     keep_freed_memory()
+    _reserve_descriptors()
+    out, err = LastingStream(sys.stdout), LastingStream(sys.stderr)
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            code = _run()
+            out.flush()
+            if isinstance(out.error, BrokenPipeError):
+                code = code or 128 + signal.SIGPIPE
+            elif out.error is not None:
+                _complain(f"standard output took no more: {out.error.strerror}")
+                code = code or 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command, and say what went wrong; returns the exit code."""
     try:
         app()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    except _UnprintedError:
+        return 0
     except BKCoreError as error:
-        Console(stderr=True).print(f"[bold red]bkcore:[/] {error}", highlight=False)
-        sys.exit(1 if isinstance(error, BenchmarkError) else 2)
+        _complain(str(error))
+        return 1 if isinstance(error, BenchmarkError) else 2
+    except OSError as error:
+        _complain(": ".join(str(part) for part in (error.filename, error.strerror) if part))
+        return 2
+    return 0
+
+
+def _complain(sentence: str) -> None:
+    Console(stderr=True).print(Text.assemble(("bkcore:", "bold red"), f" {visible(sentence)}"))
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
+
+
+def _reserve_descriptors() -> None:
+    """Have something behind standard streams that are closed: a file would take their place."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)

@@ -41,6 +41,10 @@ class CheckpointError(BKCoreError, RuntimeError):
     """A checkpoint is missing, truncated, altered, or of a format this version cannot read."""
 
 
+class OutputError(BKCoreError, OSError):
+    """A result could not be written: no space is left, or a pipe was closed."""
+
+
 class DataError(BKCoreError, ValueError):
     """A text corpus is missing, unreadable, empty or too small."""
 

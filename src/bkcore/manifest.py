@@ -8,7 +8,6 @@ other. What is not listed is not read, and what was cut short or changed is refu
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -20,6 +19,7 @@ from typing import BinaryIO
 from safetensors import SafetensorError
 
 from bkcore.errors import CheckpointError
+from bkcore.outputs import to_json
 from bkcore.reading import JSON_BYTES, open_regular, read_bytes, read_json, shown
 
 FORMAT_VERSION = 4
@@ -362,7 +362,7 @@ def _move(
     """Move what was written into a folder, with a manifest if there are digests for one."""
     names = sorted(own)
     manifest = {"format_version": FORMAT_VERSION, "sha256": dict(sorted((digests or {}).items()))}
-    (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (staged / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
     for name in names:  # safetensors makes files that nobody but their owner can read
         (staged / name).chmod((staged / MANIFEST).stat().st_mode)
     for name in names if digests is None else [*names, MANIFEST]:

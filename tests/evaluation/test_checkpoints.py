@@ -71,7 +71,12 @@ def test_an_interrupted_evaluation_continues(checkpoint: Path, tmp_path: Path) -
     assert torch.equal(found.scores.nll, whole.scores.nll)
     assert found.expert_load == whole.expert_load
     assert seen == batches[5:]  # nothing is scored twice
-    assert list(tmp_path.iterdir()) == []
+    # Whoever asked says when the result is safe; until then it costs nothing to have it again.
+    assert list(tmp_path.iterdir()) == [found.kept]
+    again = evaluate_checkpoint(checkpoint, setting(tmp_path), None, seen.append)
+    assert torch.equal(again.scores.nll, whole.scores.nll)
+    assert again.expert_load == whole.expert_load
+    assert seen == batches[5:]
 
 
 def test_other_settings_or_weights_start_afresh(checkpoint: Path, tmp_path: Path) -> None:
@@ -82,6 +87,8 @@ def test_other_settings_or_weights_start_afresh(checkpoint: Path, tmp_path: Path
         found.scores.nll,
         evaluate_checkpoint(checkpoint, Setting(TEXT, "valid", 16, 4, 1)).scores.nll,
     )
+    assert found.kept is not None
+    found.kept.unlink()
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -9,11 +9,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import bkcore
+from bkcore import outputs as files
 from bkcore.cli import app
 from bkcore.errors import CheckpointError, DataError, InputError
 from bkcore.evaluation import checkpoints
 from bkcore.model import LanguageModel
-from bkcore.report import demo, files
+from bkcore.report import demo
 from bkcore.report.demo import DemoSettings, run_demo
 from bkcore.training import Schedule
 

@@ -27,6 +27,7 @@ from bkcore.errors import BackendError, BenchmarkError
 from bkcore.kernels import backends, use_backend
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
 from bkcore.quantization import QuantizationConfig
+from bkcore.report.console import say
 
 SHAPES = ((8, 4096, 1024), (1, 1_048_576, 64))
 COPY_FRACTION = 0.5
@@ -86,7 +87,7 @@ def run_gpu(console: Console, device: str = "cuda", timer: Timer | None = None) 
 
 def _shown(console: Console, rows: Iterator[Result]) -> Iterator[Result]:
     for row in rows:
-        console.print(f"{row.name} {row.shape}: {row.seconds * 1e3:.3f} ms")
+        say(console, f"{row.name} {row.shape}: {row.seconds * 1e3:.3f} ms")
         yield row
 
 

@@ -38,6 +38,7 @@ from bkcore.errors import BackendError, BenchmarkError, InputError
 from bkcore.kernels import backends, cpu, step, sweep_codes
 from bkcore.quantization import affine
 from bkcore.quantization.packing import pack_int4
+from bkcore.report.console import say
 from bkcore.report.progress import Plan
 
 Shape = tuple[int, int, int]
@@ -96,7 +97,7 @@ def run_kernels(
     _require_native()
     if any(case.measure is comparison for case in cases):
         for name, reason in missing_rivals().items():
-            console.print(f"left out of the comparison: {name}, {reason}", highlight=False)
+            say(console, f"left out of the comparison: {name}, {reason}")
     counts = thread_counts()
     results = []
     with Plan({case.name: case.seconds for case in cases}, console) as plan:

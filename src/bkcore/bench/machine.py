@@ -36,13 +36,13 @@ def last_level_cache_bytes() -> int | None:
     """Size of the largest cache; None where the system (Linux) does not say."""
     folder = Path("/sys/devices/system/cpu/cpu0/cache")
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    texts = [path.read_text().strip() for path in folder.glob("index*/size")]
+    texts = [path.read_text(encoding="utf-8").strip() for path in folder.glob("index*/size")]
     return max((int(text[:-1]) * units[text[-1]] for text in texts), default=None)
 
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

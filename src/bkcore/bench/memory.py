@@ -8,10 +8,7 @@ above what the model, its optimizer and a short step took before.
 from __future__ import annotations
 
 import math
-import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from statistics import linear_regression, median
 from time import perf_counter
@@ -29,6 +26,7 @@ from bkcore.errors import InputError
 from bkcore.evaluation.perplexity import score
 from bkcore.memory import keep_freed_memory
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
+from bkcore.processes import ProcessDiedError, call_in_new_process
 from bkcore.report.progress import Plan
 
 MODEL: dict[str, Any] = {
@@ -159,16 +157,19 @@ def _rows(points: Sequence[Point]) -> list[list[str]]:
 
 
 def _measure_in_new_process(kind: str, length: int) -> Point:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as process:
-        point = process.submit(measure, kind, length, torch.get_num_threads())
-        try:
-            return point.result()
-        except BrokenProcessPool as error:
-            raise InputError(
-                f"the process that measured {kind} at {length:,} tokens was killed, probably for "
-                "want of memory; give a smaller --longest"
-            ) from error
+    try:
+        point: Point = call_in_new_process(_work, kind, length, torch.get_num_threads())
+        return point
+    except ProcessDiedError as error:
+        raise InputError(
+            f"the process that measured {kind} at {length:,} tokens ended with exit code "
+            f"{error.exit_code}, probably for want of memory; give a smaller --longest"
+        ) from error
+
+
+def _work(send: Callable[[object], None], kind: str, length: int, threads: int) -> Point:
+    del send  # nothing is known before the end
+    return measure(kind, length, threads)
 
 
 def measure(kind: str, length: int, threads: int) -> Point:

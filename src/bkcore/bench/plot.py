@@ -9,6 +9,7 @@ from typing import Any
 
 from bkcore.bench.memory import Point
 from bkcore.bench.result import Result
+from bkcore.report.files import write_plot
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -21,7 +22,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     above, below = figure.subplots(2, 1, height_ratios=heights)
     _draw_series(above, [result for result in results if result.name == "comparison"])
     _draw_targets(below, worst)
-    figure.savefig(path, dpi=150)
+    write_plot(figure, path)
 
 
 def draw_memory(points: Sequence[Point], path: Path) -> None:
@@ -32,7 +33,7 @@ def draw_memory(points: Sequence[Point], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     _draw_growth(left, points, lambda point: point.peak_bytes / 1e6, "peak memory, MB")
     _draw_growth(right, points, lambda point: point.seconds, "seconds")
-    figure.savefig(path, dpi=150)
+    write_plot(figure, path)
 
 
 def _draw_growth(

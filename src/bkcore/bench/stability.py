@@ -19,16 +19,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from bkcore.bench.machine import machine
 from bkcore.bench.process import require_counts, resident_bytes
 from bkcore.errors import InputError
-from bkcore.evaluation.checkpoints import load_checkpoint
+from bkcore.evaluation.checkpoints import check_tokenizers, load_checkpoint
 from bkcore.model import ResNetBKForCausalLM, StreamState, core_certificates
 from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.report.progress import Plan
-from bkcore.text import encode, load_corpus, tokenizer_hash
+from bkcore.text import encode, load_split
 
 FIRST = 1_000
 _PROBE = 2_048
@@ -90,10 +89,9 @@ def run_stability(
         CheckpointError: if a folder holds no checkpoint.
     """
     require_counts()
-    transformers_logging.disable_progress_bar()
     models, tokenizer = _pair(checkpoint, reference)
-    corpus = load_corpus(data)
-    text = encode(tokenizer, corpus.valid)
+    corpus, valid = load_split(data, "valid")
+    text = encode(tokenizer, valid)
     if len(text) < _PROBE:
         raise InputError(f"the validation text has {len(text)} tokens, the probe {_PROBE}")
     probe = text[None, :_PROBE]
@@ -111,7 +109,7 @@ def run_stability(
     protocol = {
         "checkpoint": str(checkpoint),
         "reference": str(reference),
-        "corpus": corpus.name,
+        "corpus": corpus,
         "text_tokens": len(text),
         "probe_tokens": _PROBE,
         "step": step,
@@ -132,11 +130,7 @@ def _pair(
         )
     if exact.quantization_state is not QuantizationState.FLOAT:
         raise InputError(f"the reference in {reference} is not a float model")
-    if tokenizer_hash(tokenizer) != tokenizer_hash(other):
-        raise InputError(
-            f"{checkpoint} and {reference} have different tokenizers: name with --reference the "
-            "float model that was quantized"
-        )
+    check_tokenizers(tokenizer, other, checkpoint, reference)
     return (quantized, exact), tokenizer
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from bkcore.comparison import language, synthetic
 from bkcore.comparison.contestants import CONVOLUTION
@@ -16,8 +15,9 @@ from bkcore.comparison.language import LanguageComparison, LanguageSettings
 from bkcore.comparison.runs import Run, finished
 from bkcore.comparison.synthetic import SyntheticSettings
 from bkcore.errors import InputError
-from bkcore.evaluation.perplexity import Scores, paired_change
-from bkcore.report.files import prepare_folder
+from bkcore.evaluation.perplexity import Scores, paired_change, perplexity_per_byte
+from bkcore.outputs import prepare_folder
+from bkcore.report.console import say
 from bkcore.report.progress import Plan
 from bkcore.text import load_corpus
 
@@ -68,21 +68,21 @@ def run_comparison(
         DataError: if the text is missing, unreadable or too small; before any training.
         InputError: if no run is so called, or a folder was begun with other settings; likewise.
     """
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     planned = comparison.runs(data, seed)
     chosen = [run for run in planned if run.name.startswith(only)]
     if not chosen:
         names = ", ".join(run.name for run in planned)
         raise InputError(f"no run's name begins with {only!r}; there are {names}")
-    prepare_folder(output)
     for run in chosen:
         run.check(output)
+        run.check_together(output)
+        prepare_folder(output / run.name)
+    report(output, planned)  # runs that are finished and do not compare are refused now
     with Plan({run.name: run.weight for run in chosen}, console) as plan:
         for run in chosen:
             with plan.stage(run.name) as advance:
                 if not run.finish(output, advance):
-                    console.print(f"another process is at {run.name}", highlight=False)
+                    say(console, f"another process is at {run.name}")
     return report(output, planned)
 
 
@@ -122,8 +122,11 @@ def _common_protocol(results: Sequence[dict[str, Any]], group: str) -> dict[str,
 
 
 def _compared(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row of a language run, with its change against the ablation."""
-    row: dict[str, Any] = result["row"]
+    """The row of a language run, with its perplexity per byte, and its change against the
+    ablation."""
+    scores = Scores.from_dict(result["scores"])
+    size = result["protocol"]["evaluation"]["bytes"]
+    row = {**result["row"], "ppl_byte": perplexity_per_byte(scores, size)}
     ablations = {
         other["row"]["seed"]: other
         for other in results
@@ -132,7 +135,7 @@ def _compared(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict
     ablation = ablations.get(row["seed"], ablations.get(0))
     if ablation is None:
         return row
-    change = paired_change(Scores.from_dict(ablation["scores"]), Scores.from_dict(result["scores"]))
+    change = paired_change(Scores.from_dict(ablation["scores"]), scores)
     return {
         **row,
         "change_pct": change.delta_pct,

@@ -24,6 +24,7 @@ from bkcore.comparison.contestants import (
 )
 from bkcore.comparison.runs import Advance, Run, StepTimes
 from bkcore.comparison.selective_scan import fast_selective_scan
+from bkcore.evaluation.checkpoints import check_length
 from bkcore.evaluation.perplexity import (
     Protocol,
     Scores,
@@ -147,6 +148,7 @@ class LanguageComparison:
             times(step)
             advance(step / (schedule.steps + 1))
 
+        check_length(self._valid, settings.window)
         with fast_selective_scan():
             log = train(model, windows, schedule, seed=seed, output=folder, on_step=on_step)
             scores = score(

@@ -8,7 +8,7 @@ trainer's checkpoints. A lock keeps two processes from doing the same run.
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,11 @@ from time import perf_counter
 from typing import Any
 
 from bkcore.errors import InputError
+from bkcore.outputs import write_json
 from bkcore.reading import read_json
-from bkcore.report import files
+
+_OWN = {"learning_rate", "open_size", "seed", "task"}
+"""Settings that runs of one group need not share."""
 
 Advance = Callable[[float], None]
 """Called with the fraction of a run that is done."""
@@ -48,17 +51,32 @@ class Run:
         """
         path = root / self.name / "run.json"
         now = self.settings()
-        begun = _read(path) if path.exists() else now
+        begun = _read(path) if path.is_file() else now
         names = sorted({*begun, *now})
         different = [name for name in names if begun.get(name) != now.get(name)]
         if different:
             raise InputError(
                 f"{path.parent} was begun with other settings: "
-                + ", ".join(
-                    f"{name} {begun.get(name)!r}, now {now.get(name)!r}" for name in different
-                )
+                + _differences(different, begun, now)
                 + "; name another --output, or remove that folder"
             )
+
+    def check_together(self, root: Path) -> None:
+        """Make sure that the result will compare with those of its group that are finished.
+
+        Raises:
+            InputError: if something that all runs of a group share is not as in one of them.
+        """
+        now = self.settings()
+        shared = sorted(now.keys() - _OWN)
+        for path in sorted(root.glob(f"{self.name.partition('/')[0]}/*/*/result.json")):
+            other = _read(path.with_name("run.json"))
+            different = [name for name in shared if other.get(name) != now[name]]
+            if different:
+                raise InputError(
+                    f"{path.parent} was done with other settings, with which {self.name} cannot "
+                    f"be compared: {_differences(different, other, now)}; name another --output"
+                )
 
     def finish(self, root: Path, advance: Advance) -> bool:
         """Do the run, or what is left of it; a finished one costs nothing.
@@ -67,13 +85,13 @@ class Run:
             False if another process is at it.
         """
         folder = root / self.name
-        files.prepare_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "lock") as ours:
             if ours and not (folder / "result.json").is_file():
                 self.check(root)
-                files.write_json(self.settings(), folder / "run.json")
+                write_json(self.settings(), folder / "run.json")
                 result = self.execute(folder, advance)
-                files.write_json(result, folder / "result.json")
+                write_json(result, folder / "result.json")
         return ours
 
 
@@ -86,13 +104,19 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); remove {path.parent}") from error
+        raise InputError(
+            f"{path} cannot be read ({error}); remove its folder, and the run is done again"
+        ) from error
+
+
+def _differences(names: Sequence[str], before: dict[str, Any], now: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
     """Whether this process holds the lock; the system frees it when a process dies."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -111,13 +135,13 @@ class StepTimes:
     def __call__(self, step: int) -> None:
         """Note that a step has just ended."""
         now = perf_counter()
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(f"{step} {now - self._last:.6f}\n")
         self._last = now
 
     def seconds(self) -> dict[str, float]:
         """Seconds of all steps together, and of the median step; a repeated one counts once."""
         # Killed while it wrote, a process leaves half a line; the step is then done again.
-        lines = [line.split() for line in self._path.read_text().splitlines()]
+        lines = [line.split() for line in self._path.read_text(encoding="utf-8").splitlines()]
         times = {int(line[0]): float(line[1]) for line in lines if len(line) == 2}
         return {"seconds": sum(times.values()), "seconds_per_step": median(times.values())}

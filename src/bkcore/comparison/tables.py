@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from bkcore.comparison.synthetic import BUCKETS
+from bkcore.report.console import bits_per_byte, number
 
 
 def language_table(report: dict[str, Any]) -> Table:
@@ -18,7 +19,7 @@ def language_table(report: dict[str, Any]) -> Table:
     table = _table(
         f"{protocol['corpus']}, {evaluation['split']}: {evaluation['tokens']:,} tokens scored",
         ("model", "seed"),
-        ("ppl per\ntoken", "per\nword", "change\n%", "95 %\ninterval"),
+        ("ppl per\ntoken", "per\nword", "bits\nper byte", "change\n%", "95 %\ninterval"),
         ("active\nM", "total\nM", "tokens\nper s"),
     )
     table.caption = "change: against the same model without the core"
@@ -26,14 +27,15 @@ def language_table(report: dict[str, Any]) -> Table:
         interval = (
             ""
             if "change_pct" not in row
-            else f"{row['ci_low_pct']:+.1f} to {row['ci_high_pct']:+.1f}"
+            else f"{number(row['ci_low_pct'], '+.1f')} to {number(row['ci_high_pct'], '+.1f')}"
         )
         table.add_row(
             row["contestant"],
             str(row["seed"]),
-            f"{row['ppl_token']:.2f}",
-            f"{row['ppl_word']:.1f}",
-            f"{row['change_pct']:+.2f}" if interval else "",
+            number(row["ppl_token"], ".2f"),
+            number(row["ppl_word"], ".1f"),
+            bits_per_byte(row["ppl_byte"]),
+            number(row["change_pct"], "+.2f") if interval else "",
             interval,
             f"{row['active_parameters'] / 1e6:.3f}",
             f"{row['total_parameters'] / 1e6:.3f}",

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from bkcore import manifest
-from bkcore.errors import BKCoreError, CheckpointError, InputError
+from bkcore.errors import CheckpointError, InputError
 from bkcore.evaluation.perplexity import (
     Protocol,
     Scores,
@@ -33,6 +29,7 @@ from bkcore.manifest import model_bytes
 from bkcore.memory import keep_freed_memory
 from bkcore.model import ResNetBKForCausalLM
 from bkcore.model.moe import counting_load
+from bkcore.processes import ProcessDiedError, call_in_new_process
 from bkcore.text import count_words, encode, load_tokenizer, tokenizer_hash
 from bkcore.text.saved import CheckpointTokenizer
 
@@ -49,8 +46,8 @@ class Setting:
         window: tokens a window.
         batch_size: windows a batch.
         threads: CPU threads.
-        unfinished: folder that keeps what an interrupted evaluation scored, for the next try to
-            continue; None keeps nothing.
+        unfinished: folder that keeps what was scored, for the next try to continue if this one
+            is interrupted or its result is lost; None keeps nothing.
     """
 
     text: str
@@ -77,6 +74,8 @@ class Evaluation:
         kl_nats: mean KL divergence of the next-token distributions from the reference's, in nats;
             None if the checkpoint is the reference.
         kl_tokens: over so many tokens, those that the speed is measured on.
+        kept: the file that keeps the scores, for the caller to delete when the result is safe;
+            None if the setting keeps nothing.
     """
 
     scores: Scores
@@ -87,6 +86,7 @@ class Evaluation:
     expert_load: list[list[int]]
     kl_nats: float | None = None
     kl_tokens: int = 0
+    kept: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -125,20 +125,22 @@ def evaluate_checkpoint(
     Raises:
         CheckpointError: if a checkpoint or its tokenizer cannot be loaded, or the file of an
             interrupted evaluation.
-        InputError: if the text is no longer than a window, or the model's logits are not finite.
+        InputError: if the text is no longer than a window, the reference has another tokenizer, or
+            the model's logits are not finite.
+        OutputError: if what was scored cannot be kept.
     """
     torch.set_num_threads(setting.threads)
     model, tokenizer = load_checkpoint(folder)
     tokens = encode(tokenizer, setting.text)
-    if len(tokens) <= setting.window:
-        raise InputError(
-            f"the text is one window: {len(tokens)} tokens, and a window has {setting.window}. One "
-            "window tells nothing about the spread: give more text or a shorter window"
-        )
+    check_length(tokens, setting.window)
+    rival = model
+    if reference is not None:
+        rival, other = load_checkpoint(reference)
+        check_tokenizers(tokenizer, other, folder, reference)
+    unfinished = _unfinished(folder, setting)
     scores, expert_load = _score(
-        model, tokens, tokenizer.bos_token_id, folder, setting, on_progress
+        model, tokens, tokenizer.bos_token_id, setting, unfinished, on_progress
     )
-    rival = model if reference is None else load_checkpoint(reference)[0]
     batches = _full_batches(tokens, setting)
     rate, speedup = _time_in_alternation(rival, model, batches)
     protocol = Protocol(
@@ -150,23 +152,54 @@ def evaluate_checkpoint(
         len(setting.text.encode()),
         setting.batch_size,
     )
-    found = Evaluation(scores, protocol, model_bytes(folder), rate, speedup, expert_load)
+    found = Evaluation(
+        scores,
+        protocol,
+        model_bytes(folder),
+        rate,
+        speedup,
+        expert_load,
+        kept=unfinished.path if unfinished else None,
+    )
     if reference is None:
         return found
     kl_tokens = sum(batch.numel() for batch in batches)
     return replace(found, kl_nats=kl_divergence(rival, model, batches), kl_tokens=kl_tokens)
 
 
+def check_length(tokens: Tensor, window: int) -> None:
+    """Raise `InputError` if a text (tokens,) is one window, whose spread nobody knows."""
+    if len(tokens) <= window:
+        raise InputError(
+            f"the text is one window: {len(tokens)} tokens, and a window has {window}. One "
+            "window tells nothing about the spread: give more text or a shorter window"
+        )
+
+
+def check_tokenizers(
+    tokenizer: PreTrainedTokenizerFast,
+    other: PreTrainedTokenizerFast,
+    folder: Path,
+    reference: Path,
+) -> None:
+    """Raise `InputError` if two checkpoints do not have one tokenizer."""
+    if tokenizer_hash(tokenizer) != tokenizer_hash(other):
+        raise InputError(
+            f"{folder} and {reference} have different tokenizers, so that their tokens cannot be "
+            "compared: name with --reference the float model that was quantized, or one with the "
+            "same tokenizer"
+        )
+
+
 def _score(
     model: ResNetBKForCausalLM,
     tokens: Tensor,
     bos_id: int,
-    folder: Path,
     setting: Setting,
+    unfinished: Unfinished | None,
     on_progress: Callable[[Progress], None],
 ) -> tuple[Scores, list[list[int]]]:
     """Scores and expert load of a whole split, from where an interrupted evaluation stopped."""
-    unfinished = _unfinished(folder, setting)
     before = unfinished.load() if unfinished else None
     done, earlier_load = before or (None, None)
     latest: Scores | None = None
@@ -198,12 +231,9 @@ def _score(
                 done=done,
                 on_batch=on_batch,
             )
-        except BaseException:
+        finally:
             if unfinished and latest is not None:
                 unfinished.save(latest, load_so_far())
-            raise
-    if unfinished:
-        unfinished.delete()
     return scores, load_so_far()
 
 
@@ -278,45 +308,24 @@ def evaluate_in_new_process(
         BKCoreError: whatever went wrong there.
         CheckpointError: if the process died.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, folder, setting, reference), daemon=True)
-    process.start()
-    sender.close()
     try:
-        while True:
-            message: Any = pickle.loads(receiver.recv_bytes())
-            if isinstance(message, BKCoreError):
-                raise message
-            if isinstance(message, Evaluation):
-                return message
-            on_progress(message)
-    except EOFError:
-        process.join()
+        found: Evaluation = call_in_new_process(
+            _work, folder, setting, reference, on_message=on_progress
+        )
+        return found
+    except ProcessDiedError as error:
         raise CheckpointError(
-            f"the process that evaluated {folder} ended with exit code {process.exitcode}; "
+            f"the process that evaluated {folder} ended with exit code {error.exit_code}; "
             "its output says why (out of memory?)"
         ) from None
-    finally:
-        receiver.close()
-        process.join()
 
 
-def _work(sender: Connection, folder: Path, setting: Setting, reference: Path | None) -> None:
+def _work(
+    send: Callable[[Progress], None], folder: Path, setting: Setting, reference: Path | None
+) -> Evaluation:
     keep_freed_memory()
     transformers_logging.disable_progress_bar()  # the parent process shows the progress
-
-    def send(message: Progress | Evaluation | BKCoreError) -> None:
-        # By value: torch would have Connection.send share tensors through a server in this
-        # process, which ends before they are read.
-        sender.send_bytes(pickle.dumps(message))
-
-    try:
-        send(evaluate_checkpoint(folder, setting, reference, send))
-    except BKCoreError as error:
-        send(error)
-    except (KeyboardInterrupt, BrokenPipeError):
-        pass  # the parent process was interrupted, and says so
+    return evaluate_checkpoint(folder, setting, reference, send)
 
 
 def _full_batches(tokens: Tensor, setting: Setting) -> list[Tensor]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from bkcore.errors import CheckpointError
 from bkcore.evaluation.perplexity import Scores
+from bkcore.outputs import to_json, write_text
 from bkcore.reading import parse_json, read_bytes, shortened
 
 _BYTES = 256 << 20
@@ -30,7 +29,9 @@ class Unfinished:
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        name = hashlib.sha256(
+            json.dumps(identity, sort_keys=True, allow_nan=False).encode()
+        ).hexdigest()[:16]
         self.path = folder / f"unfinished-{name}.json"
         self._saved = time.monotonic()
 
@@ -62,24 +63,11 @@ class Unfinished:
         """Write the file whole or not at all.
 
         Raises:
-            CheckpointError: if it cannot be written.
+            OutputError: if it cannot be written.
         """
         content = {"scores": scores.as_dict(), "expert_load": expert_load}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".saving-", dir=self.path.parent) as folder:
-                staged = Path(folder) / self.path.name
-                staged.write_text(json.dumps(content))
-                os.replace(staged, self.path)
-        except OSError as error:
-            raise CheckpointError(
-                f"what was scored cannot be kept in {self.path.parent}: {error}"
-            ) from error
+        write_text(to_json(content, indent=None), self.path)
         self._saved = time.monotonic()
-
-    def delete(self) -> None:
-        """The evaluation is finished."""
-        self.path.unlink(missing_ok=True)
 
 
 def _are_counts(load: object) -> bool:

@@ -39,7 +39,7 @@ except ImportError as error:
 def last_level_cache() -> int:
     """Bytes of the last-level cache; 32 MiB where the system does not tell."""
     folder = Path("/sys/devices/system/cpu/cpu0/cache")
-    sizes = [path.read_text().strip() for path in folder.glob("index*/size")]
+    sizes = [path.read_text(encoding="utf-8").strip() for path in folder.glob("index*/size")]
     return max((int(s[:-1]) << {"K": 10, "M": 20}[s[-1]] for s in sizes), default=32 << 20)
 
 

@@ -23,7 +23,6 @@ from bkcore.quantization.weights import (
 )
 from bkcore.reading import shown
 
-
 _LINEARS: dict[type[nn.Module], tuple[Part, tuple[str, ...]]] = {
     ResolventMixer: ("core", ("in_proj", "out_proj")),
     Expert: ("expert", ("up", "down")),

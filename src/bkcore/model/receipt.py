@@ -7,7 +7,6 @@ PyTorch dispatched when the layer was called.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from bkcore.model import quantized
 from bkcore.model.certificate import CoreCertificate
 from bkcore.model.mixer import CoreQuantizers, Features, ResolventMixer
 from bkcore.model.moe import MixtureOfExperts, of_all_processes
+from bkcore.outputs import to_json
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.linear import QuantizedEmbedding
 from bkcore.quantization.quantizers import GroupWiseQuantizer
@@ -150,18 +150,44 @@ def problems(receipt: Receipt) -> list[str]:
     for entry in receipt["weights"]:
         asked = config.weight_bits(entry["part"], entry["name"])
         if entry["bits"] == 16 and "reason" in entry:
-            found.append(f"{entry['name']} stayed float16 ({entry['reason']}; --min-size 0)")
+            found.append(_too_small(entry["name"], config))
         elif entry["bits"] != asked:
             found.append(f"{entry['name']} has {entry['bits']} bits instead of {asked}")
         elif asked < 16 and _FLOAT_PRODUCTS & set(entry["kernel"].split(" + ")):
             found.append(f"{entry['name']} is multiplied in float ({entry['kernel']})")
-    for entry in [*receipt["weights"], *receipt["activations"]]:
-        if not entry["calibration_tokens"]:
-            found.append(f"{entry['name']} was reached by no calibration data that is known of")
+    seen = [*receipt["weights"], *receipt["activations"]]
+    found += problems_of_calibration({entry["name"]: entry["calibration_tokens"] for entry in seen})
     for entry in receipt["float"]:
         if entry["reason"] is None:
             found.append(f"{entry['name']} stayed float, which no mode provides for")
     return found
+
+
+def problems_of_calibration(seen: dict[str, int | None]) -> list[str]:
+    """Those of `problems` that are known after calibration, from its tokens by tensor."""
+    return [
+        f"{name} was reached by no calibration data that is known of"
+        for name, tokens in seen.items()
+        if not tokens
+    ]
+
+
+def problems_of_size(model: nn.Module, config: QuantizationConfig) -> list[str]:
+    """Those of `problems` that are known of a float model: weights too small for their mode."""
+    return [
+        _too_small(slot.name, config)
+        for slot in quantized.quantizable(model)
+        if config.weight_bits(slot.part, slot.name, slot.size)
+        != config.weight_bits(slot.part, slot.name)
+    ]
+
+
+def _too_small(name: str, config: QuantizationConfig) -> str:
+    return f"{name} stayed float16 ({_small(config)}; --min-size 0)"
+
+
+def _small(config: QuantizationConfig) -> str:
+    return f"small: fewer numbers than min_size, {config.min_size:,}"
 
 
 def read(folder: Path) -> Receipt:
@@ -198,11 +224,12 @@ def find(folder: Path, digests: manifest.Digests) -> Receipt | None:
 
 
 def write(receipt: Receipt, folder: Path) -> None:
-    """Write a receipt into a folder."""
-    (folder / manifest.RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n")
+    """Write a receipt into a folder; numbers that JSON has not are null, with the reason."""
+    (folder / manifest.RECEIPT).write_text(to_json(receipt, indent=1), encoding="utf-8")
 
 
-_INT, _TEXT, _NUMBER, _NONE = (int,), (str,), (int, float), (type(None),)
+_NONE = (type(None),)
+_INT, _TEXT, _NUMBER = (int,), (str,), (int, float, *_NONE)  # null for what JSON has not
 
 _FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("name", "part", "kernel", "scheme", "levels", "rounding", "dtype"), _TEXT),
@@ -212,7 +239,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "calibration_tokens": _INT + _NONE,
     **dict.fromkeys(("smallest_scale", "largest_scale", "error", "bound", "worst"), _NUMBER),
     **dict.fromkeys(("relative_error", "first_loss", "last_loss"), _NUMBER),
-    "clipping_rate": _NUMBER + _NONE,
+    "clipping_rate": _NUMBER,
     "shape": (list,),
     "clipped": (dict,),
     "distilled": (bool,),
@@ -295,7 +322,7 @@ def _weight_entry(
     weight = layer.weight
     if isinstance(weight, HalfWeight):
         if config.weight_bits(slot.part, slot.name) != 16:
-            entry["reason"] = f"small: fewer numbers than min_size, {config.min_size:,}"
+            entry["reason"] = _small(config)
         return entry | {
             "bits": 16,
             "scheme": "float16",

@@ -32,7 +32,7 @@ _Expected = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 def encode(core: QuantizedBirmanSchwingerCore) -> Tensor:
     """Lifecycle state, configuration and core as JSON bytes, uint8."""
     fields = {"state": core.quantization_state.value, **_identity(core)}
-    return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(fields, allow_nan=False).encode()), dtype=torch.uint8)
 
 
 def decode(core: QuantizedBirmanSchwingerCore, state: Any) -> QuantizationState:

@@ -32,6 +32,8 @@ from bkcore.quantization.budget import (
     total_loss,
 )
 from bkcore.quantization.weights import PackedWeight
+from bkcore.report.console import number
+from bkcore.report.files import write_plot
 from bkcore.report.receipt import average_bits
 
 _FRONTIER_POINTS = 7
@@ -168,7 +170,7 @@ class Search:
             "delta_pct": change.delta_pct,
             "ci_low_pct": change.low_pct,
             "ci_high_pct": change.high_pct,
-            "predicted_pct": None if loss is None else 100 * math.expm1(loss),
+            "predicted_pct": None if loss is None else _percent(loss),
         }
 
     def points(
@@ -192,6 +194,11 @@ class Search:
             rows.append(self.point("budget", model, total_loss(assignment)))
             on_progress(len(rows) / len(budgets))
         return rows
+
+
+def _percent(loss: float) -> float:
+    """The change of perplexity that a change of loss is; infinite where float64 overflows."""
+    return 100 * float(torch.tensor(loss, dtype=torch.float64).expm1())
 
 
 def _bytes(choice: Choice) -> int:
@@ -242,10 +249,10 @@ def frontier_table(rows: Sequence[dict[str, Any]]) -> Table:
             row["name"],
             f"{row['average_bits']:.2f}",
             f"{row['bytes'] / 1e6:.2f}",
-            f"{row['ppl_token']:.3f}",
-            f"{row['delta_pct']:+.3f}",
-            f"{row['ci_low_pct']:+.3f} to {row['ci_high_pct']:+.3f}",
-            "" if predicted is None else f"{predicted:+.3f}",
+            number(row["ppl_token"], ".3f"),
+            number(row["delta_pct"], "+.3f"),
+            f"{number(row['ci_low_pct'], '+.3f')} to {number(row['ci_high_pct'], '+.3f')}",
+            "" if predicted is None else number(predicted, "+.3f"),
         )
     return table
 
@@ -282,4 +289,4 @@ def draw_frontier(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="MB", ylabel="change of perplexity, %, held-out training text")
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    write_plot(figure, path)

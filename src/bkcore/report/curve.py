@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bkcore.report.files import write_plot
+
 
 def draw_curve(report: dict[str, Any], path: Path) -> None:
     """Draw the losses of a report of `bkcore train` against the tokens, and its perplexities.
@@ -28,7 +30,7 @@ def draw_curve(report: dict[str, Any], path: Path) -> None:
     right.semilogy(*_series(evaluations, "eval_ppl_word", tokens_a_step), "o-")
     right.set(xlabel="million tokens", ylabel="validation perplexity per word")
     right.grid(visible=True, which="both", alpha=0.3)
-    figure.savefig(path, dpi=150)
+    write_plot(figure, path)
 
 
 def _series(

@@ -11,12 +11,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from bkcore.errors import DataError
 from bkcore.evaluation.checkpoints import (
     Evaluation,
     Setting,
+    check_length,
     evaluate_in_new_process,
     save_checkpoint,
 )
@@ -27,8 +27,9 @@ from bkcore.evaluation.perplexity import (
     perplexity_per_word,
 )
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
+from bkcore.outputs import prepare_folder
 from bkcore.quantization.config import MODES
-from bkcore.report.files import prepare_folder
+from bkcore.report.console import bits_per_byte, number
 from bkcore.report.progress import Plan
 from bkcore.text import Corpus, TokenWindows, encode, load_corpus, spread, train_tokenizer
 from bkcore.training import Schedule, train
@@ -97,15 +98,18 @@ def run_demo(
 
     Raises:
         DataError: if the text is missing, unreadable or too small; before any training.
-        InputError: if `output` cannot be written; likewise.
+        InputError: if `output` cannot be written, or the validation text is one window; likewise.
     """
     settings = settings or DemoSettings()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     corpus = load_corpus(data)
-    prepare_folder(output)
+    for name in ("float32", *MODES, CONTROL):
+        prepare_folder(_folder(output, name))
     with Plan(_stages(settings, corpus), console) as plan:
         return _Demo(settings, corpus, output, plan).run()
+
+
+def _folder(output: Path, name: str) -> Path:
+    return output / name.replace(" ", "-")
 
 
 def _stages(settings: DemoSettings, corpus: Corpus) -> dict[str, float]:
@@ -143,6 +147,7 @@ class _Demo:
         with self.plan.stage("train tokenizer"):
             self.tokenizer = train_tokenizer(self.corpus.train, self.settings.vocab_size)
             self.windows = self._windows()
+            check_length(encode(self.tokenizer, self.corpus.valid), self.settings.window)
         self._train_float()
         reference = self._judge("float32")
         rows = [row("float32", reference, reference)]
@@ -201,7 +206,7 @@ class _Demo:
         save_checkpoint(self._folder(name), model, self.tokenizer)
 
     def _folder(self, name: str) -> Path:
-        return self.output / name.replace(" ", "-")
+        return _folder(self.output, name)
 
     def _judge(self, name: str) -> Evaluation:
         reference = None if name == "float32" else self._folder("float32")
@@ -263,6 +268,13 @@ def row(mode: str, evaluation: Evaluation, reference: Evaluation) -> dict[str, A
     }
 
 
+def _speed(tokens_per_second: float) -> str:
+    """At most six letters, so that the table has room."""
+    if tokens_per_second < 1e5:
+        return f"{tokens_per_second:,.0f}"
+    return f"{tokens_per_second / 1e3:,.0f}k"
+
+
 def table(report: dict[str, Any]) -> Table:
     """The rows of a demo's report for a terminal of 80 columns."""
     protocol = report["protocol"]
@@ -274,21 +286,23 @@ def table(report: dict[str, Any]) -> Table:
         show_edge=False,
     )
     result.add_column("mode")
-    for heading in ("ppl per\ntoken", "per\nword", "change\n%", "95 %\ninterval"):
+    for heading in ("ppl\ntoken", "ppl\nword", "bits\nbyte", "change\n%", "95 %\ninterval"):
         result.add_column(heading, justify="right", no_wrap=True)
     for heading in ("size\nMB", "size\nratio", "tokens\nper s", "speed\nratio"):
         result.add_column(heading, justify="right", no_wrap=True)
     for entry in [*report["rows"], report["control"]]:
         is_float = entry["mode"] == "float32"
+        low, high = (number(entry[f"ci_{end}_pct"], "+.2f") for end in ("low", "high"))
         result.add_row(
             entry["mode"],
-            f"{entry['ppl_token']:.2f}",
-            f"{entry['ppl_word']:.1f}",
-            "" if is_float else f"{entry['delta_pct']:+.2f}",
-            "" if is_float else f"{entry['ci_low_pct']:+.2f} to {entry['ci_high_pct']:+.2f}",
+            number(entry["ppl_token"], ".2f"),
+            number(entry["ppl_word"], ".1f"),
+            bits_per_byte(entry["ppl_byte"], ".2f"),
+            "" if is_float else number(entry["delta_pct"], "+.2f"),
+            "" if is_float else f"{low} to {high}",
             f"{entry['bytes'] / 1e6:.2f}",
             f"{entry['size_ratio']:.2f}",
-            f"{entry['tokens_per_second']:,.0f}",
+            _speed(entry["tokens_per_second"]),
             f"{entry['speedup']:.2f}",
         )
     return result

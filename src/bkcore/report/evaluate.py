@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,20 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
 from bkcore.evaluation.checkpoints import (
     Evaluation,
     Setting,
+    check_tokenizers,
     evaluate_in_new_process,
     load_checkpoint,
 )
 from bkcore.evaluation.perplexity import standard_error
+from bkcore.outputs import prepare_folder
+from bkcore.report.console import bits_per_byte, number
 from bkcore.report.demo import row
-from bkcore.report.files import prepare_folder
 from bkcore.report.progress import Plan
-from bkcore.text import load_corpus
+from bkcore.text import load_split
 
 _TOKENS_A_BATCH = 4096
 
@@ -34,41 +36,56 @@ def run_evaluation(
     console: Console,
     window: int | None = None,
     output: Path | None = None,
+    publish: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Judge a checkpoint on the validation split, against itself or a reference.
 
     Args:
         checkpoint: folder with a model and its tokenizer.
-        data: as in `bkcore.text.load_corpus`; None takes the embedded corpus.
+        data: as in `bkcore.text.load_split`; None takes the embedded corpus.
         reference: checkpoint whose perplexity and speed are compared with.
         console: where progress is drawn.
         window: tokens a window; None takes that of the model's training.
         output: folder that keeps what was scored when this is interrupted, for the next call to
             continue; None keeps nothing.
+        publish: called with what is returned. What was scored is kept until it is done.
 
     Returns:
         The row of the checkpoint as in the demo's report, `expert_load` (see `load_summary`), and
         the `protocol`.
+
+    Raises:
+        CheckpointError: if a checkpoint cannot be loaded.
+        DataError: if the validation split is missing, unreadable or too small.
+        InputError: if `output` cannot be written, the text is one window, or the reference has
+            another tokenizer; all of these before anything is scored.
     """
-    transformers_logging.disable_progress_bar()
     if output is not None:
         prepare_folder(output)
-    corpus = load_corpus(data)
-    window = load_checkpoint(checkpoint)[0].config.n_seq if window is None else window
+    corpus, text = load_split(data, "valid")
+    model, tokenizer = load_checkpoint(checkpoint)
+    if reference is not None:
+        check_tokenizers(tokenizer, load_checkpoint(reference)[1], checkpoint, reference)
+    window = model.config.n_seq if window is None else window
     batch_size = max(1, _TOKENS_A_BATCH // window)
-    setting = Setting(corpus.valid, "valid", window, batch_size, torch.get_num_threads(), output)
+    setting = Setting(text, "valid", window, batch_size, torch.get_num_threads(), output)
     names = ["checkpoint"] if reference is None else ["reference", "checkpoint"]
     with Plan(dict.fromkeys(names, 1.0), console) as plan:
         base = None
         if reference is not None:
             base = _judge(plan, "reference", reference, setting, None)
         found = _judge(plan, "checkpoint", checkpoint, setting, reference)
-    return {
+    result = {
         **row(checkpoint.name, found, base or found),
         "standard_error_nats": standard_error(found.scores),
         "expert_load": [load_summary(layer) for layer in found.expert_load],
-        "protocol": {**found.protocol.as_dict(), "corpus": corpus.name},
+        "protocol": {**found.protocol.as_dict(), "corpus": corpus},
     }
+    publish(result)
+    for each in (base, found):
+        if each is not None and each.kept is not None:
+            each.kept.unlink(missing_ok=True)
+    return result
 
 
 def _judge(
@@ -113,15 +130,16 @@ def summary(result: dict[str, Any]) -> Table:
     )
     table.add_column()
     table.add_column(justify="right")
-    table.add_row("perplexity per word", f"{result['ppl_word']:.2f}")
-    table.add_row("perplexity per token", f"{result['ppl_token']:.3f}")
-    table.add_row("perplexity per byte", f"{result['ppl_byte']:.4f}")
+    table.add_row("perplexity per word", number(result["ppl_word"], ".2f"))
+    table.add_row("perplexity per token", number(result["ppl_token"], ".3f"))
+    table.add_row("perplexity per byte", number(result["ppl_byte"], ".4f"))
+    table.add_row("bits per byte", bits_per_byte(result["ppl_byte"]))
     table.add_row("standard error, nats per token", f"{result['standard_error_nats']:.4f}")
     if result["kl_nats"] is not None:
-        low, high = result["ci_low_pct"], result["ci_high_pct"]
-        table.add_row("change from the reference, %", f"{result['delta_pct']:+.2f}")
-        table.add_row("its 95 % interval, %", f"{low:+.2f} to {high:+.2f}")
-        table.add_row("KL divergence from it, nats per token", f"{result['kl_nats']:.5f}")
+        low, high = (number(result[f"ci_{end}_pct"], "+.2f") for end in ("low", "high"))
+        table.add_row("change from the reference, %", number(result["delta_pct"], "+.2f"))
+        table.add_row("its 95 % interval, %", f"{low} to {high}")
+        table.add_row("KL divergence from it, nats per token", number(result["kl_nats"], ".5f"))
         table.add_row("times smaller", f"{result['size_ratio']:.2f}")
         table.add_row("times as fast", f"{result['speedup']:.2f}")
     table.add_row("size, MB", f"{result['bytes'] / 1e6:.2f}")

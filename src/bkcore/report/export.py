@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers.utils import logging as transformers_logging
-
 from bkcore.errors import InputError
 from bkcore.evaluation.checkpoints import load_checkpoint, save_checkpoint
+from bkcore.outputs import prepare_folder
 from bkcore.report.files import refuse_model
 
 
@@ -20,13 +19,13 @@ def export_half(checkpoint: Path, output: Path) -> None:
 
     Raises:
         InputError: if the model is quantized, whose weights float16 would not make smaller, or
-            both folders are the same, or `output` holds a float model.
+            both folders are the same, or `output` holds a float model or cannot be written in.
         CheckpointError: if the checkpoint cannot be loaded, or the folder not written.
     """
-    transformers_logging.disable_progress_bar()
     if output.resolve() == checkpoint.resolve():
         raise InputError(f"{output} is the checkpoint itself; name another folder")
     refuse_model(output)
+    prepare_folder(output)
     model, tokenizer = load_checkpoint(checkpoint)
     state = (model.config.quantization or {}).get("state", "float")
     if state != "float":

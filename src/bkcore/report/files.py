@@ -1,51 +1,81 @@
-"""Where reports go: checked before the work begins, written whole or not at all."""
+"""Where reports go: refused before the work where they cannot go, or would cost what is there."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from io import BytesIO
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from bkcore import manifest
 from bkcore.errors import InputError
+from bkcore.outputs import is_special, prepare_file, prepare_folder, write_bytes
 from bkcore.reading import read_json
 
-
-def prepare_folder(folder: Path) -> None:
-    """Make a folder, so that hours of work do not end at a name that cannot be written.
-
-    Raises:
-        InputError: if it is a file, or cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{folder} cannot be a folder to write in ({error.strerror}); name another one"
-        ) from error
+_OF_DATA = {"dataset_dict.json", "dataset_info.json", "state.json"}
 
 
-@contextmanager
-def prepared_folders(*folders: Path) -> Iterator[None]:
-    """Have folders to write in inside a with block; if it fails, those made for it go, if empty.
+def prepare(
+    files: Mapping[str, Path | None],
+    folders: Mapping[str, Path | None] | None = None,
+    read: Iterable[Path | str | None] = (),
+) -> None:
+    """Try all that a command is going to write, and leave everything as it is.
+
+    Args:
+        files, folders: by the options that name them; None is not asked for.
+        read: files and folders that the command reads.
 
     Raises:
-        InputError: as `prepare_folder`.
+        InputError: if something cannot be written, two outputs are in each other's way, or a file
+            that is read, or belongs to a model, would be lost.
     """
-    made = [folder for folder in folders if not folder.exists()]
-    try:
-        for folder in folders:
-            prepare_folder(folder)
-        yield
-    except BaseException:
-        for folder in made:
-            with suppress(OSError):  # something was written, or it was never made
-                folder.rmdir()
-        raise
+    wanted = {name: path for name, path in files.items() if path is not None}
+    places = {name: path for name, path in (folders or {}).items() if path is not None}
+    real = {name: path for name, path in wanted.items() if not is_special(path)}
+    for (one, first), (other, second) in combinations([*real.items(), *places.items()], 2):
+        if first.resolve() == second.resolve():
+            raise InputError(f"{one} and {other} are both {first}; name another one")
+    for name, path in real.items():
+        _check_harmless(name, path, places, read)
+    for path in wanted.values():
+        prepare_file(path)
+    for path in places.values():
+        prepare_folder(path)
+
+
+def _check_harmless(
+    name: str, path: Path, folders: Mapping[str, Path], read: Iterable[Path | str | None]
+) -> None:
+    """Raise `InputError` if a file to write is one to read, or stands where a folder is to be."""
+    place = path.resolve()
+    for other, folder in folders.items():
+        if place in folder.resolve().parents:
+            raise InputError(f"{name} is {path}, in which {other} is to be a folder, {folder}")
+        if place.parent == folder.resolve() and _is_of_checkpoint(place.name):
+            raise InputError(f"{name} is {path}, a file that a model in {folder} has")
+    is_input = (
+        place.suffix in (".txt", ".arrow")
+        or place.name in _OF_DATA
+        or _is_of_checkpoint(place.name)
+    )
+    for source in read:
+        if source is None:
+            continue
+        top = Path(source).resolve()
+        if place == top or (is_input and place.exists() and top in place.parents):
+            raise InputError(f"{name} is {path}, which is read; name another file")
+
+
+def _is_of_checkpoint(name: str) -> bool:
+    return (
+        name == manifest.MANIFEST
+        or manifest.is_model_file(name)
+        or manifest.is_tokenizer_file(name)
+    )
 
 
 def refuse_model(folder: Path) -> None:
@@ -61,7 +91,7 @@ def refuse_model(folder: Path) -> None:
         config = read_json(path)
         quantization = config.get("quantization") or {"state": "float"}
         is_float = quantization.get("state", "float") == "float"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{folder} may hold a model, but its config.json cannot be read ({error}); "
             "name another folder, or delete it"
@@ -70,17 +100,6 @@ def refuse_model(folder: Path) -> None:
         raise InputError(
             f"{folder} holds a float model, which would be lost; name another folder, or delete it"
         )
-
-
-def prepare_file(path: Path) -> None:
-    """Make sure that a file can be written later.
-
-    Raises:
-        InputError: if it is a folder, or its folder cannot be made.
-    """
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file in it")
-    prepare_folder(path.parent)
 
 
 def prepare_plot(path: Path) -> None:
@@ -97,17 +116,12 @@ def prepare_plot(path: Path) -> None:
     prepare_file(path)
 
 
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write a report whole or not at all.
+def write_plot(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib in the format that the name of a file ends in.
 
     Raises:
-        InputError: if it cannot be written.
+        OutputError: if it cannot be written.
     """
-    text = json.dumps(report, indent=2) + "\n"
-    try:
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as folder:
-            staged = Path(folder) / path.name
-            staged.write_text(text)
-            os.replace(staged, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error}); name another file") from error
+    picture = BytesIO()
+    figure.savefig(picture, dpi=150, format=path.suffix.removeprefix("."))
+    write_bytes(picture.getvalue(), path)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from bkcore.errors import InputError
 from bkcore.evaluation.checkpoints import load_checkpoint
@@ -23,12 +22,13 @@ def continue_text(checkpoint: Path, prompt: str, tokens: int, temperature: float
         seed: of the sampling.
 
     Raises:
-        InputError: if the prompt is empty.
+        InputError: if the prompt is empty, or holds lone surrogates.
         CheckpointError: if the checkpoint cannot be loaded.
     """
-    transformers_logging.disable_progress_bar()
     if not prompt:
         raise InputError("the prompt is empty; give at least one character")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise InputError(f"the prompt {prompt!r} is no text in UTF-8")
     model, tokenizer = load_checkpoint(checkpoint)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     torch.manual_seed(seed)

@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from bkcore.report.console import say
+
 _SILENCE = 60.0
 """Seconds after which a running stage leaves a line where no terminal shows a bar."""
 
@@ -36,7 +38,7 @@ class Plan:
         self._count = 0
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
@@ -55,9 +57,9 @@ class Plan:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._progress.stop()
-        if kind is KeyboardInterrupt:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
             title = self._progress.tasks[0].description
-            self._progress.console.print(f"interrupted in {title}", markup=False)
+            say(self._progress.console, f"interrupted in {title}")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[..., None]]:
@@ -74,12 +76,10 @@ class Plan:
         start = said = time.perf_counter()
         line = title
 
-        def say(what: str = "") -> None:
+        def leave_line(what: str = "") -> None:
             separator = ": " if line == title else ", "
             seconds = f"{time.perf_counter() - start:.0f} s"
-            self._progress.console.print(
-                f"{line}{separator}{what}{seconds}", highlight=False, markup=False
-            )
+            say(self._progress.console, f"{line}{separator}{what}{seconds}")
 
         def advance(fraction: float, known: object = "") -> None:
             nonlocal line, said
@@ -89,9 +89,9 @@ class Plan:
             silent = time.perf_counter() - said
             if silent >= _SILENCE and not self._progress.console.is_terminal:
                 said += silent
-                say(f"{100 * fraction:.0f} % after ")
+                leave_line(f"{100 * fraction:.0f} % after ")
 
         yield advance
         self._done += weight
         self._progress.update(self._task, completed=self._done)
-        say()
+        leave_line()

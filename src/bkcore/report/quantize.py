@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
-from bkcore.errors import InputError, ReceiptError
+from bkcore.errors import DataError, InputError, ReceiptError
 from bkcore.evaluation.checkpoints import load_checkpoint, save_checkpoint
 from bkcore.evaluation.sensitivity import Sensitivity, measure, units
 from bkcore.model import ResNetBKForCausalLM
-from bkcore.model.receipt import problems
+from bkcore.model.receipt import problems, problems_of_calibration, problems_of_size
+from bkcore.outputs import prepare_folder
 from bkcore.quantization.budget import Assignment, total_loss
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.report.budget import Judge, Search, check_target
-from bkcore.report.files import prepared_folders, refuse_model
+from bkcore.report.files import refuse_model
 from bkcore.report.progress import Plan
-from bkcore.text import TokenWindows, encode, load_corpus, spread
+from bkcore.text import TokenWindows, encode, load_split, spread
 from bkcore.training import Schedule, train
 
 _TOKENS_A_BATCH = 4096
@@ -155,7 +155,7 @@ def run_quantize(
     Args:
         checkpoint: folder with a float model and its tokenizer.
         output: folder to write, another one.
-        data: as in `bkcore.text.load_corpus`; None takes the embedded corpus.
+        data: as in `bkcore.text.load_split`; None takes the embedded corpus.
         settings: how.
         console: where progress is drawn.
         control: folder to save the float model in after as many steps on the text as a QAT mode
@@ -175,23 +175,21 @@ def run_quantize(
         DataError: if the text is missing, unreadable or too small.
         ReceiptError: if `settings.strict` finds something; nothing is written then.
     """
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     _check_folders(checkpoint, output, control)
     if control is not None and settings.steps is None:
         raise InputError(f"mode {settings.mode!r} does not train: there is nothing to control for")
     load_float(checkpoint)
-    corpus = load_corpus(data)
-    folders = [folder for folder in (output, control) if folder is not None]
-    with prepared_folders(*folders), Plan(_stages(settings, control), console) as plan:
+    corpus, text = load_split(data, "train")
+    with Plan(_stages(settings, control), console) as plan:
         with plan.stage("read text"):
             model, tokenizer = load_float(checkpoint)
-            windows = TokenWindows(encode(tokenizer, corpus.train), model.config.n_seq)
+            windows = TokenWindows(encode(tokenizer, text), model.config.n_seq)
         run = _Run(checkpoint, windows, tokenizer, settings, plan)
+        run.check(model)
         model, result = run.with_budget(model) if settings.has_budget else run.by_mode(model)
         assert model.receipt is not None
         if settings.strict:
-            check_strictly(model.receipt)
+            check_strictly(problems(model.receipt))
         save_checkpoint(output, model, tokenizer)
         if control is not None:
             other, _ = load_float(checkpoint)
@@ -199,14 +197,15 @@ def run_quantize(
             save_checkpoint(control, other, tokenizer)
     return {
         "receipt": model.receipt,
-        "corpus": corpus.name,
+        "corpus": corpus,
         "calibration_tokens": run.calibration_tokens,
         **result,
     }
 
 
 def _check_folders(checkpoint: Path, output: Path, control: Path | None) -> None:
-    """Raise `InputError` if two of them are one, or a float model would be lost."""
+    """Raise `InputError` if two of them are one, a float model would be lost, or one to write
+    cannot be written in."""
     if output.resolve() == checkpoint.resolve():
         raise InputError(f"{output} is the checkpoint itself; name another folder")
     if control is not None and control.resolve() in (checkpoint.resolve(), output.resolve()):
@@ -214,11 +213,11 @@ def _check_folders(checkpoint: Path, output: Path, control: Path | None) -> None
     for folder in (output, control):
         if folder is not None:
             refuse_model(folder)
+            prepare_folder(folder)
 
 
-def check_strictly(receipt: dict[str, Any]) -> None:
-    """Raise `ReceiptError`, which names every tensor, unless a receipt has nothing amiss."""
-    found = problems(receipt)
+def check_strictly(found: Sequence[str]) -> None:
+    """Raise `ReceiptError`, which has every problem that was found, unless there is none."""
     if found:
         raise ReceiptError("--strict: " + "; ".join(found))
 
@@ -279,10 +278,35 @@ class _Run:
     def calibration_tokens(self) -> int:
         return sum(batch.numel() for batch in self._calibration_batches())
 
+    def check(self, model: ResNetBKForCausalLM) -> None:
+        """Raise an error before the work where it would be raised after it."""
+        settings = self.settings
+        if settings.steps is not None and len(self.windows) < self.batch_size:
+            raise DataError(
+                f"the training text has {len(self.windows)} windows of {self.length} tokens, and a "
+                f"step of training takes {self.batch_size}; give more text"
+            )
+        if settings.target_bits is not None:
+            check_target(model, settings.target_bits, settings.config.group_size)
+        if settings.has_budget and len(self._judge().tokens) < 2 * self.length:
+            raise InputError(
+                f"a bit budget is judged on as many windows as calibration takes, which is one of "
+                f"{self.length} tokens, and one tells nothing about the spread: allow more "
+                "--calibration-tokens, or give more text"
+            )
+        if settings.strict and not settings.has_budget:
+            check_strictly(problems_of_size(model, settings.config))
+
+    def _check_calibration(self, model: ResNetBKForCausalLM) -> None:
+        """With --strict, raise `ReceiptError` for what calibration did not reach."""
+        if self.settings.strict and model.receipt is not None:
+            check_strictly(problems_of_calibration(model.receipt["calibration"]))
+
     def by_mode(self, model: ResNetBKForCausalLM) -> tuple[ResNetBKForCausalLM, dict[str, Any]]:
         with self.plan.stage("calibrate"):
             self._quantize(model, self.settings.config)
         if self.settings.steps is not None:
+            self._check_calibration(model)
             windows, teacher = self.windows, None
             if self.settings.distill is not False:
                 windows, teacher = self._few_windows(), load_float(self.checkpoint)[0]
@@ -331,8 +355,6 @@ class _Run:
 
     def with_budget(self, model: ResNetBKForCausalLM) -> tuple[ResNetBKForCausalLM, dict[str, Any]]:
         settings = self.settings
-        if settings.target_bits is not None:
-            check_target(model, settings.target_bits, settings.config.group_size)
         with self.plan.stage("calibrate"):
             # Any weight may become INT4, and is calibrated for that.
             every = {name: 4 for names in units(model).values() for name in names}
@@ -342,6 +364,7 @@ class _Run:
                 for batch in self._calibration_batches():
                     model(batch)
             model.end_calibration()
+            self._check_calibration(model)
         with self.plan.stage("measure sensitivity") as advance:
             ids = torch.cat(self._calibration_batches())
             some = ids[:: max(1, ids.numel() // _SENSITIVITY_TOKENS)]

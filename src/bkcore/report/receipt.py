@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from bkcore.manifest import model_bytes
 from bkcore.model.receipt import Receipt, read
+from bkcore.report.console import number, say
+
+
+def show(
+    console: Console,
+    receipt: dict[str, Any],
+    folder: Path,
+    more_tables: Sequence[Table] = (),
+    more_lines: Sequence[str] = (),
+) -> None:
+    """Print a receipt, with other tables and lines, and the size of the checkpoint in `folder`."""
+    for each in tables(receipt):
+        console.print(each, "")
+    for each in more_tables:
+        console.print(each)
+    trained = training(receipt)
+    for line in (*more_lines, *([] if trained is None else [trained]), size(receipt, folder)):
+        say(console, line)
 
 
 def read_receipt(folder: Path) -> Receipt:
@@ -106,8 +126,8 @@ def _activations(receipt: dict[str, Any]) -> Table:
             entry["scheme"].replace("metric", "."),
             str(entry["range_method"]),
             str(entry["scales"]),
-            f"{entry['smallest_scale']:.2e}",
-            f"{entry['largest_scale']:.2e}",
+            number(entry["smallest_scale"], ".2e"),
+            number(entry["largest_scale"], ".2e"),
             _percent(entry.get("clipping_rate")),
             _count(entry["calibration_tokens"]),
         )
@@ -129,9 +149,9 @@ def _cores(receipt: dict[str, Any]) -> Table:
         table.add_row(
             str(entry["layer"]),
             f"{entry['tokens']:,}",
-            f"{entry['error']:.2e}",
-            f"{entry['bound']:.2e}",
-            f"{entry['worst']:.3f}",
+            number(entry["error"], ".2e"),
+            number(entry["bound"], ".2e"),
+            number(entry["worst"], ".3f"),
             f"{sum(entry['clipped'].values()):,}",
         )
     return table
@@ -169,7 +189,7 @@ def _range(entry: dict[str, Any]) -> str:
 
 
 def _percent(rate: float | None) -> str:
-    return "" if rate is None else f"{100 * rate:.3g}"
+    return "" if rate is None else number(100 * rate, ".3g")
 
 
 def _count(tokens: int | None) -> str:

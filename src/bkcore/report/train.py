@@ -21,17 +21,18 @@ from rich.progress import (
 )
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from bkcore.evaluation.checkpoints import save_checkpoint
 from bkcore.evaluation.perplexity import (
     Protocol,
+    perplexity_per_byte,
     perplexity_per_token,
     perplexity_per_word,
     score,
 )
 from bkcore.model import LanguageModel
-from bkcore.report.files import prepare_folder, write_json
+from bkcore.outputs import prepare_file, prepare_folder, write_json
+from bkcore.report.console import bits_per_byte, number, say
 from bkcore.report.recipe import Recipe
 from bkcore.text import (
     TokenWindows,
@@ -74,12 +75,14 @@ def run_training(
     Raises:
         DataError: if the text is missing, unreadable or too small; before any training.
         InputError: if `output` cannot be written; likewise.
+        OutputError: if the report cannot be written.
         CheckpointError: if `output` holds a training by another recipe or on another text.
     """
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     process = PartialState(cpu=True)
-    prepare_folder(output)
+    if process.is_main_process:
+        for folder in (output, output / CACHE, output / MODEL):
+            prepare_folder(folder)
+        prepare_file(output / REPORT)
     corpus = open_corpus(data)
     with process.main_process_first():
         tokenizer = cached_tokenizer(
@@ -113,6 +116,7 @@ def run_training(
             on_step=display.on_step,
             on_log=display.on_log,
         )
+    curve = [_complete(entry) for entry in curve]
     evaluations = [entry for entry in curve if "eval_loss" in entry]
     report = {
         "best": min(evaluations, key=lambda entry: entry["eval_loss"]),
@@ -126,7 +130,7 @@ def run_training(
     if process.is_main_process:
         save_checkpoint(output / MODEL, model, tokenizer)
         write_json(report, output / REPORT)
-        console.print(_summary(report, output), highlight=False, soft_wrap=True)
+        say(console, _summary(report, output))
     process.wait_for_everyone()
     return report
 
@@ -147,11 +151,31 @@ class _Evaluation:
             batch_size=self.protocol.batch_size,
             bos_id=self.bos_id,
         )
-        return {
+        found = {
             "loss": scores.total_nll / scores.total_tokens,
             "ppl_token": perplexity_per_token(scores),
             "ppl_word": perplexity_per_word(scores, self.protocol.words),
+            "ppl_byte": perplexity_per_byte(scores, self.protocol.bytes),
         }
+        # The Trainer writes what it is given, and JSON has no infinities.
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _complete(entry: dict[str, float]) -> dict[str, float]:
+    """An entry of the log with the perplexities that were left out of it, which are infinite."""
+    if "eval_loss" not in entry:
+        return entry
+    infinite = dict.fromkeys(("eval_ppl_token", "eval_ppl_word"), math.inf)
+    return {**infinite, **entry}
+
+
+def _perplexities(entry: dict[str, float], bits: str = "") -> str:
+    """What a line says of an evaluation; the bytes are unknown where it is of an older bkcore."""
+    return (
+        f"perplexity {number(entry['eval_ppl_token'], '.2f')} per token{bits}, "
+        f"{number(entry['eval_ppl_word'], '.2f')} per word, "
+        f"{bits_per_byte(entry.get('eval_ppl_byte'))} bits per byte"
+    )
 
 
 @dataclass
@@ -166,7 +190,7 @@ class _Display:
 
     def __enter__(self) -> _Display:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -204,23 +228,21 @@ class _Display:
         if "loss" in entry:
             self.values["loss"] = f"loss {entry['loss']:.3f}"
         else:
-            self.values["valid"] = f"valid ppl {entry['eval_ppl_token']:.2f}"
+            entry = _complete(entry)
+            self.values["valid"] = f"valid ppl {number(entry['eval_ppl_token'], '.2f')}"
             self._say(
                 f"step {entry['step']:,.0f}  {self.values.get('loss', '')}  valid: "
-                f"perplexity {entry['eval_ppl_token']:.2f} per token, "
-                f"{entry['eval_ppl_word']:.2f} per word"
+                f"{_perplexities(entry)}"
             )
 
     def _say(self, line: str) -> None:
         if self.shown:
-            self.console.print(line, highlight=False, markup=False)
+            say(self.console, line)
 
 
 def _summary(report: dict[str, Any], output: Path) -> str:
     """One line for the end of a training."""
     best = report["best"]
-    bits = best["eval_loss"] / math.log(2)
-    return (
-        f"best at step {best['step']:,.0f}: perplexity {best['eval_ppl_token']:.2f} per token "
-        f"({bits:.3f} bits), {best['eval_ppl_word']:.2f} per word. Model: {output / MODEL}"
-    )
+    bits = f" ({best['eval_loss'] / math.log(2):.3f} bits)"
+    found = _perplexities(best, bits)
+    return f"best at step {best['step']:,.0f}: {found}. Model: {output / MODEL}"

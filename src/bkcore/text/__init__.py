@@ -1,7 +1,14 @@
 """From text to token windows: corpora, the tokenizer, and what models train and are scored on."""
 
 from bkcore.text.cache import cached_tokenizer, cached_tokens
-from bkcore.text.corpus import Corpus, StreamedCorpus, count_words, load_corpus, open_corpus
+from bkcore.text.corpus import (
+    Corpus,
+    StreamedCorpus,
+    count_words,
+    load_corpus,
+    load_split,
+    open_corpus,
+)
 from bkcore.text.saved import list_tokenizer, load_tokenizer
 from bkcore.text.shards import TokenShards, write_shards
 from bkcore.text.tokenizer import (
@@ -26,6 +33,7 @@ __all__ = [
     "encode_pieces",
     "list_tokenizer",
     "load_corpus",
+    "load_split",
     "load_tokenizer",
     "open_corpus",
     "scored_windows",

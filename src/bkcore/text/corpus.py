@@ -59,6 +59,29 @@ def load_corpus(data: str | Path | None = None) -> Corpus:
     return Corpus(corpus.name, "".join(corpus.train()), corpus.valid)
 
 
+def load_split(data: str | Path | None, split: str) -> tuple[str, str]:
+    """Read one part of a corpus into memory, whether or not there is another one.
+
+    Args:
+        data: as in `open_corpus`.
+        split: "train" or "valid".
+
+    Returns:
+        The name of the corpus, and the text of the part.
+
+    Raises:
+        DataError: as in `open_corpus`, of this part alone.
+    """
+    name, train, valid = _parts(data)
+    pieces, minimum = {
+        "train": (train, MIN_TRAIN_CHARACTERS),
+        "valid": (valid, MIN_VALID_CHARACTERS),
+    }[split]
+    text = "".join(pieces())
+    _check_size(len(text) if text.strip() else 0, f"the {split} part of {name!r}", minimum)
+    return name, text
+
+
 def open_corpus(data: str | Path | None = None) -> StreamedCorpus:
     r"""Open a corpus, and check that it is fit to train on: all of it is read once.
 

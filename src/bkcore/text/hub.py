@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ def saved_texts(folder: Path) -> tuple[Texts, Texts | None]:
     """
     datasets = _package()
     try:
-        splits = datasets.load_from_disk(str(folder))
+        with _without_bars(datasets):
+            splits = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever a damaged file makes the package raise
         raise DataError(f"The data set in {str(folder)!r} cannot be read: {error}") from error
     return _texts(splits, str(folder))
@@ -55,7 +57,8 @@ def fetched_texts(name: str) -> tuple[Texts, Texts | None]:
     datasets = _package()
     path, _, config = name.partition(":")
     try:
-        splits = datasets.load_dataset(path, config or None)
+        with _without_bars(datasets):
+            splits = datasets.load_dataset(path, config or None)
     except Exception as error:  # the network, the hub, the format: each raises its own
         reason = " ".join(str(error).split())
         raise DataError(
@@ -73,17 +76,39 @@ def _package() -> Any:
         raise DataError(
             "Data sets of Hugging Face need the package datasets: pip install 'bkcore[data]'."
         ) from error
-    datasets.disable_progress_bars()
     return datasets
 
 
+@contextmanager
+def _without_bars(datasets: Any) -> Iterator[None]:
+    """Without progress bars of the package inside of a with block; afterwards as before."""
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
 def _texts(splits: Any, name: str) -> tuple[Texts, Texts | None]:
-    if not hasattr(splits, "keys") or "train" not in splits:
-        found = sorted(splits) if hasattr(splits, "keys") else "no splits"
-        raise DataError(f"The data set {name!r} has no split 'train', but {found}.")
-    valid = next((split for split in _VALID_SPLITS if split in splits), None)
-    train_texts = _rows(splits["train"], name)
-    return train_texts, None if valid is None else _rows(splits[valid], name)
+    found = sorted(splits) if hasattr(splits, "keys") else []
+    valid = next((split for split in _VALID_SPLITS if split in found), None)
+    if valid is None and "train" not in found:
+        raise _no_train(name, found)
+    valid_texts = None if valid is None else _rows(splits[valid], name)
+    if "train" in found:
+        return _rows(splits["train"], name), valid_texts
+
+    def no_texts() -> Iterator[str]:
+        raise _no_train(name, found)
+
+    return no_texts, valid_texts
+
+
+def _no_train(name: str, found: list[str]) -> DataError:
+    return DataError(f"The data set {name!r} has no split 'train', but {found or 'no splits'}.")
 
 
 def _rows(split: Any, name: str) -> Texts:

@@ -6,7 +6,6 @@ fits and of `uint32` where not. It appears complete or not at all.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bkcore.errors import DataError, InputError
+from bkcore.outputs import to_json
 from bkcore.reading import open_regular, read_json
 
 FORMAT_VERSION = 1
@@ -109,7 +109,7 @@ def write_shards(
             "text_sha256": text_hash,
             "shards": shards,
         }
-        (staged / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (staged / _INDEX).write_text(to_json(index), encoding="utf-8")
         os.replace(staged, folder)
     except OSError as error:
         raise DataError(f"Cannot write token ids to {folder} ({error.strerror}).") from error

@@ -7,7 +7,6 @@ folder is deleted.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bkcore.errors import CheckpointError
+from bkcore.outputs import to_json
 from bkcore.reading import read_json, shown
 
 MARKER = "complete.json"
@@ -36,7 +36,7 @@ def minutes_of(checkpoint: Path) -> float:
 def mark_complete(checkpoint: Path, run: dict[str, Any], minutes: float) -> None:
     """Declare a checkpoint whole, and part of a run that `run` describes, as JSON can."""
     staged = checkpoint / f".{MARKER}"
-    staged.write_text(json.dumps({"run": run, "minutes": minutes}, indent=2) + "\n")
+    staged.write_text(to_json({"run": run, "minutes": minutes}), encoding="utf-8")
     os.replace(staged, checkpoint / MARKER)
 
 

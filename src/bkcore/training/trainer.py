@@ -537,4 +537,4 @@ def _description(
     }
     if teacher is not None:
         description["sha256 of the teacher"] = fingerprint(teacher)
-    return dict(json.loads(json.dumps(description)))
+    return dict(json.loads(json.dumps(description, allow_nan=False)))
