@@ -3,13 +3,22 @@
 import json
 from pathlib import Path
 
+import torch
 from typer.testing import CliRunner
 
 from bkcore.cli import app
 from bkcore.evaluation.checkpoints import load_checkpoint
 from bkcore.evaluation.perplexity import perplexity_per_word, score
+from bkcore.evaluation.samples import load_samples, samples_of
 from bkcore.report.recipe import read_recipe
-from bkcore.text import count_words, encode, load_corpus, tokenizer_hash
+from bkcore.text import (
+    TokenWindows,
+    count_words,
+    encode,
+    load_corpus,
+    origin_of,
+    tokenizer_hash,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "wikitext2"
@@ -52,3 +61,13 @@ def test_it_is_as_good_as_its_report_says(wikitext_dir: Path) -> None:
     )
     found = perplexity_per_word(scores, count_words(text))
     assert abs(found / REPORT["best"]["eval_ppl_word"] - 1) < 1e-3
+
+
+def test_it_knows_its_text_and_holds_what_it_is_calibrated_on(wikitext_dir: Path) -> None:
+    model, tokenizer = load_checkpoint(CHECKPOINT)
+    corpus = load_corpus(wikitext_dir)
+    assert model.config.training_text == origin_of(corpus)
+    windows = TokenWindows(encode(tokenizer, corpus.train), model.config.n_seq)
+    samples = load_samples(CHECKPOINT, model.config.vocab_size)
+    assert samples is not None
+    assert torch.equal(samples, samples_of(windows))

@@ -30,12 +30,16 @@ MANIFEST = "bkcore.json"
 RECEIPT = "receipt.json"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+SAMPLES = "calibration.safetensors"
+"""Token ids of the training text, which mean something with this tokenizer only."""
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
 )
 """Names of the files that transformers may read a tokenizer from."""
+
+_BESIDE = (*TOKENIZER_FILES, SAMPLES)
 
 _WEIGHTS = re.compile(r"model(\.[A-Za-z0-9_-]+)?(-\d{5}-of-\d{5})?\.safetensors")
 _INDEX = re.compile(r"model\.safetensors\.index(\.[A-Za-z0-9_-]+)?\.json")
@@ -61,8 +65,8 @@ def is_model_file(name: str) -> bool:
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Whether a name is one that saving a tokenizer may write."""
-    return name in TOKENIZER_FILES
+    """Whether a name is one of a tokenizer's files, or of what is made of its tokens."""
+    return name in _BESIDE
 
 
 # ---- reading -------------------------------------------------------------------------------
@@ -251,7 +255,7 @@ def saving_model(folder: Path) -> Iterator[Path]:
         yield staged
         own = _digests(staged)
         others = _others(folder, is_model_file)
-        for name in TOKENIZER_FILES:
+        for name in _BESIDE:
             if name not in others and _is_own(folder / name):
                 others[name] = _digest(folder / name)
         _move(staged, folder, own, {**own, **others}, _earlier_model(folder))
@@ -272,7 +276,7 @@ def saving_tokenizer(folder: Path) -> Iterator[Path]:
         digests = None
         if _listed(folder) is not None:
             digests = {**own, **_others(folder, is_tokenizer_file)}
-        _move(staged, folder, own, digests, set(TOKENIZER_FILES))
+        _move(staged, folder, own, digests, set(_BESIDE))
 
 
 @contextmanager
@@ -286,7 +290,7 @@ def saving_checkpoint(folder: Path) -> Iterator[Path]:
         yield staged
         own = read(staged)
         others = _others(folder, lambda name: is_model_file(name) or is_tokenizer_file(name))
-        stale = {*_earlier_model(folder), *TOKENIZER_FILES}
+        stale = {*_earlier_model(folder), *_BESIDE}
         _move(staged, folder, own, {**own, **others}, stale)
 
 
@@ -298,7 +302,7 @@ def list_tokenizer(folder: Path) -> None:
     """
     read(folder)
     with _staging(folder) as staged:
-        names = [name for name in TOKENIZER_FILES if _is_own(folder / name)]
+        names = [name for name in _BESIDE if _is_own(folder / name)]
         own = {name: _digest(folder / name) for name in names}
         _move(staged, folder, {}, {**own, **_others(folder, is_tokenizer_file)}, set())
 

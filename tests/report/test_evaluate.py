@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bkcore.errors import InputError
 from bkcore.evaluation import checkpoints
 from bkcore.report import evaluate
 from bkcore.report.evaluate import run_evaluation
+from bkcore.text import load_corpus, origin_of
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +76,19 @@ def test_without_a_reference_nothing_is_compared(
     output = run.output
     assert "perplexity per word" in output
     assert "reference" not in output
+
+
+def test_another_text_than_the_models_own_is_said_loudly(
+    fox_checkpoint: Path, fox_text: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = checkpoints.load_checkpoint(fox_checkpoint)
+    model.config.training_text = origin_of(load_corpus(fox_text))
+    checkpoints.save_checkpoint(tmp_path / "knows", model, tokenizer)
+    quiet = Console(quiet=True)
+    assert run_evaluation(tmp_path / "knows", fox_text, None, quiet)["warning"] is None
+    assert run_evaluation(fox_checkpoint, fox_text, None, quiet)["warning"] is None
+    (fox_text / "valid.txt").write_text("the dog sees nothing. " * 300, encoding="utf-8")
+    console = Console(record=True, width=60, file=io.StringIO())
+    found = run_evaluation(tmp_path / "knows", fox_text, None, console)["warning"]
+    assert "its perplexity says little about the model" in found
+    assert found in console.export_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -14,7 +15,8 @@ from typer.testing import CliRunner
 
 from bkcore.cli import app
 from bkcore.errors import CheckpointError, DataError, DivergenceError, InputError, ReceiptError
-from bkcore.evaluation.checkpoints import load_checkpoint
+from bkcore.evaluation.checkpoints import load_checkpoint, save_checkpoint
+from bkcore.evaluation.samples import samples_of
 from bkcore.evaluation.sensitivity import units
 from bkcore.model import LanguageModel
 from bkcore.model.receipt import read
@@ -23,7 +25,7 @@ from bkcore.report import quantize
 from bkcore.report.budget import check_target
 from bkcore.report.quantize import UNIFORM_MODES, QuantizeSettings, run_quantize
 from bkcore.report.receipt import average_bits
-from bkcore.text import TokenWindows, encode, spread, train_tokenizer
+from bkcore.text import TokenWindows, encode, load_corpus, origin_of, spread, train_tokenizer
 from bkcore.training import train
 
 LINES = [
@@ -366,3 +368,56 @@ def test_the_receipt_is_printed(checkpoint: Path, text: Path, tmp_path: Path) ->
     output = CliRunner().invoke(app, ["receipt", str(tmp_path)], catch_exceptions=False).output
     for part in ("0.experts.1.down", "product", "0.found.imag", "router: small", "asym."):
         assert part in output
+
+
+def without_data(checkpoint: Path, text: Path, folder: Path, with_samples: bool = True) -> Path:
+    """The checkpoint as training leaves it: it knows its text, and may hold samples of it."""
+    model, tokenizer = load_checkpoint(checkpoint)
+    corpus = load_corpus(text)
+    model.config.training_text = origin_of(corpus)
+    windows = TokenWindows(encode(tokenizer, corpus.train), 32)
+    save_checkpoint(folder, model, tokenizer, samples_of(windows) if with_samples else None)
+    return folder
+
+
+def test_samples_in_the_checkpoint_do_what_its_text_does(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    source = without_data(checkpoint, text, tmp_path / "float")
+    options = {"mode": "ptq_int4", "group_size": 8, "min_size": 0}
+    tensors = []
+    for data, name in ((text, "one"), (None, "two")):
+        found = run_quantize(source, tmp_path / name, data, QuantizeSettings(**options), QUIET)
+        assert found["warning"] is None
+        tensors.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert found["corpus"] == "text0, samples in the checkpoint"
+    assert tensors[0] == tensors[1]
+    assert load_checkpoint(tmp_path / "two")[0].config.training_text["name"] == "text0"
+
+
+def test_without_a_text_that_does_it_asks_for_one(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    for source, options, reason in (
+        (checkpoint, {}, "does not say what it was trained on: name its text with --data"),
+        (without_data(checkpoint, text, tmp_path / "a", False), {}, "trained on text0: name its"),
+        (
+            without_data(checkpoint, text, tmp_path / "b"),
+            {"mode": "qat_int8", "steps": 1},
+            r"of which it holds [\d,]+ tokens, and this takes more: name its text with --data",
+        ),
+    ):
+        with pytest.raises(InputError, match=reason):
+            run_quantize(source, tmp_path / "out", None, settings(**options), QUIET)
+        assert not (tmp_path / "out").exists()
+
+
+def test_another_text_is_said_loudly(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    source = without_data(checkpoint, text, tmp_path / "float")
+    other = tmp_path / "foreign"
+    other.mkdir()
+    (other / "train.txt").write_text("something else entirely . " * 2000, encoding="utf-8")
+    console = Console(record=True, width=60, file=io.StringIO())
+    found = run_quantize(source, tmp_path / "out", other, settings(), console)
+    assert "trained on text0, and foreign is another text" in found["warning"]
+    assert found["warning"] in console.export_text()

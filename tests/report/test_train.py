@@ -17,7 +17,7 @@ from bkcore.cli import app
 from bkcore.errors import DataError
 from bkcore.evaluation.checkpoints import load_checkpoint
 from bkcore.evaluation.perplexity import perplexity_per_word, score
-from bkcore.text import count_words, encode
+from bkcore.text import count_words, encode, load_corpus, origin_of
 
 RECIPE = """
 tokenizer: {vocab_size: 300}
@@ -91,6 +91,17 @@ def test_the_model_is_the_one_that_was_measured(alone: Path, text: Path) -> None
     assert report["recipe"]["schedule"]["steps"] == 8
     # It learned something: a uniform guess has the size of the vocabulary.
     assert best["eval_ppl_token"] < len(tokenizer) / 2
+
+
+def test_the_model_knows_its_text_and_is_quantized_without_it(
+    alone: Path, text: Path, tmp_path: Path
+) -> None:
+    model, _ = load_checkpoint(alone / "model")
+    assert model.config.training_text == origin_of(load_corpus(text))
+    command = ["quantize", str(alone / "model"), str(tmp_path / "int8")]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert f"tokens of {text.name}, samples in the checkpoint" in result.output
 
 
 def test_a_second_run_changes_nothing_and_a_fresh_one_repeats(

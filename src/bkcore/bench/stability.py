@@ -26,8 +26,9 @@ from bkcore.errors import InputError
 from bkcore.evaluation.checkpoints import check_tokenizers, load_checkpoint
 from bkcore.model import ResNetBKForCausalLM, StreamState, core_certificates
 from bkcore.quantization.lifecycle import QuantizationState
+from bkcore.report.console import warn
 from bkcore.report.progress import Plan
-from bkcore.text import encode, load_split
+from bkcore.text import encode, load_split, warning_of_other_text
 
 FIRST = 1_000
 _PROBE = 2_048
@@ -91,6 +92,9 @@ def run_stability(
     require_counts()
     models, tokenizer = _pair(checkpoint, reference)
     corpus, valid = load_split(data, "valid")
+    warning = warning_of_other_text(models[0].config.training_text, data, corpus, "valid", valid)
+    if warning is not None:
+        warn(console, warning)
     text = encode(tokenizer, valid)
     if len(text) < _PROBE:
         raise InputError(f"the validation text has {len(text)} tokens, the probe {_PROBE}")

@@ -24,6 +24,7 @@ from bkcore.evaluation.perplexity import (
     score,
     standard_error,
 )
+from bkcore.evaluation.samples import write_samples
 from bkcore.evaluation.unfinished import Unfinished
 from bkcore.manifest import model_bytes
 from bkcore.memory import keep_freed_memory
@@ -282,9 +283,17 @@ def load_checkpoint(folder: Path) -> tuple[ResNetBKForCausalLM, CheckpointTokeni
 
 
 def save_checkpoint(
-    folder: Path, model: ResNetBKForCausalLM, tokenizer: PreTrainedTokenizerFast
+    folder: Path,
+    model: ResNetBKForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    samples: Tensor | None = None,
 ) -> None:
     """Save a model and its tokenizer, both or none, in the place of what the folder held.
+
+    Args:
+        folder: where.
+        model, tokenizer: which belong together.
+        samples: token ids (windows, length) of the training text, to calibrate on later.
 
     Raises:
         CheckpointError: if it cannot be written.
@@ -292,8 +301,9 @@ def save_checkpoint(
     with manifest.saving_checkpoint(folder) as staged:
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-        if not isinstance(tokenizer, CheckpointTokenizer):
-            manifest.list_tokenizer(staged)
+        if samples is not None:
+            write_samples(samples, staged)
+        manifest.list_tokenizer(staged)
 
 
 def evaluate_in_new_process(

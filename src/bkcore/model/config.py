@@ -63,6 +63,8 @@ class ResNetBKConfig(PreTrainedConfig):
         load_balancing: weight of the auxiliary loss that spreads tokens over experts.
         chunked_loss: train without the logits of all positions in memory; see `forward`.
         quantization: None, or the fields of a `QuantizationConfig` and its `state`.
+        training_text: what it was trained on: the `name` of a corpus, and the SHA-256 of its
+            `train` and its `valid` part in UTF-8. None if nobody said.
     """
 
     model_type = "resnet_bk"
@@ -89,6 +91,7 @@ class ResNetBKConfig(PreTrainedConfig):
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
     quantization: dict[str, Any] | None = None
+    training_text: dict[str, str] | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False  # one module serves both, so there is nothing to tie
 
@@ -125,6 +128,7 @@ class ResNetBKConfig(PreTrainedConfig):
             if self.mixer != "resolvent":
                 raise InputError(f'a model with mixer="{self.mixer}" cannot be quantized')
             form_of(self.quantization)
+        _check_training_text(self.training_text)
 
     @property
     def value_width(self) -> int:
@@ -184,6 +188,17 @@ def _check_inherited(config: ResNetBKConfig, others: Mapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and not kind(value):
             raise InputError(f"{name} of a ResNetBKConfig cannot be {shown(value)}")
+
+
+def _check_training_text(value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, dict) or value.keys() != {"name", "train", "valid"}:
+        raise InputError(
+            f"training_text must be None, or have name, train and valid, not {shown(value)}"
+        )
+    if not all(map(_is_text, value.values())):
+        raise InputError(f"training_text must be made of strings, not {shown(value)}")
 
 
 def _is_number(value: object) -> bool:

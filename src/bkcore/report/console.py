@@ -37,6 +37,11 @@ def say(console: rich.console.Console, line: str) -> None:
     console.print(Text(visible(line)), soft_wrap=True)
 
 
+def warn(console: rich.console.Console, line: str) -> None:
+    """Print a line that nobody is to miss, as `say` prints others."""
+    console.print(Text(visible(line), style="bold yellow"), soft_wrap=True)
+
+
 def visible(text: str) -> str:
     """A text with escapes for control characters, line ends and tabs apart, and lone surrogates."""
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)

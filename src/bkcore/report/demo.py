@@ -10,6 +10,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from bkcore.errors import DataError
@@ -26,12 +27,21 @@ from bkcore.evaluation.perplexity import (
     perplexity_per_token,
     perplexity_per_word,
 )
+from bkcore.evaluation.samples import samples_of
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
 from bkcore.outputs import prepare_folder
 from bkcore.quantization.config import MODES
 from bkcore.report.console import bits_per_byte, number
 from bkcore.report.progress import Plan
-from bkcore.text import Corpus, TokenWindows, encode, load_corpus, spread, train_tokenizer
+from bkcore.text import (
+    Corpus,
+    TokenWindows,
+    encode,
+    load_corpus,
+    origin_of,
+    spread,
+    train_tokenizer,
+)
 from bkcore.training import Schedule, train
 
 _CALIBRATION_BATCHES = 8
@@ -173,7 +183,8 @@ class _Demo:
             vocab_size=len(self.tokenizer), n_seq=self.settings.window, **self.settings.model
         )
         self._train(model, self.settings.training, "float32")
-        self._save(model, "float32")
+        model.config.training_text = origin_of(self.corpus)
+        self._save(model, "float32", samples_of(self.windows))
 
     def _train(self, model: ResNetBKForCausalLM, schedule: Schedule, name: str) -> None:
         with self.plan.stage(f"train {name}") as advance:
@@ -202,8 +213,8 @@ class _Demo:
         self._train(model, self.settings.qat, CONTROL)
         self._save(model, CONTROL)
 
-    def _save(self, model: ResNetBKForCausalLM, name: str) -> None:
-        save_checkpoint(self._folder(name), model, self.tokenizer)
+    def _save(self, model: ResNetBKForCausalLM, name: str, samples: Tensor | None = None) -> None:
+        save_checkpoint(self._folder(name), model, self.tokenizer, samples)
 
     def _folder(self, name: str) -> Path:
         return _folder(self.output, name)

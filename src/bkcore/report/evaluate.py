@@ -21,10 +21,10 @@ from bkcore.evaluation.checkpoints import (
 )
 from bkcore.evaluation.perplexity import standard_error
 from bkcore.outputs import prepare_folder
-from bkcore.report.console import bits_per_byte, number
+from bkcore.report.console import bits_per_byte, number, warn
 from bkcore.report.demo import row
 from bkcore.report.progress import Plan
-from bkcore.text import load_split
+from bkcore.text import load_split, warning_of_other_text
 
 _TOKENS_A_BATCH = 4096
 
@@ -51,8 +51,9 @@ def run_evaluation(
         publish: called with what is returned. What was scored is kept until it is done.
 
     Returns:
-        The row of the checkpoint as in the demo's report, `expert_load` (see `load_summary`), and
-        the `protocol`.
+        The row of the checkpoint as in the demo's report, `expert_load` (see `load_summary`), the
+        `protocol`, and `warning`, None unless the text is not the one that the model was trained
+        on.
 
     Raises:
         CheckpointError: if a checkpoint cannot be loaded.
@@ -66,6 +67,9 @@ def run_evaluation(
     model, tokenizer = load_checkpoint(checkpoint)
     if reference is not None:
         check_tokenizers(tokenizer, load_checkpoint(reference)[1], checkpoint, reference)
+    warning = warning_of_other_text(model.config.training_text, data, corpus, "valid", text)
+    if warning is not None:
+        warn(console, warning)
     window = model.config.n_seq if window is None else window
     batch_size = max(1, _TOKENS_A_BATCH // window)
     setting = Setting(text, "valid", window, batch_size, torch.get_num_threads(), output)
@@ -80,6 +84,7 @@ def run_evaluation(
         "standard_error_nats": standard_error(found.scores),
         "expert_load": [load_summary(layer) for layer in found.expert_load],
         "protocol": {**found.protocol.as_dict(), "corpus": corpus},
+        "warning": warning,
     }
     publish(result)
     for each in (base, found):

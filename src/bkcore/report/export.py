@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bkcore.errors import InputError
 from bkcore.evaluation.checkpoints import load_checkpoint, save_checkpoint
+from bkcore.evaluation.samples import load_samples
 from bkcore.outputs import prepare_folder
 from bkcore.report.files import refuse_model
 
@@ -33,4 +34,6 @@ def export_half(checkpoint: Path, output: Path) -> None:
             f"{checkpoint} is {state}, and only float models are exported in float16; "
             "export the float checkpoint it was made from"
         )
-    save_checkpoint(output, model.half(), tokenizer)
+    save_checkpoint(
+        output, model.half(), tokenizer, load_samples(checkpoint, model.config.vocab_size)
+    )

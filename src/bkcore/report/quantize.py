@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bkcore.errors import DataError, InputError, ReceiptError
 from bkcore.evaluation.checkpoints import load_checkpoint, save_checkpoint
+from bkcore.evaluation.samples import SAMPLE_TOKENS, load_samples
 from bkcore.evaluation.sensitivity import Sensitivity, measure, units
 from bkcore.model import ResNetBKForCausalLM
 from bkcore.model.receipt import problems, problems_of_calibration, problems_of_size
@@ -21,9 +22,17 @@ from bkcore.outputs import prepare_folder
 from bkcore.quantization.budget import Assignment, total_loss
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.report.budget import Judge, Search, check_target
+from bkcore.report.console import warn
 from bkcore.report.files import refuse_model
 from bkcore.report.progress import Plan
-from bkcore.text import TokenWindows, encode, load_split, spread
+from bkcore.text import (
+    TokenWindows,
+    encode,
+    is_part_of,
+    load_split,
+    spread,
+    warning_of_other_text,
+)
 from bkcore.training import Schedule, train
 
 _TOKENS_A_BATCH = 4096
@@ -68,7 +77,7 @@ class QuantizeSettings:
     mode: str = QuantizationConfig.PTQ_INT8
     group_size: int | None = None
     min_size: int | None = None
-    calibration_tokens: int = 32_768
+    calibration_tokens: int = SAMPLE_TOKENS
     steps: int | None = None
     learning_rate: float | None = None
     distill: bool | None = None
@@ -130,6 +139,12 @@ class QuantizeSettings:
         """Whether bits are given to weights one by one."""
         return self.target_bits is not None or self.max_increase is not None
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether more of the text is needed than calibration takes by default."""
+        more = self.calibration_tokens > SAMPLE_TOKENS
+        return more or self.has_budget or self.steps is not None
+
     def schedule(self, window: int) -> Schedule:
         """Length and speed of the training in a QAT mode, with windows of so many tokens."""
         assert self.steps is not None
@@ -155,22 +170,25 @@ def run_quantize(
     Args:
         checkpoint: folder with a float model and its tokenizer.
         output: folder to write, another one.
-        data: as in `bkcore.text.load_split`; None takes the embedded corpus.
+        data: the text to calibrate on, as in `bkcore.text.load_split`. None takes the samples of
+            its training text that the checkpoint holds, or the embedded corpus if it was trained on
+            that.
         settings: how.
         console: where progress is drawn.
         control: folder to save the float model in after as many steps on the text as a QAT mode
             trained; None does not train it.
 
     Returns:
-        `receipt`, see `bkcore.model.receipt.of_quantized`, `corpus`, the name of the text, and
-        `calibration_tokens`, how many of its tokens calibration saw.
+        `receipt`, see `bkcore.model.receipt.of_quantized`; `corpus`, the name of the text;
+        `calibration_tokens`, how many of its tokens calibration saw; and `warning`, None unless the
+        text is not the one that the model was trained on.
         With a bit budget also `sensitivity`, a list of `Sensitivity`; `assignment`, the `Choice`
         of each unit; and `points`, rows of `Search.point`: the model that was saved comes first.
 
     Raises:
         InputError: if the checkpoint is not float, two folders are the same, one to write holds a
-            float model, no model is within the budget, or there is a control in a mode that does
-            not train.
+            float model, no model is within the budget, there is a control in a mode that does not
+            train, or `data` is None and the checkpoint cannot do without.
         CheckpointError: if it cannot be loaded, or `output` not written.
         DataError: if the text is missing, unreadable or too small.
         ReceiptError: if `settings.strict` finds something; nothing is written then.
@@ -178,12 +196,14 @@ def run_quantize(
     _check_folders(checkpoint, output, control)
     if control is not None and settings.steps is None:
         raise InputError(f"mode {settings.mode!r} does not train: there is nothing to control for")
-    load_float(checkpoint)
-    corpus, text = load_split(data, "train")
+    model, tokenizer = load_float(checkpoint)
+    text = _text(checkpoint, model, data, settings)
+    if text.warning is not None:
+        warn(console, text.warning)
     with Plan(_stages(settings, control), console) as plan:
         with plan.stage("read text"):
-            model, tokenizer = load_float(checkpoint)
-            windows = TokenWindows(encode(tokenizer, text), model.config.n_seq)
+            tokens = encode(tokenizer, text.content) if text.samples is None else text.samples
+            windows = TokenWindows(tokens.flatten(), model.config.n_seq)
         run = _Run(checkpoint, windows, tokenizer, settings, plan)
         run.check(model)
         model, result = run.with_budget(model) if settings.has_budget else run.by_mode(model)
@@ -197,10 +217,51 @@ def run_quantize(
             save_checkpoint(control, other, tokenizer)
     return {
         "receipt": model.receipt,
-        "corpus": corpus,
+        "corpus": text.name,
         "calibration_tokens": run.calibration_tokens,
+        "warning": text.warning,
         **result,
     }
+
+
+class _Text(NamedTuple):
+    """What a checkpoint is quantized with: the content of a text, or samples of one."""
+
+    name: str
+    content: str
+    samples: Tensor | None
+    warning: str | None
+
+
+def _text(
+    checkpoint: Path,
+    model: ResNetBKForCausalLM,
+    data: str | Path | None,
+    settings: QuantizeSettings,
+) -> _Text:
+    """The text that was named, or what the checkpoint brings.
+
+    Raises:
+        DataError: as in `bkcore.text.load_split`.
+        InputError: if none was named, and what the checkpoint brings does not do.
+    """
+    origin = model.config.training_text
+    if data is not None:
+        name, content = load_split(data, "train")
+        warning = warning_of_other_text(origin, data, name, "train", content)
+        return _Text(name, content, None, warning)
+    samples = load_samples(checkpoint, model.config.vocab_size)
+    if origin is not None and samples is not None and not settings.needs_text:
+        return _Text(f"{origin['name']}, samples in the checkpoint", "", samples, None)
+    name, content = load_split(None, "train")
+    if is_part_of(origin, "train", content):
+        return _Text(name, content, None, None)
+    known = "does not say what it was trained on"
+    if origin is not None:
+        known = f"was trained on {origin['name']}"
+        if samples is not None:
+            known += f", of which it holds {samples.numel():,} tokens, and this takes more"
+    raise InputError(f"the model in {checkpoint} {known}: name its text with --data")
 
 
 def _check_folders(checkpoint: Path, output: Path, control: Path | None) -> None:

@@ -30,6 +30,7 @@ from bkcore.evaluation.perplexity import (
     perplexity_per_word,
     score,
 )
+from bkcore.evaluation.samples import samples_of
 from bkcore.model import LanguageModel
 from bkcore.outputs import prepare_file, prepare_folder, write_json
 from bkcore.report.console import bits_per_byte, number, say
@@ -41,6 +42,7 @@ from bkcore.text import (
     count_words,
     encode,
     open_corpus,
+    origin_of,
     tokenizer_hash,
 )
 from bkcore.training import train
@@ -103,11 +105,12 @@ def run_training(
     model = LanguageModel(vocab_size=len(tokenizer), n_seq=recipe.window, **recipe.model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tokens_a_step = recipe.schedule.batch_size * recipe.window
+    windows = TokenWindows(tokens, recipe.window)
     display = _Display(recipe.schedule.steps, tokens_a_step, console, process.is_main_process)
     with display:
         curve = train(
             model,
-            TokenWindows(tokens, recipe.window),
+            windows,
             recipe.schedule,
             seed=recipe.seed,
             output=output,
@@ -128,7 +131,8 @@ def run_training(
         "curve": curve,
     }
     if process.is_main_process:
-        save_checkpoint(output / MODEL, model, tokenizer)
+        model.config.training_text = origin_of(corpus)
+        save_checkpoint(output / MODEL, model, tokenizer, samples_of(windows))
         write_json(report, output / REPORT)
         say(console, _summary(report, output))
     process.wait_for_everyone()

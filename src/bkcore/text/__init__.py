@@ -9,6 +9,7 @@ from bkcore.text.corpus import (
     load_split,
     open_corpus,
 )
+from bkcore.text.origin import Origin, is_part_of, origin_of, warning_of_other_text
 from bkcore.text.saved import list_tokenizer, load_tokenizer
 from bkcore.text.shards import TokenShards, write_shards
 from bkcore.text.tokenizer import (
@@ -23,6 +24,7 @@ from bkcore.text.windows import TokenWindows, scored_windows, spread
 __all__ = [
     "END_OF_TEXT",
     "Corpus",
+    "Origin",
     "StreamedCorpus",
     "TokenShards",
     "TokenWindows",
@@ -31,14 +33,17 @@ __all__ = [
     "count_words",
     "encode",
     "encode_pieces",
+    "is_part_of",
     "list_tokenizer",
     "load_corpus",
     "load_split",
     "load_tokenizer",
     "open_corpus",
+    "origin_of",
     "scored_windows",
     "spread",
     "tokenizer_hash",
     "train_tokenizer",
+    "warning_of_other_text",
     "write_shards",
 ]

@@ -1,0 +1,73 @@
+"""Windows of a model's training text, kept in its folder to calibrate on when the text is away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bkcore import manifest
+from bkcore.errors import CheckpointError
+from bkcore.reading import foreign, shown
+from bkcore.text import TokenWindows, spread
+
+SAMPLE_TOKENS = 32_768
+"""Tokens that calibration takes unless it is told otherwise, and as many are kept."""
+
+_NAME = "input_ids"
+_DTYPES = {"I16": torch.int16, "I32": torch.int32}
+_MOST = 1 << 24
+"""More tokens than anybody calibrates on."""
+
+
+def samples_of(windows: TokenWindows) -> Tensor:
+    """The windows that `bkcore quantize` calibrates on by default: int64 (windows, length)."""
+    length = windows[0][_NAME].numel()
+    return spread(windows, max(1, SAMPLE_TOKENS // length))
+
+
+def write_samples(samples: Tensor, folder: Path) -> None:
+    """Write token ids (windows, length) into a checkpoint folder; the caller lists the file."""
+    dtype = torch.int16 if int(samples.max()) <= torch.iinfo(torch.int16).max else torch.int32
+    save_file({_NAME: samples.to(dtype).contiguous()}, folder / manifest.SAMPLES)
+
+
+def load_samples(folder: Path, vocab_size: int) -> Tensor | None:
+    """What was kept in a checkpoint folder, checked; None if nothing was.
+
+    Args:
+        folder: of the checkpoint.
+        vocab_size: tokens that its model knows.
+
+    Returns:
+        Token ids, int64 (windows, length).
+
+    Raises:
+        CheckpointError: if the file is truncated, altered, or no token ids of the model.
+    """
+    digests = manifest.read(folder)
+    if manifest.SAMPLES not in digests:
+        return None
+    path, _ = manifest.check(folder, manifest.SAMPLES, digests)
+    place = folder / manifest.SAMPLES
+    with foreign(str(place)), safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        if names != [_NAME]:
+            raise CheckpointError(f"{place} holds {shown(names)} instead of {_NAME}")
+        header = file.get_slice(_NAME)
+        shape, dtype = tuple(header.get_shape()), header.get_dtype()
+        if dtype not in _DTYPES or len(shape) != 2 or 0 in shape or shape[0] * shape[1] > _MOST:
+            raise CheckpointError(
+                f"{place} must hold int16 or int32 token ids (windows, length), at most {_MOST:,}, "
+                f"and holds {shown(dtype)} {shown(shape)}"
+            )
+        samples: Tensor = file.get_tensor(_NAME).long()
+    if int(samples.min()) < 0 or int(samples.max()) >= vocab_size:
+        raise CheckpointError(
+            f"the token ids in {place} go from {int(samples.min())} to {int(samples.max())}, and "
+            f"the model knows those in [0, {vocab_size}): they are of another tokenizer"
+        )
+    return samples
