@@ -431,8 +431,8 @@ void attention_backward(const std::string &isa, Index threads, bool is_double, A
   is_double ? run(double()) : run(float());
 }
 
-// How rows of channels are rounded: scale, zero point and levels (or none), and how many neighbouring
-// channels share a scale.
+// How rows of channels are rounded: scale, zero point and levels (or none), and how many
+// neighbouring channels share a scale.
 using Quantizer = std::tuple<Buffer, Buffer, Buffer, Index>;
 
 Rounding describe_rounding(Index rows, Index channels, Index bits, const Quantizer &quantizer) {
@@ -458,39 +458,28 @@ class RecallStep {
  public:
   RecallStep(const std::string &isa, Index bits, const RecallShape &shape, const RecallInputs &in,
              const std::vector<Quantizer> &quantizers, const RecallOutputs &out)
-      : isa_(find_isa(isa)), bits_(bits), quantizers_(quantizers) {
+      : isa_(find_isa(isa)) {
     batch_ = shape[0], heads_ = shape[1], groups_ = shape[2], keys_ = shape[3], values_ = shape[4];
     if (groups_ < 1 || heads_ % groups_) refuse("heads do not share their keys evenly");
-    if (!quantizers.empty() && quantizers.size() != 7) refuse("there are seven quantizers, or none");
     const Index width = heads_ * values_, shared = groups_ * keys_;
+    const std::array<Index, 7> channels = {heads_, heads_, shared, shared, width, width, width};
+    if (!quantizers.empty() && quantizers.size() != channels.size())
+      refuse("there are seven quantizers, or none");
+    for (std::size_t part = 0; part < quantizers.size(); ++part)
+      roundings_.push_back(describe_rounding(batch_, channels[part], bits, quantizers[part]));
+    gate_ = read(in[0], {batch_, heads_}, "gate");
+    barrier_ = read(in[1], {batch_, heads_}, "barrier");
+    query_ = read(in[2], {batch_, shared}, "query"), key_ = read(in[3], {batch_, shared}, "key");
+    value_ = read(in[4], {batch_, width}, "value");
     rate_ = read(in[5], {heads_}, "rate"), height_ = read(in[6], {heads_}, "height");
     weight_ = read(in[8], {3, width}, "weight");
-    first_g_ = read(in[9], {batch_, heads_, 2}, "g");
     features_ = numbers<float>(out[0], {batch_, width}, "result");
-    Attention<float> a{batch_, 1, heads_, keys_, values_, 1};
-    a.eta = read(in[7], {heads_}, "eta");
-    a.first_g = first_g_;
-    a.first_psi = read(in[10], {batch_, heads_, 2, keys_, values_}, "psi");
-    a.g = numbers<float>(out[1], {batch_, heads_, 2}, "the new g");
-    a.psi = numbers<float>(out[2], {batch_, heads_, 2, keys_, values_}, "the new psi");
-
-    const Index used = batch_ * (4 * heads_ + 2 * shared + 2 * heads_ * keys_ + 7 * width) + heads_;
-    static thread_local std::vector<std::byte> memory;
-    free_ = static_cast<float *>(aligned(memory, used * sizeof(float)));
-    const float *gate = rounded(0, read(in[0], {batch_, heads_}, "gate"), heads_);
-    const float *barrier = rounded(1, read(in[1], {batch_, heads_}, "barrier"), heads_);
-    a.query = for_every_head(rounded(2, read(in[2], {batch_, shared}, "query"), shared));
-    a.key = for_every_head(rounded(3, read(in[3], {batch_, shared}, "key"), shared));
-    a.value = rounded(4, read(in[4], {batch_, width}, "value"), width);
-    float *hopping = take(heads_), *diagonal = take(heads_), *energy = free_;
-    std::fill_n(energy, heads_, 0.0F);
-    free_ += heads_;
-    for (Index chain = 0; chain < batch_ * heads_; ++chain)
-      dynamics(chain, gate[chain], barrier[chain], hopping + chain, diagonal + chain);
-    a.v = diagonal, a.hopping = hopping, a.energy = energy;
-    a.out = take(2 * width);
-    real_ = take(width), imag_ = take(width);
-    attention_ = a;
+    attention_ = {batch_, 1, heads_, keys_, values_, 1};
+    attention_.eta = read(in[7], {heads_}, "eta");
+    attention_.first_g = read(in[9], {batch_, heads_, 2}, "g");
+    attention_.first_psi = read(in[10], {batch_, heads_, 2, keys_, values_}, "psi");
+    attention_.g = numbers<float>(out[1], {batch_, heads_, 2}, "the new g");
+    attention_.psi = numbers<float>(out[2], {batch_, heads_, 2, keys_, values_}, "the new psi");
   }
 
   // NaN goes through.
@@ -499,12 +488,13 @@ class RecallStep {
   }
 
   void run(Index threads) {
+    prepare();
     for_chains(attention_, threads, [&](Index b, Index h) {
       isa_.table.f32.attention(attention_, b, h);
       over_memory(b * heads_ + h, attention_.eta[h]);
     });
     const Index width = heads_ * values_;
-    const float *real = rounded(5, real_, width), *imag = rounded(6, imag_, width);
+    const float *real = rounded(5, real_), *imag = rounded(6, imag_);
     const float *a = weight_, *b = a + width, *c = b + width;
     for (Index row = 0; row < batch_; ++row)
       for (Index u = 0; u < width; ++u) {
@@ -519,19 +509,38 @@ class RecallStep {
     return numbers<const float>(buffer, sizes, name);
   }
 
+  // What enters the attention, rounded, in scratch memory.
+  void prepare() {
+    const Index width = heads_ * values_, shared = groups_ * keys_;
+    const Index used = batch_ * (4 * heads_ + 2 * shared + 2 * heads_ * keys_ + 7 * width) + heads_;
+    static thread_local std::vector<std::byte> memory;
+    free_ = static_cast<float *>(aligned(memory, used * sizeof(float)));
+    const float *gate = rounded(0, gate_), *barrier = rounded(1, barrier_);
+    attention_.query = for_every_head(rounded(2, query_));
+    attention_.key = for_every_head(rounded(3, key_));
+    attention_.value = rounded(4, value_);
+    float *hopping = take(heads_), *diagonal = take(heads_), *energy = free_;
+    std::fill_n(energy, heads_, 0.0F);
+    free_ += heads_;
+    for (Index chain = 0; chain < batch_ * heads_; ++chain)
+      dynamics(chain, gate[chain], barrier[chain], hopping + chain, diagonal + chain);
+    attention_.v = diagonal, attention_.hopping = hopping, attention_.energy = energy;
+    attention_.out = take(2 * width);
+    real_ = take(width), imag_ = take(width);
+  }
+
   float *take(Index channels) {
     float *const taken = free_;
     free_ += batch_ * channels;
     return taken;
   }
 
-  const float *rounded(Index part, const float *x, Index channels) {
-    if (quantizers_.empty()) return x;
-    Rounding r = describe_rounding(batch_, channels, bits_, quantizers_[part]);
-    float *const out = take(channels);
-    r.x = x, r.out = out;
+  const float *rounded(Index part, const float *x) {
+    if (roundings_.empty()) return x;
+    Rounding &r = roundings_[part];
+    r.x = x, r.out = take(r.channels);
     isa_.product.round(r, 0, batch_, scratch);
-    return out;
+    return r.out;
   }
 
   // What groups of heads share, (batch, groups, keys) -> (batch, heads, keys).
@@ -546,7 +555,7 @@ class RecallStep {
   void dynamics(Index chain, double gate, double barrier, float *hopping, float *diagonal) const {
     const Index head = chain % heads_;
     const double rate = rate_[head], height = height_[head];
-    const bool begun = first_g_[2 * chain] != 0 || first_g_[2 * chain + 1] != 0;
+    const bool begun = attention_.first_g[2 * chain] != 0 || attention_.first_g[2 * chain + 1] != 0;
     const double sigmoid = 1 / (1 + std::exp(-gate));
     const float t = static_cast<float>(std::exp(-2 * rate * sigmoid));
     const double softplus = barrier > 20 ? barrier : std::log1p(std::exp(barrier));
@@ -564,9 +573,9 @@ class RecallStep {
   }
 
   const Isa &isa_;
-  Index bits_, batch_, heads_, groups_, keys_, values_;
-  const std::vector<Quantizer> &quantizers_;
-  const float *rate_, *height_, *weight_, *first_g_;
+  Index batch_, heads_, groups_, keys_, values_;
+  std::vector<Rounding> roundings_;
+  const float *gate_, *barrier_, *query_, *key_, *value_, *rate_, *height_, *weight_;
   float *features_, *free_, *real_, *imag_;
   Attention<float> attention_;
 };
