@@ -229,7 +229,10 @@ def test_a_spectral_shift_does_not_depend_on_the_unit_of_energy(problem, power):
 @pytest.mark.parametrize("value", [1e-320, 1e-200, 1e-20, 1.0, 1e20, 1e200, 1e308])
 @pytest.mark.parametrize("other", [1e-200, 1.0, 1e200])
 def test_simple_bounds_of_any_number(value, other):
-    assert 0 <= contraction_factor(other, value) <= 1
+    factor = contraction_factor(other, value)
+    assert 0 <= factor <= 1
+    tensor = contraction_factor(torch.tensor(other, dtype=torch.float64), value)
+    assert float(tensor) == pytest.approx(factor, rel=1e-12)
     assert contraction_factor(0.0, value) == 0
     for eta in (value, torch.tensor(value, dtype=torch.float64)):
         (low, high), (zero, top) = disc_range(eta)

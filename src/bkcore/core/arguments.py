@@ -63,6 +63,12 @@ def require_complex(name: str, value: Tensor) -> None:
         raise DTypeError(f"{name} must be complex, got {value.dtype}; use torch.complex()")
 
 
+def require_bool(name: str, value: bool) -> None:
+    """Raise `DTypeError` unless this is True or False."""
+    if not isinstance(value, bool):
+        raise DTypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
 def real(
     name: str, value: object, like: Tensor | None = None, like_name: str = "v"
 ) -> float | Tensor:
@@ -184,6 +190,23 @@ def require_range(
         )
 
 
+def require_broadcast(**arguments: float | Tensor) -> None:
+    """Raise unless all tensors broadcast against each other and are on one device."""
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    try:
+        torch.broadcast_shapes(*shapes.values())
+    except RuntimeError:
+        raise ShapeError(f"the shapes do not broadcast: {_listed(shapes)}") from None
+    devices = {name: x.device for name, x in tensors.items() if x.ndim or x.is_meta}
+    if len(set(devices.values())) > 1:
+        raise InputError(f"tensors are on different devices: {_listed(devices)}")
+
+
+def _listed(found: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {x}" for name, x in found.items())
+
+
 def require_fits(name: str, value: Tensor, v: Tensor) -> None:
     """Raise unless a real or complex tensor (..., N) broadcasts against v, or what v led to."""
     require_tensor(name, value)
@@ -204,7 +227,7 @@ def broadcast_leading(arguments: dict[str, float | Tensor]) -> torch.Size:
     try:
         return torch.broadcast_shapes(*shapes.values())
     except RuntimeError:
-        listed = ", ".join(f"{k} {tuple(s)}" for k, s in shapes.items())
+        listed = _listed({name: tuple(shape) for name, shape in shapes.items()})
         raise ShapeError(f"leading dimensions do not broadcast: {listed}") from None
 
 

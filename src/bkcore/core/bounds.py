@@ -55,17 +55,25 @@ bounds on the real and on the imaginary part (`_Size`).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from bkcore.core.arguments import require_positive, require_real_float
+from bkcore.core.arguments import (
+    broadcast_leading,
+    real,
+    require_bool,
+    require_broadcast,
+    require_complex,
+    require_positive,
+    require_real_float,
+    split_z,
+)
 from bkcore.core.operator import weighted_row_norms
 from bkcore.core.resolvent import resolvent_diagonal
-from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.errors import InputError, ShapeError
 from bkcore.kernels.attention import check_attention
 
 __all__ = [
@@ -144,7 +152,7 @@ def disc_range(eta: Number) -> tuple[tuple[Number, Number], tuple[Number, Number
     Raises:
         InputError: eta <= 0.
     """
-    _check_eta(eta)
+    eta = cast(Number, _checked_eta(eta))
     return (-0.5 / eta, 0.5 / eta), (0.0 * eta, 1.0 / eta)
 
 
@@ -167,9 +175,9 @@ def in_disc(G: Tensor, eta: float | Tensor, *, tolerance: float | None = None) -
         DTypeError: G is not complex.
         InputError: eta <= 0.
     """
-    if not G.is_complex():
-        raise DTypeError(f"G must be complex, got {G.dtype}")
-    _check_eta(eta)
+    require_complex("G", G)
+    eta = _checked_eta(eta)
+    require_broadcast(G=G, eta=eta)
     allowed = 16 * torch.finfo(G.dtype).eps if tolerance is None else tolerance
     modulus = G.abs()
     return eta * modulus * modulus <= G.imag * (1 + allowed)
@@ -193,11 +201,17 @@ def contraction_factor(hopping: Number, eta: Number) -> Number:
     Raises:
         InputError: eta <= 0.
     """
-    _check_eta(eta)
-    if isinstance(hopping, Tensor) or isinstance(eta, Tensor):
-        t, width = torch.broadcast_tensors(*map(torch.as_tensor, (hopping, eta)))
-        return (t / torch.hypot(t, width.to(t.dtype))).square()
-    return (hopping / math.hypot(hopping, eta)) ** 2
+    t, width = real("hopping", hopping), _checked_eta(eta)
+    require_broadcast(hopping=t, eta=width)
+    # Divided by the larger of the two, so that no square leaves the numbers.
+    if not isinstance(t, Tensor) and not isinstance(width, Tensor):
+        largest = max(abs(t), width)
+        return cast(Number, (t / largest) ** 2 / ((t / largest) ** 2 + (width / largest) ** 2))
+    dtype = torch.promote_types(torch.result_type(t, width), torch.get_default_dtype())
+    both = [torch.as_tensor(x, dtype=torch.float64) for x in (t, width)]
+    scale = torch.maximum(*(x.detach().abs() for x in both))
+    square, other = ((x / scale).square() for x in both)
+    return cast(Number, (square / (square + other)).to(dtype))
 
 
 def ward_bound(
@@ -234,6 +248,7 @@ def ward_bound(
         InputError: Im z <= 0.
         ShapeError: N = 0, or the shapes do not broadcast.
     """
+    _require_alike(v, v_perturbed)
     size = (v_perturbed - v).abs()
     before, after = (
         weighted_row_norms(potential, z, size, hopping=hopping, onsite=onsite, causal=causal)
@@ -261,9 +276,12 @@ def maximum_bound(dv: Tensor, G: Tensor, G_perturbed: Tensor, eta: float | Tenso
         DTypeError: G or G_perturbed is not complex.
         InputError: eta <= 0.
     """
-    if not (G.is_complex() and G_perturbed.is_complex()):
-        raise DTypeError(f"diagonals must be complex, got {G.dtype} and {G_perturbed.dtype}")
-    _check_eta(eta)
+    require_real_float("dv", dv)
+    require_complex("G", G)
+    require_complex("G_perturbed", G_perturbed)
+    eta = _checked_eta(eta)
+    _require_sites(dv)
+    require_broadcast(dv=dv, G=G, G_perturbed=G_perturbed, eta=eta)
     spread = G.imag.sqrt() * G_perturbed.imag.sqrt()
     return dv.abs().amax(-1, keepdim=True) * spread / eta
 
@@ -281,7 +299,10 @@ def uniform_bound(dv: Tensor, eta: float | Tensor) -> Tensor:
     Raises:
         InputError: eta <= 0.
     """
-    _check_eta(eta)
+    require_real_float("dv", dv)
+    eta = _checked_eta(eta)
+    _require_sites(dv)
+    require_broadcast(dv=dv, eta=eta)
     return dv.abs().amax(-1, keepdim=True) / eta / eta
 
 
@@ -317,10 +338,14 @@ def diagonal_enclosure(
         InputError: Im z <= 0.
         ShapeError: N = 0, or the shapes do not broadcast.
     """
+    _require_alike(v, v_perturbed)
+    require_bool("causal", causal)
     v, v_perturbed = v.double(), v_perturbed.double()
-    z, hopping, onsite = _double(z), _double(hopping), _double(onsite)
+    width = split_z(z, v)[1]
+    hopping, onsite = _double(real("hopping", hopping, v)), _double(real("onsite", onsite, v))
+    z = _double(z) if isinstance(z, Tensor) else complex(z)
     chain: dict[str, Any] = {"hopping": hopping, "onsite": onsite, "causal": causal}
-    eta = _float64(z.imag, v)
+    eta = _float64(width, v)
     eta = eta.amin(-1, keepdim=True) if eta.ndim else eta
     size = (v_perturbed - v).abs()
     largest = size.amax(-1, keepdim=True).sqrt()
@@ -591,6 +616,22 @@ def _read(
     return out, size.widened(4 * (query.shape[-1] + 4) * UNIT * rounding).parts()
 
 
+def _require_sites(dv: Tensor) -> None:
+    if dv.ndim == 0 or dv.shape[-1] == 0:
+        raise ShapeError(f"dv must be (..., N) with N >= 1, got {tuple(dv.shape)}")
+
+
+def _require_alike(v: Tensor, v_perturbed: Tensor) -> None:
+    require_real_float("v", v)
+    require_real_float("v_perturbed", v_perturbed)
+    broadcast_leading({"v": v, "v_perturbed": v_perturbed})
+    if v.shape[-1:] != v_perturbed.shape[-1:] or v.device != v_perturbed.device:
+        raise ShapeError(
+            f"v_perturbed must have the sites of v, and be where it is; got {tuple(v.shape)} on "
+            f"{v.device} and {tuple(v_perturbed.shape)} on {v_perturbed.device}"
+        )
+
+
 def _bonds(hopping: float | Tensor, like: Tensor) -> Tensor:
     """Hoppings (B, N, H) in float64 with none before the first site."""
     t = _float64(hopping, like)
@@ -654,6 +695,10 @@ def _reach_of_disc(centre: Tensor, eta: Tensor) -> Tensor:
     return ((centre - 0.5j / eta).abs() + 0.5 / eta) * (1 + 8 * UNIT)
 
 
-def _check_eta(eta: float | Tensor) -> None:
+def _checked_eta(eta: float | Tensor) -> float | Tensor:
+    eta = real("eta", eta)
+    if isinstance(eta, Tensor) and eta.is_meta:
+        return eta
     if not bool(torch.as_tensor(eta > 0).all()):
         raise InputError(f"eta must be positive, got {eta}")
+    return eta

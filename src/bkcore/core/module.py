@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bkcore.core.arguments import computing_dtype, real_number, require_range, require_real_float
+from bkcore.core.arguments import (
+    computing_dtype,
+    real_number,
+    require_bool,
+    require_range,
+    require_real_float,
+)
 from bkcore.core.resolvent import resolvent_diagonal_parts
-from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.errors import InputError, ShapeError
 
 
 class BirmanSchwingerCore(nn.Module):
@@ -43,8 +49,7 @@ class BirmanSchwingerCore(nn.Module):
         super().__init__()
         if isinstance(n_seq, bool) or not isinstance(n_seq, int) or not 1 <= n_seq < 2**31:
             raise InputError(f"n_seq must be an integer of at least 1, below 2^31, got {n_seq!r}")
-        if not isinstance(causal, bool):
-            raise DTypeError(f"causal must be True or False, got {causal!r}")
+        require_bool("causal", causal)
         self.n_seq = n_seq
         self.epsilon = real_number("epsilon", epsilon)
         self.energy = real_number("energy", energy)
@@ -79,17 +84,17 @@ class BirmanSchwingerCore(nn.Module):
         )
 
     def check(self, v: Tensor) -> None:
-        """Raise what `forward` raises for potentials that it cannot take."""
+        """Raise what `forward` raises for potentials, but for their values, and for its numbers."""
         require_real_float("v", v)
         if v.ndim < 1 or v.shape[-1] != self.n_seq:
             raise ShapeError(
                 f"v must be (..., {self.n_seq}), got {tuple(v.shape)}; pad or cut the sequence, "
                 "or build the core with another n_seq"
             )
-        self._require_range(computing_dtype(v), v)
+        self._require_range(computing_dtype(v))
 
-    def _require_range(self, dtype: torch.dtype, v: Tensor | float = 0.0) -> None:
-        added = {"v": v, "energy": self.energy, "onsite": self.onsite}
+    def _require_range(self, dtype: torch.dtype) -> None:
+        added = {"energy": self.energy, "onsite": self.onsite}
         require_range(dtype, added, self.epsilon, self.hopping, eta_name="epsilon")
 
     def extra_repr(self) -> str:

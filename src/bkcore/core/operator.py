@@ -32,6 +32,7 @@ from torch import Tensor
 
 from bkcore.core.arguments import (
     real,
+    require_bool,
     require_fits,
     require_tensor,
 )
@@ -204,6 +205,7 @@ def weighted_row_norms(
         InputError: Im z <= 0, or an argument is out of the range of `resolvent_diagonal`.
         ShapeError: N = 0, or the shapes do not broadcast.
     """
+    require_bool("causal", causal)
     require_tensor("weights", weights)
     if weights.is_complex():
         raise DTypeError(f"weights must be real, got {weights.dtype}")

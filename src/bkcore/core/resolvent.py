@@ -28,6 +28,7 @@ from bkcore.core.arguments import (
     broadcast_leading,
     computing_dtype,
     real,
+    require_bool,
     require_device,
     require_positive,
     require_range,
@@ -82,6 +83,7 @@ def resolvent_diagonal_parts(
     causal: bool = False,
 ) -> Tensor:
     """`resolvent_diagonal` as a real, contiguous tensor (..., N, 2) of [Re, Im]."""
+    require_bool("causal", causal)
     require_real_float("v", v)
     if v.ndim < 1 or v.shape[-1] < 1:
         raise ShapeError(f"v must be (..., N) with N >= 1, got {tuple(v.shape)}")

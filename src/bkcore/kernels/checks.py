@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.reading import shown
 
 Expected = tuple[Tensor | None, tuple[int, ...], torch.dtype]
 """A tensor, or None for one that was not given, and the shape and dtype that it should have."""
@@ -63,15 +64,15 @@ def check_plain(name: str, x: Tensor) -> None:
 
 def check_bits(bits: int) -> None:
     """Raise `InputError` unless codes can have so many bits."""
-    if bits not in (4, 8):
-        raise InputError(f"bits must be 4 or 8, not {bits}")
+    if type(bits) is not int or bits not in (4, 8):
+        raise InputError(f"bits must be 4 or 8, not {shown(bits)}")
 
 
 def check_group_size(group_size: int) -> None:
     """Raise `InputError` unless `group_size` is an integer of at least 1."""
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise InputError(
-            f"group_size must be an integer >= 1, not {group_size!r}; "
+            f"group_size must be an integer >= 1, not {shown(group_size)}; "
             "1 gives every channel its own scale"
         )
 

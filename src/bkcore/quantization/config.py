@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from typing import Any, ClassVar, Literal
 
 from bkcore.errors import InputError
@@ -82,7 +83,7 @@ class QuantizationConfig:
     MIXED_PRECISION: ClassVar[str] = "mixed_precision"
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
+        if not _is_one_of(self.mode, MODES):
             raise InputError(
                 f"unknown quantization mode {shown(self.mode)}; choose one of {', '.join(MODES)}"
             )
@@ -95,7 +96,7 @@ class QuantizationConfig:
                     f"{name} must be None, True or False, not {shown(getattr(self, name))}"
                 )
         check_observer(self.observer, self.percentile)
-        if self.weight_rounding not in WEIGHT_ROUNDINGS:
+        if not _is_one_of(self.weight_rounding, WEIGHT_ROUNDINGS):
             raise InputError(
                 f"unknown weight_rounding {shown(self.weight_rounding)}; "
                 f"choose one of {WEIGHT_ROUNDINGS}"
@@ -111,11 +112,16 @@ class QuantizationConfig:
         """What `to_dict` gave, of this version or of one that had no `min_size`.
 
         Raises:
-            InputError: for unknown fields, and as the constructor.
+            InputError: if this is no dictionary of these fields, or a value is not allowed.
         """
-        unknown = sorted(map(str, fields.keys() - cls.__dataclass_fields__.keys()))
-        if unknown:
-            raise InputError(f"QuantizationConfig has no fields {shown(unknown)}")
+        known = {f.name for f in dataclass_fields(cls)}
+        if not isinstance(fields, dict) or not fields.keys() <= known:
+            unknown = (
+                sorted(map(str, fields.keys() - known)) if isinstance(fields, dict) else fields
+            )
+            raise InputError(
+                f"QuantizationConfig has no fields {shown(unknown)}; it has {', '.join(sorted(known))}"
+            )
         return cls(**{"min_size": 0, **fields})
 
     @property
@@ -197,16 +203,20 @@ class QuantizationConfig:
             )
         allowed = (4, 8) if self.is_qat else (4, 8, 16)
         for name, bits in self.tensor_bits.items():
-            if type(bits) is not int or bits not in allowed:
+            if not isinstance(name, str) or type(bits) is not int or bits not in allowed:
                 raise InputError(
                     f"tensor_bits[{shown(name)}] is {shown(bits)}; "
                     f"mode {self.mode!r} takes {allowed}"
                 )
 
 
+def _is_one_of(value: object, choices: tuple[str, ...]) -> bool:
+    return isinstance(value, str) and value in choices
+
+
 def check_observer(observer: str | None, percentile: float) -> None:
     """Raise `InputError` unless these name a way to choose ranges."""
-    if observer is not None and observer not in OBSERVERS:
+    if observer is not None and not _is_one_of(observer, OBSERVERS):
         raise InputError(f"unknown observer {shown(observer)}; choose one of {OBSERVERS}, or None")
     if isinstance(percentile, bool) or not isinstance(percentile, int | float):
         raise InputError(f"percentile must be a number, not {shown(percentile)}")

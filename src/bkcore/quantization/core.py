@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bkcore.core.arguments import require_device, require_real_float
 from bkcore.core.bounds import diagonal_enclosure
 from bkcore.core.module import BirmanSchwingerCore
 from bkcore.core.resolvent import resolvent_diagonal
-from bkcore.errors import CheckpointError, ShapeError
+from bkcore.errors import CheckpointError, InputError, ShapeError
 from bkcore.kernels import sweep_rounded
 from bkcore.quantization import core_state
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.lifecycle import QuantizationLifecycle, QuantizationState
 from bkcore.quantization.metrics import error_metrics
+from bkcore.quantization.observers import require_usable
 from bkcore.quantization.quantizers import ComplexQuantizer, GroupWiseQuantizer
 from bkcore.quantization.transaction import all_or_nothing
 
@@ -36,7 +38,10 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
     Args:
         n_seq: sequence length N; scales belong to positions (in groups), so N is fixed.
         config: a `QuantizationConfig`, or a mode as a string.
-        epsilon, core_options: as in `BirmanSchwingerCore`.
+        epsilon, energy, hopping, onsite, causal: as in `BirmanSchwingerCore`.
+
+    Raises:
+        InputError, DTypeError: as in `BirmanSchwingerCore`, or if config is no configuration.
 
     Attributes:
         core: the float core.
@@ -52,12 +57,21 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
         n_seq: int,
         config: QuantizationConfig | str = "ptq_int8",
         epsilon: float = 1.0,
-        **core_options: Any,
+        *,
+        energy: float = 0.0,
+        hopping: float = 1.0,
+        onsite: float = -2.0,
+        causal: bool = False,
     ) -> None:
         super().__init__()
         config = QuantizationConfig(config) if isinstance(config, str) else config
+        if not isinstance(config, QuantizationConfig):
+            raise InputError(
+                f"config must be a QuantizationConfig or a mode, not {type(config).__name__}"
+            )
         self._quant_config = config
-        self.core = BirmanSchwingerCore(n_seq, epsilon, **core_options)
+        options: dict[str, Any] = {"energy": energy, "hopping": hopping, "onsite": onsite}
+        self.core = BirmanSchwingerCore(n_seq, epsilon, causal=causal, **options)
         group_size = config.core_group_size(n_seq)
         self.v_quantizer = GroupWiseQuantizer(
             n_seq,
@@ -109,6 +123,7 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
             DTypeError: if v is not real floating.
             CalibrationError: while calibrating, if v is not finite.
         """
+        self._check(v)
         if self._state is QuantizationState.CALIBRATING:
             features = self._observe(v)
         elif self._quantizes:
@@ -140,7 +155,11 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
 
         Raises:
             ShapeError: `features` does not belong to potentials of this shape.
+            DTypeError: `features` is no real floating-point tensor.
         """
+        self._check(v)
+        require_real_float("features", features)
+        require_device("features", features, v)
         if features.shape != (*v.shape, 2):
             raise ShapeError(
                 f"features must be {(*v.shape, 2)} for potentials of shape {tuple(v.shape)}, got "
@@ -248,6 +267,12 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
     def _quantizes(self) -> bool:
         return self._state in (QuantizationState.TRAINING, QuantizationState.QUANTIZED)
 
+    def _check(self, v: Tensor) -> None:
+        self.core.check(v)
+        device = self.v_quantizer.zero_points.device
+        if v.device != device:
+            raise InputError(f"v is on {v.device} and the core on {device}; move one of them")
+
     def _quantized_features(self, v: Tensor) -> Tensor:
         if v.dtype == torch.float32 and not torch.is_grad_enabled():
             return self._rounded_features(v)
@@ -260,7 +285,6 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
         """The same bits in one pass over memory."""
         real, imag = self.G_quantizer.real, self.G_quantizer.imag
         quantizers = (self.v_quantizer, real, imag)
-        self.core.check(v)
         for quantizer in quantizers:
             quantizer.require_scales()
         core = self.core
@@ -286,6 +310,7 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
         return torch.stack(values) if values else None
 
     def _observe(self, v: Tensor) -> Tensor:
+        require_usable(v)
         features = self.core(v)
         # To first order dG_ii = -G_ij^2 dv_j, and sum_i |G_ij|^2 = Im G_jj / eta (Ward): what an
         # error of v_j costs all features together, here over the largest that it can be.

@@ -93,13 +93,7 @@ class HistogramObserver:
         values = x.detach().reshape(-1, x.shape[-1]).float().cpu()
         if values.shape[0] == 0:
             return
-        usable = values.abs() <= _LARGEST
-        if not bool(usable.all()):
-            bad = values.numel() - int(usable.sum())
-            raise CalibrationError(
-                f"{bad} of {values.numel()} calibration values are NaN, infinite or beyond "
-                f"{_LARGEST:.0e}; check the data, or the model that made them"
-            )
+        require_usable(values)
         groups = group_of_channel.cpu()
         low = self.low.scatter_reduce(0, groups, values.amin(0), "amin")
         high = self.high.scatter_reduce(0, groups, values.amax(0), "amax")
@@ -262,6 +256,17 @@ class HistogramObserver:
         ]
         scales, zero_points = zip(*parts, strict=True)
         return torch.cat(scales), torch.cat(zero_points)
+
+
+def require_usable(values: Tensor) -> None:
+    """Raise `CalibrationError` if values are NaN, infinite or near float32's limit."""
+    usable = values.abs() <= _LARGEST
+    if not bool(usable.all()):
+        bad = values.numel() - int(usable.sum())
+        raise CalibrationError(
+            f"{bad} of {values.numel()} calibration values are NaN, infinite or beyond "
+            f"{_LARGEST:.0e}; check the data, or the model that made them"
+        )
 
 
 def _bins(values: Tensor, half_range: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bkcore.errors import DTypeError, ShapeError
+from bkcore.errors import DTypeError, InputError, ShapeError
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -15,12 +15,16 @@ def pack_int4(codes: Tensor) -> Tensor:
 
     Raises:
         DTypeError: if the codes are not int8.
+        InputError: if a code is out of range (looked at on the CPU).
         ShapeError: if the codes have no axis.
     """
-    if codes.dtype != torch.int8:
-        raise DTypeError(f"pack_int4 takes int8 codes, not {codes.dtype}")
+    _require_dtype("codes", codes, torch.int8, "int8 codes")
     if codes.dim() == 0:
-        raise ShapeError("pack_int4 takes at least one axis")
+        raise ShapeError("codes must have at least one axis")
+    if codes.is_cpu and codes.numel():
+        low, high = (int(end) for end in torch.aminmax(codes))
+        if low < -8 or high > 7:
+            raise InputError(f"codes of 4 bits lie in [-8, 7], and these in [{low}, {high}]")
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     nibbles = codes.view(torch.uint8) & 0xF
@@ -32,15 +36,24 @@ def unpack_int4(packed: Tensor, length: int) -> Tensor:
 
     Raises:
         DTypeError: if `packed` is not uint8.
+        InputError: if `length` is no integer of at least 0.
         ShapeError: if its last axis does not hold `length` codes.
     """
-    if packed.dtype != torch.uint8:
-        raise DTypeError(f"unpack_int4 takes uint8 bytes, not {packed.dtype}")
-    if packed.shape[-1] != (length + 1) // 2:
+    _require_dtype("packed", packed, torch.uint8, "uint8 bytes")
+    if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+        raise InputError(f"length must be an integer of at least 0, not {length!r}")
+    if packed.dim() == 0 or packed.shape[-1] != (length + 1) // 2:
         raise ShapeError(
-            f"{length} codes of 4 bits take {(length + 1) // 2} bytes, not {packed.shape[-1]}"
+            f"packed is {tuple(packed.shape)}; {length} codes of 4 bits take "
+            f"{(length + 1) // 2} bytes in the last axis"
         )
     signed = packed.view(torch.int8)
     # Arithmetic shifts extend the sign: the low nibble is first moved to the top of the byte.
     both = torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1)
     return both.flatten(-2)[..., :length]
+
+
+def _require_dtype(name: str, value: Tensor, dtype: torch.dtype, kind: str) -> None:
+    if not isinstance(value, Tensor) or value.dtype != dtype:
+        given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise DTypeError(f"{name} must be a tensor of {kind}, not {given}")

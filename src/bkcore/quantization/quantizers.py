@@ -19,6 +19,9 @@ from bkcore.quantization.observers import METHODS, HistogramObserver
 from bkcore.quantization.storage import StoredDtypes
 from bkcore.quantization.transaction import all_or_nothing
 
+_ROUNDED = 1e-3
+"""By how much a weight that was computed may exceed 1."""
+
 
 class GroupWiseQuantizer(StoredDtypes):
     """Affine quantizer of real (..., num_channels) tensors, a scale and zero point per group.
@@ -68,9 +71,17 @@ class GroupWiseQuantizer(StoredDtypes):
     ) -> None:
         super().__init__()
         check_observer(observer, percentile)
-        if num_channels < 1:
-            raise InputError(f"num_channels must be at least 1, not {num_channels}")
+        if type(num_channels) is not int or not 1 <= num_channels < 2**31:
+            raise InputError(
+                f"num_channels must be at least 1, an integer below 2^31, not {num_channels!r}"
+            )
         check_bits(bits)
+        if type(norm) is not int or norm not in (1, 2):
+            raise InputError(f"norm must be 1 or 2, not {norm!r}")
+        flags = {"symmetric": symmetric, "learnable": learnable, "nonuniform": nonuniform}
+        for name, flag in (flags | {"shared_zero_point": shared_zero_point}).items():
+            if not isinstance(flag, bool):
+                raise InputError(f"{name} must be True or False, not {flag!r}")
         self.num_channels = num_channels
         self.group_size = fit_group_size(group_size, num_channels)
         self.bits = bits
@@ -175,14 +186,19 @@ class GroupWiseQuantizer(StoredDtypes):
 
         Raises:
             CalibrationError: if x is not finite.
-            DTypeError: if x is not real floating.
+            DTypeError: if x or the weight is not real floating.
+            InputError: if a weight is not in [0, 1].
             ShapeError: if x has another last axis, or the weights another shape.
         """
         self._check(x)
-        if weight is not None and weight.shape != x.shape:
-            raise ShapeError(
-                f"weight must have the shape of x, {tuple(x.shape)}, got {tuple(weight.shape)}"
-            )
+        if weight is not None:
+            self._check(weight, name="weight")
+            if weight.shape != x.shape:
+                raise ShapeError(
+                    f"weight must have the shape of x, {tuple(x.shape)}, got {tuple(weight.shape)}"
+                )
+            if not bool(((weight >= 0) & (weight <= 1 + _ROUNDED)).all()):
+                raise InputError("weight must lie in [0, 1] everywhere")
         histograms = copy.copy(self._histograms) or HistogramObserver(self.num_groups)
         groups = torch.arange(self.num_channels) // self.group_size
         histograms.observe(x, groups, weight)
@@ -245,7 +261,7 @@ class GroupWiseQuantizer(StoredDtypes):
         """
         self._check(x, calibrated=True)
         if not bool(torch.isfinite(x).all()):
-            raise InputError("cannot quantize NaN or infinity to integer codes; check the input")
+            raise InputError("x holds NaN or infinity, which no integer code stands for")
         scale, zero_point = self._per_channel()
         if self.table is not None:
             index = levels.nearest(x / scale + zero_point, self.table.values)
@@ -257,12 +273,19 @@ class GroupWiseQuantizer(StoredDtypes):
 
         Raises:
             LifecycleError: before calibration.
+            DTypeError, ShapeError, InputError: if these are no such codes.
         """
-        if codes.dtype != torch.int8:
-            raise DTypeError(f"dequantize takes int8 codes, not {codes.dtype}")
+        return self._dequantize("codes", codes)
+
+    def _dequantize(self, name: str, codes: Tensor) -> Tensor:
+        if not isinstance(codes, Tensor) or codes.dtype != torch.int8:
+            given = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
+            raise DTypeError(f"{name} must be a tensor of int8 codes, not {given}")
         # Differences of int8 codes and int8 zero points would wrap around.
         whole, codes = codes.long(), codes.float()
-        self._check(codes, calibrated=True)
+        self._check(codes, calibrated=True, name=name)
+        if self.bits == 4 and not bool(((whole >= self.qmin) & (whole <= self.qmax)).all()):
+            raise InputError(f"{name} of 4 bits must lie in [-8, 7], and these do not")
         if self.table is not None:
             codes = self.table.values[whole - self.qmin]
         return affine.dequantize(codes, *self._per_channel())
@@ -332,20 +355,25 @@ class GroupWiseQuantizer(StoredDtypes):
         groups = groups // self.group_size
         return self.scales[groups], self.zero_points[groups]
 
-    def _check(self, x: Tensor, *, calibrated: bool = False) -> None:
+    def _check(self, x: Tensor, *, calibrated: bool = False, name: str = "x") -> None:
         if not isinstance(x, Tensor):
-            raise DTypeError(f"a quantizer takes a torch.Tensor, not {type(x).__name__}")
+            raise DTypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
         if x.is_complex():
             raise DTypeError(
-                f"a real quantizer was given {x.dtype} values, whose imaginary part it would "
-                "lose; use ComplexQuantizer"
+                f"{name} has {x.dtype} values, whose imaginary part a real quantizer would lose; "
+                "use ComplexQuantizer"
             )
         if not x.is_floating_point():
-            raise DTypeError(f"a quantizer takes floating-point values, not {x.dtype}")
+            raise DTypeError(f"{name} must hold floating-point values, not {x.dtype}")
         if x.dim() == 0 or x.shape[-1] != self.num_channels:
             raise ShapeError(
-                f"expected (..., {self.num_channels}) for num_channels={self.num_channels}, "
-                f"got {tuple(x.shape)}"
+                f"{name} does not fit: expected (..., {self.num_channels}) for "
+                f"num_channels={self.num_channels}, got {tuple(x.shape)}"
+            )
+        device = self.zero_points.device
+        if x.is_meta or (calibrated and x.device != device):
+            raise InputError(
+                f"{name} is on {x.device} and the quantizer on {device}; move one of them"
             )
         if calibrated:
             self.require_scales()
@@ -398,6 +426,9 @@ class ComplexQuantizer(nn.Module):
         shared_zero_point: bool = False,
     ) -> None:
         super().__init__()
+        for name, flag in (("per_channel", per_channel), ("shared_zero_point", shared_zero_point)):
+            if not isinstance(flag, bool):
+                raise InputError(f"{name} must be True or False, not {flag!r}")
         size = group_size if per_channel else num_channels
 
         def part(default_symmetric: bool, shares: bool = False) -> GroupWiseQuantizer:
@@ -483,8 +514,19 @@ class ComplexQuantizer(nn.Module):
         return self.real.quantize(x.real), self.imag.quantize(x.imag)
 
     def dequantize(self, real: Tensor, imag: Tensor) -> Tensor:
-        """complex64 values of two int8 code tensors."""
-        return torch.complex(self.real.dequantize(real), self.imag.dequantize(imag))
+        """complex64 values of two int8 code tensors of one shape.
+
+        Raises:
+            DTypeError, ShapeError, InputError: if they are not such codes.
+            LifecycleError: before calibration.
+        """
+        parts = self.real._dequantize("real", real), self.imag._dequantize("imag", imag)
+        if real.shape != imag.shape:
+            raise ShapeError(
+                f"real and imag must have one shape, got {tuple(real.shape)} and "
+                f"{tuple(imag.shape)}"
+            )
+        return torch.complex(*parts)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """`dequantize(*quantize(x))` with a straight-through gradient."""
@@ -501,6 +543,5 @@ def _check_complex(x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_complex():
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise DTypeError(
-            f"ComplexQuantizer takes complex values, not {given}; "
-            "use GroupWiseQuantizer for real ones"
+            f"x must hold complex values, not {given}; use GroupWiseQuantizer for real ones"
         )
