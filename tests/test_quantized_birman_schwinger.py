@@ -207,6 +207,25 @@ def test_it_can_be_calibrated_again(mode, state):
     assert torch.equal(core.G_quantizer.scales, fresh.G_quantizer.scales)
 
 
+@pytest.mark.parametrize("mode", QAT_MODES)
+def test_a_converted_core_that_is_calibrated_again_trains_again(mode):
+    core, fresh = build(mode, "quantized", nonuniform=True), build(mode, "float", nonuniform=True)
+    batch = torch.randn(16, N)
+    for one in (core, fresh):
+        one.start_calibration()
+        one(batch)
+        one.end_calibration()
+        one.enable_qat()
+    names = [name for name, _ in core.named_parameters()]
+    assert sorted(names) == sorted(name for name, _ in fresh.named_parameters()) != []
+    assert torch.equal(core(batch), fresh(batch))
+    core(batch).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in core.parameters())
+    core.convert()
+    fresh.convert()
+    assert torch.equal(core(batch), fresh(batch))
+
+
 def test_calibration_without_data_stays_in_calibration():
     core = QuantizedBirmanSchwingerCore(N)
     core.start_calibration()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 
 import pytest
 
@@ -120,3 +122,42 @@ def test_weights_that_compensate_for_their_errors():
         assert not QuantizationConfig(mode).compensates(part)
     with pytest.raises(InputError, match=r"unknown weight_rounding 'up'.*gptq.*nearest"):
         QuantizationConfig(weight_rounding="up")
+
+
+HOSTILE = [None, 2, 2.5, True, "x", b"x", [], {}, math.nan, math.inf, 10**400, 2**70, -(2**70)]
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(QuantizationConfig)])
+def test_a_field_is_taken_as_it_is_or_refused_by_name(field):
+    for value in HOSTILE:
+        for build in (QuantizationConfig, QuantizationConfig.from_dict):
+            fields = {field: value}
+            try:
+                config = build(fields) if build is not QuantizationConfig else build(**fields)
+            except InputError as error:
+                refusal = str(error)
+            else:
+                assert getattr(config, field) == value
+                assert QuantizationConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+                continue
+            assert field in refusal
+
+
+@pytest.mark.parametrize("text", ['{"group_size": 1e400}', '{"percentile": NaN}', '{"mode": 2}'])
+def test_json_that_is_no_configuration(text):
+    with pytest.raises(InputError):
+        QuantizationConfig.from_dict(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    "fields", [None, 3, [], "mode", [("mode", "ptq_int8")], {"modes": 1}, {3: 1}]
+)
+def test_only_a_dictionary_of_the_fields_will_do(fields):
+    with pytest.raises(InputError, match=r"fields must be a dictionary of group_size, .*got"):
+        QuantizationConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize("bits", [{"a": 5}, {"a": True}, {"a": 4.0}, {3: 4}, {"a": None}, ["a"]])
+def test_bits_of_single_weights_are_checked(bits):
+    with pytest.raises(InputError, match="tensor_bits"):
+        QuantizationConfig("ptq_int4", tensor_bits=bits)

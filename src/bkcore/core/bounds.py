@@ -204,14 +204,17 @@ def contraction_factor(hopping: Number, eta: Number) -> Number:
     t, width = real("hopping", hopping), _checked_eta(eta)
     require_broadcast(hopping=t, eta=width)
     # Divided by the larger of the two, so that no square leaves the numbers.
-    if not isinstance(t, Tensor) and not isinstance(width, Tensor):
+    factor: Any
+    if isinstance(t, Tensor) or isinstance(width, Tensor):
+        dtype = torch.promote_types(torch.result_type(t, width), torch.get_default_dtype())
+        both = [torch.as_tensor(x, dtype=torch.float64) for x in (t, width)]
+        scale = torch.maximum(*(x.detach().abs() for x in both))
+        square, other = ((x / scale).square() for x in both)
+        factor = (square / (square + other)).to(dtype)
+    else:
         largest = max(abs(t), width)
-        return cast(Number, (t / largest) ** 2 / ((t / largest) ** 2 + (width / largest) ** 2))
-    dtype = torch.promote_types(torch.result_type(t, width), torch.get_default_dtype())
-    both = [torch.as_tensor(x, dtype=torch.float64) for x in (t, width)]
-    scale = torch.maximum(*(x.detach().abs() for x in both))
-    square, other = ((x / scale).square() for x in both)
-    return cast(Number, (square / (square + other)).to(dtype))
+        factor = (t / largest) ** 2 / ((t / largest) ** 2 + (width / largest) ** 2)
+    return cast(Number, factor)
 
 
 def ward_bound(

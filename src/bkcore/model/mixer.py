@@ -21,9 +21,10 @@ from bkcore.core.bounds import AttentionInputs
 from bkcore.errors import ShapeError
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.state import LayerState
+from bkcore.quantization.complex_quantizer import ComplexQuantizer
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.linear import QuantizedLinear
-from bkcore.quantization.quantizers import ComplexQuantizer, GroupWiseQuantizer
+from bkcore.quantization.quantizers import GroupWiseQuantizer
 
 Phase = Literal["idle", "observe", "quantize"]
 

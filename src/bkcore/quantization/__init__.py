@@ -1,5 +1,6 @@
 """INT8 and INT4 quantization of complex-valued cores and of linear layers."""
 
+from bkcore.quantization.complex_quantizer import ComplexQuantizer
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.core import (
     QuantizedBirmanSchwingerCore,
@@ -7,7 +8,7 @@ from bkcore.quantization.core import (
 )
 from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.quantization.packing import pack_int4, unpack_int4
-from bkcore.quantization.quantizers import ComplexQuantizer, GroupWiseQuantizer
+from bkcore.quantization.quantizers import GroupWiseQuantizer
 
 __all__ = [
     "ComplexQuantizer",

@@ -120,7 +120,8 @@ class QuantizationConfig:
                 sorted(map(str, fields.keys() - known)) if isinstance(fields, dict) else fields
             )
             raise InputError(
-                f"QuantizationConfig has no fields {shown(unknown)}; it has {', '.join(sorted(known))}"
+                f"QuantizationConfig has no fields {shown(unknown)}; it has "
+                f"{', '.join(sorted(known))}"
             )
         return cls(**{"min_size": 0, **fields})
 

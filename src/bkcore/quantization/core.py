@@ -16,11 +16,12 @@ from bkcore.core.resolvent import resolvent_diagonal
 from bkcore.errors import CheckpointError, InputError, ShapeError
 from bkcore.kernels import sweep_rounded
 from bkcore.quantization import core_state
+from bkcore.quantization.complex_quantizer import ComplexQuantizer
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.lifecycle import QuantizationLifecycle, QuantizationState
 from bkcore.quantization.metrics import error_metrics
 from bkcore.quantization.observers import require_usable
-from bkcore.quantization.quantizers import ComplexQuantizer, GroupWiseQuantizer
+from bkcore.quantization.quantizers import GroupWiseQuantizer
 from bkcore.quantization.transaction import all_or_nothing
 
 _HISTORY = 1000
@@ -346,6 +347,9 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
         }
 
     def _on_start_calibration(self) -> None:
+        if self.quant_config.is_qat:  # a converted core may train again
+            self.v_quantizer.thaw()
+            self.G_quantizer.thaw()
         self.v_quantizer.start_calibration()
         self.G_quantizer.start_calibration()
 

@@ -140,6 +140,15 @@ class LevelTable(StoredDtypes):
             del self.first_level, self.log_steps
             self.register_buffer("stored_levels", stored)
 
+    def thaw(self) -> None:
+        """Turn the stored table into parameters of the same values."""
+        if not self.learnable:
+            stored = self.stored_levels.float()
+            del self.stored_levels
+            self._known = None
+            self.first_level = nn.Parameter(stored[0].clone())
+            self.log_steps = nn.Parameter(stored[1:].log())
+
     def _parts(self) -> Tensor:
         """The first level and the steps, whatever an optimizer made of them."""
         first = self.first_level.clamp(-_FARTHEST, _FARTHEST)
