@@ -276,3 +276,5 @@ def test_values_are_not_looked_at_where_that_is_impossible():
     assert resolvent_diagonal(big.to("meta"), 1j).shape == (2, 3)
     torch.func.vmap(lambda v: resolvent_diagonal(v, 1j))(big)
     torch.func.vmap(lambda v, t: resolvent_diagonal(v, 1j, hopping=t))(0 * big, big[:, :2])
+    eta = torch.ones(2, 3)
+    torch.func.vmap(lambda v, e: causal_sweep(v, energy=0.0, eta=e))(torch.ones(2, 1, 4, 3), eta)

@@ -1,9 +1,9 @@
 """What the public functions take: kinds of values, and the range that they compute in.
 
 Numbers are Python's, NumPy's or tensors; tensors are never converted to numbers, so that gradients
-reach them. Values are looked at where that costs little beside the sweep: numbers always, tensors
-on the CPU outside of tracing and `vmap`. On a GPU a look would wait for the device at every call,
-and is left out.
+reach them. Values are looked at where that costs some microseconds and some percent of the sweep:
+numbers always, tensors on the CPU outside of tracing and `vmap`. On a GPU a look would wait for the
+device at every call, and is left out.
 
 Range
 -----
@@ -87,6 +87,8 @@ def real(
         if like is not None:
             require_device(name, value, like, like_name)
         return value
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         got = value if isinstance(value, numbers.Complex) else type(value).__name__
         raise DTypeError(f"{name} must be real, a number or a tensor, got {got}")
@@ -111,18 +113,15 @@ def real_number(name: str, value: object) -> float:
 
 
 def split_z(z: object, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
-    """Real and imaginary part of z, a complex number or tensor; the latter positive."""
+    """Real and imaginary part of z, a complex number or tensor."""
     if isinstance(z, Tensor):
         if not z.is_complex():
             raise InputError(f"z must be complex with Im z > 0, got a real tensor ({z.dtype})")
         require_device("z", z, like)
-        parts: tuple[float | Tensor, float | Tensor] = z.real, z.imag
-    elif isinstance(z, bool) or not isinstance(z, numbers.Complex):
+        return z.real, z.imag
+    if isinstance(z, bool) or not isinstance(z, numbers.Complex):
         raise DTypeError(f"z must be a complex number or tensor, got {type(z).__name__}")
-    else:
-        parts = _in_float64("z", z.real), _in_float64("z", z.imag)
-    require_positive("Im z", parts[1])
-    return parts
+    return _in_float64("z", z.real), _in_float64("z", z.imag)
 
 
 def require_device(name: str, value: Tensor, like: Tensor, like_name: str = "v") -> None:
@@ -135,14 +134,8 @@ def require_device(name: str, value: Tensor, like: Tensor, like_name: str = "v")
 
 def require_positive(name: str, value: float | Tensor) -> None:
     """Raise `InputError` if a number or any element, so far as it is looked at, is not positive."""
-    if isinstance(value, Tensor):
-        if not _is_readable(value):
-            return
-        smallest = value.min().item()
-        good = not smallest <= 0  # a tensor may hold NaN, which goes through
-    else:
-        smallest, good = value, value > 0
-    if not good:
+    smallest = _extremes(value)[0]
+    if not smallest > 0:
         raise InputError(
             f"{name} must be > 0, got {smallest}: the resolvent is taken in the upper half plane; "
             "give the energy a positive imaginary part, such as z = 1j"
@@ -158,7 +151,7 @@ def require_range(
     eta_name: str = "Im z",
     tensor: str = "v",
 ) -> None:
-    """Raise `InputError` if the results may lie out of the range of this module's text.
+    """Raise `InputError` unless eta is positive and all results lie in this module's range.
 
     Args:
         dtype: what is computed in.
@@ -167,21 +160,22 @@ def require_range(
             of sites or bonds.
         tensor: the argument whose dtype decides.
     """
+    require_positive(eta_name, eta)
     largest = _LARGEST[dtype]
     remedy = f"in {str(dtype).removeprefix('torch.')}; " + (
         f"give {tensor} in float64, or choose other units of energy"
         if dtype == torch.float32
         else "choose other units of energy"
     )
-    for name, x in {eta_name: eta, **added}.items():
-        found = _largest_modulus(x)
-        if found > largest:
-            raise InputError(f"{name} reaches {found:.3g}, and may reach {largest:.0e} {remedy}")
-    found = _smallest(eta)
-    if found < 1 / largest:
+    smallest, high = _extremes(eta)
+    if smallest < 1 / largest:
         raise InputError(
-            f"{eta_name} is down to {found:.3g}, and has to be at least {1 / largest:.0e} {remedy}"
+            f"{eta_name} is down to {smallest:.3g}, and has to be at least {1 / largest:.0e} "
+            f"{remedy}"
         )
+    for name, x in {eta_name: max(high, 0.0), **added}.items():
+        if not _is_within(x, largest) and (found := modulus(x)) > largest:
+            raise InputError(f"{name} reaches {found:.3g}, and may reach {largest:.0e} {remedy}")
     found = _largest_ratio(hopping, eta)
     if found > math.sqrt(largest):
         raise InputError(
@@ -247,34 +241,42 @@ def _is_readable(value: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
-def _largest_modulus(x: float | Tensor) -> float:
-    """The largest modulus that is no NaN; 0 for what is not looked at."""
+def _extremes(x: float | Tensor) -> tuple[float, float]:
+    """Smallest and largest number that is no NaN; of a tensor that is not looked at (inf, -inf)."""
     if not isinstance(x, Tensor):
-        return 0.0 if math.isnan(x) else abs(x)
+        return x, x
     if not _is_readable(x):
-        return 0.0
-    low, high = (end.item() for end in torch.aminmax(x.detach()))
-    if math.isnan(low):  # one NaN hides everything else
-        return float(x.detach().abs().nan_to_num(0.0, torch.inf).max().item())
-    return float(max(-low, high))
+        return math.inf, -math.inf
+    low, high = torch.aminmax(x.detach())
+    if math.isnan(found := low.item()):  # one NaN hides everything else
+        x = x.detach()
+        return x.nan_to_num(torch.inf).min().item(), x.nan_to_num(-torch.inf).max().item()
+    return found, high.item()
 
 
-def _smallest(x: float | Tensor) -> float:
+def modulus(x: float | Tensor) -> float:
+    """The largest modulus that is no NaN; 0 of a tensor that is not looked at."""
+    low, high = _extremes(x)
+    return max(-low, high, 0.0)
+
+
+def _is_within(x: float | Tensor, largest: float) -> bool:
+    """Whether the norm, which is found fastest, shows that no modulus is above `largest`."""
     if not isinstance(x, Tensor):
-        return x
-    return float(x.detach().nan_to_num(torch.inf).min().item()) if _is_readable(x) else torch.inf
+        return abs(x) <= largest
+    if not x.is_floating_point() or not _is_readable(x):
+        return False
+    return torch.linalg.vector_norm(x.detach()).item() <= largest
 
 
 def _largest_ratio(hopping: float | Tensor, eta: float | Tensor) -> float:
     """The largest |t| / sqrt(eta) of any chain, with the smallest eta of its sites."""
-    if not isinstance(hopping, Tensor) and not isinstance(eta, Tensor):
-        return abs(hopping) / math.sqrt(eta)
-    t, width = (
-        x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in (hopping, eta)
-    )
-    if not (_is_readable(t) and _is_readable(width)):
+    if not isinstance(hopping, Tensor) or not isinstance(eta, Tensor):
+        return modulus(hopping) / math.sqrt(_extremes(eta)[0])
+    if not (_is_readable(hopping) and _is_readable(eta)):
         return 0.0
-    low, high = torch.aminmax(t.detach(), dim=-1, keepdim=True) if t.ndim else (t, t)
-    width = width.detach().amin(-1, keepdim=True) if width.ndim else width
-    ratio = torch.maximum(low.double().abs(), high.double().abs()) / width.double().sqrt()
+    t, width = hopping.detach(), eta.detach()
+    t = t.abs().amax(-1, keepdim=True) if t.ndim else t.abs()
+    width = width.amin(-1, keepdim=True) if width.ndim else width
+    ratio = t.double() / width.double().sqrt()
     return float(ratio.nan_to_num(0.0, torch.inf).max().item())

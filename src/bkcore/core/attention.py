@@ -7,9 +7,9 @@ from torch import Tensor
 
 from bkcore.core.arguments import (
     computing_dtype,
+    modulus,
     real,
     require_device,
-    require_positive,
     require_range,
     require_real_float,
 )
@@ -67,9 +67,10 @@ def resolvent_attention(
     """
     eta = _check(query, key, value, hopping, potential, eta)
     dtype = computing_dtype(value)
-    added = {"potential": potential, "hopping^2": hopping.detach().square()}
-    sites_last = hopping.transpose(1, 2)
-    require_range(dtype, added, eta.unsqueeze(-1), sites_last, eta_name="eta", tensor="value")
+    # One bond for all: the on-site energies are of order 1, whatever the chain.
+    bond = modulus(hopping)
+    added: dict[str, float | Tensor] = {"potential": potential, "hopping^2": bond * bond}
+    require_range(dtype, added, eta, bond, eta_name="eta", tensor="value")
     first_g, first_psi = _taken_apart(state, value, key.shape[-1], dtype)
     query, key, value, hopping, potential, eta = (
         x.to(dtype) for x in (query, key, value, hopping, potential, eta)
@@ -113,7 +114,6 @@ def _check(
             )
         require_device(name, x, query, "query")
     eta = real("eta", eta, value, "value")
-    require_positive("eta", eta)
     if not isinstance(eta, Tensor):
         return query.new_full(chains[2:], eta, dtype=torch.float64)
     if eta.shape not in ((), chains[2:]):

@@ -30,7 +30,6 @@ from bkcore.core.arguments import (
     real,
     require_bool,
     require_device,
-    require_positive,
     require_range,
     require_real_float,
     split_z,
@@ -178,7 +177,6 @@ def causal_sweep_parts(
     dtype = computing_dtype(v, source)
     energy, eta = real("energy", energy, v), real("eta", eta, v)
     hopping, onsite = real("hopping", hopping, v), real("onsite", onsite, v)
-    require_positive("eta", eta)
     shift = _difference(energy, onsite)
     for name, x in {"energy or onsite": shift, "eta": eta, "hopping": hopping}.items():
         _check_channels(name, x, v)
