@@ -522,15 +522,16 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
                 again.
         """
         saving.check_arguments(kwargs)
-        if getattr(
-            self, "_hf_peft_config_loaded", False
-        ):  # files of PEFT's, which load_adapter reads
-            super().save_pretrained(save_directory, **kwargs)
+        if getattr(self, "_hf_peft_config_loaded", False):
+            # Adapters alone, in files of PEFT's, which model.load_adapter() reads.
+            with saving.failing_in_words(Path(save_directory)):
+                super().save_pretrained(save_directory, **kwargs)
             return
         if self._state is QuantizationState.CALIBRATING:
             raise LifecycleError("cannot save during calibration: call end_calibration() first")
         with saving.place(Path(save_directory), kwargs) as staged:
-            super().save_pretrained(staged, **kwargs)
+            with saving.failing_in_words(Path(save_directory)):
+                super().save_pretrained(staged, **kwargs)
             if kwargs.get("is_main_process", True):
                 if self.receipt is not None:
                     receipt.write(self.receipt, staged)

@@ -236,7 +236,10 @@ def generation_from(content: bytes, path: Path) -> GenerationConfig:
         if value is not None and not _is_like(value, usual.get(name)):
             raise CheckpointError(f"{name} in {path} cannot be {shown(value)}")
     with foreign(str(path)):
-        return GenerationConfig.from_dict(fields)
+        config = GenerationConfig.from_dict(fields)
+        # As transformers does, which lets an odd one be saved again as long as it is the same.
+        config._original_object_hash = hash(config)
+        return config
 
 
 def together(files: Iterable[Mapping[str, Any]], folder: Path) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from bkcore import manifest
-from bkcore.errors import CheckpointError, InputError
-from bkcore.reading import shown
+from bkcore.errors import BKCoreError, CheckpointError, InputError
+from bkcore.reading import shortened, shown
 
 _VARIANT = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -43,6 +45,24 @@ def check_arguments(options: dict[str, Any]) -> None:
 
 
 @contextmanager
+def failing_in_words(folder: Path) -> Iterator[None]:
+    """Turn what transformers raises while it writes to a folder into errors of this library.
+
+    Raises:
+        CheckpointError: if the folder cannot be written.
+        InputError: if it refuses an argument, or the settings of generation.
+    """
+    try:
+        yield
+    except BKCoreError:
+        raise
+    except ValueError as error:
+        raise InputError(f"nothing is saved to {folder}: {shortened(error)}") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write a checkpoint to {folder}: {error}") from error
+
+
+@contextmanager
 def place(folder: Path, options: dict[str, Any]) -> Iterator[Path]:
     """Where `save_pretrained` with these arguments writes.
 
@@ -53,8 +73,5 @@ def place(folder: Path, options: dict[str, Any]) -> Iterator[Path]:
         with manifest.saving_model(folder) as staged:
             yield staged
         return
-    try:  # others gather their shares of the weights, and write nothing
-        with tempfile.TemporaryDirectory() as unused:
-            yield Path(unused)
-    except OSError as error:
-        raise CheckpointError(f"cannot write to the temporary folder: {error}") from error
+    with failing_in_words(folder), tempfile.TemporaryDirectory() as unused:
+        yield Path(unused)  # the others gather their shares of the weights, and write nothing

@@ -1,0 +1,518 @@
+"""Folders from strangers: what is listed is read, everything fits before it takes memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from bkcore import manifest
+from bkcore.errors import CheckpointError, InputError
+from bkcore.manifest import MANIFEST
+from bkcore.model import ResNetBKConfig, ResNetBKForCausalLM, StreamState
+
+
+def sign(folder: Path, **more: str) -> None:
+    """Make the manifest right again, and have it list what else is named."""
+    content = json.loads((folder / MANIFEST).read_text())
+    for name in content["sha256"]:
+        content["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    content["sha256"].update(more)
+    (folder / MANIFEST).write_text(json.dumps(content))
+
+
+def edit(folder: Path, file: str = "config.json", **fields: Any) -> None:
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, **fields}))
+    sign(folder)
+
+
+def refused(folder: Path, match: str, **options: Any) -> None:
+    """Loading fails in words, and at once."""
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=match):
+        ResNetBKForCausalLM.from_pretrained(folder, **options)
+    assert time.process_time() - start < 2
+
+
+@pytest.fixture
+def folder(build: Any, tmp_path: Path) -> Path:
+    """A float model, whole."""
+    build().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def quantized(build: Any, tmp_path: Path) -> Path:
+    """A quantized model, whole."""
+    build("ptq_int4", "quantized").save_pretrained(tmp_path / "quantized")
+    return tmp_path / "quantized"
+
+
+# ---- the manifest ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kept", "match"),
+    [
+        ([], "does not list a whole model"),
+        (["config.json"], "does not list a whole model"),
+        (["model.safetensors"], "does not list a whole model"),
+        (["generation_config.json", "model.safetensors"], "does not list a whole model"),
+    ],
+)
+def test_an_empty_or_partial_manifest(folder: Path, kept: list[str], match: str) -> None:
+    digests = {name: x for name, x in manifest.read(folder).items() if name in kept}
+    (folder / MANIFEST).write_text(json.dumps({"format_version": 4, "sha256": digests}))
+    refused(folder, match)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "a/b",
+        "..",
+        ".",
+        "",
+        "x" * 5000,
+        "a\0b",
+        "a\nb",
+        "é" * 200,
+    ],
+)
+def test_a_name_that_leaves_the_folder(folder: Path, name: str) -> None:
+    sign(folder, **{name: "0" * 64})
+    refused(folder, "which is no name of a file in this folder")
+
+
+@pytest.mark.parametrize("digest", [None, 3, "", "x" * 64, "0" * 63, ["0" * 64]])
+def test_a_digest_that_is_none(folder: Path, digest: Any) -> None:
+    sign(folder, **{"more.json": digest})
+    refused(folder, "64 hexadecimal digits")
+
+
+def test_only_listed_files_are_read(folder: Path, monkeypatch: Any) -> None:
+    expected = load_file(folder / "model.safetensors")
+    shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors")
+    for name in ("model.safetensors.index.json", "pytorch_model.bin", "adapter_config.json"):
+        (folder / name).write_text("{}")
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text("raise SystemExit")
+    model = ResNetBKForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert all(torch.equal(x, expected[name]) for name, x in model.state_dict().items())
+
+
+def test_an_index_is_not_followed(build: Any, tmp_path: Path) -> None:
+    model, other = build(), build()
+    other.embedding.weight.data.zero_()
+    model.save_pretrained(tmp_path / "model", max_shard_size="10KB")
+    other.save_pretrained(tmp_path / "other")
+    file = tmp_path / "model" / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "../other/model.safetensors")
+    file.write_text(json.dumps(index))
+    sign(tmp_path / "model")
+    loaded = ResNetBKForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded.embedding.weight, model.embedding.weight)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "generation_config.json"])
+def test_a_link_out_of_the_folder(folder: Path, file: str) -> None:
+    shutil.move(folder / file, folder.parent / file)
+    (folder / file).symlink_to(folder.parent / file)
+    refused(folder, "outside the folder")
+
+
+def test_the_folders_of_a_hub_have_links(folder: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    assert type(ResNetBKForCausalLM.from_pretrained(snapshot)) is ResNetBKForCausalLM
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", MANIFEST])
+@pytest.mark.parametrize("what", ["pipe", "folder", "device", "endless file"])
+def test_what_is_no_regular_file(folder: Path, file: str, what: str) -> None:
+    (folder / file).unlink()
+    if what == "pipe":
+        os.mkfifo(folder / file)
+    elif what == "folder":
+        (folder / file).mkdir()
+    else:
+        (folder / file).symlink_to("/dev/zero" if what == "device" else "/proc/kmsg")
+    refused(folder, "cannot be read|outside the folder")
+
+
+@pytest.mark.parametrize("file", ["config.json", MANIFEST])
+def test_a_giant_json_file(folder: Path, file: str) -> None:
+    with (folder / file).open("r+b") as out:
+        out.truncate(1 << 34)  # a hole, which takes no room
+    refused(folder, "at most 16,777,216 are read")
+
+
+def test_a_file_that_changes_while_it_is_read(
+    folder: Path, build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check, other = manifest.check, build("ptq_int4", "quantized")
+
+    def check_and_replace(*args: Any) -> Any:
+        found = check(*args)
+        other.save_pretrained(folder)
+        return found
+
+    monkeypatch.setattr(manifest, "check", check_and_replace)
+    refused(folder, "changed while it was read")
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "a\0b", "absent"])
+def test_a_folder_that_cannot_be(path: str) -> None:
+    refused(Path(path), "there is no checkpoint folder")
+
+
+# ---- sizes and shapes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"vocab_size": 2**31 - 1},
+        {"d_model": 2**30, "expert_size": 2**30},
+        {"n_layers": 10**6},
+        {"n_layers": 1},
+        {"num_experts": 10**6},
+        {"num_experts": 2, "experts_per_token": 1},
+        {"expert_size": 10**9},
+        {"num_heads": 8},
+        {"key_size": 10**8},
+        {"value_size": 10**8},
+        {"conv_width": 10**8},
+        {"mixer": "green"},
+        {"mixer": "convolution"},
+    ],
+)
+def test_sizes_that_the_weights_have_not(folder: Path, fields: dict[str, Any]) -> None:
+    edit(folder, **fields)
+    refused(folder, "does not fit its configuration|damaged")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("layers.0.mixer.out_proj.weight.packed", None),
+        ("layers.0.mixer.out_proj.weight.packed", torch.zeros(3, 3, dtype=torch.uint8)),
+        ("layers.1.experts.experts.2.up.weight.stored_scales", torch.float16),
+        ("layers.1.experts.experts.2.up.weight.packed", torch.int8),
+        ("embedding.weight.packed", torch.float32),
+        ("layers.0.mixer.quantizers.gate.zero_points", torch.int16),
+        ("layers.0.mixer.quantizers.gate.record", torch.float64),
+        ("final_norm.weight", torch.int8),
+    ],
+)
+def test_tensors_of_a_quantized_model(quantized: Path, name: str, change: Any) -> None:
+    tensors = load_file(quantized / "model.safetensors")
+    if change is None:
+        del tensors[name]
+    else:
+        tensors[name] = change if isinstance(change, torch.Tensor) else tensors[name].to(change)
+    save_file(tensors, quantized / "model.safetensors", metadata={"format": "pt"})
+    sign(quantized)
+    refused(quantized, f"does not fit its configuration.*{name}")
+
+
+def header(tensors: dict[str, Any], data: bytes) -> bytes:
+    text = json.dumps(tensors).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff" * 8,
+        (1 << 40).to_bytes(8, "little") + b"{}",
+        header({"a": {"dtype": "F32", "shape": [1 << 62, 8], "data_offsets": [0, 4]}}, b"0000"),
+        header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1 << 60]}}, b"0000"),
+        header(
+            {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"}, b"0000"
+        ),
+        header({"a": {"dtype": "XX", "shape": [1], "data_offsets": [0, 4]}}, b"0000"),
+        header({"final_norm.weight": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b""),
+    ],
+)
+def test_headers_that_are_none(folder: Path, content: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(content)
+    sign(folder)
+    refused(folder, "is damaged")
+
+
+def test_the_same_tensor_twice(build: Any, tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "model.fp16.safetensors")
+    digest = manifest.read(tmp_path)["model.safetensors"]
+    sign(tmp_path, **{"model.fp16.safetensors": digest})
+    refused(tmp_path, "twice")
+
+
+def test_nothing_large_is_built(folder: Path) -> None:
+    """What a folder claims takes no memory: a process of 2 GB refuses a model of 30 TB."""
+    edit(folder, vocab_size=2**31 - 1)
+    code = (
+        "import resource, sys\n"
+        "from bkcore.errors import CheckpointError\n"
+        "from bkcore.model import ResNetBKForCausalLM\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)\n"
+        "try:\n"
+        "    ResNetBKForCausalLM.from_pretrained(sys.argv[1])\n"
+        "except CheckpointError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False
+    )
+    assert "embedding.weight is (61, 24) instead of (2147483647, 24)" in done.stdout, done.stderr
+
+
+# ---- the values in JSON ----------------------------------------------------------------------
+
+WRONG: list[tuple[str, Any]] = [
+    *(("vocab_size", x) for x in (True, 61.0, "61", None, [61], {}, -1, 0, 10**30)),
+    *(("n_seq", x) for x in (0, 2**31, None)),
+    *(("dropout", x) for x in ("x", None, True, float("nan"), 1, -0.1, [0])),
+    *(("norm_eps", x) for x in (float("inf"), -1, 10**400, "0")),
+    *(("embedding_multiplier", x) for x in (0, None, float("inf"), {"__float__": "NaN"})),
+    *(("mixer", x) for x in (3, None, [], "other")),
+    *(("chunked_loss", x) for x in (1, None, "true")),
+    *(("use_cache", x) for x in (0, [])),
+    *(("key_groups", x) for x in (0, 3, True, "2")),
+    *(("quantization", x) for x in (2, "ptq_int8", [], {"mode": []}, {"mode": 1})),
+    ("quantization", {"mode": "ptq_int8", "state": "calibrating"}),
+    ("quantization", {"mode": "ptq_int8", "state": "unknown"}),
+    ("quantization", {"mode": "ptq_int8", "state": ["quantized"]}),
+    ("quantization", {"mode": "ptq_int8", "state": "training"}),
+    ("quantization", {"mode": "ptq_int8", "more": 1}),
+    ("quantization", {"mode": "ptq_int8", "group_size": 1e400}),
+    ("quantization", {"mode": "ptq_int8", "tensor_bits": {"embedding": 4.0}}),
+    *(("architectures", x) for x in (3, "ResNetBKForCausalLM", [3])),
+    *(("dtype", x) for x in ("nonsense", 3, "int8", "__name__", ["float32"])),
+    *(("torch_dtype", x) for x in ("nonsense", 3)),
+    *(("id2label", x) for x in (3, {"x": "y"}, {"0": 1})),
+    *(("label2id", x) for x in (3, {"x": "y"})),
+    *(("transformers_version", x) for x in ([], 5)),
+    *(("model_type", x) for x in ("gpt2", 3)),
+    *(("is_encoder_decoder", x) for x in (True, 1)),
+    *(("num_labels", x) for x in (10**9, "2", -1)),
+    *(("auto_map", x) for x in (3, {"AutoModel": 3})),
+    *(("attn_implementation", x) for x in ("org/model", 3)),
+    *(("pad_token_id", x) for x in ("0", 2**40, [None])),
+    *(
+        (name, 3)
+        for name in ("attribute_map", "to_dict", "quantization_config", "per_layer_config")
+    ),
+    *((name, "x") for name in ("transformers_weights", "rope_scaling", "_attn_implementation", "")),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: f"{value!r:.30}")
+def test_a_wrong_value(folder: Path, name: str, value: Any) -> None:
+    edit(folder, **{name: value})
+    refused(folder, r"config\.json is damaged")
+    fields = {**json.loads((folder / "config.json").read_text()), name: value}
+    with pytest.raises(InputError):  # for those who build one
+        ResNetBKConfig(**fields)
+
+
+def test_what_others_write_into_a_configuration(folder: Path) -> None:
+    edit(
+        folder,
+        torch_dtype="float32",
+        pad_token_id=0,
+        eos_token_id=[0, 1],
+        temperature=0.5,
+        auto_map={"AutoModelForCausalLM": "modeling.Model"},
+        architectures=None,
+        dropout=0,
+    )
+    model = ResNetBKForCausalLM.from_pretrained(folder)
+    assert (model.config.pad_token_id, model.config.dropout) == (0, 0)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("text", ["null", "[]", "3", "", "{", "[" * 100_000, "\udc80"])
+def test_json_that_is_no_object(folder: Path, file: str, text: str) -> None:
+    (folder / file).write_bytes(text.encode(errors="surrogateescape"))
+    sign(folder)
+    refused(folder, "is not JSON|must hold a JSON object")
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_json_that_is_too_deep(folder: Path, file: str) -> None:
+    deep: Any = 1
+    for _ in range(900):
+        deep = [deep]
+    edit(folder, file, foo=deep)
+    refused(folder, "nested more than 64 deep")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("temperature", x) for x in ("x", True, 1e400, [])),
+        *(("top_k", x) for x in ("x", [1])),
+        *(("do_sample", x) for x in (1, "x")),
+        ("watermarking_config", 3),
+        ("max_new_tokens", -5),
+        ("to_dict", 3),
+        ("_other", 3),
+    ],
+)
+def test_a_wrong_generation_setting(folder: Path, name: str, value: Any) -> None:
+    edit(folder, "generation_config.json", **{name: value})
+    refused(folder, r"generation_config\.json")
+
+
+def test_generation_settings_come_back(build: Any, tmp_path: Path) -> None:
+    model = build()
+    model.generation_config.temperature = 0.7
+    model.generation_config.do_sample = True
+    model.generation_config.early_stopping = "never"
+    model.generation_config.num_beams = 2
+    model.save_pretrained(tmp_path)
+    loaded = ResNetBKForCausalLM.from_pretrained(tmp_path)
+    assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
+    other = GenerationConfig(temperature=0.1, do_sample=True)
+    loaded = ResNetBKForCausalLM.from_pretrained(tmp_path, generation_config=other)
+    assert loaded.generation_config.temperature == 0.1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weights": 3},
+        {"weights": [3]},
+        {"weights": [{}]},
+        {"quantization": None},
+        {"quantization": {"mode": "other"}},
+        {"activations": [{"name": 3}]},
+        {"calibration": []},
+        {"cores": {}},
+        {"training": {"steps": "x"}},
+    ],
+)
+def test_a_wrong_receipt(quantized: Path, change: dict[str, Any]) -> None:
+    edit(quantized, "receipt.json", **change)
+    refused(quantized, r"receipt\.json is no receipt")
+
+
+# ---- what may be asked for -------------------------------------------------------------------
+
+
+def test_arguments_of_transformers(folder: Path, build: Any) -> None:
+    load = ResNetBKForCausalLM.from_pretrained
+    for dtype in (torch.float16, "float16"):
+        assert load(folder, dtype=dtype).dtype == torch.float16
+        assert load(folder, torch_dtype=dtype).config.dtype == torch.float16
+    assert load(folder, dtype="auto").dtype == torch.float32
+    model, info = load(folder, output_loading_info=True, device_map="cpu", low_cpu_mem_usage=True)
+    assert not any(info.values())
+    assert model.name_or_path == model.config.name_or_path == str(folder)
+    assert load(folder.parent, subfolder="model").config.d_model == 24
+    assert load(folder, dropout=0.25).config.dropout == 0.25
+    assert load(folder, config=ResNetBKConfig.from_pretrained(folder)).config.d_model == 24
+    assert (
+        load(str(folder), local_files_only=True, revision="main", token=None).config.n_layers == 2
+    )
+    auto = AutoModelForCausalLM.from_pretrained(folder, dropout=0.25, dtype="bfloat16")
+    assert (auto.config.dropout, auto.dtype) == (0.25, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"foo": 1},
+        {"state_dict": {}},
+        {"gguf_file": "x"},
+        {"quantization_config": {}},
+        {"use_safetensors": False},
+        {"ignore_mismatched_sizes": True},
+        {"attn_implementation": "flash_attention_2"},
+        {"dtype": "int8"},
+        {"dtype": "nonsense"},
+        {"dropout": "x"},
+        {"config": "path"},
+        {"config": ResNetBKConfig(), "dropout": 0.1},
+    ],
+)
+def test_arguments_that_cannot_be_honoured(folder: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        ResNetBKForCausalLM.from_pretrained(folder, **options)
+
+
+def test_a_configuration_of_another_model(folder: Path) -> None:
+    config = ResNetBKConfig.from_pretrained(folder)
+    config.vocab_size = 10**9
+    refused(folder, "does not fit its configuration", config=config)
+
+
+def test_another_variant(build: Any, tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path, variant="fp16")
+    ResNetBKForCausalLM.from_pretrained(tmp_path, variant="fp16")
+    refused(tmp_path, "not the variant 'bf16'", variant="bf16")
+
+
+def test_loading_draws_nothing_at_random(folder: Path) -> None:
+    before = torch.get_rng_state()
+    ResNetBKForCausalLM.from_pretrained(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- states ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seen": None},
+        {"seen": torch.zeros(2)},
+        {"seen": torch.tensor([-1, 0])},
+        {"seen": torch.zeros(3, dtype=torch.int64)},
+        {"0.g": None},
+        {"0.g": torch.zeros(2, 4)},
+        {"0.taps": torch.zeros(2, 3, 4, dtype=torch.int32)},
+        {"0.psi": torch.zeros(1)},
+        {"999999999.g": torch.zeros(1)},
+        {"more": torch.zeros(1)},
+    ],
+)
+def test_a_state_that_is_none(
+    build: Any, tokens: Any, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    path = tmp_path / "state"
+    build()(tokens(2, 5), use_cache=True).cache_params.save(path)
+    tensors = {k: v for k, v in {**load_file(path), **change}.items() if v is not None}
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match="is not a saved state"):
+        StreamState.load(path)
+
+
+def test_a_pipe_is_no_state(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "state")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        StreamState.load(tmp_path / "state")
