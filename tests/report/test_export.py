@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bkcore.errors import InputError
+from bkcore.errors import CheckpointError, InputError
 from bkcore.evaluation.checkpoints import load_checkpoint
 from bkcore.report.curve import draw_curve
 from bkcore.report.export import export_half
+from bkcore.report.files import refuse_model, write_json
 
 
 def test_a_model_in_float16_is_half_as_large_and_computes_in_float32(
@@ -41,6 +44,37 @@ def test_what_cannot_be_exported_is_named(fox_checkpoint: Path, tmp_path: Path) 
     tokenizer.save_pretrained(tmp_path / "int8")
     with pytest.raises(InputError, match="is quantized"):
         export_half(tmp_path / "int8", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "text", ["null", "3", "[]", '{"quantization": 2}', '{"quantization": "int8"}', "[" * 50_000]
+)
+def test_a_model_that_cannot_be_told_is_not_written_over(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match="may hold a model"):
+        refuse_model(tmp_path)
+
+
+def test_a_full_disk_leaves_no_half(fox_checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for target in ("transformers.modeling_utils.safe_save_file", "bkcore.manifest.os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, full)
+            with pytest.raises(CheckpointError, match="No space left"):
+                export_half(fox_checkpoint, tmp_path / "half")
+        assert not (tmp_path / "half").exists()
+
+
+def test_a_report_on_a_full_disk(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(InputError, match=r"cannot be written.*No space left"):
+        write_json({}, tmp_path / "report.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_curve_is_drawn(tmp_path: Path) -> None:

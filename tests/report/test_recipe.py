@@ -1,5 +1,6 @@
 """Recipes: what is read, and that every mistake is named before any work."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,25 @@ def test_shipped_recipes_are_recipes() -> None:
     assert shipped
     for path in shipped:
         read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a: &a [1]\nb: *a", "takes no aliases"),
+        ("a: 2001-99-99", "is not YAML"),
+        ("a: !!python/object/apply:os.system [ls]", "is not YAML"),
+        ("[" * 50_000, "nested too deeply"),
+        ("a: " + "9" * 5000, "is not YAML"),
+    ],
+)
+def test_what_a_stranger_may_write(tmp_path: Path, text: str, complaint: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(InputError, match=complaint):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "recipe.yaml")
+    with pytest.raises(InputError, match="not a regular file"):
+        read_recipe(tmp_path / "recipe.yaml")

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from bkcore.errors import InputError
+from bkcore.errors import CheckpointError, InputError
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
 from bkcore.text import TokenWindows
 from bkcore.training import Schedule, save_whole, shard, train
@@ -66,6 +66,8 @@ def shared(output: Path, parts: int) -> None:
     train(model, WINDOWS, schedule(gradient_accumulation=parts))
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     save_whole(model, output)
+    with pytest.raises(CheckpointError):  # in all processes: none may wait for one that failed
+        save_whole(model, output / "config.json")
 
 
 def taught(parts: int) -> ResNetBKForCausalLM:

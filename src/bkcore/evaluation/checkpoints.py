@@ -32,7 +32,7 @@ from bkcore.model import ResNetBKForCausalLM
 from bkcore.model.moe import counting_load
 from bkcore.processes import ProcessDiedError, call_in_new_process
 from bkcore.text import count_words, encode, load_tokenizer, tokenizer_hash
-from bkcore.text.saved import CheckpointTokenizer
+from bkcore.text.saved import CheckpointTokenizer, largest_id
 
 _SPEED_BATCHES = 9
 
@@ -274,10 +274,10 @@ def load_checkpoint(folder: Path) -> tuple[ResNetBKForCausalLM, CheckpointTokeni
     tokenizer = load_tokenizer(folder)
     if manifest.read(folder) != digests:
         raise CheckpointError(f"{folder} changed while it was read; load it again")
-    if len(tokenizer) > model.config.vocab_size:
+    if largest_id(tokenizer) >= model.config.vocab_size:
         raise CheckpointError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model "
-            f"{model.config.vocab_size}: it is the tokenizer of another model"
+            f"the tokenizer in {folder} has the id {largest_id(tokenizer)}, and the model only "
+            f"{model.config.vocab_size} tokens: it is the tokenizer of another model"
         )
     return model, tokenizer
 

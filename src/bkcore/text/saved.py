@@ -21,6 +21,7 @@ _TOKENIZER = "tokenizer.json"
 _SETTINGS = "tokenizer_config.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
 _BYTES = 128 << 20
+_IDS = 1 << 22
 
 _TOKENS = {
     *PreTrainedTokenizerFast.SPECIAL_TOKENS_ATTRIBUTES,
@@ -145,6 +146,11 @@ def list_tokenizer(folder: str | Path) -> None:
     load_tokenizer(Path(folder))
 
 
+def largest_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The largest id of a token, -1 if there is none."""
+    return max(tokenizer.get_vocab().values(), default=-1)
+
+
 def _tokenizer(read: Callable[[str], bytes | None], folder: Path) -> CheckpointTokenizer:
     """Have transformers read a copy of what was checked, and nothing else."""
     contents = {name: read(name) for name in manifest.TOKENIZER_FILES}
@@ -154,6 +160,9 @@ def _tokenizer(read: Callable[[str], bytes | None], folder: Path) -> CheckpointT
         _check_settings(contents[name] or b"{}", known, folder / name)
     with _copied(contents) as place, foreign(f"the tokenizer in {folder}"):
         tokenizer = CheckpointTokenizer.from_pretrained(place, local_files_only=True)
+        largest = largest_id(tokenizer)
+        if largest >= _IDS:
+            raise ValueError(f"a token has the id {largest:,}")  # copies count up to it
         copy.deepcopy(tokenizer.backend_tokenizer)  # which is stricter, and encoding does it
         _ = len(tokenizer), tokenizer.bos_token_id
     tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(folder)
