@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from bkcore import manifest
 from bkcore.errors import CheckpointError, InputError
@@ -272,9 +273,10 @@ def check_fit(
                 f"the checkpoint {folder} does not fit its configuration: {name} is "
                 f"{getattr(config, name)}, but it has tensors for {count}"
             )
-    with foreign(str(folder / manifest.CONFIG)), torch.device("meta"):
+    with foreign(str(folder / manifest.CONFIG)), torch.device("meta"), no_init_weights():
         model = kind(config)
-    own, exact = model.state_dict(), _exact(model)
+    own = model.state_dict()
+    exact = _exact(model, own)
     amiss = [f"it lacks {shown(name)}" for name in own if name not in tensors]
     for name, tensor in tensors.items():
         shape, dtype = tuple(tensor.get_shape()), _DTYPES.get(tensor.get_dtype())
@@ -293,9 +295,9 @@ def check_fit(
         )
 
 
-def _exact(model: nn.Module) -> set[str]:
+def _exact(model: nn.Module, own: Mapping[str, Tensor]) -> set[str]:
     """Names of the tensors whose dtype is part of the format; others may be in any floating one."""
-    names = {name for name, x in model.state_dict().items() if not x.is_floating_point()}
+    names = {name for name, x in own.items() if not x.is_floating_point()}
     for path, module in model.named_modules():
         if isinstance(module, StoredDtypes):
             names |= {f"{path}.{name}" for name in module.stored}
