@@ -14,16 +14,17 @@ from bkcore.model import ResNetBKForCausalLM
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
-def in_processes(count: int, output: Path) -> None:
+def in_processes(count: int, script: Path, *arguments: str) -> str:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*launcher, "--nproc_per_node", str(count), str(SCRIPT), str(output)],
+        [*launcher, "--nproc_per_node", str(count), str(script), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -33,8 +34,8 @@ def weights(folder: Path) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
-    in_processes(1, folder / "one")
-    in_processes(2, folder / "two")
+    in_processes(1, SCRIPT, str(folder / "one"))
+    in_processes(2, SCRIPT, str(folder / "two"))
     return folder
 
 
@@ -55,3 +56,9 @@ def test_the_training_moved_the_weights(results: Path) -> None:
     assert checkpoint.name == "checkpoint-4"
     moved = weights(results / "one" / "copied-1")["layers.0.mixer.out_proj.weight"]
     assert float(moved.abs().max()) > 1e-3  # it begins at zero
+
+
+def test_idle_experts_are_no_trouble_in_any_combination() -> None:
+    """Without find_unused_parameters, with copies and shares, checkpoints and accumulation."""
+    done = in_processes(2, SCRIPT.with_name("idle_experts.py"))
+    assert len(done.splitlines()) == 2 * 3 * 2 + 2 * 3

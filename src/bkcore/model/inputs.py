@@ -118,6 +118,18 @@ def calibration_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     return ids, real_tokens(batch.get("attention_mask"), ids, None)
 
 
+@torch.compiler.disable  # what raises while a graph is traced would be run again without one
+def refuse_loss_outside() -> None:
+    """Raise `InputError`: the Trainer smooths labels of a compiled model without shifting them.
+
+    It knows by a model's name that they are to be shifted, and a compiled one has another.
+    """
+    raise InputError(
+        "the Trainer would not shift the labels of a compiled model where it computes the loss "
+        "itself: leave out torch_compile, or label_smoothing_factor and compute_loss_func"
+    )
+
+
 def check_options(
     num_items_in_batch: Any, cache_params: Any, flags: dict[str, Any], others: dict[str, Any]
 ) -> None:

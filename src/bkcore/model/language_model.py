@@ -178,11 +178,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         inputs.check_options(num_items_in_batch, cache_params, flags, others)
         input_ids = inputs.token_ids(input_ids)
         if labels is None and num_items_in_batch is not None and torch.compiler.is_compiling():
-            raise InputError(
-                "the Trainer computes a loss outside of a compiled model, whose name hides that "
-                "labels are to be shifted: leave out torch_compile, or label_smoothing_factor and "
-                "compute_loss_func"
-            )
+            inputs.refuse_loss_outside()
         if labels is not None:
             labels = inputs.next_labels(labels, input_ids, self.config.vocab_size)
         real = inputs.real_tokens(attention_mask, input_ids, labels)
@@ -250,7 +246,10 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             afters.append(after)
         seen = input_ids.new_full(input_ids.shape[:1], input_ids.shape[1])
         seen = seen if state is None else state.seen + seen
-        return self.final_norm(hidden), balance, StreamState(tuple(afters), seen)
+        hidden = self.final_norm(hidden)
+        if self._state is QuantizationState.QUANTIZED:
+            hidden = hidden.detach()  # codes pass no gradient on: what is left would be no gradient
+        return hidden, balance, StreamState(tuple(afters), seen)
 
     def _hidden_by_rows(self, input_ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, None]:
         """`_hidden` of the first tokens of each row alone, so that nothing observes padding."""

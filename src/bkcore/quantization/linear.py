@@ -55,7 +55,7 @@ def project(x: Tensor, weight: PackedWeight | TrainableWeight | HalfWeight) -> T
         weight_codes, values = weight.codes_and_values()
         scales = weight.scales().detach()
         out = _StraightThroughProduct.apply(rows, values, weight_codes, scales, weight.group_size)
-    return out.view(*x.shape[:-1], -1).to(x.dtype)
+    return out.view(*x.shape[:-1], out.shape[-1]).to(x.dtype)
 
 
 class QuantizedLinear(nn.Module):
