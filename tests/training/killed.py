@@ -5,7 +5,6 @@ Usage: killed.py FOLDER OPTIMIZER. Nothing of torch runs before the forks, so th
 
 import json
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -99,17 +98,16 @@ def killed_writing(name: str) -> Callable[[], None]:
 
 
 def killed_deleting() -> None:
-    """Die when the first file of an old checkpoint is gone."""
+    """Die when the weights of an old checkpoint are gone."""
 
-    original = shutil.rmtree
+    original = Path.unlink
 
-    def rmtree(path: Any, *args: Any, **kwargs: Any) -> None:
-        if Path(path).name.startswith("checkpoint-"):
-            (Path(path) / "model.safetensors").unlink()
-            die()
+    def unlink(path: Path, *args: Any, **kwargs: Any) -> None:
         original(path, *args, **kwargs)
+        if path.name == "model.safetensors":
+            die()
 
-    shutil.rmtree = rmtree  # type: ignore[assignment]
+    Path.unlink = unlink  # type: ignore[method-assign]
     run(FOLDER / "killed", FOLDER / "none")
 
 

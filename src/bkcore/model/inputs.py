@@ -118,7 +118,8 @@ def calibration_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     return ids, real_tokens(batch.get("attention_mask"), ids, None)
 
 
-@torch.compiler.disable  # what raises while a graph is traced would be run again without one
+# What raises while a graph is traced would be run again without one.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def refuse_loss_outside() -> None:
     """Raise `InputError`: the Trainer smooths labels of a compiled model without shifting them.
 

@@ -78,7 +78,8 @@ def run_training(
         DataError: if the text is missing, unreadable or too small; before any training.
         InputError: if `output` cannot be written; likewise.
         OutputError: if the report cannot be written.
-        CheckpointError: if `output` holds a training by another recipe or on another text.
+        CheckpointError: if `output` holds a training by another recipe or on another text, or it
+            is full.
     """
     process = PartialState(cpu=True)
     if process.is_main_process:

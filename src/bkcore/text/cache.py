@@ -1,11 +1,12 @@
 """The tokenizer and the token ids of a corpus, made once a folder."""
 
 import os
-import shutil
+import tempfile
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from bkcore.errors import CheckpointError
 from bkcore.text.corpus import StreamedCorpus
 from bkcore.text.saved import CheckpointTokenizer, read_tokenizer
 from bkcore.text.shards import TokenShards, write_shards
@@ -29,12 +30,20 @@ def cached_tokenizer(
     name = f"tokenizer-{corpus.sha256[:16]}-{vocab_size}-{min_frequency}"
     if not (folder / name).exists():
         tokenizer = train_tokenizer(corpus.train(), vocab_size, min_frequency=min_frequency)
-        staged = folder / f".{name}.saving"
-        shutil.rmtree(staged, ignore_errors=True)
-        tokenizer.save_pretrained(staged)
-        os.replace(staged, folder / name)
+        _save(tokenizer, folder / name)
     # Loaded even when it was just trained, so that the first run and the next do the same.
     return read_tokenizer(folder / name)
+
+
+def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Make the folder of a tokenizer, whole or not at all."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder.parent) as staged:
+            tokenizer.save_pretrained(Path(staged) / folder.name)
+            os.replace(Path(staged) / folder.name, folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot write a tokenizer to {folder}: {error}") from error
 
 
 def cached_tokens(

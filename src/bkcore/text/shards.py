@@ -111,8 +111,11 @@ def write_shards(
         }
         (staged / _INDEX).write_text(to_json(index), encoding="utf-8")
         os.replace(staged, folder)
-    except OSError as error:
-        raise DataError(f"Cannot write token ids to {folder} ({error.strerror}).") from error
+    except BaseException as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise DataError(f"Cannot write token ids to {folder} ({error.strerror}).") from error
+        raise
     return TokenShards(folder)
 
 

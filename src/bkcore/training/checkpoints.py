@@ -1,8 +1,9 @@
 """The folders that training resumes from: which of them are whole, and what they belong to.
 
-The Trainer writes the files of a checkpoint in place. A marker, renamed into the folder when all of
-them are there, tells a whole checkpoint from one that a kill cut short; it goes first when the
-folder is deleted.
+The Trainer writes the files of a checkpoint in place. A file that is there before all others says
+that the folder is ours, and a marker, renamed into it when all of them are there, tells a whole
+checkpoint from one that a kill cut short. What bears neither is somebody else's: it is not resumed
+from, not deleted and not written to.
 """
 
 from __future__ import annotations
@@ -10,16 +11,22 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from bkcore.errors import CheckpointError
+from safetensors import SafetensorError
+
+from bkcore.errors import BKCoreError, CheckpointError
 from bkcore.outputs import to_json
 from bkcore.reading import read_json, shown
 
 MARKER = "complete.json"
+BEGUN = ".bkcore-checkpoint"
+"""Empty, in a folder of ours that is not whole: still being written, or being deleted."""
 
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-(0|[1-9]\d*)")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -33,32 +40,104 @@ def minutes_of(checkpoint: Path) -> float:
     return minutes
 
 
+@contextmanager
+def writing(checkpoint: Path) -> Iterator[None]:
+    """Say what could not be written if the block fails, and delete what it wrote.
+
+    Raises:
+        CheckpointError: if the disk is full, say, or the folder may not be written to.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, BKCoreError) as error:
+        with suppress(OSError):  # the mark stays: the next training deletes it
+            _delete(checkpoint)
+        if isinstance(error, BKCoreError):
+            raise
+        raise CheckpointError(
+            f"cannot write the checkpoint {checkpoint}: {error}; make room for it, or name another "
+            "folder, and resume"
+        ) from error
+
+
+@contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Say which checkpoint is damaged if the block cannot read it.
+
+    Raises:
+        CheckpointError: if a file of it is missing, truncated or altered.
+    """
+    try:
+        yield
+    except BKCoreError:
+        raise
+    except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint} cannot be read: {error}; delete it to resume from the one before, if "
+            "there is one"
+        ) from error
+
+
+def begin(checkpoint: Path) -> None:
+    """Make the folder of a checkpoint, and mark it as ours."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / BEGUN).touch()
+
+
 def mark_complete(checkpoint: Path, run: dict[str, Any], minutes: float) -> None:
     """Declare a checkpoint whole, and part of a run that `run` describes, as JSON can."""
     staged = checkpoint / f".{MARKER}"
     staged.write_text(to_json({"run": run, "minutes": minutes}), encoding="utf-8")
     os.replace(staged, checkpoint / MARKER)
+    (checkpoint / BEGUN).unlink()
 
 
 def newest(folder: Path) -> Path | None:
     """The last whole checkpoint of a run's folder, if there is any."""
-    whole = [path for path in _checkpoints(folder) if (path / MARKER).is_file()]
-    return max(whole, key=step_of, default=None)
+    return max(filter(_is_whole, _checkpoints(folder)), key=step_of, default=None)
+
+
+def prepare(folder: Path, start: int, last: int) -> None:
+    """Make the folder of a run, and see that nothing in it is in the way.
+
+    Args:
+        start: the step after which the training begins.
+        last: the step at which it ends.
+
+    Raises:
+        CheckpointError: if it cannot be made, or what is not ours has the name of a checkpoint
+            that may be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = sorted(folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"cannot write checkpoints to {folder}: {error}") from error
+    ours = set(_checkpoints(folder))
+    for path in found:
+        match = _NAME.fullmatch(path.name)
+        if match is None or path in ours or not start < int(match[1]) <= last:
+            continue
+        if path.is_symlink() or not path.is_dir() or any(path.iterdir()):
+            raise CheckpointError(
+                f"{path} was not written by this kind of training, or is a link, and is in the way "
+                "of a checkpoint: move it, or name another folder"
+            )
 
 
 def remove_incomplete(folder: Path) -> None:
     """Delete what a kill left behind."""
     for path in _checkpoints(folder):
-        if not (path / MARKER).is_file():
-            shutil.rmtree(path)
+        if not _is_whole(path):
+            _delete(path)
 
 
-def remove_all_but(folder: Path, kept: set[int]) -> None:
-    """Delete the checkpoints of all steps but some."""
+def remove_all_but(folder: Path, kept: set[int], run: dict[str, Any] | None = None) -> None:
+    """Delete the checkpoints of all steps but some: those of a run, or of any training."""
     for path in _checkpoints(folder):
-        if step_of(path) not in kept:
-            (path / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(path)
+        own = run is None or not _is_whole(path) or _marker(path)["run"] == run
+        if own and step_of(path) not in kept:
+            _delete(path)
 
 
 def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
@@ -92,7 +171,32 @@ def _marker(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
+def _is_whole(checkpoint: Path) -> bool:
+    if (checkpoint / BEGUN).exists():
+        return False
+    try:
+        _marker(checkpoint)
+    except CheckpointError:
+        return False
+    return True
+
+
 def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that bear a mark of ours, and are no links to somewhere else."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+    named = [path for path in sorted(folder.iterdir()) if _NAME.fullmatch(path.name)]
+    real = [path for path in named if path.is_dir() and not path.is_symlink()]
+    return [path for path in real if (path / BEGUN).exists() or _is_whole(path)]
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint of ours; cut short, it is incomplete and still ours."""
+    (checkpoint / BEGUN).touch()
+    for path in checkpoint.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != BEGUN:
+            path.unlink()
+    (checkpoint / BEGUN).unlink()
+    checkpoint.rmdir()

@@ -87,15 +87,17 @@ def train(
         output: folder for resume checkpoints, `checkpoint-STEP`. The last one stays, and with
             `evaluation` the best. If the folder holds a whole one, training continues there, and
             on one process reaches the same weights bit for bit as if it had never stopped.
-        resume: False deletes the checkpoints in `output` and starts afresh.
+        resume: False deletes the checkpoints in `output` and starts afresh. Only what training
+            wrote itself is ever deleted; it marks its folders.
         evaluation: called every `schedule.evaluate_every` steps and at the end, by the first
             process only; `model` has the best weights in the end, not the last ones. Needs
             `output`.
         teacher: another model, whole, in whose next-token distributions at every position the
-            model is trained instead of `labels`; with `nn.Dropout` layers off and without load
-            balancing. Not changed, but for its mode, which is `eval()` afterwards. A window takes
-            its forward pass more, and the logits of all positions of both; when it comes again,
-            what the teacher said is remembered, as far as 2 GiB hold it.
+            model is trained instead of `labels`, so that windows must have no padding; with
+            `nn.Dropout` layers off and without load balancing. Not changed, but for its mode,
+            which is `eval()` afterwards. A window takes its forward pass more, and the logits of
+            all positions of both; when it comes again, what the teacher said is remembered, as far
+            as 2 GiB hold it.
         on_step: called with the number of steps done.
         on_log: called with every new entry of the log.
 
@@ -114,7 +116,8 @@ def train(
         DivergenceError: if the loss or a weight is NaN or infinite, or weights that ran away make
             the model refuse to compute. The model is not usable then; no checkpoint is of it.
         CheckpointError: if `output` holds checkpoints of a training with other settings, of
-            another model or on other windows.
+            another model or on other windows, or a damaged one, or something else by the name of
+            one; or if one cannot be written.
     """
     processes = PartialState(cpu=True)
     _check_trainable(model)
@@ -133,7 +136,7 @@ def train(
         processes=processes.num_processes,
     )
     run = _description(model, dataset, order, schedule, teacher)
-    start = None if output is None else _start(output, resume, run, processes)
+    start = None if output is None else _start(output, resume, run, schedule.steps, processes)
     if start is not None and _is_over(start, schedule):
         state = _state(start)
     else:
@@ -248,6 +251,8 @@ class _Trainer(Trainer):
     ) -> Any:
         if self._teacher is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        if not bool(torch.as_tensor(inputs.get("attention_mask", 1)).all()):
+            raise InputError("a teacher is asked about whole windows: give windows without padding")
         return divergence(model, self._teacher, inputs["input_ids"])
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -281,16 +286,32 @@ class _Trainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_weights()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # each process writes its random state
-        if not self.args.should_save:
-            return
         output = Path(str(self.args.output_dir))
         checkpoint = output / f"checkpoint-{self.state.global_step}"
-        (checkpoint / TRAINING_ARGS_NAME).unlink()  # a pickle that nothing reads
-        checkpoints.mark_complete(checkpoint, self._run, self._clock.minutes)
+        with checkpoints.writing(checkpoint) if self.args.should_save else nullcontext():
+            if self.args.should_save:
+                checkpoints.begin(checkpoint)
+            self.accelerator.wait_for_everyone()  # each process writes its random state
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if not self.args.should_save:
+                return
+            (checkpoint / TRAINING_ARGS_NAME).unlink()  # a pickle that nothing reads
+            checkpoints.mark_complete(checkpoint, self._run, self._clock.minutes)
         best = self.state.best_global_step
-        checkpoints.remove_all_but(output, {self.state.global_step, best or 0})
+        checkpoints.remove_all_but(output, {self.state.global_step, best or 0}, self._run)
+
+    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        with checkpoints.reading(Path(checkpoint)):
+            super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with nullcontext() if checkpoint is None else checkpoints.reading(Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with nullcontext() if checkpoint is None else checkpoints.reading(Path(checkpoint)):
+            super()._load_rng_state(checkpoint)
 
 
 def _decayed(model: nn.Module) -> list[str]:
@@ -455,11 +476,14 @@ def _check_divides(schedule: Schedule, processes: int) -> None:
         )
 
 
-def _start(output: Path, resume: bool, run: dict[str, Any], processes: PartialState) -> Path | None:
+def _start(
+    output: Path, resume: bool, run: dict[str, Any], steps: int, processes: PartialState
+) -> Path | None:
     """The checkpoint to continue from; what must not be there is deleted."""
     start = checkpoints.newest(output) if resume else None
     if start is not None:
         checkpoints.check_same_run(start, run)
+    checkpoints.prepare(output, 0 if start is None else checkpoints.step_of(start), steps)
     processes.wait_for_everyone()  # before anything is deleted, all have looked
     if processes.is_main_process:
         if resume:
@@ -498,7 +522,9 @@ def _is_over(checkpoint: Path, schedule: Schedule) -> bool:
 
 def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     # Not strict: of weights that are tied, a file holds one.
-    model.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME), strict=False)
+    with checkpoints.reading(checkpoint):
+        weights = load_file(checkpoint / SAFE_WEIGHTS_NAME)
+    model.load_state_dict(weights, strict=False)
 
 
 def _curve(log_history: list[dict[str, float]]) -> list[dict[str, float]]:

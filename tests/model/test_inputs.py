@@ -1,0 +1,232 @@
+"""What the forward pass and the calibration take: honoured, or refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import BatchEncoding, DynamicCache
+
+from bkcore.errors import BKCoreError, DTypeError, InputError, LifecycleError, ShapeError
+from bkcore.model import quantized
+from bkcore.model.moe import counting_load
+from bkcore.quantization.gptq import InputMoments
+
+LENGTHS = (12, 5, 9)
+
+
+@pytest.fixture
+def padded(tokens):
+    """Ids (3, 12), and a mask of rows of 12, 5 and 9 tokens."""
+    ids = tokens(3, 12)
+    mask = torch.stack([(torch.arange(12) < length).long() for length in LENGTHS])
+    return ids, mask
+
+
+def rows(ids, mask):
+    return [row[None, : int(real.sum())] for row, real in zip(ids, mask, strict=True)]
+
+
+# ---- forward -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@torch.no_grad()
+def test_integers_of_any_size_are_ids_and_labels(build, tokens, dtype):
+    model, ids = build(), tokens(2, 9)
+    expected = model(ids, labels=ids)
+    found = model(ids.to(dtype), labels=ids.to(dtype))
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(model(ids, labels=ids.to(dtype), return_logits=False).loss, found.loss)
+
+
+WRONG = {
+    "input_ids": [[[1, 2]], None, "text", torch.ones(1, 9, dtype=torch.bool), torch.ones(1, 9)],
+    "attention_mask": [
+        torch.ones(1, 9),
+        torch.zeros(1, 1, 9, 9, dtype=torch.long),
+        torch.full((1, 9), 2),
+        torch.arange(9)[None] % 2,
+        torch.zeros(1, 9, dtype=torch.long),
+        [[1] * 9],
+    ],
+    "labels": [
+        torch.ones(1, 9),
+        torch.ones(1, 9, dtype=torch.bool),
+        torch.full((1, 9), 61),
+        torch.full((1, 9), -1),
+        torch.ones(9, dtype=torch.long),
+        [[1] * 9],
+    ],
+    "num_items_in_batch": ["8", 0, -1, True, torch.ones(2), torch.tensor(True)],
+    "cache_params": [DynamicCache(), {}, 3],
+    "use_cache": ["yes", 1],
+    "return_logits": [0, torch.tensor(True)],
+    "return_dict": ["no"],
+    "position_ids": [torch.arange(9)[None]],
+    "inputs_embeds": [torch.zeros(1, 9, 24)],
+    "past_key_values": [DynamicCache()],
+    "output_hidden_states": [True],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
+)
+def test_a_wrong_argument_is_refused_by_name(build, tokens, name, value):
+    arguments = {"input_ids": tokens(1, 9), name: value}
+    with pytest.raises(BKCoreError, match=name):
+        build()(**arguments)
+
+
+def test_what_other_models_are_asked_for_may_be_nothing(build, tokens):
+    model, ids = build(), tokens(1, 9)
+    options = {"inputs_embeds": None, "position_ids": None, "output_attentions": False}
+    assert torch.equal(model(ids, **options).logits, model(ids).logits)
+
+
+@torch.no_grad()
+def test_padding_has_no_labels(build, padded):
+    model, (ids, mask) = build(), padded
+    with pytest.raises(InputError, match="labels where attention_mask has padding; make them -100"):
+        model(ids, attention_mask=mask, labels=ids)
+    labels = ids.masked_fill(mask == 0, -100)
+    loss = model(ids, attention_mask=mask.bool(), labels=labels).loss
+    alone = [
+        F.cross_entropy(model(row).logits[0, :-1], row[0, 1:], reduction="sum")
+        for row in rows(ids, mask)
+    ]
+    torch.testing.assert_close(loss, sum(alone) / (sum(LENGTHS) - 3))
+
+
+def test_a_quantized_model_refuses_to_be_trained(build, tokens):
+    ids = tokens(2, 9)
+    for mode in ("ptq_int8", "mixed_precision"):
+        model = build(mode, "quantized").train()
+        for options in ({"labels": ids}, {"num_items_in_batch": 16}):
+            with pytest.raises(LifecycleError, match="its weights are codes"):
+                model(ids, **options)
+        assert not model(ids).logits.requires_grad  # of codes there would be no whole gradient
+        with torch.no_grad():
+            model(ids, labels=ids)
+        assert model.eval()(ids, labels=ids).loss.isfinite()
+
+
+# ---- padding and experts -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@torch.no_grad()
+def test_padding_is_not_counted(build, padded, training):
+    model, (ids, mask) = build().train(training), padded
+    with counting_load(model) as load:
+        model(ids, attention_mask=mask)
+    with counting_load(model) as expected:
+        for row in rows(ids, mask):
+            model(row)
+    assert all(torch.equal(one, other) for one, other in zip(load, expected, strict=True))
+    assert int(load[0].sum()) == 2 * sum(LENGTHS)
+
+
+def test_padding_has_no_part_in_the_balance(build, tokens):
+    """Whatever the padding is, and however much: gradients of the loss stay the same."""
+    ids = tokens(1, 12)
+    results = []
+    for pad, more in ((0, 0), (0, 5), (7, 9)):
+        model = build(load_balancing=10.0).double().train()
+        wide, mask = F.pad(ids, (0, more), value=pad), F.pad(torch.ones_like(ids), (0, more))
+        output = model(wide, attention_mask=mask, labels=wide.masked_fill(mask == 0, -100))
+        output.loss.backward()
+        results.append([output.aux_loss, *(p.grad for p in model.parameters())])
+    for other in results[1:]:
+        for one, same in zip(results[0], other, strict=True):
+            torch.testing.assert_close(one, same)
+
+
+# ---- calibration ---------------------------------------------------------------------------
+
+
+def observed(model):
+    """All that calibration gathered and chose."""
+    found = {name: x.clone() for name, x in model.state_dict().items()}
+    for n, quantizers in enumerate(quantized.core_quantizers(model)):
+        for m, part in enumerate(quantizers.parts()):
+            found[f"seen {n} {m}"] = torch.tensor(part.values_seen)
+    for n, module in enumerate(x for x in model.modules() if isinstance(x, InputMoments)):
+        found[f"tokens {n}"] = module.tokens
+    return found
+
+
+@torch.no_grad()
+def test_padding_is_not_observed(build, padded, mode):
+    """Calibrating on padded rows is calibrating on the rows alone, bit for bit."""
+    ids, mask = padded
+    batches = [
+        {"input_ids": ids, "attention_mask": mask, "labels": ids},
+        BatchEncoding({"input_ids": ids, "attention_mask": mask.bool()}),
+        BatchEncoding({"input_ids": ids, "token_type_ids": 0 * ids, "attention_mask": mask}),
+    ]
+    alone = build(mode)
+    alone.calibrate_quantization(rows(ids, mask))
+    for batch in batches:
+        model = build(mode)
+        model.calibrate_quantization([batch])
+        expected, found = observed(alone), observed(model)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], x) for name, x in expected.items())
+        seen = alone.receipt["calibration"]
+        assert model.receipt["calibration"] == seen
+        assert seen["embedding"] == sum(LENGTHS)
+    by_hand = [build(mode), build(mode)]
+    for model in by_hand:
+        model.start_calibration()
+    by_hand[0](ids, attention_mask=mask)
+    for row in rows(ids, mask):
+        by_hand[1](row)
+    for model in by_hand:
+        model.end_calibration()
+    expected, found = observed(by_hand[1]), observed(by_hand[0])
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+
+
+@torch.no_grad()
+def test_a_receipt_is_certified_on_tokens_only(build, padded):
+    ids, mask = (x.flip(0) for x in padded)
+    model = build("ptq_int8")
+    model.calibrate_quantization([{"input_ids": ids, "attention_mask": mask}])
+    assert torch.equal(model._certified_ids, ids[:1, : LENGTHS[-1]])
+    assert {core["tokens"] for core in model.receipt["cores"]} == {LENGTHS[-1]}
+
+
+@torch.no_grad()
+def test_a_mask_of_ones_observes_what_no_mask_does(build, tokens):
+    ids, models = tokens(3, 12), [build("ptq_int4"), build("ptq_int4")]
+    models[0].calibrate_quantization([ids])
+    models[1].calibrate_quantization([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    expected, found = observed(models[0]), observed(models[1])
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        (lambda ids: {"input_ids": ids}, InputError, r"an iterable of batches, not a dict"),
+        (lambda ids: None, InputError, "an iterable of batches, not a NoneType"),
+        (lambda ids: ["some text"], InputError, "a mapping with input_ids.*not a str"),
+        (lambda ids: [(ids, ids)], InputError, "not a tuple"),
+        (lambda ids: [{"ids": ids}], InputError, "must have input_ids.*this one has ids"),
+        (lambda ids: [{"input_ids": ids, "position_ids": ids}], InputError, "position_ids"),
+        (lambda ids: [{"input_ids": ids.tolist()}], DTypeError, "a tensor of integers, not list"),
+        (lambda ids: [{"input_ids": ids, "attention_mask": ids.float()}], DTypeError, "mask"),
+        (lambda ids: [ids[:0]], ShapeError, r"must be \(B, N\), B, N >= 1"),
+        (lambda ids: [ids, ids[0]], ShapeError, r"must be \(B, N\)"),
+        (lambda ids: (x for x in [ids, ids + 61]), InputError, "another model's tokenizer"),
+    ],
+)
+def test_what_is_no_batch_is_refused_and_changes_nothing(build, tokens, batches, error, message):
+    model, ids = build("ptq_int8"), tokens(2, 9)
+    with pytest.raises(error, match=message):
+        model.calibrate_quantization(batches(ids))
+    assert model.quantization_state.value == "float"
+    assert not quantized.core_quantizers(model)
