@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
@@ -39,27 +40,35 @@ def call_in_new_process(
         ProcessDiedError: if the process died.
     """
     context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, function, arguments), daemon=True)
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(there,), daemon=True)
     _start_uninterrupted(process)
-    sender.close()
+    there.close()
     try:
+        # Not with the start, which would wait until the interpreter is there to read it.
+        with suppress(ConnectionError):  # it died, which the next line says
+            here.send_bytes(pickle.dumps((function, arguments)))
         while True:
-            kind, value = pickle.loads(receiver.recv_bytes())
+            kind, value = _receive(here, process)
             if kind == "error":
                 raise value
             if kind == "result":
                 return value
             on_message(value)
-    except EOFError:
-        process.join()
-        raise ProcessDiedError(process.exitcode) from None
     except BaseException:
         process.terminate()
         raise
     finally:
-        receiver.close()
+        here.close()
         process.join()
+
+
+def _receive(connection: Any, process: Any) -> Any:
+    try:
+        return pickle.loads(connection.recv_bytes())
+    except (EOFError, ConnectionError):
+        process.join()
+        raise ProcessDiedError(process.exitcode) from None
 
 
 def _start_uninterrupted(process: Any) -> None:
@@ -75,18 +84,19 @@ def _start_uninterrupted(process: Any) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _work(connection: Connection) -> None:
     def send(kind: str, value: Any) -> None:
         # By value: torch would have Connection.send share tensors through a server in this
         # process, which ends before they are read.
-        sender.send_bytes(pickle.dumps((kind, value)))
+        connection.send_bytes(pickle.dumps((kind, value)))
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        function, arguments = pickle.loads(connection.recv_bytes())
         send("result", function(lambda value: send("message", value), *arguments))
     except BKCoreError as error:
         send("error", error)
-    except (KeyboardInterrupt, BrokenPipeError):
+    except (KeyboardInterrupt, EOFError, ConnectionError):
         pass  # the process that wanted it was interrupted, and says so
 
 
