@@ -95,6 +95,8 @@ def test_words_are_what_stands_between_blanks_and_the_line_ends() -> None:
     assert count_words("") == 0
     assert count_words("one  two\tthree") == 3
     assert count_words(" one two \n\n = three = \n") == 2 + 3 + 3
+    text = "".join(f"{chr(code)}a" for code in (*range(0xD800), *range(0xE000, 0x11000)))
+    assert count_words(text) == len(text.split()) + 1
 
 
 def test_words_of_wikitext_are_the_published_ones(wikitext_dir: Path) -> None:

@@ -38,6 +38,17 @@ def test_the_bad_byte_is_named(tmp_path: Path, before: str, size: int, bad: byte
             list(files.read_pieces(path))
 
 
+@SHARED_FOLDER
+@given(before=TEXTS, size=st.integers(1, 7))
+def test_the_first_nul_is_named(tmp_path: Path, before: str, size: int) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(before.encode() + b"\0a\0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_PIECE_BYTES", size)
+        with pytest.raises(DataError, match=f"text.txt.* first at byte {len(before.encode())},"):
+            list(files.read_pieces(path))
+
+
 def test_line_ends_are_added_where_they_lack() -> None:
     assert "".join(files.with_line_end(["a\n", "b"])) == "a\nb\n"
     assert "".join(files.with_line_end(["a", "\n"])) == "a\n"
@@ -62,6 +73,12 @@ def test_blocks_do_not_depend_on_the_pieces(lines: list[int], cuts: list[int]) -
 def test_a_text_without_line_ends_is_cut_and_the_held_out_part_is_bounded() -> None:
     text = "y" * 65_536 * 3 + "y\n"
     assert [len(block) for _, block in split_blocks([text])] == [65_536, 65_536, 65_536, 2]
+    for end in "\r\x85\u2028":  # line ends, then blanks, where there is no line feed
+        line = "one two " * 300 + end
+        assert [block for _, block in split_blocks([line * 40])] == [line] * 40
+    words = list(split_blocks(["word " * 40_000]))
+    assert {len(block) for _, block in words} == {2000}
+    assert sum(held for held, _ in words) == 5
     line = "z" * 1999 + "\n"
     held = [held for held, _ in split_blocks(line for _ in range(20_200))]
     assert sum(held) == 1000

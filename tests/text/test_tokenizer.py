@@ -1,13 +1,15 @@
 """The tokenizer: lossless, repeatable, quiet; encoding in pieces equals encoding in one."""
 
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bkcore.errors import InputError
@@ -28,6 +30,37 @@ from bkcore.text import tokenizer_hash, train_tokenizer
 text = " ".join(f"word{i % 97} {i * i % 1013}" for i in range(4000))
 print(tokenizer_hash(train_tokenizer(text, 700)))
 """
+
+# What is repeated to long texts in which blanks and line feeds are rare, missing or all there is.
+LONG = {
+    "Chinese": "世界上的每一条河流都有它自己的名字",
+    "Chinese in lines": "世界上的每一条河流，都有它自己的名字。\n" * 7,
+    "Thai": "แม่น้ำทุกสายมีชื่อของมันเอง",
+    "Hebrew": "לכלנהריששםמשלו",
+    "Hindi": "हर नदी का अपना नाम होता है".replace(" ", ""),
+    "emoji": "😀👩‍👩‍👧🇨🇦",
+    "combining marks": "\u0301\u0323",
+    "one letter": "a",
+    "two letters": "ab",
+    "apostrophes": "'",
+    "contractions": "'s'll've'",
+    "spaces": " ",
+    "line feeds": "\n",
+    "carriage returns": "line\r",
+    "Windows": "\r\n",
+    "other blanks": "a\x85b\u2028c\u2029d\xa0e\u3000",
+    "no-break spaces": "\xa0",
+    "digits": "0123456789",
+    "rules": "=",
+    "base64": "c29tZS9ieXRlcys=",
+}
+
+
+def without_limit(trained: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same merges after GPT-2's own pattern, as in checkpoints of before."""
+    backend = Tokenizer.from_str(trained.backend_tokenizer.to_str())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +85,7 @@ def test_cuts_do_not_show(small: PreTrainedTokenizerFast, text: str) -> None:
 def test_cuts_split_no_word(small: PreTrainedTokenizerFast, text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "_CHUNK_CHARACTERS", 1)
-        chunks = list(tokenizer._chunks([text]))
+        chunks = list(tokenizer._chunks([text], small.backend_tokenizer.pre_tokenizer))
     assert "".join(chunks) == text
     split = small.backend_tokenizer.pre_tokenizer.pre_tokenize_str
     assert [word for chunk in chunks for word, _ in split(chunk)] == [
@@ -72,7 +105,8 @@ def test_pieces_do_not_show(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "_CHUNK_CHARACTERS", chunk)
         patch.setattr(tokenizer, "_CHUNKS_AT_ONCE", at_once)
-        assert list(tokenizer._chunks(pieces)) == list(tokenizer._chunks([text]))
+        words = small.backend_tokenizer.pre_tokenizer
+        assert list(tokenizer._chunks(pieces, words)) == list(tokenizer._chunks([text], words))
         parts = list(encode_pieces(small, pieces))
     assert all(len(part) for part in parts)
     joined = [token for part in parts for token in part.tolist()]
@@ -94,6 +128,72 @@ def test_cuts_do_not_show_in_a_long_text(small: PreTrainedTokenizerFast) -> None
     text = TEXT * 30
     assert len(text) > 2 * tokenizer._CHUNK_CHARACTERS
     assert encode(small, text).tolist() == small(text, verbose=False)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_chunks_are_bounded_in_every_script(small: PreTrainedTokenizerFast, kind: str) -> None:
+    text = LONG[kind] * (70_000 // len(LONG[kind]))
+    for trained in (small, without_limit(small)):
+        chunks = list(tokenizer._chunks([text], trained.backend_tokenizer.pre_tokenizer))
+        assert max(map(len, chunks)) <= 1 << 14
+        assert len(chunks) <= len(text) >> 12
+        assert "".join(chunks) == text
+        assert trained.decode(encode(trained, text)) == text
+    whole = small.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    assert encode(small, text).tolist() == whole
+
+
+def test_no_cut_shows_in_latin_1_bytes(small: PreTrainedTokenizerFast) -> None:
+    text = random.Random(1).randbytes(50_000).decode("latin-1")
+    for trained in (small, without_limit(small)):
+        ids = encode(trained, text)
+        assert ids.tolist() == trained.backend_tokenizer.encode(text).ids
+        assert trained.decode(ids) == text
+
+
+@given(st.text(alphabet=" \n\r\x85\xa0\u2028azlrevsd'.1é世😀\u0e31\u0301ש", max_size=120))
+@example("111  \r11")  # of two blanks before a visible character the last is a word of its own
+@settings(max_examples=300)
+def test_the_tightest_limits_do_not_show(text: str) -> None:
+    """With words of up to six characters and chunks of up to eight."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "_WORD", tokenizer._WORD.replace("256", "5"))
+        patch.setattr(tokenizer, "_CHUNK_CHARACTERS", 3)
+        patch.setattr(tokenizer, "_LONGEST_CHUNK", 8)
+        patch.setattr(tokenizer, "_CHUNKS_AT_ONCE", 2)
+        trained = train_tokenizer("", 257)
+        backend = trained.backend_tokenizer
+        chunks = list(tokenizer._chunks([text], backend.pre_tokenizer))
+    assert all(len(chunk) <= 8 for chunk in chunks)
+    split = backend.pre_tokenizer.pre_tokenize_str
+    assert [word for chunk in chunks for word, _ in split(chunk)] == [
+        word for word, _ in split(text)
+    ]
+    assert all(end - start <= 6 for _, (start, end) in split(text))
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_words_are_bounded_where_they_are_counted(kind: str) -> None:
+    trained = train_tokenizer(LONG[kind] * (20_000 // len(LONG[kind])), 300)
+    words = trained.backend_tokenizer.pre_tokenizer.pre_tokenize_str(LONG[kind] * 1000)
+    assert max(end - start for _, (start, end) in words) <= 257
+
+
+def test_ordinary_words_know_no_limit(wikitext_dir: Path) -> None:
+    text = (wikitext_dir / "valid.txt").read_text(encoding="utf-8")[:200_000]
+    trained = train_tokenizer(text, 1024)
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    plain.train_from_iterator([text], trainer=trainer)
+    assert plain.get_vocab() == trained.get_vocab()
+    assert encode(trained, text).tolist() == plain.encode(text).ids
 
 
 def test_a_text_without_any_blank_is_one_piece(small: PreTrainedTokenizerFast) -> None:

@@ -1,6 +1,7 @@
 """Where text comes from: a folder, a data set of Hugging Face, or what Python itself carries."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -14,6 +15,8 @@ from bkcore.text.heldout import split_blocks
 
 MIN_TRAIN_CHARACTERS = 20_000
 MIN_VALID_CHARACTERS = 2_000
+
+_WORD = re.compile(r"\S+")
 
 Pieces = Callable[[], Iterator[str]]
 """Reads a text anew with every call, a piece at a time."""
@@ -125,7 +128,7 @@ def count_words(text: str) -> int:
 
     A line end counts as a word because the published word-level corpora give it a token.
     """
-    return len(text.split()) + text.count("\n")
+    return sum(1 for _ in _WORD.finditer(text)) + text.count("\n")
 
 
 def _parts(data: str | Path | None) -> tuple[str, Pieces, Pieces]:

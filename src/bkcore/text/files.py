@@ -44,9 +44,10 @@ def _decoded(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = 0
     for content in _contents(path):
-        if b"\0" in content:
+        if (nul := content.find(b"\0")) >= 0:
             raise DataError(
-                f"{str(path)!r} holds NUL bytes, so it is binary or UTF-16. Save it as UTF-8 text."
+                f"{str(path)!r} holds NUL bytes, the first at byte {done + nul}, so it is binary "
+                "or UTF-16. Save it as UTF-8 text."
             )
         waiting = len(decoder.getstate()[0])
         try:

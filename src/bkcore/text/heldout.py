@@ -1,5 +1,6 @@
 """A validation part for texts that come without one: every twentieth block of lines."""
 
+import re
 from collections.abc import Iterable, Iterator
 
 BLOCK_CHARACTERS = 2_000
@@ -10,13 +11,20 @@ VALID_BLOCKS = 1_000
 
 _EVERY = 20
 _LONGEST_BLOCK = 1 << 16
+# Where a block may end, the best places first.
+_ENDS = (
+    re.compile("\n"),
+    re.compile("[\r\v\f\x85\u2028\u2029]"),
+    re.compile(r"\s"),
+)
 
 
 def split_blocks(pieces: Iterable[str]) -> Iterator[tuple[bool, str]]:
     """Cut a text into blocks, and say of each whether it is held out.
 
     The blocks depend on nothing but the text, however it is cut into pieces. A line that is longer
-    than 65,536 characters may be cut.
+    than 65,536 characters is cut: behind another line end than a line feed, such as a carriage
+    return, behind a blank where there is none, or else after so many characters.
 
     Yields:
         ``(held_out, block)``, in the order of the text.
@@ -47,5 +55,7 @@ def _blocks(pieces: Iterable[str]) -> Iterator[str]:
 
 def _block_end(text: str, start: int) -> int:
     limit = min(start + _LONGEST_BLOCK, len(text))
-    line_end = text.find("\n", start + BLOCK_CHARACTERS - 1, limit)
-    return limit if line_end < 0 else line_end + 1
+    for end in _ENDS:
+        if found := end.search(text, start + BLOCK_CHARACTERS - 1, limit):
+            return found.end()
+    return limit

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import PreTokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -21,11 +22,24 @@ END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
 """The 256 bytes and the special token."""
 
-# A byte-level word never reaches past a visible character into the blank that follows it, so a
-# text cut there, before a whole run of whitespace, gives the same tokens as the text in one piece.
-_CUT = re.compile(r"[!-~](?=[ \n])")
-_CHUNK_CHARACTERS = 16_384
-_CHUNKS_AT_ONCE = 256
+# GPT-2's pattern, except that a run of one kind of character ends after 256 of them. Without an end
+# a line of a million letters or blanks is one word, which takes quadratic time to train on.
+_WORD = (
+    r"'(?:[sdmt]|re|ve|ll)"
+    r"| ?\p{L}{1,256}| ?\p{N}{1,256}| ?[^\s\p{L}\p{N}]{1,256}"
+    r"|\s{1,256}(?!\S)|\s{1,256}"
+)
+
+# A word never reaches past a visible character into the blank that follows it, so a text cut there,
+# before a whole run of whitespace, gives the same tokens as the text in one piece.
+_CUT = re.compile(r"\S(?=[ \r\n])")
+# The last blank of a run is a word of its own in the text, but not at the end of a chunk.
+_LAST_BLANK = re.compile(r"[^\S\x1c-\x1f](?![^\S\x1c-\x1f])")
+_CHUNK_CHARACTERS = 1 << 13
+_LONGEST_CHUNK = 1 << 14
+_CHUNKS_AT_ONCE = 32
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def train_tokenizer(
@@ -42,8 +56,10 @@ def train_tokenizer(
 
     Returns:
         A tokenizer whose beginning and end of text are both ``<|endoftext|>`` (id 0), which
-        it adds nowhere by itself, and for which ``decode(encode(text))`` is the text. It enters
-        what it saves in the manifest of a model's folder.
+        it adds nowhere by itself, and for which ``decode(encode(text))`` is the text. It cuts a
+        text into words by the pattern of GPT-2, but after 256 letters, digits, blanks or other
+        characters in a row at the latest. It enters what it saves in the manifest of a model's
+        folder.
 
     Raises:
         InputError: ``vocab_size`` or ``min_frequency`` is too small, or the text holds a lone
@@ -57,7 +73,12 @@ def train_tokenizer(
     if min_frequency < 1:
         raise InputError(f"min_frequency is {min_frequency}, but must be at least 1.")
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORD), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -67,7 +88,8 @@ def train_tokenizer(
         show_progress=False,
     )
     pieces = [text] if isinstance(text, str) else text
-    backend.train_from_iterator(_chunks(_encodable(pieces)), trainer=trainer)
+    chunks = _chunks(_encodable(pieces), backend.pre_tokenizer)
+    backend.train_from_iterator(chunks, trainer=trainer)
     return CheckpointTokenizer(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,
@@ -92,7 +114,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
     """Turn a whole text into token ids, with no special token added or recognized.
 
     A literal ``<|endoftext|>`` in the text is text like any other. Long texts are cut into
-    pieces that are encoded in parallel; the cuts do not show in the result.
+    pieces that are encoded in parallel; the cuts do not show in the result. There is one exception:
+    a word of more than 16,382 characters, which only a tokenizer without a limit to its words may
+    have, is encoded in parts, so that memory stays bounded.
 
     Args:
         tokenizer: a byte-level tokenizer, such as `train_tokenizer` gives.
@@ -116,7 +140,7 @@ def encode_pieces(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[str]) -> 
         pieces: a text, however it is cut: joined, the result is `encode` of the joined text.
 
     Yields:
-        Int64 tensors of shape (tokens,) with tokens >= 1, for about four million characters each.
+        Int64 tensors of shape (tokens,), tokens >= 1, for at most half a million characters each.
 
     Raises:
         InputError: the text holds a lone surrogate, which no UTF-8 text can.
@@ -125,7 +149,7 @@ def encode_pieces(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[str]) -> 
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = True
-    chunks = _chunks(_encodable(pieces))
+    chunks = _chunks(_encodable(pieces), backend.pre_tokenizer)
     while batch := list(islice(chunks, _CHUNKS_AT_ONCE)):
         encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
         yield torch.cat([torch.tensor(encoding.ids, dtype=torch.int64) for encoding in encodings])
@@ -134,28 +158,44 @@ def encode_pieces(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[str]) -> 
 def _encodable(pieces: Iterable[str]) -> Iterator[str]:
     done = 0
     for piece in pieces:
-        try:
-            piece.encode()
-        except UnicodeEncodeError as error:
+        if found := _SURROGATE.search(piece):
             raise InputError(
-                f"The text holds a lone surrogate at character {done + error.start}, which UTF-8 "
+                f"The text holds a lone surrogate at character {done + found.start()}, which UTF-8 "
                 "cannot express. Read or build the text as valid Unicode."
-            ) from error
+            )
         yield piece
         done += len(piece)
 
 
-def _chunks(pieces: Iterable[str]) -> Iterator[str]:
-    """Cut a text where no cut shows; how it was cut into pieces does not show either."""
+def _chunks(pieces: Iterable[str], words: PreTokenizer) -> Iterator[str]:
+    """Cut a text where no cut shows; how it was cut into pieces does not show either.
+
+    Only a word of more than 16,382 characters, which a tokenizer without a limit may have, is cut
+    all the same: no chunk is longer than 16,384 characters.
+    """
     buffer, searched = "", 0
     for piece in pieces:
         buffer += piece
         start = 0
-        while cut := _CUT.search(buffer, max(start + _CHUNK_CHARACTERS, searched)):
-            yield buffer[start : cut.end()]
-            start = cut.end()
+        while end := _chunk_end(buffer, start, searched, words):
+            yield buffer[start:end]
+            start = end
         buffer = buffer[start:]
         # The last character may be one to cut behind, once the next one is known.
         searched = max(len(buffer) - 1, 0)
     if buffer:
         yield buffer
+
+
+def _chunk_end(text: str, start: int, searched: int, words: PreTokenizer) -> int | None:
+    """Where the chunk that begins at ``start`` ends; None if the text does not go on that far."""
+    limit = start + _LONGEST_CHUNK
+    if cut := _CUT.search(text, max(start + _CHUNK_CHARACTERS, searched), limit):
+        return cut.end()
+    if len(text) < limit:
+        return None
+    # The pattern looks at most two characters past the end of a word ("'" begins "'ll").
+    sure = _LONGEST_CHUNK - 2
+    found = words.pre_tokenize_str(text[start:limit])
+    ends = (start + end for _, (_, end) in reversed(found) if end <= sure)
+    return next((end for end in ends if not _LAST_BLANK.match(text, end - 1)), limit)
