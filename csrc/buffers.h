@@ -19,10 +19,13 @@ namespace {
 using Index = std::int64_t;
 using Address = std::uintptr_t;
 
-// A contiguous tensor: the address of its first element, and its bytes. Zeros are none.
+// A contiguous tensor: the address of its first element, and its bytes.
 using Buffer = std::tuple<Address, Index>;
+// No tensor, which an empty one is not.
+constexpr Buffer kNoBuffer{0, -1};
 // Any other: the address of its first element, and the bytes of one; then its sizes and its strides
-// in elements, over batch, sites, parts and lanes. A stride of 0 is an axis that it lacks.
+// in elements, over batch, sites, parts and lanes. A stride of 0 is an axis that it lacks, and zeros
+// throughout are no tensor.
 using Sizes = std::array<Index, 4>;
 using Layout = std::tuple<Address, Index, Sizes, Sizes>;
 
@@ -58,7 +61,7 @@ T *numbers(const Buffer &buffer, std::initializer_list<Index> sizes, const char 
 // The same of a tensor that may not be there.
 template <class T>
 T *numbers_or_null(const Buffer &buffer, std::initializer_list<Index> sizes, const char *name) {
-  return buffer == Buffer{0, 0} ? nullptr : numbers<T>(buffer, sizes, name);
+  return buffer == kNoBuffer ? nullptr : numbers<T>(buffer, sizes, name);
 }
 
 // The numbers of a tensor that has to reach as far as these sizes.

@@ -289,7 +289,7 @@ void coded(const std::string &isa, Index threads, bool two_sided, Index bits, Sh
            Buffer out_bounds) {
   require_bits(bits);
   const auto [batch, sites, lanes] = shape;
-  const Index inputs = source == Buffer{} ? 1 : 2, outputs = 2 * inputs, levels = Index{1} << bits;
+  const Index inputs = source == kNoBuffer ? 1 : 2, outputs = 2 * inputs, levels = Index{1} << bits;
   const Index row = (lanes * bits + 7) / 8;
   const Sizes entering = {batch, sites, inputs, lanes}, leaving = {batch, sites, outputs, lanes};
   const CodedSweep s = {describe<float>(shape, energy, eta, hopping),
@@ -313,7 +313,7 @@ void rounded(const std::string &isa, Index threads, bool two_sided, Index bits, 
              Shape shape, Layout v, Layout energy, Layout eta, Layout hopping, Layout parts,
              Buffer scale, Buffer zero, Buffer levels, Buffer bounds) {
   require_bits(bits);
-  if (v == Layout{} || (levels == Buffer{}) != (bounds == Buffer{}))
+  if (v == Layout{} || (levels == kNoBuffer) != (bounds == kNoBuffer))
     refuse("v is missing, or there are levels without bounds, or bounds without levels");
   const auto [batch, sites, lanes] = shape;
   const Index groups = groups_of(sites, group_size), codes = Index{1} << bits;
@@ -336,7 +336,7 @@ void step(const std::string &isa, bool is_double, std::array<Index, 2> shape, Bu
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const auto [batch, lanes] = shape;
-    const Index channels = source == Buffer{} ? 2 : 4;
+    const Index channels = source == kNoBuffer ? 2 : 4;
     const auto row = [&](const T *p, Index stride) { return Strided<const T>{p, stride, 0, 0, 1}; };
     Sweep<T> s{batch, 1, lanes};
     s.v = row(numbers<const T>(v, {batch, lanes}, "v"), lanes);
@@ -396,7 +396,7 @@ void attention(const std::string &isa, Index threads, bool is_double, AttentionS
     a.g = numbers<T>(out[0], {a.batch, a.sites, a.heads, 2}, "g");
     a.out = numbers<T>(out[1], {a.batch, a.sites, a.heads, 2, a.values}, "out");
     a.psi = numbers<T>(out[2], {a.batch, a.heads, 2, a.keys, a.values}, "psi");
-    if (out[3] != Buffer{}) a.checkpoints = checkpoints(out[3], a);
+    if (out[3] != kNoBuffer) a.checkpoints = checkpoints(out[3], a);
     const auto kernel = kernels<T>(isa).attention;
     for_chains(a, threads, [&](Index b, Index h) { kernel(a, b, h); });
   };

@@ -55,7 +55,8 @@ def calibrate(core: QuantizedBirmanSchwingerCore, batches: int = 4) -> None:
 
 def build(mode: str, state: str, n_seq: int = N, **options) -> QuantizedBirmanSchwingerCore:
     """A core in a state, with scales moved away from the calibrated ones where they train."""
-    core = QuantizedBirmanSchwingerCore(n_seq, QuantizationConfig(mode, group_size=7, **options))
+    config = QuantizationConfig(mode, **{"group_size": 7, **options})
+    core = QuantizedBirmanSchwingerCore(n_seq, config)
     if state != "float":
         calibrate(core)
     if state in ("training", "quantized") and mode in QAT_MODES:
@@ -898,3 +899,19 @@ def test_features_of_other_potentials_are_refused():
     v = torch.randn(2, N)
     with pytest.raises(ShapeError, match="pass what forward returned for these potentials"):
         core.error_bound(v, core(v)[:1])
+
+
+@pytest.mark.parametrize("mode", ["ptq_int4", "qat_int8"])
+@pytest.mark.parametrize("group_size", [N + 1, 3 * 10**8, 2**70])
+def test_a_group_size_beyond_the_sites_is_one_group(mode, group_size):
+    results = []
+    for size in (group_size, N):
+        torch.manual_seed(0)
+        core = build(mode, "training" if mode == "qat_int8" else "quantized", group_size=size)
+        assert core.quant_config.group_size == size
+        v = torch.randn(2, N, requires_grad=True)
+        features = core(v)
+        features.square().sum().backward()
+        with torch.no_grad():
+            results.append([features, v.grad, core(v)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -6,14 +6,20 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from bkcore import kernels
 from bkcore.errors import BackendError
 from bkcore.kernels import backends, cpu, selection, sweep, use_backend
+from bkcore.kernels.backend import Backend
+from tests.kernels.operators import OPERATORS, arguments
 
 
 def chain() -> tuple[Tensor, None, Tensor, Tensor, Tensor]:
@@ -22,25 +28,24 @@ def chain() -> tuple[Tensor, None, Tensor, Tensor, Tensor]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the backends that ran, in order."""
+    """The names of the backends that ran, in order, and of what they did if not a forward sweep."""
     log: list[str] = []
 
-    def recorded(name: str) -> None:
+    def spied(backend: Backend, function: str) -> Callable[..., Any]:
+        run = getattr(backend, function)
+        said = {"sweep": "", "sweep_backward": " backward"}.get(function, f" {function}")
+
+        def spy(*args: Any) -> Any:
+            log.append(backend.name + said)
+            return run(*args)
+
+        return spy
+
+    computing = set(OPERATORS) | {"step"}
+    for name in ("cpu", "reference"):
         backend = selection._BACKENDS[name]
-
-        def forward(*args):
-            log.append(name)
-            return backend.sweep(*args)
-
-        def backward(*args):
-            log.append(f"{name} backward")
-            return backend.sweep_backward(*args)
-
-        spy = replace(backend, sweep=forward, sweep_backward=backward)
-        monkeypatch.setitem(selection._BACKENDS, name, spy)
-
-    recorded("cpu")
-    recorded("reference")
+        spies = {function: spied(backend, function) for function in computing}
+        monkeypatch.setitem(selection._BACKENDS, name, replace(backend, **spies))
     return log
 
 
@@ -78,6 +83,57 @@ def test_forced_backend_runs_backward_too_and_is_undone(calls):
     parts.sum().backward()
     sweep(v.detach(), *rest)
     assert calls == ["reference", "reference backward", "cpu"]
+
+
+DIFFERENTIABLE = {
+    "sweep": ("", " backward"),
+    "attention": (" attention", " attention_backward"),
+    "round_channels_straight_through": (" round_channels", " round_channels_backward"),
+    "round_weight": (" round_weight", " round_weight_backward"),
+}
+
+
+def differentiated(name: str, forward: str | None, backward: str | None) -> None:
+    """Run a function and its derivative, each with the choice of a backend in force, or none."""
+    args = arguments(name)
+    for x in args.values():
+        if isinstance(x, Tensor) and x.is_floating_point():
+            x.requires_grad_()
+    with nullcontext() if forward is None else use_backend(forward):
+        results = getattr(kernels, name)(**args)
+    results = results if isinstance(results, tuple) else (results,)
+    total = sum(x.sum() for x in results if x.requires_grad)
+    with nullcontext() if backward is None else use_backend(backward):
+        total.backward()
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize(
+    ("forward", "backward", "runs"),
+    [
+        ("reference", None, "reference"),
+        (None, "reference", "cpu"),
+        ("reference", "cpu", "reference"),
+        ("cpu", "reference", "cpu"),
+    ],
+)
+def test_a_backward_pass_runs_where_its_forward_pass_did(calls, name, forward, backward, runs):
+    differentiated(name, forward, backward)
+    assert calls == [runs + what for what in DIFFERENTIABLE[name]]
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_backward_pass_in_another_thread_runs_where_its_forward_pass_did(calls, name):
+    args = arguments(name)
+    leaf = next(x for x in args.values() if isinstance(x, Tensor)).requires_grad_()
+    with use_backend("reference"):
+        results = getattr(kernels, name)(**args)
+        total = (results if isinstance(results, tuple) else (results,))[-1].sum()
+    other = threading.Thread(target=total.backward)
+    other.start()
+    other.join()
+    assert leaf.grad is not None
+    assert calls == ["reference" + what for what in DIFFERENTIABLE[name]]
 
 
 def test_choice_belongs_to_its_thread(calls):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bkcore.errors import CalibrationError
+from bkcore.errors import CalibrationError, InputError
+from bkcore.kernels import selection, use_backend
 from bkcore.kernels.reference import integer_product, quantize_rows
 from bkcore.kernels.weight_levels import INT4_LEVELS, nearest_codes
 from bkcore.quantization import affine
+from bkcore.quantization.gptq import InputMoments, pack_weight_by_moments
 from bkcore.quantization.linear import QuantizedEmbedding, QuantizedLinear
 from bkcore.quantization.weights import (
     HalfWeight,
@@ -308,3 +313,64 @@ def test_scales_keep_their_dtype_when_a_module_is_cast(bits, dtype):
     expected = layer(x)
     assert torch.equal(layer.to(dtype)(x), expected)
     assert layer.weight.stored_scales.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "runs"),
+    [("reference", None, "reference"), (None, "reference", "cpu"), ("cpu", "reference", "cpu")],
+)
+def test_a_backward_pass_runs_where_its_forward_pass_did(monkeypatch, forward, backward, runs):
+    calls = []
+    for name in ("cpu", "reference"):
+        backend = selection._BACKENDS[name]
+
+        def spied(function, backend=backend):
+            def spy(*args):
+                calls.append(backend.name)
+                return getattr(backend, function)(*args)
+
+            return spy
+
+        functions = ("product", "round_rows", "round_weight", "round_weight_backward")
+        spies = {function: spied(function) for function in functions}
+        monkeypatch.setitem(selection._BACKENDS, name, replace(backend, **spies))
+    layer = QuantizedLinear(trainable(torch.randn(6, 8), 4, 4))
+    calls.clear()
+    with nullcontext() if forward is None else use_backend(forward):
+        out = layer(torch.randn(3, 8, requires_grad=True))
+    with nullcontext() if backward is None else use_backend(backward):
+        out.sum().backward()
+    assert calls == [runs] * 4
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [17, 3 * 10**8, 2**63 - 1, 2**70])
+def test_a_group_size_beyond_the_columns_is_one_group(bits, group_size):
+    weight, x = torch.randn(5, 16), torch.randn(3, 16)
+    moments = InputMoments(16)
+    moments.observe(x)
+    for pack in (
+        lambda size: pack_weight(weight, bits, size),
+        lambda size: pack_weight_by_moments(weight, moments, bits, size),
+        lambda size: trainable(weight, bits, size).pack(),
+    ):
+        found, expected = pack(group_size), pack(16)
+        assert found.group_size == 16
+        assert torch.equal(found.packed, expected.packed)
+        assert torch.equal(found.stored_scales, expected.stored_scales)
+        assert torch.equal(found.rows(torch.arange(5)), expected.rows(torch.arange(5)))
+        assert torch.equal(QuantizedLinear(found)(x), QuantizedLinear(expected)(x))
+    grads = []
+    for size in (group_size, 16):
+        layer = QuantizedLinear(trainable(weight, bits, size))
+        layer(x).square().sum().backward()
+        grads.append((layer.weight.weight.grad, layer.weight.log_scales.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("kind", [PackedWeight, TrainableWeight])
+def test_weights_of_other_bits_or_without_groups_are_refused(kind):
+    with pytest.raises(InputError, match="bits must be 4 or 8, not 3"):
+        kind((5, 16), 3, 16)
+    with pytest.raises(InputError, match="group_size must be an integer >= 1, not 0"):
+        kind((5, 16), 4, 0)

@@ -507,3 +507,19 @@ def test_a_state_without_scales_takes_them_away():
     assert not quantizer.calibrated
     with pytest.raises(LifecycleError, match="no scales yet"):
         quantizer.fake_quantize(torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("group_size", [17, 3 * 10**8, 2**63 - 1, 2**70])
+def test_a_group_size_beyond_the_channels_is_one_group(group_size, learnable):
+    results = []
+    for size in (group_size, 16):
+        torch.manual_seed(0)
+        quantizer = calibrated(16, size, learnable=learnable, nonuniform=learnable)
+        assert (quantizer.group_size, quantizer.num_groups) == (16, 1)
+        x = torch.randn(5, 16, requires_grad=True)
+        out = quantizer.fake_quantize(x)
+        leaves = [x, *quantizer.parameters()]
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert ComplexQuantizer(16, group_size=group_size).num_groups == 1

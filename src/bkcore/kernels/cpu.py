@@ -473,9 +473,10 @@ def attention_backward(
     return dv, dhopping, denergy, deta, dquery, dkey, dvalue, dfirst_g, dfirst_psi
 
 
-# What the extension takes for a contiguous tensor (csrc/buffers.h): address and bytes.
+# What the extension takes for a contiguous tensor (csrc/buffers.h): address and bytes. An empty
+# tensor has no address either.
 _Buffer = tuple[int, int]
-_NONE: _Buffer = (0, 0)
+_NONE: _Buffer = (0, -1)
 
 
 def _buffers(*tensors: Tensor | None) -> list[_Buffer]:

@@ -556,7 +556,7 @@ def _chains(
     lanes = batch * heads
 
     def rows(x: Tensor) -> Tensor:
-        return x.transpose(0, 1).reshape(-1, lanes)
+        return x.transpose(0, 1).reshape(sites, lanes)
 
     potential, width = rows(v), eta.repeat(batch).view(1, lanes)
     if first_g is not None:

@@ -223,6 +223,7 @@ def pack_weight(
     weight: Tensor, bits: int, group_size: int, per_tensor: bool = False
 ) -> PackedWeight:
     """Quantize a float weight (O, K) after training."""
+    group_size = fit_group_size(group_size, weight.shape[1])
     scales = search_weight_scales(weight, bits, group_size, per_tensor)
     codes, _ = round_weight(weight.detach().float(), scales, group_size, bits)
     return PackedWeight.from_codes(codes, scales, bits, group_size)

@@ -1,0 +1,136 @@
+"""Sizes of 0: every function forward and backward, on every backend, against the reference."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+
+import pytest
+import torch
+from torch import Tensor
+
+from bkcore import kernels
+from bkcore.core import resolvent_attention
+from bkcore.errors import ShapeError
+from bkcore.kernels import cpu, use_backend
+from bkcore.kernels.checks import ChannelRounding
+from tests.kernels.operators import FUNCTIONS, arguments
+
+SIZES = {
+    "sweep": ("batch", "sites", "lanes"),
+    "sweep_codes": ("batch", "sites", "lanes"),
+    "sweep_rounded": ("batch", "sites", "lanes"),
+    "product": ("rows", "inputs", "outputs"),
+    "round_rows": ("rows", "inputs"),
+    "round_channels": ("rows", "channels"),
+    "round_channels_straight_through": ("rows", "channels"),
+    "round_weight": ("rows", "columns"),
+    "attention": ("batch", "sites", "heads", "keys", "values"),
+    "step": ("batch", "lanes"),
+    "recall_step": ("batch", "heads", "groups", "keys", "values"),
+}
+AT_LEAST_ONE = {"sites", "inputs", "groups"} | {("recall_step", "keys")}
+DIFFERENTIABLE = ("sweep", "attention", "round_channels_straight_through", "round_weight")
+CASES = [
+    (name, zeros)
+    for name, sizes in SIZES.items()
+    for count in (1, 2)
+    for zeros in itertools.combinations(sizes, count)
+]
+BACKENDS = ["reference", "triton", *cpu.supported_isas()]
+
+
+def on(backend: str) -> AbstractContextManager[object]:
+    stack = ExitStack()
+    stack.enter_context(use_backend(backend if backend in BACKENDS[:2] else "cpu"))
+    if backend not in BACKENDS[:2]:
+        stack.enter_context(cpu.use_isa(backend))
+    return stack
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """PyTorch fills new memory with NaN, and scratch memory is full of what was there before."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def run(name: str, backend: str, **sizes: int) -> list[Tensor]:
+    """Results, and the gradients of all that has one."""
+    args = arguments(name, **sizes)
+    if name not in DIFFERENTIABLE:
+        with on(backend), torch.no_grad():
+            results = getattr(kernels, name)(**args)
+        return list(results) if isinstance(results, tuple) else [results]
+    for x in args.values():
+        if isinstance(x, Tensor) and x.is_floating_point():
+            x.requires_grad_()
+    with on(backend):
+        results = getattr(kernels, name)(**args)
+        results = results if isinstance(results, tuple) else (results,)
+        sum(x.square().sum() for x in results if x.requires_grad).backward()
+    grads = [x.grad for x in args.values() if isinstance(x, Tensor) and x.requires_grad]
+    return [*results, *grads]
+
+
+def test_every_function_has_its_sizes() -> None:
+    assert set(SIZES) == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize(("name", "zeros"), CASES)
+def test_nothing_is_computed_of_nothing(name: str, zeros: tuple[str, ...]) -> None:
+    sizes = dict.fromkeys(zeros, 0)
+    if name == "attention":
+        sizes = {"batch": 1, "sites": 3, "heads": 1, **sizes}  # Triton's interpreter is slow
+    found = BACKENDS if name != "recall_step" else list(cpu.supported_isas())
+    if any(zero in AT_LEAST_ONE or (name, zero) in AT_LEAST_ONE for zero in zeros):
+        if "groups" in zeros and "heads" in zeros:
+            sizes["heads"] = 4
+        for backend in found:
+            with pytest.raises(ShapeError):
+                run(name, backend, **sizes)
+        return
+    expected = run(name, found[0], **sizes)
+    assert not any(x.isnan().any() for x in expected)
+    for backend in found[1:]:
+        if backend == "triton" and len(zeros) > 1:
+            continue
+        if backend != "triton":
+            run(name, backend)
+        for got, want in zip(run(name, backend, **sizes), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", cpu.supported_isas())
+def test_a_state_without_values_moves_as_one_with_values(isa: str) -> None:
+    args = arguments("recall_step")
+    with on(isa), torch.no_grad():
+        _, expected, _ = kernels.recall_step(**args)
+        none = {"value": args["value"][..., :0], "psi": args["psi"][..., :0]}
+        scale, zero = torch.ones(0).bfloat16(), torch.zeros(0, dtype=torch.int8)
+        nothing = ChannelRounding(0, scale, zero, torch.arange(16.0), 1, 4)
+        none["weight"], none["rounding"] = (
+            args["weight"][:, :0],
+            args["rounding"][:4] + 3 * [nothing],
+        )
+        _, g, _ = kernels.recall_step(**{**args, **none})
+    assert torch.equal(g, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", *cpu.supported_isas()])
+def test_query_and_key_of_no_values_have_no_gradient(backend: str) -> None:
+    def gradients(values: int) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        query, key, value = torch.randn(3, 1, 40, 2, 5).requires_grad_().unbind()
+        hopping = torch.rand(1, 40, 2)
+        arguments_ = query, key, value[..., :values], hopping, 0 * hopping, torch.ones(2)
+        with on(backend):
+            out, g, (_, psi) = resolvent_attention(*arguments_)
+            total = out.abs().sum() + g.abs().sum() + psi.sum()
+            return torch.autograd.grad(total, (query, key))
+
+    assert all(x.any() for x in gradients(5))  # leaves scratch memory that is not 0
+    assert not any(x.any() for x in gradients(0))
