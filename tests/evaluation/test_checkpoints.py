@@ -21,7 +21,7 @@ from bkcore.evaluation.checkpoints import (
 )
 from bkcore.evaluation.perplexity import perplexity_per_token, standard_error
 from bkcore.model import LanguageModel
-from bkcore.text import tokenizer_hash, train_tokenizer
+from bkcore.text import load_tokenizer, tokenizer_hash, train_tokenizer
 
 TEXT = "".join(f"the fox sees {n * n % 17} birds and {n % 5} trees .\n" for n in range(300))
 
@@ -203,3 +203,20 @@ def test_both_are_saved_or_none(checkpoint: Path, tmp_path: Path, monkeypatch: A
     assert manifest.verify(folder).keys() == {path.name for path in folder.iterdir()} - {
         manifest.MANIFEST
     }
+
+
+def test_a_save_in_between_mixes_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    tokenizer = train_tokenizer(TEXT[::-1], 290)
+    other = LanguageModel(len(tokenizer), 16, 1, 32, num_experts=2, expert_size=8)
+
+    def load_later(*arguments: Any) -> Any:
+        save_checkpoint(folder, other, tokenizer)
+        return load_tokenizer(*arguments)
+
+    monkeypatch.setattr("bkcore.evaluation.checkpoints.load_tokenizer", load_later)
+    with pytest.raises(CheckpointError, match="was truncated or altered"):
+        load_checkpoint(folder)

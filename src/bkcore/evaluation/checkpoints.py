@@ -267,13 +267,11 @@ def load_checkpoint(folder: Path) -> tuple[ResNetBKForCausalLM, CheckpointTokeni
         CheckpointError: if either is missing, damaged or not listed, or they do not belong
             together.
     """
-    digests = manifest.read(folder)
-    model = ResNetBKForCausalLM.from_pretrained(folder).eval()
+    digests = manifest.read(folder)  # once, so that both are of one checkpoint
+    model = ResNetBKForCausalLM.from_pretrained(folder, digests=digests).eval()
     if model.dtype in (torch.float16, torch.bfloat16):
         model.float()
-    tokenizer = load_tokenizer(folder)
-    if manifest.read(folder) != digests:
-        raise CheckpointError(f"{folder} changed while it was read; load it again")
+    tokenizer = load_tokenizer(folder, digests)
     if largest_id(tokenizer) >= model.config.vocab_size:
         raise CheckpointError(
             f"the tokenizer in {folder} has the id {largest_id(tokenizer)}, and the model only "

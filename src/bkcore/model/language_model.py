@@ -548,7 +548,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             args: none.
             kwargs: of transformers: `config`, or fields of one; `dtype`, `device_map`,
                 `max_memory`, `generation_config`, `subfolder`, `variant`, `output_loading_info`.
-                Those about downloads mean nothing for a folder, and are left aside.
+                Those about downloads mean nothing for a folder, and are left aside. And `digests`,
+                what `bkcore.manifest.read(path)` gave, to load exactly that or nothing.
 
         Raises:
             InputError: for other arguments.

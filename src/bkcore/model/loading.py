@@ -61,6 +61,7 @@ class Request:
         dtype: of the parameters; None takes the configuration's, or that of the weights.
         wants_info: whether the loading info is to be returned, too.
         passed_on: arguments that transformers handles.
+        digests: what the manifest lists, if it was read already; None reads it.
     """
 
     folder: Path
@@ -71,6 +72,7 @@ class Request:
     dtype: torch.dtype | None
     wants_info: bool
     passed_on: dict[str, Any]
+    digests: manifest.Digests | None
 
     @staticmethod
     def of(path: object, arguments: tuple[Any, ...], options: dict[str, Any]) -> Request:
@@ -103,6 +105,7 @@ class Request:
             config=config,
             dtype=_dtype(options.pop("dtype", older)),
             generation=generation,
+            digests=options.pop("digests", None),
             wants_info=options.pop("output_loading_info", False),
             passed_on={name: options.pop(name) for name in _PASSED_ON & options.keys()},
             changes=options,
@@ -160,7 +163,7 @@ def opened(request: Request, kind: type[PreTrainedModel]) -> Iterator[Source]:
         CheckpointError: if the checkpoint is missing, truncated, altered, incomplete or malformed.
     """
     folder = request.folder
-    digests = manifest.read(folder)
+    digests = manifest.read(folder) if request.digests is None else request.digests
     content = manifest.contents(folder, manifest.CONFIG, digests)
     config = config_from(content, folder / manifest.CONFIG, request.changes)
     if request.config is not None:

@@ -86,21 +86,25 @@ class CheckpointTokenizer(PreTrainedTokenizerFast):
         path.write_text(text + "\n", encoding="utf-8")
 
 
-def load_tokenizer(folder: Path) -> CheckpointTokenizer:
+def load_tokenizer(folder: Path, digests: manifest.Digests | None = None) -> CheckpointTokenizer:
     """Load the tokenizer in a checkpoint folder, checked against the manifest.
+
+    Args:
+        folder: the folder.
+        digests: what `bkcore.manifest.read(folder)` gave, to load exactly that or nothing.
 
     Raises:
         CheckpointError: if there is none, one of its files is not listed, truncated, altered or
             malformed, or as `manifest.read`.
     """
-    digests = manifest.read(folder)
+    listed = manifest.read(folder) if digests is None else digests
     present = [name for name in manifest.TOKENIZER_FILES if os.path.lexists(folder / name)]
-    if _TOKENIZER not in {*present, *digests}:
+    if _TOKENIZER not in {*present, *listed}:
         raise CheckpointError(
             f"{folder} holds no {_TOKENIZER}; save the tokenizer into the model's folder: "
             "tokenizer.save_pretrained(folder)"
         )
-    unlisted = [name for name in present if name not in digests]
+    unlisted = [name for name in present if name not in listed]
     if unlisted:
         raise CheckpointError(
             f"{folder / manifest.MANIFEST} does not list {', '.join(unlisted)}, so nothing says "
@@ -110,7 +114,7 @@ def load_tokenizer(folder: Path) -> CheckpointTokenizer:
         )
 
     def read(name: str) -> bytes | None:
-        return manifest.contents(folder, name, digests, _BYTES) if name in digests else None
+        return manifest.contents(folder, name, listed, _BYTES) if name in listed else None
 
     return _tokenizer(read, folder)
 
