@@ -112,7 +112,7 @@ def _percent(text: str) -> float:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"bkcore {version('bkcore')}")
+        print(f"bkcore {version('bkcore')}")
         raise typer.Exit
 
 

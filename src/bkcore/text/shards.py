@@ -114,7 +114,9 @@ def write_shards(
     except BaseException as error:
         shutil.rmtree(staged, ignore_errors=True)
         if isinstance(error, OSError):
-            raise DataError(f"Cannot write token ids to {folder} ({error.strerror}).") from error
+            raise DataError(
+                f"Cannot write token ids to {folder} ({error.strerror or error})."
+            ) from error
         raise
     return TokenShards(folder)
 

@@ -1,0 +1,88 @@
+"""Work in a process of its own: its result, its messages, its errors, its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bkcore.errors import InputError
+from bkcore.processes import ProcessDiedError, call_in_new_process
+
+# What is called is found by its name in a fresh interpreter, which does not know this file.
+WORK = """
+import os, signal, time
+from bkcore.errors import InputError
+
+def add(send, a, b):
+    send("adding")
+    return a + b, os.getpid()
+
+def refuse(send):
+    raise InputError("no")
+
+def die(send):
+    os._exit(7)
+
+def wait(send, path):
+    try:
+        send("waiting")
+        time.sleep(60)
+    finally:
+        open(path, "w").write("saved")
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> object:
+    import importlib
+    import sys
+
+    folder = tmp_path_factory.mktemp("modules")
+    (folder / "bkcore_test_work.py").write_text(WORK)
+    sys.path.insert(0, str(folder))  # which a spawned process gets, too
+    yield importlib.import_module("bkcore_test_work")
+    sys.path.remove(str(folder))
+
+
+def test_a_result_comes_back_after_its_messages(work) -> None:
+    messages: list[str] = []
+    found, number = call_in_new_process(work.add, "x" * 1_000_000, "y", on_message=messages.append)
+    assert found == "x" * 1_000_000 + "y"
+    assert number != os.getpid()
+    assert messages == ["adding"]
+
+
+def test_an_error_and_a_death_are_told(work) -> None:
+    with pytest.raises(InputError, match="no"):
+        call_in_new_process(work.refuse)
+    with pytest.raises(ProcessDiedError, match="exit code 7") as death:
+        call_in_new_process(work.die)
+    assert death.value.exit_code == 7
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_an_interruption_ends_the_other_process_in_silence(
+    work, when: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Early it is still importing; late it is at work, and cleans up."""
+
+    def stop(message: object = None) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    start = time.monotonic()
+    timer = threading.Timer(0.3, stop)
+    on_message: Callable[[object], None] = stop
+    if when == "early":
+        timer.start()
+        on_message = print
+    with pytest.raises(KeyboardInterrupt):
+        call_in_new_process(work.wait, str(tmp_path / "file"), on_message=on_message)
+    assert time.monotonic() - start < 50
+    assert (tmp_path / "file").exists() is (when == "late")
+    assert capfd.readouterr().err == ""
