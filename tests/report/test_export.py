@@ -13,7 +13,7 @@ from bkcore.errors import CheckpointError, InputError
 from bkcore.evaluation.checkpoints import load_checkpoint
 from bkcore.report.curve import draw_curve
 from bkcore.report.export import export_half
-from bkcore.report.files import refuse_model, write_json
+from bkcore.report.files import refuse_model
 
 
 def test_a_model_in_float16_is_half_as_large_and_computes_in_float32(
@@ -65,16 +65,6 @@ def test_a_full_disk_leaves_no_half(fox_checkpoint: Path, tmp_path: Path, monkey
             with pytest.raises(CheckpointError, match="No space left"):
                 export_half(fox_checkpoint, tmp_path / "half")
         assert not (tmp_path / "half").exists()
-
-
-def test_a_report_on_a_full_disk(tmp_path: Path, monkeypatch: Any) -> None:
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("pathlib.Path.write_text", full)
-    with pytest.raises(InputError, match=r"cannot be written.*No space left"):
-        write_json({}, tmp_path / "report.json")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_curve_is_drawn(tmp_path: Path) -> None:
