@@ -240,6 +240,26 @@ def test_codes_equal_decode_sweep_encode(short_blocks, form, bits, per_site):
         assert torch.equal(test_codes.call(p), test_codes.expected(p))
 
 
+@pytest.mark.parametrize("per_site", ["scale", "zero"])
+@pytest.mark.parametrize("form", FORMS)
+def test_codes_with_a_scale_for_all_sites_and_a_zero_for_each(short_blocks, form, per_site):
+    p = test_codes.problem(form, 8, (1, 9, 5), rows=9)
+    for name in ("in", "out"):
+        shared = f"{name}_{'zero' if per_site == 'scale' else 'scale'}"
+        p[shared] = p[shared][:, :1].contiguous()
+    p = on_device(p)
+    assert torch.equal(test_codes.call(p), test_codes.expected(p))
+
+
+def test_lanes_may_lie_far_apart():
+    """Further than 2^31 numbers from the first; of the 4 GiB a few pages are touched."""
+    far = torch.empty(2**31 + 8, dtype=torch.bfloat16, device=DEVICE)
+    v = far.as_strided((1, 2, 3), (3 * 2**30, 1, 2**30))
+    v.copy_(torch.arange(6.0).view(1, 2, 3))
+    rest = moved(arguments("g", 1, 2, 3, torch.float32))[1:]
+    assert torch.equal(sweep(v, *rest), sweep(v.clone(), *rest))
+
+
 @pytest.mark.parametrize("width", [1e-38, 1e6])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_codes_saturate(bits, width):

@@ -148,8 +148,9 @@ class _Quantizers:
         levels: Tensor | None = None,
         bounds: Tensor | None = None,
     ) -> None:
-        in_scale, in_zero = inputs or (dummy, dummy)
-        out_scale, out_zero = outputs or (dummy, dummy)
+        # A scale for all sites may go with a zero point for each, but the kernels have one stride.
+        in_scale, in_zero = torch.broadcast_tensors(*inputs) if inputs else (dummy, dummy)
+        out_scale, out_zero = torch.broadcast_tensors(*outputs) if outputs else (dummy, dummy)
         self.input = (
             in_scale.contiguous(),
             in_zero.contiguous(),

@@ -18,7 +18,8 @@ def product(
     """
     tiles = tl.cdiv(outputs, OUTPUTS)
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) % tiles * OUTPUTS + tl.arange(0, OUTPUTS)
+    # A weight may have more than 2^31 codes.
+    column = (tl.program_id(0) % tiles).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
     total = tl.zeros([ROWS, OUTPUTS], tl.float32)
     for group in range(0, groups):
         first = group * group_size

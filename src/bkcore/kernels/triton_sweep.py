@@ -37,11 +37,11 @@ ties to even. For numbers up to 2^22, which is beyond every code."""
 @triton.jit
 def _place(blocks, lanes, BLOCK: tl.constexpr):
     """Block, tile of lanes and batch element of a program. Tiles, which are neighbours in memory,
-    come first; the batch, whose offsets may be large, is an int64."""
+    come first. Lanes and batch elements may lie far apart, so that their offsets are int64."""
     program = tl.program_id(0)
     tiles = tl.cdiv(lanes, BLOCK)
     rest = program // tiles
-    return rest % blocks, program % tiles, (rest // blocks).to(tl.int64)
+    return rest % blocks, (program % tiles).to(tl.int64), (rest // blocks).to(tl.int64)
 
 
 @triton.jit
