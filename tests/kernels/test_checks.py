@@ -15,6 +15,7 @@ from bkcore.kernels.checks import ChannelRounding, count_groups, fit_group_size
 from tests.kernels.operators import EVERY, FUNCTIONS, OPERATORS, arguments, call, tensors
 
 PAIRS = [(name, tensor) for name in EVERY for tensor in tensors(arguments(name))]
+ALONE = [pair for pair in PAIRS if len(tensors(arguments(pair[0]))) == 1]  # it has to fit nothing
 DTYPES = [
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.int8, torch.uint8, torch.int32, torch.bool, torch.complex64),
@@ -78,7 +79,7 @@ def test_another_dtype_is_refused(name, tensor) -> None:
 def test_another_device_is_refused(name, tensor) -> None:
     args = arguments(name)
     args[tensor] = args[tensor].to("meta")
-    if len(tensors(args)) == 1:
+    if (name, tensor) in ALONE:
         assert call(name, args)[0].is_meta
         return
     refusal = BackendError if (name, tensor) == ASKED_FIRST else InputError
@@ -87,13 +88,11 @@ def test_another_device_is_refused(name, tensor) -> None:
     assert not isinstance(caught.value, ShapeError)
 
 
-@pytest.mark.parametrize(("name", "tensor"), PAIRS)
+@pytest.mark.parametrize(("name", "tensor"), [pair for pair in PAIRS if pair not in ALONE])
 def test_another_shape_is_refused(name, tensor) -> None:
     # Groups of 1, so that one channel more is one group more.
     args = arguments(name, **({"group_size": 1} if "group_size" in arguments(name) else {}))
     good = args[tensor]
-    if len(tensors(args)) == 1:
-        pytest.skip("there is nothing that it would have to fit")
     rows, free = ((short(name), tensor) in some for some in (ROWS, FREE))
     wrong = [] if rows else [good[None], good[..., None], good.flatten()[:1].squeeze()]
     for axis in range(good.ndim - 1 if free else 0, good.ndim):
@@ -222,6 +221,18 @@ def test_a_rounding_needs_no_memory_for_its_channels_and_no_default_device() -> 
             8,
         )
     assert rounding.group_size == 10**15
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-40, torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [("sweep_codes", "in_scale"), ("sweep_codes", "out_scale"), ("sweep_rounded", "scale")],
+)
+def test_scales_of_codes_have_to_be_normal_numbers(name, scale, value) -> None:
+    args = arguments(name)
+    args[scale].view(-1)[-1] = value
+    with pytest.raises(InputError, match=f"^{scale} must be positive, normal float32 numbers"):
+        call(name, args)
 
 
 def test_levels_have_to_be_finite_and_ascend() -> None:

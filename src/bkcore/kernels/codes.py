@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bkcore.errors import InputError, ShapeError
 from bkcore.kernels.checks import check_bits, check_levels, check_tensors
-from bkcore.kernels.ops import check_chain
+from bkcore.kernels.ops import check_chain, check_source
 from bkcore.kernels.selection import select
 
 _library = torch.library.Library("bkcore", "FRAGMENT")
@@ -119,8 +119,7 @@ def _check(
     sites, lanes = v.shape[1], energy.shape[0]
     if sites < 1:
         raise ShapeError(f"v must be (B, N, H) with N >= 1, got {tuple(v.shape)}")
-    if two_sided and source is not None:
-        raise InputError("two_sided=True takes no source: only the causal sweep propagates one")
+    check_source(two_sided, source)
 
     def why() -> str:
         return f"for {bits}-bit codes of {sites} sites and {lanes} lanes"
@@ -176,9 +175,8 @@ def _sweep_codes(
         bits,
         two_sided,
     )
-    for name, scale in (("in_scale", in_scale), ("out_scale", out_scale)):
-        if not (scale >= torch.finfo(torch.float32).tiny).all():
-            raise InputError(f"{name} must be positive, normal float32 numbers; some are not")
+    require_normal("in_scale", in_scale)
+    require_normal("out_scale", out_scale)
     if in_levels is not None:
         require_ascending("in_levels", in_levels)
     if out_levels is not None:
@@ -198,6 +196,13 @@ def _sweep_codes(
         bits,
         two_sided,
     )
+
+
+def require_normal(name: str, scale: Tensor) -> None:
+    """Raise `InputError` unless scales are positive, normal numbers."""
+    limits = torch.finfo(torch.float32)
+    if not torch.equal(scale.clamp(limits.tiny, limits.max), scale):
+        raise InputError(f"{name} must be positive, normal float32 numbers; some are not")
 
 
 def require_ascending(name: str, levels: Tensor) -> None:

@@ -125,7 +125,7 @@ def check_sweep(
         raise DTypeError(f"v must be float32, float64 or bfloat16, got {v.dtype}")
     if v.ndim != 3 or v.shape[1] < 1:
         raise ShapeError(f"v must be (B, N, H) with N >= 1, got {tuple(v.shape)}")
-    _check_source(two_sided, source)
+    check_source(two_sided, source)
 
     def why() -> str:
         return f"for v of {v.dtype} and shape {tuple(v.shape)}"
@@ -134,7 +134,8 @@ def check_sweep(
     check_tensors({"v": (v, v.shape, v.dtype), "source": (source, v.shape, v.dtype)}, v.device, why)
 
 
-def _check_source(two_sided: bool, source: Tensor | None) -> None:
+def check_source(two_sided: bool, source: Tensor | None) -> None:
+    """Raise if a two-sided sweep is given a source."""
     if two_sided and source is not None:
         raise InputError("two_sided=True takes no source: only the causal sweep propagates one")
 
@@ -176,7 +177,7 @@ def _check_backward(
     hopping: Tensor,
     two_sided: bool,
 ) -> None:
-    _check_source(two_sided, source)
+    check_source(two_sided, source)
     if two_sided and v is None:
         raise InputError("the adjoint of the two-sided sweep needs v, which is None")
     if parts.dtype not in _FLOATS[:2]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bkcore.errors import DTypeError, InputError
+from bkcore.errors import DTypeError
 from bkcore.kernels.backend import empty_parts
 from bkcore.kernels.checks import (
     check_bits,
@@ -34,7 +34,7 @@ from bkcore.kernels.checks import (
     count_groups,
     fit_group_size,
 )
-from bkcore.kernels.codes import bounds_between, require_ascending
+from bkcore.kernels.codes import bounds_between, require_ascending, require_normal
 from bkcore.kernels.ops import check_sweep, dense, parameter_rows
 from bkcore.kernels.selection import select
 
@@ -116,8 +116,7 @@ def _sweep_rounded(
     two_sided: bool,
 ) -> Tensor:
     group_size = _check(v, energy, eta, hopping, scale, zero, levels, group_size, bits, two_sided)
-    if not float(scale.min()) >= torch.finfo(torch.float32).tiny:
-        raise InputError("scale must be positive, normal float32 numbers; some are not")
+    require_normal("scale", scale)
     if levels is not None:
         require_ascending("levels", levels)
     return select(v).sweep_rounded(
