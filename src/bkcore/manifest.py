@@ -265,7 +265,8 @@ def saving_model(folder: Path) -> Iterator[Path]:
 def saving_tokenizer(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to write a tokenizer in, as `saving_model` does for a model.
 
-    If `folder` has a manifest, it lists the tokenizer afterwards.
+    If `folder` has a manifest, it lists the tokenizer afterwards. One of another format stays as
+    it is: nothing but saving the model again makes it one of this.
 
     Raises:
         CheckpointError: as `saving_model`.
@@ -274,7 +275,7 @@ def saving_tokenizer(folder: Path) -> Iterator[Path]:
         yield staged
         own = _digests(staged)
         digests = None
-        if _listed(folder) is not None:
+        if _any_manifest(folder)[0] == FORMAT_VERSION:
             digests = {**own, **_others(folder, is_tokenizer_file)}
         _move(staged, folder, own, digests, set(_BESIDE))
 
@@ -309,11 +310,16 @@ def list_tokenizer(folder: Path) -> None:
 
 @contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; name a folder for the checkpoint")
-    is_new = not folder.exists()
     try:
+        is_new = not folder.exists()
+        if not is_new and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file; name a folder for the checkpoint")
         folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a name that no system takes
+        raise CheckpointError(
+            f"cannot write a checkpoint to {shown(str(folder))}: {error}"
+        ) from error
+    try:
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
             yield Path(name)
     except BaseException as error:
@@ -325,25 +331,26 @@ def _staging(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _listed(folder: Path) -> Digests | None:
-    """What a manifest of any version lists; None if there is none that can be read."""
+def _any_manifest(folder: Path) -> tuple[object, Digests]:
+    """Format and entries of a manifest of any format; no format if none can be read."""
     try:
-        digests = read_json(folder / MANIFEST)["sha256"]
+        content = read_json(folder / MANIFEST)
+        version, digests = content["format_version"], content["sha256"]
         _check_digests(digests)
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return dict(digests)
+        return None, {}
+    return version, dict(digests)
 
 
 def _others(folder: Path, owns: Callable[[str], bool]) -> Digests:
     """What the manifest lists of others, as far as it is there."""
-    listed = _listed(folder) or {}
+    _, listed = _any_manifest(folder)
     return {name: x for name, x in listed.items() if not owns(name) and (folder / name).is_file()}
 
 
 def _earlier_model(folder: Path) -> set[str]:
     """Files of a model that was saved there: the listed ones, and what may be taken for it."""
-    listed = set(filter(is_model_file, _listed(folder) or {}))
+    listed = set(filter(is_model_file, _any_manifest(folder)[1]))
     return listed | set(filter(_WITHOUT_VARIANT.fullmatch, os.listdir(folder)))
 
 

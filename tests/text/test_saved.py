@@ -69,6 +69,21 @@ def test_a_folder_without_a_manifest_gets_none(tmp_path: Path) -> None:
     assert len(read_tokenizer(tmp_path)) == len(train_tokenizer(TEXT, 300))
 
 
+def test_a_model_of_an_older_format_stays_one(folder: Path) -> None:
+    path = folder / manifest.MANIFEST
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "format_version": manifest.FORMAT_VERSION - 1}))
+    before = path.read_bytes()
+    train_tokenizer(TEXT, 300).save_pretrained(folder)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_a_name_that_cannot_be(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="cannot write a checkpoint to"):
+        train_tokenizer(TEXT, 280).save_pretrained(tmp_path / name)
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 def test_another_tokenizer_of_the_same_size(folder: Path, tmp_path: Path, file: str) -> None:
     train_tokenizer(TEXT, 280).save_pretrained(folder)

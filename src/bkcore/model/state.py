@@ -113,7 +113,7 @@ class StreamState:
             with tempfile.TemporaryDirectory(prefix=".saving-", dir=path.parent) as folder:
                 save_file(tensors, Path(folder) / path.name)
                 os.replace(Path(folder) / path.name, path)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"cannot write a state to {path}: {error}") from error
 
     @staticmethod
