@@ -194,15 +194,15 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         observing = self._state is QuantizationState.CALIBRATING
         with all_or_nothing(self) if observing else nullcontext():
             hidden, balance, state = self._hidden(input_ids, real, cache_params)
-        logits = self.embedding.logits(hidden) if return_logits else None
-        loss = aux_loss = None
-        if self.training:
-            aux_loss = self.config.load_balancing / len(self.layers) * balance
-        if labels is not None:
-            loss = self._loss(hidden, logits, labels, num_items_in_batch)
-            if aux_loss is not None:
-                aux_loss = aux_loss * _part(labels, num_items_in_batch)
-                loss = loss + aux_loss
+            logits = self.embedding.logits(hidden) if return_logits else None
+            loss = aux_loss = None
+            if self.training:
+                aux_loss = self.config.load_balancing / len(self.layers) * balance
+            if labels is not None:
+                loss = self._loss(hidden, logits, labels, num_items_in_batch)
+                if aux_loss is not None:
+                    aux_loss = aux_loss * _part(labels, num_items_in_batch)
+                    loss = loss + aux_loss
         output = ResNetBKOutput(loss, logits, state if use_cache else None, aux_loss)
         return output.to_tuple() if return_dict is False else output
 

@@ -98,5 +98,5 @@ def _shared(model: nn.Module) -> Iterator[str]:
 
 def _kind(module: nn.Module) -> str:
     kind = type(module)
-    library = kind.__module__.partition(".")[0]
-    return kind.__qualname__ if library in ("torch", "bkcore") else f"{library} {kind.__qualname__}"
+    known = kind.__module__.startswith(("torch.nn.modules.", "bkcore."))
+    return kind.__qualname__ if known else f"{kind.__module__}.{kind.__qualname__}"
