@@ -52,8 +52,11 @@ def _problems(model: nn.Module, expected: nn.Module) -> Iterator[str]:
         else:
             yield from _tensor_problems(place, module, wanted[name])
     yield from (f"{name} is not there" for name in wanted.keys() - modules.keys())
+    # Activation checkpointing leaves a hook of transformers, that embedded tokens have a gradient:
+    # codes of tokens that train have one, and those that do not need none.
+    known = {handle.id for handle in getattr(model, "_require_grads_hooks", ())}
     for slot in quantizable(model):
-        yield from _layer_problems(slot.name, slot.layer)
+        yield from _layer_problems(slot.name, slot.layer, known)
     yield from _shared(model)
 
 
@@ -77,12 +80,12 @@ def _tensor_problems(place: str, module: nn.Module, wanted: nn.Module) -> Iterat
                 yield f"{name} of {place} is on the meta device, without values"
 
 
-def _layer_problems(name: str, layer: nn.Module) -> Iterator[str]:
-    """What a layer that is going to be replaced has beside its weight."""
+def _layer_problems(name: str, layer: nn.Module, known: set[int]) -> Iterator[str]:
+    """What a layer that is going to be replaced has beside its weight, and some known hooks."""
     moments = getattr(layer, "moments", None)
     own = moments.hook_id if isinstance(moments, InputMoments) else None
-    before = layer._forward_pre_hooks.keys() - {own}
-    if before or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+    hooks = {*layer._forward_hooks, *layer._backward_hooks, *layer._backward_pre_hooks}
+    if (hooks | layer._forward_pre_hooks.keys()) - {own, *known}:
         yield f"{name} has hooks"
     if "forward" in vars(layer):
         yield f"{name} has a forward() of its own"
