@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import subprocess
 import sys
@@ -182,6 +183,47 @@ def test_what_a_token_gets_does_not_depend_on_how_many_there_are(rows):
     layer = mixture(d_model=64, expert_size=96)
     x = torch.randn(1, 300, 64)
     assert torch.equal(layer(x[:, :rows])[0], layer(x)[0][:, :rows])
+
+
+def skip_the_idle(layer: MixtureOfExperts, tokens: torch.Tensor, chosen: torch.Tensor):
+    """Serve as outside of training: experts without tokens are not called."""
+    order = chosen.flatten().argsort(stable=True)
+    batches = tokens[order // layer.experts_per_token].split(layer._load_of(chosen).tolist())
+    pairs = zip(layer.experts, batches, strict=True)
+    served = torch.cat([expert(batch) for expert, batch in pairs if len(batch)])
+    return served[order.argsort()].view(*chosen.shape, -1)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_idle_experts_have_gradients_of_zero_and_change_no_other(tokens, monkeypatch):
+    """So that processes wait for no gradient; weights of idle experts decay as all others do."""
+    x = torch.randn(1, tokens, 12)
+    layers = [mixture(experts_per_token=1).train() for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    for layer in layers:
+        with torch.no_grad():
+            layer.router.weight[3] = -layer.router.weight[1]
+            layer.router.weight[4] = 0.0
+    outs = [layers[0](x)[0]]
+    monkeypatch.setattr(MixtureOfExperts, "_serve", skip_the_idle)
+    outs.append(layers[1](x)[0])
+    assert torch.equal(*outs)
+    before = copy.deepcopy(layers[0].state_dict())
+    for layer, out in zip(layers, outs, strict=True):
+        out.square().sum().backward()
+        torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5).step()
+    idle = 0
+    for name, parameter in layers[0].named_parameters():
+        other = layers[1].get_parameter(name)
+        assert parameter.grad is not None
+        if other.grad is None and "experts" in name:
+            idle += 1
+            assert not parameter.grad.any()
+            torch.testing.assert_close(parameter, before[name] * (1 - 0.1 * 0.5))
+        elif other.grad is not None:
+            assert torch.equal(parameter.grad, other.grad)
+            assert torch.equal(parameter, other)
+    assert idle >= 2
 
 
 def test_data_parallel_processes_share_their_load(tmp_path):

@@ -1,5 +1,6 @@
 """Token ids on disk: what was written comes back, from the disk, or not at all."""
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +12,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from bkcore.errors import DataError, InputError
+from bkcore.errors import CheckpointError, DataError, InputError
 from bkcore.text import (
     TokenShards,
     cached_tokenizer,
     cached_tokens,
     encode,
     open_corpus,
+    save_tokenizer,
     tokenizer_hash,
     train_tokenizer,
     write_shards,
@@ -141,3 +144,34 @@ def test_a_corpus_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert tokenizer_hash(cached_tokenizer(other, 300, cache)) == tokenizer_hash(
         train_tokenizer("".join(other.train()), 300)
     )
+
+
+def test_a_full_disk_is_said_in_words_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library that writes a tokenizer raises a bare `Exception`."""
+    text, cache = tmp_path / "text", tmp_path / "cache"
+    text.mkdir()
+    (text / "all.txt").write_text("".join(f"site {n} of {n * n % 97}\n" for n in range(3000)))
+    corpus = open_corpus(text)
+
+    def half(_: PreTrainedTokenizerFast, folder: str) -> None:
+        (Path(folder) / "tokenizer.json").write_text("{")
+        raise Exception("No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", half)
+        with pytest.raises(CheckpointError, match=r"cannot write a tokenizer.*No space left"):
+            cached_tokenizer(corpus, 300, cache)
+        assert list(cache.iterdir()) == []
+    tokenizer = cached_tokenizer(corpus, 300, cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", half)
+        with pytest.raises(CheckpointError, match="No space left"):
+            save_tokenizer(tokenizer, cache)
+        full = OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(full))
+        with pytest.raises(DataError, match="No space left"):
+            cached_tokens(corpus, tokenizer, cache)
+        assert [path.name[:9] for path in cache.iterdir()] == ["tokenizer"]
+    assert len(cached_tokens(corpus, tokenizer, cache)) > 0

@@ -79,9 +79,13 @@ def reading(checkpoint: Path) -> Iterator[None]:
 
 
 def begin(checkpoint: Path) -> None:
-    """Make the folder of a checkpoint, and mark it as ours."""
+    """Make the folder of a checkpoint, which is not there or empty, and mark it as ours."""
     checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / BEGUN).touch()
+    try:
+        (checkpoint / BEGUN).touch()
+    except OSError:
+        checkpoint.rmdir()
+        raise
 
 
 def mark_complete(checkpoint: Path, run: dict[str, Any], minutes: float) -> None:
