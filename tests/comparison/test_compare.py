@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,9 @@ def test_report_has_every_run_and_repeats(text: Path, tmp_path: Path) -> None:
     ratio = core["ppl_token"] / report["language"][0]["ppl_token"]
     assert core["change_pct"] == pytest.approx(100 * (ratio - 1))
     assert report["language"][1]["change_pct"] == 0  # against its own seed
+    result = json.loads((tmp_path / "one/language/resnet_bk/seed0/result.json").read_text())
+    nats, size = sum(result["scores"]["nll"]), result["protocol"]["evaluation"]["bytes"]
+    assert core["ppl_byte"] == pytest.approx(math.exp(nats / size))
     assert core["training_tokens"] == 3 * 4 * 16
     assert report["protocol"]["language"]["evaluation"]["split"] == "valid"
     assert [row["contestant"] for row in report["synthetic"]] == ["convolution", "mamba"]
@@ -129,6 +134,23 @@ def test_other_settings_stop_before_training(text: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match="training_tokens 192, now 5"):
         run_comparison(other, text, tmp_path / "runs", Console(quiet=True))
     assert not (tmp_path / "runs" / "language/convolution").exists()
+
+
+def test_results_that_would_not_compare_stop_before_training(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(text, tmp_path / "runs", only="language/resnet_bk")
+    other = tmp_path / text.name  # a text of the same name and sizes
+    other.mkdir()
+    for name in ("train.txt", "valid.txt"):
+        (other / name).write_text((text / name).read_text().replace("electron", "neutrons"))
+    monkeypatch.setattr(language, "train", None)
+    with pytest.raises(InputError, match=r"cannot be compared: corpus_sha256 '.*name another"):
+        run(other, tmp_path / "runs", only="language/convolution")
+    (other / "valid.txt").write_text((other / "valid.txt").read_text()[:2000])
+    one = Comparison(replace(SMALL.language, window=2000, batch_size=1), SMALL.synthetic)
+    with pytest.raises(InputError, match="the text is one window"):
+        run_comparison(one, other, tmp_path / "one", Console(quiet=True), "language/convolution")
 
 
 def test_a_name_that_nothing_has_is_refused(text: Path, tmp_path: Path) -> None:

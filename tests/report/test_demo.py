@@ -1,6 +1,7 @@
 """The demo end to end, on a small text with a small model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,19 @@ def test_bad_data_stops_before_training(tmp_path: Path) -> None:
     (tmp_path / "valid.txt").write_text("")
     with pytest.raises(DataError, match="no text"):
         run(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_of_one_window_stops_before_training(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (text / "train.txt").read_text().splitlines(keepends=True)
+    (tmp_path / "train.txt").write_text("".join(lines))
+    (tmp_path / "valid.txt").write_text("".join(lines[:50]))
+    monkeypatch.setattr(demo, "train", None)
+    long = replace(SMALL, window=1000, batch_size=1)
+    with pytest.raises(InputError, match="the text is one window"):
+        run_demo(tmp_path, tmp_path / "out", Console(quiet=True), long)
     assert not (tmp_path / "out").exists()
 
 

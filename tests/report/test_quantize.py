@@ -311,6 +311,40 @@ def test_strict_names_what_is_amiss_and_writes_nothing(
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_what_calibration_missed_is_refused_before_training(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load_checkpoint(checkpoint)
+    with torch.no_grad():  # with one expert a token, all go to the first
+        model.layers[0].experts.router.weight.zero_()
+    model.config.experts_per_token = 1
+    model.save_pretrained(tmp_path / "deaf")
+    tokenizer.save_pretrained(tmp_path / "deaf")
+    monkeypatch.setattr(quantize, "train", None)
+    monkeypatch.setattr(quantize, "measure", None)
+    qat = settings(mode="qat_int8", steps=3, strict=True)
+    budget = settings(mode="mixed_precision", target_bits=9.0, strict=True)
+    for how in (qat, budget):
+        with pytest.raises(
+            ReceiptError, match=r"experts\.1\.up was reached by no calibration data"
+        ):
+            run_quantize(tmp_path / "deaf", tmp_path / "out", text, how, QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_text_is_refused_before_calibration(
+    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize._Run, "_calibration_batches", None)
+    monkeypatch.setattr(quantize, "_TOKENS_A_BATCH", 1 << 30)
+    how = settings(mode="qat_int8", steps=3)
+    with pytest.raises(DataError, match="a step of training takes"):
+        run_quantize(checkpoint, tmp_path / "out", text, how, QUIET)
+    how = QuantizeSettings("mixed_precision", target_bits=9.0, calibration_tokens=40)
+    with pytest.raises(InputError, match="allow more --calibration-tokens"):
+        run_quantize(checkpoint, tmp_path / "out", text, how, QUIET)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

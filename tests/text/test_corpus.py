@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bkcore.errors import DataError
-from bkcore.text import Corpus, count_words, load_corpus, open_corpus
+from bkcore.text import Corpus, count_words, load_corpus, load_split, open_corpus
 
 ENOUGH = "Some words of a text, one line.\n" * 1000
 
@@ -193,3 +193,20 @@ def test_an_unreadable_file_among_others_is_named(tmp_path: Path) -> None:
     (tmp_path / "photo.txt").write_bytes(b"\x89PNG\xff" * 1000)
     with pytest.raises(DataError, match=r"photo\.txt' is not UTF-8: byte 0"):
         open_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_split_is_read_alone(tmp_path: Path, split: str) -> None:
+    (tmp_path / f"{split}.txt").write_text(ENOUGH)
+    assert load_split(tmp_path, split) == (tmp_path.name, ENOUGH)
+    other = {"train": "valid", "valid": "train"}[split]
+    with pytest.raises(DataError, match=f"no file .*{other}.txt"):
+        load_split(tmp_path, other)
+    (tmp_path / f"{split}.txt").write_text("short")
+    with pytest.raises(DataError, match=f"only 5 characters in the {split} part"):
+        load_split(tmp_path, split)
+
+
+def test_splits_are_the_parts_of_the_corpus(embedded: Corpus) -> None:
+    assert load_split(None, "train") == (embedded.name, embedded.train)
+    assert load_split(None, "valid") == (embedded.name, embedded.valid)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bkcore.errors import DataError
-from bkcore.text import count_words, load_corpus
+from bkcore.text import count_words, load_corpus, load_split
 
 datasets = pytest.importorskip("datasets")
 
@@ -102,3 +102,21 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"pip install 'bkcore\[data\]'"):
         load_corpus("no-one/nothing")
+
+
+def test_a_data_set_without_train_has_its_validation(tmp_path: Path) -> None:
+    datasets.DatasetDict(validation=split(VALID_ROWS)).save_to_disk("saved")
+    assert load_split("saved", "valid") == ("saved", joined(VALID_ROWS))
+    with pytest.raises(DataError, match=r"no split 'train', but \['validation'\]"):
+        load_split("saved", "train")
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_bars_are_as_before(tmp_path: Path, shown: bool) -> None:
+    datasets.DatasetDict(train=split(ROWS)).save_to_disk("saved")
+    (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
+    try:
+        load_corpus("saved")
+        assert datasets.are_progress_bars_disabled() is not shown
+    finally:
+        datasets.enable_progress_bars()

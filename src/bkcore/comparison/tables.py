@@ -19,7 +19,7 @@ def language_table(report: dict[str, Any]) -> Table:
     table = _table(
         f"{protocol['corpus']}, {evaluation['split']}: {evaluation['tokens']:,} tokens scored",
         ("model", "seed"),
-        ("ppl per\ntoken", "per\nword", "bits\nper byte", "change\n%", "95 %\ninterval"),
+        ("ppl\ntoken", "ppl\nword", "bits\nbyte", "change\n%", "95 %\ninterval"),
         ("active\nM", "total\nM", "tokens\nper s"),
     )
     table.caption = "change: against the same model without the core"
