@@ -47,7 +47,7 @@ template <int kWrite, class T>
 BKCORE_INLINE void prefetch(const T *row, Index count) {
   constexpr Index line = 64 / sizeof(T);
   for (Index at = 0; at < count; at += line) __builtin_prefetch(row + at, kWrite);
-  __builtin_prefetch(row + count - 1, kWrite);
+  if (count > 0) __builtin_prefetch(row + count - 1, kWrite);
 }
 
 template <class T>
@@ -92,6 +92,7 @@ BKCORE_INLINE void propagate_site(const ChainRows<T> &rows, Index i, const T *fr
 
 template <class T>
 BKCORE_INLINE void copy_row(T *to, const T *from, Index count) {
+  if (count == 0) return;  // then neither may have an address
   if (from) {
     std::memcpy(to, from, count * sizeof(T));
   } else {
