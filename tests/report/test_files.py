@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 import pytest
 
 from bkcore.errors import InputError
+from bkcore.report.budget import draw_frontier
+from bkcore.report.curve import draw_curve
 from bkcore.report.files import prepare, refuse_model
 
 
@@ -53,3 +56,19 @@ def test_a_configuration_that_is_none_may_be_of_a_model(tmp_path: Path, content:
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match="may hold a model"):
         refuse_model(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_leave_out_what_is_not_finite(tmp_path: Path) -> None:
+    entry = {"step": 1, "loss": 3.0, "eval_loss": 3.0, "eval_ppl_word": math.inf}
+    recipe = {"schedule": {"batch_size": 4}, "window": 16}
+    draw_curve({"recipe": recipe, "curve": [entry]}, tmp_path / "curve.svg")
+    changes = (("saved", 1.0, 2.0), ("budget", math.inf, math.inf), ("ptq_int4", 5.0, math.nan))
+    rows = [
+        {"name": name, "bytes": 10, "delta_pct": delta, "ci_low_pct": 0.0, "ci_high_pct": high}
+        for name, delta, high in changes
+    ]
+    draw_frontier(rows, tmp_path / "frontier.svg")
+    picture = (tmp_path / "frontier.svg").read_text(encoding="utf-8")
+    assert "saved" in picture
+    assert "ptq_int4" not in picture

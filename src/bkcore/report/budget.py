@@ -257,17 +257,23 @@ def frontier_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def _interval(row: dict[str, Any]) -> tuple[float, float, float]:
+    return row["delta_pct"], row["ci_low_pct"], row["ci_high_pct"]
+
+
 def draw_frontier(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the change of perplexity against the size, with its intervals.
 
     Args:
-        rows: of `Search.point`; those named "budget" and "saved" make the line.
+        rows: of `Search.point`; those named "budget" and "saved" make the line. What is not finite
+            has no place in a picture, and is left out.
         path: a .png or .svg file.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
+    rows = [row for row in rows if all(map(math.isfinite, _interval(row)))]
     ours = [row for row in rows if row["name"] in ("budget", "saved")]
     line = sorted(ours, key=lambda row: row["bytes"])
     modes = [row for row in rows if row not in ours]
