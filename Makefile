@@ -1,12 +1,17 @@
-# make demo   set up .venv and run the main job
-# make bench  set up .venv and time the kernels
-# make test   set up .venv and run lint, types and all tests
+# make demo         set up .venv and run the main job
+# make bench        set up .venv and time the kernels
+# make test         set up .venv and run lint, types and all tests
+# make test-lowest  set up .venv-lowest with the lowest versions allowed and run the tests of LOWEST
 
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo bench test setup clean
+# Every dependency is in use there: the build, the kernels, models saved, loaded, trained, quantized
+# and streamed, the tokenizer, data sets, plots and the commands. What is left out takes minutes.
+LOWEST := tests/test_imports.py tests/test_versions.py tests/text
+
+.PHONY: demo bench test test-lowest setup clean
 
 demo: setup
 	$(BIN)/bkcore demo $(ARGS)
@@ -20,19 +25,32 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest $(ARGS)
 
+test-lowest: .venv-lowest/.installed
+	.venv-lowest/bin/pytest $(LOWEST) $(ARGS)
+
 setup: .venv/.installed
 
 # Sources of the native code only: the installation is editable, so Python changes are live.
-.venv/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+native := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+
+.venv/.installed: constraints.txt $(native)
+	$(call install,constraints.txt,dev,build/{wheel_tag})
+
+.venv-lowest/.installed: constraints-lowest.txt $(native)
+	$(call install,constraints-lowest.txt,test,build/lowest)
+
+# install CONSTRAINTS, EXTRA, BUILD FOLDER: make the environment that the target lies in.
+define install
 	@command -v $${CXX:-c++} >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 || command -v clang++ >/dev/null 2>&1 || { \
 		echo "bkcore compiles a small C++ extension and found no C++17 compiler."; \
 		echo "Install one (Debian, Ubuntu: 'apt install g++'; Fedora: 'dnf install gcc-c++';"; \
 		echo "macOS: 'xcode-select --install'), or name one in the variable CXX."; exit 1; }
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "bkcore needs Python 3.10 or newer")'
-	$(PYTHON) -m venv .venv || { echo "The venv module is missing (Debian, Ubuntu: 'apt install python3-venv')."; exit 1; }
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(PYTHON) -m venv $(@D) || { echo "The venv module is missing (Debian, Ubuntu: 'apt install python3-venv')."; exit 1; }
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet -c $(1) --build-constraint $(1) -C build-dir=$(3) -e '.[$(2)]'
 	touch $@
+endef
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-lowest build

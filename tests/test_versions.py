@@ -1,0 +1,54 @@
+"""Every version that pyproject.toml allows is one that is tested, at both ends."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+if sys.version_info < (3, 11):
+    pytest.skip("tomllib came with Python 3.11", allow_module_level=True)
+
+import tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def allowed(*extras: str) -> dict[str, Requirement]:
+    groups = PROJECT["project"]["optional-dependencies"]
+    lines = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"]]
+    requirements = [Requirement(line) for extra in extras for line in groups[extra]]
+    requirements += [Requirement(line) for line in lines]
+    return {canonicalize_name(each.name): each for each in requirements if each.name != "bkcore"}
+
+
+def pinned(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    versions = {}
+    for each in requirements:
+        (specifier,) = each.specifier
+        assert specifier.operator == "=="
+        versions[canonicalize_name(each.name)] = specifier.version
+    return versions
+
+
+def test_the_lowest_versions_are_the_bounds() -> None:
+    lowest = pinned("constraints-lowest.txt")
+    bounds = allowed("data", "plot", "gpu", "test")
+    assert lowest.keys() == bounds.keys()
+    for name, requirement in bounds.items():
+        (bound,) = requirement.specifier
+        assert bound.operator == ">="
+        assert Version(bound.version) == Version(lowest[name])
+
+
+def test_the_versions_to_work_with_are_allowed() -> None:
+    versions = pinned("constraints.txt")
+    bounds = allowed("data", "plot", "gpu", "test", "dev")
+    assert versions.keys() == bounds.keys()
+    for name, requirement in bounds.items():
+        assert requirement.specifier.contains(versions[name])
