@@ -21,6 +21,7 @@ from bkcore.errors import OutputError
 from bkcore.evaluation import checkpoints
 from bkcore.model import LanguageModel
 from bkcore.report import evaluate, export, generate, train
+from bkcore.report.command import publish
 from bkcore.text import train_tokenizer
 
 TEXT = "the slow fox sees the quick dog and the dog sees the fox. " * 600
@@ -156,7 +157,7 @@ def test_every_other_file_is_written_when_one_cannot_be(tmp_path: Path) -> None:
 
     files = ((Path("a"), fail), (None, fail), (Path("b"), lambda path: said.append(f"{path}")))
     with pytest.raises(OutputError, match="a is full"):
-        cli._publish(lambda: said.append("shown"), *files)
+        publish(lambda: said.append("shown"), *files)
     assert said == ["b", "shown"]
 
 
@@ -390,4 +391,4 @@ def test_library_functions_leave_the_logging_of_transformers_alone() -> None:
         for path in sorted(source.rglob("*.py"))
         if any(name in path.read_text(encoding="utf-8") for name in names)
     ]
-    assert found == ["cli.py", "evaluation/checkpoints.py", "text/hub.py"]
+    assert found == ["evaluation/checkpoints.py", "report/command.py", "text/hub.py"]

@@ -3,71 +3,22 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
-from typer.core import TyperCommand
 
-from bkcore.errors import BenchmarkError, BKCoreError, OutputError
 from bkcore.memory import keep_freed_memory
 from bkcore.outputs import write_json, write_text
-from bkcore.report.console import Console, LastingStream, say, visible
+from bkcore.report.command import Command, keeping, publish, run
+from bkcore.report.console import Console, say
 
 if TYPE_CHECKING:
     from bkcore.bench.result import Result
-
-
-class _Command(TyperCommand):
-    """A command during which transformers is quiet, and that says so when it is interrupted."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            with _quiet_transformers():
-                return super().invoke(ctx)
-        except KeyboardInterrupt as stop:
-            _complain("; ".join(["interrupted", *map(str, stop.args)]))
-            number = stop.number if isinstance(stop, _Terminated) else signal.SIGINT
-            raise typer.Exit(128 + number) from None
-
-
-class _Terminated(KeyboardInterrupt):
-    """Another process asked this one to end."""
-
-    number = signal.SIGTERM
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without warnings and progress bars of transformers inside of a with block."""
-    from transformers.utils import logging
-
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _keeping(what: str) -> Iterator[None]:
-    """Have an interruption inside of a with block say what is kept."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        stop.args = (what,)
-        raise
 
 
 app = typer.Typer(
@@ -79,8 +30,8 @@ app = typer.Typer(
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
 app.add_typer(bench, name="bench")
-command = partial(app.command, cls=_Command)
-bench_command = partial(bench.command, cls=_Command)
+command = partial(app.command, cls=Command)
+bench_command = partial(bench.command, cls=Command)
 
 DataOption = Annotated[
     str | None,
@@ -146,7 +97,7 @@ def demo(
         console.print(table(result))
         say(console, f"Checkpoints: {output}")
 
-    _publish(show, (json_file, partial(write_json, result)))
+    publish(show, (json_file, partial(write_json, result)))
 
 
 @command()
@@ -171,7 +122,7 @@ def train(
     if plot is not None:
         prepare_plot(plot)
     prepare({"--plot": plot}, {"--output": folder}, [config, data])
-    with _keeping(f"{folder} keeps the checkpoints, and the same command continues from the last"):
+    with keeping(f"{folder} keeps the checkpoints, and the same command continues from the last"):
         report = run_training(read_recipe(config), data, folder, resume, Console())
     if plot is not None:
         draw_curve(report, plot)
@@ -300,7 +251,7 @@ def quantize(
         if control is not None:
             say(console, f"Control: {control}")
 
-    _publish(
+    publish(
         show_all,
         (json_file, partial(write_json, as_json(result))),
         (frontier, partial(budget.draw_frontier, result.get("points", []))),
@@ -318,7 +269,7 @@ def receipt(
 
     prepare({"--json": json_file}, read=[checkpoint])
     content = read_receipt(checkpoint)
-    _publish(
+    publish(
         partial(show, Console(), content, checkpoint), (json_file, partial(write_json, content))
     )
 
@@ -348,16 +299,16 @@ def evaluate(
     console = Console()
     prepare({"--json": json_file}, {"--output": output}, [checkpoint, reference, data])
 
-    def publish(result: dict[str, Any]) -> None:
+    def finish(result: dict[str, Any]) -> None:
         def show() -> None:
             console.print(summary(result))
             if result["expert_load"]:
                 console.print(load_table(result["expert_load"]))
 
-        _publish(show, (json_file, partial(write_json, result)))
+        publish(show, (json_file, partial(write_json, result)))
 
-    with _keeping(f"{output} keeps what was scored, and the same command continues from there"):
-        run_evaluation(checkpoint, data, reference, console, window, output, publish)
+    with keeping(f"{output} keeps what was scored, and the same command continues from there"):
+        run_evaluation(checkpoint, data, reference, console, window, output, finish)
 
 
 @command()
@@ -402,7 +353,7 @@ def compare(
     comparison = Comparison(
         LanguageSettings(training_tokens=tokens), SyntheticSettings(steps=steps)
     )
-    with _keeping(f"{output} keeps what was trained, and the same command continues from there"):
+    with keeping(f"{output} keeps what was trained, and the same command continues from there"):
         result = run_comparison(comparison, data, output, console, only, seed)
 
     def show() -> None:
@@ -413,7 +364,7 @@ def compare(
         if result["unfinished"]:
             say(console, "unfinished: " + ", ".join(result["unfinished"]))
 
-    _publish(show, (json_file, partial(write_json, result)))
+    publish(show, (json_file, partial(write_json, result)))
 
 
 @command()
@@ -460,7 +411,7 @@ def _publish_rows(
     from bkcore.bench.plot import draw
     from bkcore.bench.result import markdown_table, report, table
 
-    _publish(
+    publish(
         lambda: console.print(table(results)),
         (json_file, partial(write_json, report(results))),
         (markdown, partial(write_text, markdown_table(results))),
@@ -519,7 +470,7 @@ def bench_memory(
     console = Console()
     _prepare_rows(json_file, markdown, plot)
     points = run_memory(console, longest)
-    _publish(
+    publish(
         lambda: console.print(table(points)),
         (json_file, partial(write_json, report(points))),
         (markdown, partial(write_text, markdown_table(points))),
@@ -538,7 +489,7 @@ def bench_stream(
     console = Console()
     _prepare_rows(json_file)
     result = run_stream(console, length)
-    _publish(
+    publish(
         lambda: console.print(summary(result)), (json_file, partial(write_json, report(result)))
     )
 
@@ -566,37 +517,10 @@ def bench_stability(
     console = Console()
     prepare({"--json": json_file}, read=[checkpoint, reference, data])
     result = run_stability(console, checkpoint, reference, data, length, step)
-    _publish(
+    publish(
         lambda: console.print(table(result.ages)),
         (json_file, partial(write_json, report(result))),
     )
-
-
-def _publish(show: Callable[[], None], *files: tuple[Path | None, Callable[[Path], None]]) -> None:
-    """Write a result into the files that were asked for, then print it.
-
-    Raises:
-        OutputError: in the end, if something of it could not be written or printed.
-    """
-    failed = []
-    try:
-        for path, write in files:
-            try:
-                if path is not None:
-                    write(path)
-            except OutputError as error:
-                failed.append(str(error))
-    finally:
-        show()
-    if failed:
-        raise OutputError("; ".join(failed))
-    sys.stdout.flush()
-    if getattr(sys.stdout, "error", None) is not None:
-        raise _UnprintedError
-
-
-class _UnprintedError(OutputError):
-    """The terminal, file or pipe that was printed to took no more; `main` says so."""
 
 
 def main() -> None:
@@ -606,52 +530,4 @@ def main() -> None:
     where what was printed went into a pipe that was closed, and 2 for all other such errors.
     """
     keep_freed_memory()
-    _reserve_descriptors()
-    out, err = LastingStream(sys.stdout), LastingStream(sys.stderr)
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        with redirect_stdout(out), redirect_stderr(err):
-            code = _run()
-            out.flush()
-            if isinstance(out.error, BrokenPipeError):
-                code = code or 128 + signal.SIGPIPE
-            elif out.error is not None:
-                _complain(f"standard output took no more: {out.error.strerror}")
-                code = code or 2
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    sys.exit(code)
-
-
-def _run() -> int:
-    """Run the command, and say what went wrong; returns the exit code."""
-    try:
-        app()
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0
-    except _UnprintedError:
-        return 0
-    except BKCoreError as error:
-        _complain(str(error))
-        return 1 if isinstance(error, BenchmarkError) else 2
-    except OSError as error:
-        _complain(": ".join(str(part) for part in (error.filename, error.strerror) if part))
-        return 2
-    return 0
-
-
-def _complain(sentence: str) -> None:
-    Console(stderr=True).print(Text.assemble(("bkcore:", "bold red"), f" {visible(sentence)}"))
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise _Terminated
-
-
-def _reserve_descriptors() -> None:
-    """Have something behind standard streams that are closed: a file would take their place."""
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDONLY)
+    sys.exit(run(app))
