@@ -111,6 +111,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
 
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # whatever a subclass is called
         self.receipt: receipt.Receipt | None = None
         self._certified_ids: Tensor | None = None  # some of the calibration data
         self.embedding: TokenEmbedding | QuantizedEmbedding = TokenEmbedding(
