@@ -253,7 +253,7 @@ def test_a_signal_ends_a_process_and_the_one_that_it_waits_for(folder: Path) -> 
         (("compare", "--output", "recipe.yaml"), "cannot be a folder"),
         (("bench", "stream", "--json", "text"), "text is a folder"),
         (("bench", "kernels", "--json", "a", "--markdown", "a"), "are both a"),
-        (("generate", "float", "--prompt", "\udcff"), "no text in UTF-8"),
+        (("generate", "float", "--prompt", "\udcff"), "not text in UTF-8"),
         (("export", "float", "recipe.yaml"), "cannot be a folder"),
     ],
 )

@@ -38,7 +38,7 @@ DataOption = Annotated[
     typer.Option(
         metavar="FOLDER|NAME",
         help="Folder of text, or a Hugging Face data set as OWNER/NAME:CONFIG; "
-        "default: an embedded corpus.",
+        "default, where no other text is known: the embedded corpus, which is called embedded.",
     ),
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")]
@@ -58,7 +58,7 @@ def _percent(text: str) -> float:
     try:
         return float(text.removesuffix("%"))
     except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is no percentage, such as 1%") from error
+        raise typer.BadParameter(f"{text!r} is not a percentage, such as 1%") from error
 
 
 def _print_version(wanted: bool) -> None:

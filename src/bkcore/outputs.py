@@ -94,8 +94,8 @@ def write_bytes(content: bytes, path: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a text in UTF-8; as in `write_bytes`."""
-    write_bytes(text.encode(), path)
+    """Write a text in UTF-8, lone surrogates as escapes; as in `write_bytes`."""
+    write_bytes(text.encode(errors="backslashreplace"), path)
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:

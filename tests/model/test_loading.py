@@ -418,7 +418,7 @@ def test_generation_settings_come_back(build: Any, tmp_path: Path) -> None:
 )
 def test_a_wrong_receipt(quantized: Path, change: dict[str, Any]) -> None:
     edit(quantized, "receipt.json", **change)
-    refused(quantized, r"receipt\.json is no receipt")
+    refused(quantized, r"receipt\.json is not a receipt")
 
 
 # ---- what may be asked for -------------------------------------------------------------------

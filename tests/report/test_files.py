@@ -72,3 +72,12 @@ def test_pictures_leave_out_what_is_not_finite(tmp_path: Path) -> None:
     picture = (tmp_path / "frontier.svg").read_text(encoding="utf-8")
     assert "saved" in picture
     assert "ptq_int4" not in picture
+
+
+@pytest.mark.parametrize("name", ["loop", "n" * 300, "a\0b"])
+def test_paths_that_cannot_be_are_refused_in_words(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(InputError):
+        prepare({"--json": tmp_path / name})
+    with pytest.raises(InputError):
+        prepare({}, {"--output": tmp_path / name})

@@ -424,9 +424,9 @@ def test_samples_in_the_checkpoint_do_what_its_text_does(
         found = run_quantize(source, tmp_path / name, data, QuantizeSettings(**options), QUIET)
         assert found["warning"] is None
         tensors.append((tmp_path / name / "model.safetensors").read_bytes())
-    assert found["corpus"] == "text0, samples in the checkpoint"
+    assert found["corpus"] == f"{text.name}, samples in the checkpoint"
     assert tensors[0] == tensors[1]
-    assert load_checkpoint(tmp_path / "two")[0].config.training_text["name"] == "text0"
+    assert load_checkpoint(tmp_path / "two")[0].config.training_text["name"] == text.name
 
 
 def test_without_a_text_that_does_it_asks_for_one(
@@ -434,7 +434,11 @@ def test_without_a_text_that_does_it_asks_for_one(
 ) -> None:
     for source, options, reason in (
         (checkpoint, {}, "does not say what it was trained on: name its text with --data"),
-        (without_data(checkpoint, text, tmp_path / "a", False), {}, "trained on text0: name its"),
+        (
+            without_data(checkpoint, text, tmp_path / "a", False),
+            {},
+            f"trained on {text.name}: name its",
+        ),
         (
             without_data(checkpoint, text, tmp_path / "b"),
             {"mode": "qat_int8", "steps": 1},
@@ -453,5 +457,5 @@ def test_another_text_is_said_loudly(checkpoint: Path, text: Path, tmp_path: Pat
     (other / "train.txt").write_text("something else entirely . " * 2000, encoding="utf-8")
     console = Console(record=True, width=60, file=io.StringIO())
     found = run_quantize(source, tmp_path / "out", other, settings(), console)
-    assert "trained on text0, and foreign is another text" in found["warning"]
+    assert f"trained on {text.name}, and foreign is another text" in found["warning"]
     assert found["warning"] in console.export_text()

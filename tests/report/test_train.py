@@ -17,7 +17,8 @@ from bkcore.cli import app
 from bkcore.errors import DataError
 from bkcore.evaluation.checkpoints import load_checkpoint
 from bkcore.evaluation.perplexity import perplexity_per_word, score
-from bkcore.text import count_words, encode, load_corpus, origin_of
+from bkcore.text import TokenWindows, count_words, encode, load_corpus, origin_of
+from bkcore.training import Schedule, train
 
 RECIPE = """
 tokenizer: {vocab_size: 300}
@@ -102,6 +103,13 @@ def test_the_model_knows_its_text_and_is_quantized_without_it(
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert f"tokens of {text.name}, samples in the checkpoint" in result.output
+
+
+def test_more_training_makes_a_model_forget_its_text(alone: Path) -> None:
+    model, _ = load_checkpoint(alone / "model")
+    ids = torch.arange(200) % 300
+    train(model, TokenWindows(ids, 32), Schedule(steps=1, batch_size=2, learning_rate=1e-3))
+    assert model.config.training_text is None
 
 
 def test_a_second_run_changes_nothing_and_a_fresh_one_repeats(

@@ -210,3 +210,12 @@ def test_a_split_is_read_alone(tmp_path: Path, split: str) -> None:
 def test_splits_are_the_parts_of_the_corpus(embedded: Corpus) -> None:
     assert load_split(None, "train") == (embedded.name, embedded.train)
     assert load_split(None, "valid") == (embedded.name, embedded.valid)
+
+
+def test_the_embedded_corpus_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, text = load_split("embedded", "valid")
+    assert (name, text) == load_split(None, "valid")
+    (tmp_path / "embedded").mkdir()
+    (tmp_path / "embedded" / "valid.txt").write_text("a text of the user's own . " * 200)
+    assert load_split("embedded", "valid")[0] == "embedded"

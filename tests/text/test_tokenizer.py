@@ -289,3 +289,10 @@ def test_wikitext_comes_back(wikitext_dir: Path) -> None:
     ids = encode(trained, text)
     assert trained.decode(ids) == text
     assert ids.tolist() == trained.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_a_tokenizer_without_words_takes_long_texts() -> None:
+    """As some tokenizers of other models, which merge across blanks."""
+    tokenizer = train_tokenizer("a few words " * 20, 300)
+    tokenizer.backend_tokenizer.pre_tokenizer = None  # type: ignore[assignment]
+    assert len(encode(tokenizer, "abcdefgh" * 5000)) > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
@@ -94,11 +96,19 @@ class BirmanSchwingerCore(nn.Module):
         self._require_range(computing_dtype(v))
 
     def _require_range(self, dtype: torch.dtype) -> None:
-        added = {"energy": self.energy, "onsite": self.onsite}
-        require_range(dtype, added, self.epsilon, self.hopping, eta_name="epsilon")
+        _require_range(dtype, self.energy, self.onsite, self.epsilon, self.hopping)
 
     def extra_repr(self) -> str:
         return (
             f"n_seq={self.n_seq}, epsilon={self.epsilon}, energy={self.energy}, "
             f"hopping={self.hopping}, onsite={self.onsite}, causal={self.causal}"
         )
+
+
+@lru_cache
+def _require_range(
+    dtype: torch.dtype, energy: float, onsite: float, epsilon: float, hopping: float
+) -> None:
+    """Look at the numbers of a core once, and not at every call."""
+    added = {"energy": energy, "onsite": onsite}
+    require_range(dtype, added, epsilon, hopping, eta_name="epsilon")

@@ -219,7 +219,7 @@ def find(folder: Path, digests: manifest.Digests) -> Receipt | None:
         receipt = parse_json(content)
         _check(receipt)
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / manifest.RECEIPT} is no receipt: {error}") from error
+        raise CheckpointError(f"{folder / manifest.RECEIPT} is not a receipt: {error}") from error
     return dict(receipt)
 
 
@@ -301,7 +301,7 @@ def _check_entry(section: str, entry: object) -> None:
 
 def _check_counts(counts: object) -> None:
     if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
-        raise TypeError(f"{shown(counts)} are no counts by name")
+        raise TypeError(f"{shown(counts)} are not counts by name")
 
 
 def _tokens(seen: dict[str, int], name: str) -> dict[str, int | None]:

@@ -183,7 +183,6 @@ class _Demo:
             vocab_size=len(self.tokenizer), n_seq=self.settings.window, **self.settings.model
         )
         self._train(model, self.settings.training, "float32")
-        model.config.training_text = origin_of(self.corpus)
         self._save(model, "float32", samples_of(self.windows))
 
     def _train(self, model: ResNetBKForCausalLM, schedule: Schedule, name: str) -> None:
@@ -195,6 +194,7 @@ class _Demo:
                 seed=self.settings.seed,
                 on_step=lambda step: advance(step / schedule.steps),
             )
+        model.config.training_text = origin_of(self.corpus)
 
     def _quantize(self, mode: str) -> None:
         with self.plan.stage(f"quantize {mode}"):

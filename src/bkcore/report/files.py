@@ -35,16 +35,16 @@ def prepare(
     """
     wanted = {name: path for name, path in files.items() if path is not None}
     places = {name: path for name, path in (folders or {}).items() if path is not None}
+    for path in wanted.values():
+        prepare_file(path)
+    for path in places.values():
+        prepare_folder(path)
     real = {name: path for name, path in wanted.items() if not is_special(path)}
     for (one, first), (other, second) in combinations([*real.items(), *places.items()], 2):
         if first.resolve() == second.resolve():
             raise InputError(f"{one} and {other} are both {first}; name another one")
     for name, path in real.items():
         _check_harmless(name, path, places, read)
-    for path in wanted.values():
-        prepare_file(path)
-    for path in places.values():
-        prepare_folder(path)
 
 
 def _check_harmless(

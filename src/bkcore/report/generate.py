@@ -28,7 +28,7 @@ def continue_text(checkpoint: Path, prompt: str, tokens: int, temperature: float
     if not prompt:
         raise InputError("the prompt is empty; give at least one character")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise InputError(f"the prompt {prompt!r} is no text in UTF-8")
+        raise InputError(f"the prompt {prompt!r} is not text in UTF-8")
     model, tokenizer = load_checkpoint(checkpoint)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     torch.manual_seed(seed)

@@ -399,14 +399,17 @@ class _Run:
         teacher: ResNetBKForCausalLM | None = None,
     ) -> list[dict[str, float]]:
         schedule = self.settings.schedule(self.length)
+        origin = model.config.training_text
         with self.plan.stage(stage) as advance:
-            return train(
+            log = train(
                 model,
                 windows,
                 schedule,
                 teacher=teacher,
                 on_step=lambda step: advance(step / schedule.steps),
             )
+        model.config.training_text = origin  # a few steps more do not make another model
+        return log
 
     def _few_windows(self) -> TokenWindows:
         """So many, spread over the text, that each is read about ten times."""

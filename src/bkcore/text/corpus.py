@@ -18,6 +18,9 @@ MIN_VALID_CHARACTERS = 2_000
 
 _WORD = re.compile(r"\S+")
 
+EMBEDDED = "embedded"
+"""What names the embedded corpus, unless there is a folder of that name."""
+
 Pieces = Callable[[], Iterator[str]]
 """Reads a text anew with every call, a piece at a time."""
 
@@ -139,11 +142,13 @@ def _parts(data: str | Path | None) -> tuple[str, Pieces, Pieces]:
     folder = Path(data)
     if folder.exists():
         return _folder_parts(folder)
+    if str(data) == EMBEDDED:
+        return _parts(None)
     if hub.is_name(str(data)):
         return str(data), *_with_valid(*hub.fetched_texts(str(data)))
     raise DataError(
         f"There is no folder {str(data)!r}. Name a folder that holds train.txt and valid.txt, or "
-        "other .txt files, or none to use the embedded corpus."
+        f"other .txt files, or {EMBEDDED!r} to use the embedded corpus."
     )
 
 

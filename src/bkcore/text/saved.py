@@ -82,7 +82,7 @@ class CheckpointTokenizer(PreTrainedTokenizerFast):
         path = staged / _SETTINGS
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["tokenizer_class"] = PreTrainedTokenizerFast.__name__
-        text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
+        text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
         path.write_text(text + "\n", encoding="utf-8")
 
 

@@ -167,7 +167,7 @@ def _encodable(pieces: Iterable[str]) -> Iterator[str]:
         done += len(piece)
 
 
-def _chunks(pieces: Iterable[str], words: PreTokenizer) -> Iterator[str]:
+def _chunks(pieces: Iterable[str], words: PreTokenizer | None) -> Iterator[str]:
     """Cut a text where no cut shows; how it was cut into pieces does not show either.
 
     Only a word of more than 16,382 characters, which a tokenizer without a limit may have, is cut
@@ -187,13 +187,15 @@ def _chunks(pieces: Iterable[str], words: PreTokenizer) -> Iterator[str]:
         yield buffer
 
 
-def _chunk_end(text: str, start: int, searched: int, words: PreTokenizer) -> int | None:
+def _chunk_end(text: str, start: int, searched: int, words: PreTokenizer | None) -> int | None:
     """Where the chunk that begins at ``start`` ends; None if the text does not go on that far."""
     limit = start + _LONGEST_CHUNK
     if cut := _CUT.search(text, max(start + _CHUNK_CHARACTERS, searched), limit):
         return cut.end()
     if len(text) < limit:
         return None
+    if words is None:  # the whole text is one word
+        return limit
     # The pattern looks at most two characters past the end of a word ("'" begins "'ll").
     sure = _LONGEST_CHUNK - 2
     found = words.pre_tokenize_str(text[start:limit])

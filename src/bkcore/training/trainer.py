@@ -78,7 +78,7 @@ def train(
 
     Args:
         model: a transformers model whose forward takes `input_ids` and `labels`; whole, or what
-            `shard` made of it.
+            `shard` made of it. What its configuration says of its training text is forgotten.
         dataset: items with `input_ids` and `labels`, all of one length, and a `len`; shuffled,
             repeated for as long as needed.
         schedule: length and speed.
@@ -135,6 +135,8 @@ def train(
         process=processes.process_index,
         processes=processes.num_processes,
     )
+    if hasattr(model.config, "training_text"):
+        model.config.training_text = None  # it is the caller who knows what the windows are of
     run = _description(model, dataset, order, schedule, teacher)
     start = None if output is None else _start(output, resume, run, schedule.steps, processes)
     if start is not None and _is_over(start, schedule):
