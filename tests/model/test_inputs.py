@@ -104,13 +104,28 @@ def test_a_quantized_model_refuses_to_be_trained(build, tokens):
     ids = tokens(2, 9)
     for mode in ("ptq_int8", "mixed_precision"):
         model = build(mode, "quantized").train()
-        for options in ({"labels": ids}, {"num_items_in_batch": 16}):
+        for options in ({"labels": ids, "num_items_in_batch": 16}, {"num_items_in_batch": 16}):
             with pytest.raises(LifecycleError, match="its weights are codes"):
                 model(ids, **options)
-        assert not model(ids).logits.requires_grad  # of codes there would be no whole gradient
-        with torch.no_grad():
-            model(ids, labels=ids)
-        assert model.eval()(ids, labels=ids).loss.isfinite()
+            with torch.no_grad():
+                model(ids, **options)
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_a_loss_of_a_quantized_model_may_be_looked_at(build, tokens, return_logits):
+    model, ids = build("ptq_int8").train(), tokens(2, 9)
+    model.calibrate_quantization([ids])
+    assert model.training
+    output = model(ids, labels=ids, return_logits=return_logits)
+    assert output.loss.isfinite()
+    assert output.aux_loss > 0
+    # Of codes there would be no whole gradient.
+    assert not any(x.requires_grad for x in output.values() if x is not None)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        output.loss.backward()
+    with torch.no_grad():
+        assert torch.equal(model(ids, labels=ids, return_logits=return_logits).loss, output.loss)
+    assert model.eval()(ids, labels=ids).loss.isfinite()
 
 
 # ---- padding and experts -------------------------------------------------------------------

@@ -169,7 +169,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             InputError: if an id or a label is not in the vocabulary, a token follows padding,
                 neither logits nor a loss are wanted, or a state is asked for that does not fit, is
                 not there, or would have read padding.
-            LifecycleError: if a quantized model is to be trained.
+            LifecycleError: if the Trainer is to train a quantized model, whose loss has no gradient.
         """
         flags = {
             "use_cache": use_cache,
@@ -183,7 +183,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         if labels is not None:
             labels = inputs.next_labels(labels, input_ids, self.config.vocab_size)
         real = inputs.real_tokens(attention_mask, input_ids, labels)
-        if self.training and not (labels is None and num_items_in_batch is None):
+        if self.training and num_items_in_batch is not None:  # the Trainer; a loss may be looked at
             self._check_trainable()
         if return_logits is None:
             return_logits = labels is None or not (self.training and self.config.chunked_loss)
@@ -249,7 +249,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         seen = seen if state is None else state.seen + seen
         hidden = self.final_norm(hidden)
         if self._state is QuantizationState.QUANTIZED:
-            hidden = hidden.detach()  # codes pass no gradient on: what is left would be no gradient
+            # Only norms and routers would get a gradient, and train alone without a word.
+            hidden, balance = hidden.detach(), balance.detach()
         return hidden, balance, StreamState(tuple(afters), seen)
 
     def _hidden_by_rows(self, input_ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, None]:
@@ -265,7 +266,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         if self._state is QuantizationState.QUANTIZED and torch.is_grad_enabled():
             raise LifecycleError(
                 "the model is quantized: its weights are codes, which cannot be trained; train the "
-                "float model, or in a QAT mode before convert(); call eval() to compute a loss"
+                "float model, or in a QAT mode before convert()"
             )
 
     def _embedded(self, input_ids: Tensor) -> Tensor:

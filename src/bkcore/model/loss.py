@@ -59,10 +59,10 @@ def next_token_loss(
 
 
 def _summed_loss(head: Head, hidden: Tensor, targets: Tensor, rows: int) -> Tensor:
-    if not torch.is_grad_enabled():
+    parameters = [p for p in cast(nn.Module, head).parameters() if p.requires_grad]
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or parameters)):
         pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
         return torch.stack([_chunk_loss(head, *piece) for piece in pieces]).sum()
-    parameters = [p for p in cast(nn.Module, head).parameters() if p.requires_grad]
     return _ChunkedLoss.apply(head, rows, targets, hidden, *parameters)
 
 
