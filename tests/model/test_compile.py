@@ -40,3 +40,15 @@ def test_training_step_in_one_graph(build, tokens):
         # The compiled step sums gradients in another order; sums of under 1e3 terms.
         scale = want.abs().max().item() + 1e-12
         assert (got - want).abs().max().item() <= 1e3 * torch.finfo(torch.float32).eps * scale
+
+
+@torch.no_grad()
+def test_a_mask_stays_in_the_graph(build, tokens):
+    model, ids = build(expert_size=64), tokens(2, 20)
+    mask = torch.ones_like(ids)
+    assert torch.equal(compiled(model)(ids, attention_mask=mask).logits, model(ids).logits)
+    # Where a state is asked for, its values have to be looked at.
+    run = torch.compile(model, backend="eager")
+    found = run(ids, attention_mask=mask, use_cache=True)
+    assert torch.equal(found.logits, model(ids).logits)
+    assert found.cache_params is not None

@@ -9,6 +9,7 @@ from transformers import BatchEncoding, DynamicCache
 
 from bkcore.errors import BKCoreError, DTypeError, InputError, LifecycleError, ShapeError
 from bkcore.model import quantized
+from bkcore.model.inputs import real_tokens
 from bkcore.model.moe import counting_load
 from bkcore.quantization.gptq import InputMoments
 
@@ -44,7 +45,10 @@ def test_integers_of_any_size_are_ids_and_labels(build, tokens, dtype):
 WRONG = {
     "input_ids": [[[1, 2]], None, "text", torch.ones(1, 9, dtype=torch.bool), torch.ones(1, 9)],
     "attention_mask": [
-        torch.ones(1, 9),
+        torch.ones(1, 9, dtype=torch.complex64),
+        torch.tensor([[0.0] * 8 + [-torch.inf]]),
+        torch.tensor([[0.0] * 8 + [torch.finfo(torch.float32).min]]),
+        torch.full((1, 9), torch.nan),
         torch.zeros(1, 1, 9, 9, dtype=torch.long),
         torch.full((1, 9), 2),
         torch.arange(9)[None] % 2,
@@ -84,6 +88,38 @@ def test_what_other_models_are_asked_for_may_be_nothing(build, tokens):
     model, ids = build(), tokens(1, 9)
     options = {"inputs_embeds": None, "position_ids": None, "output_attentions": False}
     assert torch.equal(model(ids, **options).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_masks_of_ones_and_zeros_may_be_floats(build, padded, dtype):
+    model, (ids, mask) = build(), padded
+    labels = ids.masked_fill(mask == 0, -100)
+    expected = model(ids, attention_mask=mask, labels=labels)
+    found = model(ids, attention_mask=mask.to(dtype), labels=labels)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(model(ids, attention_mask=torch.ones(3, 12)).logits, model(ids).logits)
+    with pytest.raises(InputError, match="masks that are added to scores do not fit"):
+        model(ids, attention_mask=torch.log(mask.to(dtype)))
+
+
+@torch.no_grad()
+def test_a_mask_is_looked_at_once(build, padded, monkeypatch):
+    """Each look at values waits for a GPU; in a graph there is none."""
+    looks = []
+    for name in ("__bool__", "tolist", "item"):
+        look = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda x, look=look: looks.append(1) or look(x), raising=True
+        )
+    ids, mask = padded
+    assert torch.equal(real_tokens(mask, ids, ids.masked_fill(mask == 0, -100)), mask.bool())
+    assert real_tokens(torch.ones(3, 12), ids, ids) is None
+    assert len(looks) == 2
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(real_tokens(mask, ids, ids), mask.bool())
+    assert len(looks) == 2
 
 
 @torch.no_grad()
@@ -181,6 +217,14 @@ def test_padding_is_not_observed(build, padded, mode):
         {"input_ids": ids, "attention_mask": mask, "labels": ids},
         BatchEncoding({"input_ids": ids, "attention_mask": mask.bool()}),
         BatchEncoding({"input_ids": ids, "token_type_ids": 0 * ids, "attention_mask": mask}),
+        {
+            "input_ids": ids,
+            "attention_mask": mask.float(),
+            "position_ids": ids,
+            "length": list(LENGTHS),
+            "overflow_to_sample_mapping": torch.arange(3),
+            "text": ["one", "two", "three"],
+        },
     ]
     alone = build(mode)
     alone.calibrate_quantization(rows(ids, mask))
@@ -231,9 +275,9 @@ def test_a_mask_of_ones_observes_what_no_mask_does(build, tokens):
         (lambda ids: ["some text"], InputError, "a mapping with input_ids.*not a str"),
         (lambda ids: [(ids, ids)], InputError, "not a tuple"),
         (lambda ids: [{"ids": ids}], InputError, "must have input_ids.*this one has ids"),
-        (lambda ids: [{"input_ids": ids, "position_ids": ids}], InputError, "position_ids"),
+        (lambda ids: [{}], InputError, "must have input_ids.*this one has nothing"),
         (lambda ids: [{"input_ids": ids.tolist()}], DTypeError, "a tensor of integers, not list"),
-        (lambda ids: [{"input_ids": ids, "attention_mask": ids.float()}], DTypeError, "mask"),
+        (lambda ids: [{"input_ids": ids, "attention_mask": -ids.float()}], InputError, "mask"),
         (lambda ids: [ids[:0]], ShapeError, r"must be \(B, N\), B, N >= 1"),
         (lambda ids: [ids, ids[0]], ShapeError, r"must be \(B, N\)"),
         (lambda ids: (x for x in [ids, ids + 61]), InputError, "another model's tokenizer"),

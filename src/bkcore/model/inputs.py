@@ -12,10 +12,6 @@ from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.model.loss import IGNORED
 from bkcore.model.state import StreamState
 
-_UNUSED = ("labels", "token_type_ids", "special_tokens_mask")
-"""What tokenizers and data sets give with the ids, and no quantity of calibration depends on."""
-
-
 def token_ids(input_ids: Any) -> Tensor:
     """Token ids as int64 (B, N), B, N >= 1.
 
@@ -54,36 +50,49 @@ def next_labels(labels: Any, ids: Tensor, vocab_size: int) -> Tensor:
 def real_tokens(mask: Any, ids: Tensor, labels: Tensor | None) -> Tensor | None:
     """Where the ids are tokens and not padding, bool (B, N); None if they are all tokens.
 
+    A graph cannot look at values: compiled, the mask is taken as it is, and never None.
+
     Raises:
-        DTypeError, ShapeError: if the mask is not of integers or bool, or not of the ids' shape.
+        DTypeError, ShapeError: if the mask is not of real numbers or bool, or not of the ids'
+            shape.
         InputError: if it holds other numbers than 0 and 1, a token follows padding, a row is
             nothing but padding, or padding has labels.
     """
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
+    if not isinstance(mask, Tensor) or mask.is_complex():
         given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise DTypeError(
-            "attention_mask must be a tensor of integers or bool, 1 for tokens and 0 for padding, "
-            f"not {given}; masks that are added to scores do not fit a model without attention"
+            f"attention_mask must be a tensor, 1 for tokens and 0 for padding, not {given}"
         )
     if mask.shape != ids.shape:
         raise ShapeError(
             f"attention_mask must be {tuple(ids.shape)} like input_ids, not {tuple(mask.shape)}"
         )
-    real = mask.to(ids.device) != 0
-    if bool(real.all()) and bool((mask == 1).all()):
+    mask = mask.to(ids.device)
+    real = mask != 0
+    if torch.compiler.is_compiling():
+        return real
+    padding = ~real
+    labelled = padding if labels is None else padding & (labels != IGNORED)
+    # One look, for which a GPU is waited for once.
+    looks = [mask != real, padding, real[:, 1:] & padding[:, :-1], padding[:, 0], labelled]
+    odd, padded, split, empty, labelled_padding = torch.stack([x.any() for x in looks]).tolist()
+    if odd:
+        raise InputError(
+            "attention_mask must hold 1 for tokens, 0 for padding, and nothing else; masks that "
+            "are added to scores do not fit a model without attention"
+        )
+    if not padded:
         return None
-    if not bool((mask == real.to(mask)).all()):
-        raise InputError("attention_mask must hold 1 for tokens, 0 for padding, and nothing else")
-    if bool((real[:, 1:] & ~real[:, :-1]).any()):
+    if split:
         raise InputError(
             "a token follows padding in attention_mask, and padding enters the state of what "
             "follows; pad on the right (tokenizer.padding_side = 'right')"
         )
-    if not bool(real[:, 0].all()):
+    if empty:
         raise InputError("a row of attention_mask is nothing but padding; leave it out")
-    if labels is not None and bool((labels != IGNORED)[~real].any()):
+    if labels is not None and labelled_padding:
         raise InputError(
             f"there are labels where attention_mask has padding; make them {IGNORED}, which the "
             "loss leaves out"
@@ -95,8 +104,8 @@ def calibration_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     """The ids of a batch and where they are tokens, as `token_ids` and `real_tokens` give them.
 
     Args:
-        batch: a tensor of ids, or a mapping with `input_ids`, `attention_mask` and what does not
-            matter to calibration.
+        batch: a tensor of ids, or a mapping with `input_ids`, maybe `attention_mask`, and whatever
+            tokenizers and collators add, which does not matter to calibration.
 
     Raises:
         InputError: if it is something else; or as they do.
@@ -108,11 +117,9 @@ def calibration_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
             "a batch must be a tensor of token ids, or a mapping with input_ids and "
             f"attention_mask, not a {type(batch).__name__}"
         )
-    unknown = set(batch) - {"input_ids", "attention_mask", *_UNUSED}
-    if unknown or "input_ids" not in batch:
+    if "input_ids" not in batch:
         raise InputError(
-            "a batch must have input_ids, may have attention_mask, and calibration can use nothing "
-            f"else; this one has {', '.join(map(str, batch))}"
+            f"a batch must have input_ids; this one has {', '.join(map(str, batch)) or 'nothing'}"
         )
     ids = token_ids(batch["input_ids"])
     return ids, real_tokens(batch.get("attention_mask"), ids, None)

@@ -140,9 +140,9 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
 
         Args:
             input_ids: integers in [0, vocab_size), (B, N), any B, N >= 1.
-            attention_mask: integers or bool (B, N), 1 for tokens and 0 for padding, which must
-                come last in its row: what comes first enters the state of all that follows. The
-                logits of padding mean nothing; it takes no part in calibration, in the counts of
+            attention_mask: (B, N), any real dtype or bool, 1 for tokens and 0 for padding, which
+                must come last in its row: what comes first enters the state of all that follows;
+                under torch.compile that is not checked. The logits of padding mean nothing; it takes no part in calibration, in the counts of
                 the experts' tokens and in their balance.
             labels: integers (B, N), usually the same ids; they are shifted here, -100 is ignored,
                 which padding has to have. With labels the output's `loss` is the mean negative log
@@ -366,7 +366,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         Args:
             batches: token ids (B, N), or mappings with `input_ids` and, if there is padding,
                 `attention_mask`, both as in `forward`, such as a tokenizer gives with
-                return_tensors="pt". Padding is not observed. `labels` are not looked at.
+                return_tensors="pt". Padding is not observed. Nothing else is looked at.
 
         Raises:
             LifecycleError: without a quantization mode, past the calibrated state, or as in
