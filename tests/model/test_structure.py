@@ -163,17 +163,15 @@ BETWEEN |= {
 def test_it_is_refused_at_every_step(build, tokens, between):
     change, message = BETWEEN[between]
     steps = {
-        None: [lambda m: m.configure_quantization("ptq_int8")],
         ("ptq_int4", "float"): [
             lambda m: m.start_calibration(),
             lambda m: m.calibrate_quantization([tokens(1, 8)]),
-            lambda m: m.assign_bits({"embedding": 8}),
         ],
         ("ptq_int4", "calibrated"): [lambda m: m.apply_ptq(), lambda m: m.start_calibration()],
         ("qat_int8", "calibrated"): [lambda m: m.enable_qat()],
     }
     for form, calls in steps.items():
-        model = build(*(form or ()))
+        model = build(*form)
         change(model)
         state, modules = model.quantization_state, list(model.modules())
         for call in calls:
@@ -184,14 +182,26 @@ def test_it_is_refused_at_every_step(build, tokens, between):
             assert all(x is y for x, y in zip(model.modules(), modules, strict=True))
 
 
-def test_it_is_refused_in_the_middle_of_calibration_too(build, tokens):
+def test_what_is_added_during_calibration_is_refused_behind_it(build, tokens):
     for between in ("adapter", "register_forward_hook", "bias"):
         model = build("ptq_int4")
         model.start_calibration()
         model(tokens(1, 8))
         BETWEEN[between][0](model)
+        model.end_calibration()
         with pytest.raises(LifecycleError, match=BETWEEN[between][1]):
-            model.end_calibration()
+            model.apply_ptq()
+
+
+@pytest.mark.parametrize("between", ["adapter", "parametrization", "register_forward_hook"])
+def test_steps_that_replace_nothing_may_be_watched(build, between):
+    for form in [(), ("ptq_int8", "calibrated")]:
+        model = build(*form)
+        BETWEEN[between][0](model)
+        if not form:
+            model.configure_quantization("ptq_int8")
+        model.assign_bits({"embedding": 8})
+        assert model.quant_config.tensor_bits == {"embedding": 8}
 
 
 def test_it_is_refused_before_codes_are_frozen(build):
@@ -224,6 +234,47 @@ def test_what_stays_with_the_model_may_stay(build, tokens):
         before = len(seen)
         model(tokens(1, 8))
         assert len(seen) == before + 1
+
+
+class Other(ResNetBKForCausalLM):
+    """With another constructor, and modules and tensors of its own."""
+
+    def __init__(self, config, extra):
+        super().__init__(config)
+        self.extra = extra
+        self.scale = nn.Parameter(torch.ones(3))
+
+
+@pytest.mark.parametrize("mode", ["ptq_int8", "qat_int8"])
+def test_subclasses_may_be_built_otherwise(build, tokens, mode):
+    model = Other(build().config, nn.Sequential(nn.Linear(2, 2)))
+    extra, scale = model.extra[0], model.scale
+    extra.register_forward_hook(lambda *_: None)
+    model.configure_quantization(mode)
+    sizes = model.estimate_model_size()
+    assert sizes["fp32_bytes"] == sizes["current_bytes"]
+    model.calibrate_quantization([tokens(2, 8)])
+    if mode == "qat_int8":
+        model.convert()
+    assert model.quantization_state.value == "quantized"
+    assert model.extra[0] is extra
+    assert model.scale is scale
+    sizes = model.estimate_model_size()
+    assert sizes["quantized_bytes"] == sizes["current_bytes"]
+
+
+def test_layers_of_a_subclass_that_would_be_replaced_are_refused(build, tokens):
+    for extra in (copy.deepcopy(build().layers[0]), copy.deepcopy(build().layers[0].mixer)):
+        model = Other(build().config, extra)
+        model.configure_quantization("ptq_int8")
+        with pytest.raises(LifecycleError, match="extra was added to it"):
+            model.calibrate_quantization([tokens(2, 8)])
+        assert model.extra is extra
+    model = Other(build().config, nn.Linear(61, 24))
+    model.extra.weight = model.embedding.weight
+    model.configure_quantization("ptq_int8")
+    with pytest.raises(LifecycleError, match="is shared with"):
+        model.calibrate_quantization([tokens(2, 8)])
 
 
 def test_removing_it_is_enough(build, tokens):

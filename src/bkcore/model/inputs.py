@@ -12,6 +12,7 @@ from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.model.loss import IGNORED
 from bkcore.model.state import StreamState
 
+
 def token_ids(input_ids: Any) -> Tensor:
     """Token ids as int64 (B, N), B, N >= 1.
 

@@ -34,6 +34,9 @@ from bkcore.quantization.transaction import all_or_nothing
 _SAMPLE = 128
 """Tokens of the calibration data that the receipt certifies the cores on."""
 
+_REPLACING = {"start_calibration", "apply_ptq", "enable_qat", "convert"}
+"""Steps that replace layers, and the first on the way there, so that no work is done in vain."""
+
 
 class TokenEmbedding(nn.Embedding):
     """Token embedding (V, D) whose rows also are the output head."""
@@ -141,9 +144,10 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         Args:
             input_ids: integers in [0, vocab_size), (B, N), any B, N >= 1.
             attention_mask: (B, N), any real dtype or bool, 1 for tokens and 0 for padding, which
-                must come last in its row: what comes first enters the state of all that follows;
-                under torch.compile that is not checked. The logits of padding mean nothing; it takes no part in calibration, in the counts of
-                the experts' tokens and in their balance.
+                must come last in its row: what comes first enters the state of all that follows
+                (under torch.compile that is not checked). The logits of padding mean nothing; it
+                takes no part in calibration, in the counts of the experts' tokens and in their
+                balance.
             labels: integers (B, N), usually the same ids; they are shifted here, -100 is ignored,
                 which padding has to have. With labels the output's `loss` is the mean negative log
                 likelihood in nats, plus the weighted load-balancing loss while training.
@@ -169,7 +173,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             InputError: if an id or a label is not in the vocabulary, a token follows padding,
                 neither logits nor a loss are wanted, or a state is asked for that does not fit, is
                 not there, or would have read padding.
-            LifecycleError: if the Trainer is to train a quantized model, whose loss has no gradient.
+            LifecycleError: if the Trainer is to train a quantized model: its loss has no gradient.
         """
         flags = {
             "use_cache": use_cache,
@@ -284,7 +288,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
     ) -> None:
         if self.config.mixer != "resolvent":
             raise InputError(f'a model with mixer="{self.config.mixer}" keeps no state')
-        if real is not None:
+        if real is not None and not bool(real.all()):  # a compiled graph ends here, to look
             raise InputError(
                 "a state would have read the padding too; read texts of different lengths one "
                 "after the other, and put their states together with StreamState.batch()"
@@ -323,9 +327,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
 
         Raises:
             InputError: for an unknown mode.
-            LifecycleError: if the model is past the float state, or its mixer cannot be quantized,
-                or something was put between the model and its layers, see
-                `bkcore.model.structure`.
+            LifecycleError: if the model is past the float state, or its mixer cannot be quantized.
         """
         self._require("configure_quantization", {QuantizationState.FLOAT})
         if self.config.mixer != "resolvent":
@@ -369,8 +371,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
                 return_tensors="pt". Padding is not observed. Nothing else is looked at.
 
         Raises:
-            LifecycleError: without a quantization mode, past the calibrated state, or as in
-                `configure_quantization`.
+            LifecycleError: without a quantization mode, past the calibrated state, or if something
+                was put between the model and its layers, see `bkcore.model.structure`.
             CalibrationError: if there is no batch, or an activation or a weight is not finite.
             InputError: if a batch is something else, or as in `forward`.
             Whatever is raised, the model is then as it was before.
@@ -412,11 +414,16 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         plain = copy.deepcopy(self.config)
         plain.quantization = None
         with torch.device("meta"):
-            float_model = type(self)(plain)
-        fp32_bytes = quantized.storage_bytes(float_model)
+            float_model = ResNetBKForCausalLM(plain)
+        own_bytes = sum(  # what a subclass adds, which stays as it is
+            tensor.numel() * tensor.element_size()
+            for name, tensor in [*self.named_parameters(), *self.named_buffers()]
+            if not hasattr(float_model, name.partition(".")[0])
+        )
+        fp32_bytes = quantized.storage_bytes(float_model) + own_bytes
         quantized.attach_core_quantizers(float_model, config, learnable=False)
         quantized.make_empty(float_model, config, trainable=False)
-        quantized_bytes = quantized.storage_bytes(float_model)
+        quantized_bytes = quantized.storage_bytes(float_model) + own_bytes
         return {
             "fp32_bytes": fp32_bytes,
             "quantized_bytes": quantized_bytes,
@@ -442,11 +449,9 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
 
     def _require(self, step: str, allowed: set[QuantizationState]) -> None:
         super()._require(step, allowed)
-        plain = copy.deepcopy(self.config)
-        if plain.quantization and self._state is QuantizationState.CALIBRATING:
-            plain.quantization["state"] = QuantizationState.CALIBRATED.value  # of the same parts
-        with torch.device("meta"):
-            check_structure(self, type(self)(plain), step)
+        if step in _REPLACING:
+            with torch.device("meta"):
+                check_structure(self, ResNetBKForCausalLM(copy.deepcopy(self.config)), step)
 
     @contextmanager
     def _whole_or_not(self) -> Iterator[None]:

@@ -115,7 +115,9 @@ class MixtureOfExperts(nn.Module):
 
         That loss is 1 when the load is even, and `num_experts` when one expert serves all; it is 0
         outside training, and where there is no router. In data-parallel training the load is that
-        of all processes, and the mean of their losses that of one process with the whole batch.
+        of all processes, but each takes the mean probabilities of its own tokens: the mean of their
+        losses is that of one process with the whole batch if all have equally many tokens that are
+        no padding, and near to it otherwise.
 
         Args:
             real: bool (B, N), False for padding, which is served but counts in no load and in no

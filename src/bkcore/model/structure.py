@@ -1,7 +1,8 @@
-"""Whether a model is made of the parts that its configuration names, and of nothing else.
+"""Whether a model is made of the parts that its configuration names.
 
 Quantization replaces layers. Whatever somebody put between the model and a layer, such as an
-adapter, a parametrization or a hook, would vanish with it without a word.
+adapter, a parametrization or a hook, would vanish with it without a word. What a subclass has
+beside these parts stays as it is.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def check_structure(model: nn.Module, expected: nn.Module, step: str) -> None:
 
     Args:
         model: the model.
-        expected: one that was built by the same configuration, on any device.
+        expected: a `ResNetBKForCausalLM` of the same configuration, on any device; `model` may be
+            of a subclass with modules and tensors of its own.
         step: the method that is going to replace layers.
 
     Raises:
@@ -34,28 +36,34 @@ def check_structure(model: nn.Module, expected: nn.Module, step: str) -> None:
     """
     for problem in _problems(model, expected):
         raise LifecycleError(
-            f"{step}() takes a model as its configuration builds it, but {problem}, which would be "
+            f"{step}() takes a model as its configuration builds it, but {problem}, which might be "
             f"lost: {_REMEDY}"
         )
 
 
 def _problems(model: nn.Module, expected: nn.Module) -> Iterator[str]:
     modules, wanted = (dict(m.named_modules(remove_duplicate=False)) for m in (model, expected))
+    parts = dict(expected.named_children())
+    slots = list(quantizable(model))
+    # What somebody gave the model beside its parts stays, unless layers in it would be replaced.
+    replaced = {slot.name.partition(".")[0] for slot in slots}
     for name, module in modules.items():
-        place = name or "the model itself"
+        part = name.partition(".")[0]
+        if module._compiled_call_impl is not None:
+            yield f"{name or 'the model itself'} is compiled"
+        if part not in parts and part not in replaced:  # the model itself, too
+            continue
         if name not in wanted:
-            yield f"{place} was added to it, a {_kind(module)}"
+            yield f"{name} was added to it, a {_kind(module)}"
         elif type(module) is not type(wanted[name]):
-            yield f"{place} is a {_kind(module)}, not a {_kind(wanted[name])}"
-        elif module._compiled_call_impl is not None:
-            yield f"{place} is compiled"
+            yield f"{name} is a {_kind(module)}, not a {_kind(wanted[name])}"
         else:
-            yield from _tensor_problems(place, module, wanted[name])
+            yield from _tensor_problems(name, module, wanted[name])
     yield from (f"{name} is not there" for name in wanted.keys() - modules.keys())
     # Activation checkpointing leaves a hook of transformers, that embedded tokens have a gradient:
     # codes of tokens that train have one, and those that do not need none.
     known = {handle.id for handle in getattr(model, "_require_grads_hooks", ())}
-    for slot in quantizable(model):
+    for slot in slots:
         yield from _layer_problems(slot.name, slot.layer, known)
     yield from _shared(model)
 
