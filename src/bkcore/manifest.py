@@ -31,15 +31,15 @@ RECEIPT = "receipt.json"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 SAMPLES = "calibration.safetensors"
-"""Token ids of the training text, which mean something with this tokenizer only."""
+"""Token ids of the text that the model was trained on, made by the tokenizer beside it."""
+
+TOKENIZER = "tokenizer.json"
 
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
+    *(TOKENIZER, "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
 )
 """Names of the files that transformers may read a tokenizer from."""
-
-_BESIDE = (*TOKENIZER_FILES, SAMPLES)
 
 _WEIGHTS = re.compile(r"model(\.[A-Za-z0-9_-]+)?(-\d{5}-of-\d{5})?\.safetensors")
 _INDEX = re.compile(r"model\.safetensors\.index(\.[A-Za-z0-9_-]+)?\.json")
@@ -56,17 +56,17 @@ def is_weights_file(name: str) -> bool:
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a name is one that saving a model may write."""
+    """Whether a name is one of a model's own files, which go when another takes its place."""
     return (
-        name in (CONFIG, GENERATION, RECEIPT)
+        name in (CONFIG, GENERATION, RECEIPT, SAMPLES)
         or is_weights_file(name)
         or _INDEX.fullmatch(name) is not None
     )
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Whether a name is one of a tokenizer's files, or of what is made of its tokens."""
-    return name in _BESIDE
+    """Whether a name is one of the files of a tokenizer."""
+    return name in TOKENIZER_FILES
 
 
 # ---- reading -------------------------------------------------------------------------------
@@ -155,8 +155,9 @@ def verify(folder: Path) -> Digests:
 
 
 def model_bytes(folder: Path) -> int:
-    """Bytes on disk of the files the model loads from: tokenizer, manifest and receipt apart."""
-    names = [name for name in read(folder) if is_model_file(name) and name != RECEIPT]
+    """Bytes on disk of what the model loads from, so without receipt, samples and tokenizer."""
+    loaded = [name for name in read(folder) if is_model_file(name)]
+    names = [name for name in loaded if name not in (RECEIPT, SAMPLES)]
     return sum((folder / name).stat().st_size for name in names)
 
 
@@ -219,9 +220,12 @@ def _compare(folder: Path, name: str, digests: Digests, found: str) -> None:
     if name not in digests:
         raise CheckpointError(f"{folder / MANIFEST} does not list {name}")
     if digests[name] != found:
+        remedy = "save the model again"
+        if is_tokenizer_file(name):  # saving the model keeps what is listed of it
+            remedy = "if it is as it should be, call bkcore.text.list_tokenizer(folder)"
         raise CheckpointError(
             f"{folder / name} was truncated or altered since it was saved "
-            "(its SHA-256 differs); restore it or save the model again"
+            f"(its SHA-256 differs); restore it or {remedy}"
         )
 
 
@@ -240,8 +244,8 @@ def _sha256(file: BinaryIO) -> str:
 def saving_model(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to write a model in; on success its files take the place of the old.
 
-    The manifest lists them, and the tokenizer's files that are in `folder`. Nothing of a model that
-    was saved there before stays; files of others do.
+    The manifest lists them, and the tokenizer that is in `folder`. Nothing of a model that was
+    saved there before stays, samples of its training text included; files of others do.
 
     Files are complete on disk before the first is renamed into place, the manifest comes after
     them, and what it no longer lists goes last. So whenever this ends, `folder` holds the old model
@@ -255,18 +259,22 @@ def saving_model(folder: Path) -> Iterator[Path]:
         yield staged
         own = _digests(staged)
         others = _others(folder, is_model_file)
-        for name in _BESIDE:
-            if name not in others and _is_own(folder / name):
-                others[name] = _digest(folder / name)
-        _move(staged, folder, own, {**own, **others}, _earlier_model(folder))
+        _move(
+            staged,
+            folder,
+            own,
+            {**own, **_tokenizer_in(folder), **others},
+            _earlier_model(folder),
+        )
 
 
 @contextmanager
 def saving_tokenizer(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to write a tokenizer in, as `saving_model` does for a model.
 
-    If `folder` has a manifest, it lists the tokenizer afterwards. One of another format stays as
-    it is: nothing but saving the model again makes it one of this.
+    If `folder` has a manifest, it lists the tokenizer afterwards, and no longer the samples that
+    another tokenizer made. A manifest of another format stays as it is: nothing but saving the
+    model again makes it one of this. What no manifest lists is only overwritten, never deleted.
 
     Raises:
         CheckpointError: as `saving_model`.
@@ -274,25 +282,31 @@ def saving_tokenizer(folder: Path) -> Iterator[Path]:
     with _staging(folder) as staged:
         yield staged
         own = _digests(staged)
+        version, listed = _any_manifest(folder)
+        stale = set(filter(is_tokenizer_file, listed))
+        if SAMPLES in listed and listed.get(TOKENIZER) != own.get(TOKENIZER):
+            stale.add(SAMPLES)
         digests = None
-        if _any_manifest(folder)[0] == FORMAT_VERSION:
-            digests = {**own, **_others(folder, is_tokenizer_file)}
-        _move(staged, folder, own, digests, set(_BESIDE))
+        if version == FORMAT_VERSION:
+            digests = {**own, **_others(folder, stale.__contains__)}
+        _move(staged, folder, own, digests, stale)
 
 
 @contextmanager
 def saving_checkpoint(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to save both in, a model and its tokenizer, as `saving_model` does.
+    """Yield an empty folder to save a model, its tokenizer and samples in, as `saving_model` does.
 
     Raises:
-        CheckpointError: as `saving_model`.
+        CheckpointError: as `saving_model`, or if no whole model was saved.
     """
     with _staging(folder) as staged:
         yield staged
-        own = read(staged)
+        read(staged)
+        own = _digests(staged)
+        del own[MANIFEST]
         others = _others(folder, lambda name: is_model_file(name) or is_tokenizer_file(name))
-        stale = {*_earlier_model(folder), *_BESIDE}
-        _move(staged, folder, own, {**own, **others}, stale)
+        tokenizer = set(filter(is_tokenizer_file, _any_manifest(folder)[1]))
+        _move(staged, folder, own, {**own, **others}, _earlier_model(folder) | tokenizer)
 
 
 def list_tokenizer(folder: Path) -> None:
@@ -303,9 +317,8 @@ def list_tokenizer(folder: Path) -> None:
     """
     read(folder)
     with _staging(folder) as staged:
-        names = [name for name in _BESIDE if _is_own(folder / name)]
-        own = {name: _digest(folder / name) for name in names}
-        _move(staged, folder, {}, {**own, **_others(folder, is_tokenizer_file)}, set())
+        others = _others(folder, is_tokenizer_file)
+        _move(staged, folder, {}, {**_tokenizer_in(folder), **others}, set())
 
 
 @contextmanager
@@ -352,6 +365,14 @@ def _earlier_model(folder: Path) -> set[str]:
     """Files of a model that was saved there: the listed ones, and what may be taken for it."""
     listed = set(filter(is_model_file, _any_manifest(folder)[1]))
     return listed | set(filter(_WITHOUT_VARIANT.fullmatch, os.listdir(folder)))
+
+
+def _tokenizer_in(folder: Path) -> Digests:
+    """Digests of the tokenizer's files in a folder; none if it has but files of such names."""
+    if not _is_own(folder / TOKENIZER):
+        return {}
+    names = [name for name in TOKENIZER_FILES if _is_own(folder / name)]
+    return {name: _digest(folder / name) for name in names}
 
 
 def _is_own(path: Path) -> bool:

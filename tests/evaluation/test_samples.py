@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from bkcore.errors import CheckpointError
 from bkcore.evaluation.checkpoints import load_checkpoint, save_checkpoint
 from bkcore.evaluation.samples import load_samples, samples_of
 from bkcore.model import LanguageModel
-from bkcore.text import TokenWindows, train_tokenizer
+from bkcore.text import TokenWindows, list_tokenizer, load_tokenizer, train_tokenizer
 
 VOCAB = 300
 SAMPLES = torch.arange(4 * 16).view(4, 16) % VOCAB
@@ -41,6 +43,34 @@ def test_they_go_with_the_model_that_they_are_of(tmp_path: Path) -> None:
     save(tmp_path, None)
     assert load_samples(tmp_path, VOCAB) is None
     assert not (tmp_path / manifest.SAMPLES).exists()
+
+
+def test_they_stay_with_the_tokenizer_that_made_them(tmp_path: Path) -> None:
+    save(tmp_path, SAMPLES)
+    load_tokenizer(tmp_path).save_pretrained(tmp_path)
+    list_tokenizer(tmp_path)
+    assert torch.equal(load_samples(tmp_path, VOCAB), SAMPLES)  # type: ignore[arg-type]
+    train_tokenizer("another text " * 40, VOCAB).save_pretrained(tmp_path)
+    assert load_samples(tmp_path, VOCAB) is None
+    assert not (tmp_path / manifest.SAMPLES).exists()
+
+
+def test_another_model_does_not_take_them_over(tmp_path: Path) -> None:
+    save(tmp_path, SAMPLES)
+    size = manifest.model_bytes(tmp_path)
+    model, _ = load_checkpoint(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert load_samples(tmp_path, VOCAB) is None
+    assert not (tmp_path / manifest.SAMPLES).exists()
+    assert manifest.model_bytes(tmp_path) == size
+    load_checkpoint(tmp_path)
+
+
+def test_a_file_of_that_name_which_nobody_listed(tmp_path: Path) -> None:
+    (tmp_path / manifest.SAMPLES).write_text("mine")
+    save(tmp_path, None)
+    assert load_samples(tmp_path, VOCAB) is None
+    assert (tmp_path / manifest.SAMPLES).read_text() == "mine"
 
 
 def test_as_many_are_kept_as_calibration_takes() -> None:
@@ -72,7 +102,11 @@ def test_what_is_no_sample_is_refused(
 ) -> None:
     save(tmp_path, SAMPLES)
     save_file(tensors, tmp_path / manifest.SAMPLES)
-    manifest.list_tokenizer(tmp_path)
+    path = tmp_path / manifest.MANIFEST
+    content = json.loads(path.read_text())
+    digest = hashlib.sha256((tmp_path / manifest.SAMPLES).read_bytes()).hexdigest()
+    content["sha256"][manifest.SAMPLES] = digest
+    path.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=reason):
         load_samples(tmp_path, VOCAB)
 

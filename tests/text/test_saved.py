@@ -120,9 +120,42 @@ def test_a_later_tokenizer_leaves_nothing_of_an_earlier_one(folder: Path) -> Non
     first.save_pretrained(folder, save_jinja_files=True)
     assert load_tokenizer(folder).chat_template == "{{ messages }}"
     (folder / "added_tokens.json").write_text("{}")
+    list_tokenizer(folder)
     train_tokenizer(TEXT, 290).save_pretrained(folder)
     assert load_tokenizer(folder).chat_template is None
     assert "added_tokens.json" not in files(folder)
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_files_of_others_stay(folder: Path, tmp_path: Path, with_model: bool) -> None:
+    place = folder if with_model else tmp_path / "mine"
+    place.mkdir(exist_ok=True)
+    names = ("vocab.json", "merges.txt", "tokenizer.model", manifest.SAMPLES)
+    for name in names:
+        (place / name).write_text("mine")
+    train_tokenizer(TEXT, 300).save_pretrained(place)
+    assert all((place / name).read_text() == "mine" for name in names)
+    if with_model:
+        with pytest.raises(CheckpointError, match=r"does not list vocab\.json, merges\.txt"):
+            load_tokenizer(place)
+
+
+def test_a_tokenizer_that_is_refused_is_not_listed(folder: Path) -> None:
+    train_tokenizer(TEXT, 300).save_pretrained(folder)
+    before = (folder / manifest.MANIFEST).read_bytes()
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        list_tokenizer(folder)
+    assert (folder / manifest.MANIFEST).read_bytes() == before
+
+
+def test_another_library_that_saves_it_again(folder: Path) -> None:
+    train_tokenizer(TEXT, 300).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"altered.*bkcore\.text\.list_tokenizer\(folder\)"):
+        load_tokenizer(folder)
+    list_tokenizer(folder)
+    load_tokenizer(folder)
 
 
 def test_none_at_all(folder: Path) -> None:

@@ -30,7 +30,7 @@ def samples_of(windows: TokenWindows) -> Tensor:
 
 
 def write_samples(samples: Tensor, folder: Path) -> None:
-    """Write token ids (windows, length) into a checkpoint folder; the caller lists the file."""
+    """Write token ids (windows, length) into a folder that `manifest.saving_checkpoint` yields."""
     dtype = torch.int16 if int(samples.max()) <= torch.iinfo(torch.int16).max else torch.int32
     save_file({_NAME: samples.to(dtype).contiguous()}, folder / manifest.SAMPLES)
 

@@ -144,10 +144,14 @@ def list_tokenizer(folder: str | Path) -> None:
     that the model was trained with.
 
     Raises:
-        CheckpointError: if the folder holds no model or no tokenizer, or cannot be written.
+        CheckpointError: if the folder holds no model or no tokenizer, or one that is refused, or
+            cannot be written; its manifest then stays as it is.
     """
-    manifest.list_tokenizer(Path(folder))
-    load_tokenizer(Path(folder))
+    place = Path(folder)
+    manifest.read(place)
+    read_tokenizer(place)
+    manifest.list_tokenizer(place)
+    load_tokenizer(place)
 
 
 def largest_id(tokenizer: PreTrainedTokenizerFast) -> int:
