@@ -188,6 +188,21 @@ def test_settings_that_open_other_files(folder: Path, name: str, value: Any) -> 
         train_tokenizer(TEXT, 280).save_pretrained(folder)
 
 
+def test_settings_of_other_libraries(folder: Path) -> None:
+    train_tokenizer(TEXT, 280).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    more = {
+        **{"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True},
+        **{"sp_model_kwargs": {}, "use_default_system_prompt": False, "vocab_file": None},
+        **{"max_length": 512, "stride": 0, "truncation_strategy": "longest_first"},
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+    list_tokenizer(folder)
+    loaded = load_tokenizer(folder)
+    assert tokenizer_hash(loaded) == tokenizer_hash(train_tokenizer(TEXT, 280))
+    assert len(encode(loaded, TEXT * 100)) > 512
+
+
 @pytest.mark.parametrize(
     "content",
     [

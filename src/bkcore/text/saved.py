@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,14 @@ _KNOWN = {
     *("tokenizer_class", "processor_class", "backend", "is_local", "local_files_only"),
     *("name_or_path", "special_tokens_map_file"),
 }
-"""Settings that a tokenizer may bring along."""
+"""Settings that a tokenizer may bring along, whatever their values."""
+
+
+_OPENING = {
+    *("auto_map", "vocab", "merges", "tokenizer_object", "from_slow", "fix_mistral_regex"),
+    *("tokenizer_truncation", "tokenizer_padding", "post_processor"),
+}
+"""Settings that have transformers run, fetch or replace something."""
 
 
 class CheckpointTokenizer(PreTrainedTokenizerFast):
@@ -164,8 +171,11 @@ def _tokenizer(read: Callable[[str], bytes | None], folder: Path) -> CheckpointT
     contents = {name: read(name) for name in manifest.TOKENIZER_FILES}
     if contents[_TOKENIZER] is None:
         raise CheckpointError(f"{folder} holds no {_TOKENIZER}")
-    for name, known in ((_SETTINGS, _KNOWN), (_SPECIAL_TOKENS, _TOKENS)):
-        _check_settings(contents[name] or b"{}", known, folder / name)
+    settings = _object(contents[_SETTINGS] or b"{}", folder / _SETTINGS)
+    unknown = [name for name in settings.keys() - _KNOWN if not _is_harmless(name, settings[name])]
+    _refuse(unknown, folder / _SETTINGS)
+    tokens = _object(contents[_SPECIAL_TOKENS] or b"{}", folder / _SPECIAL_TOKENS)
+    _refuse(tokens.keys() - _TOKENS, folder / _SPECIAL_TOKENS)
     with _copied(contents) as place, foreign(f"the tokenizer in {folder}"):
         tokenizer = CheckpointTokenizer.from_pretrained(place, local_files_only=True)
         largest = largest_id(tokenizer)
@@ -190,17 +200,28 @@ def _copied(contents: Mapping[str, bytes | None]) -> Iterator[Path]:
         yield folder
 
 
-def _check_settings(content: bytes, known: set[str], path: Path) -> None:
-    """Refuse what could have transformers open other files."""
+def _object(content: bytes, path: Path) -> dict[str, Any]:
     try:
         settings = parse_json(content)
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {shown(settings)}")
-    unknown = sorted(settings.keys() - known)
-    if unknown:
+    return settings
+
+
+def _is_harmless(name: str, value: object) -> bool:
+    """Whether a setting that only other classes know names neither a file nor code."""
+    if value is None or value in ({}, []):
+        return True
+    is_named = name in _OPENING or name.startswith("_") or name.endswith(("_file", "_files"))
+    return isinstance(value, str | int | float) and not is_named
+
+
+def _refuse(settings: Collection[str], path: Path) -> None:
+    """Refuse what could have transformers open other files."""
+    if settings:
         raise CheckpointError(
-            f"{path} has settings that this library does not take from a file: {shown(unknown)}; "
-            "delete them there, or save the tokenizer again"
+            f"{path} has settings that this library does not take from a file: "
+            f"{shown(sorted(settings))}; delete them there, or save the tokenizer again"
         )
