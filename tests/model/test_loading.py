@@ -107,7 +107,7 @@ def test_a_digest_that_is_none(folder: Path, digest: Any) -> None:
 def test_only_listed_files_are_read(folder: Path, monkeypatch: Any) -> None:
     expected = load_file(folder / "model.safetensors")
     shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors")
-    for name in ("model.safetensors.index.json", "pytorch_model.bin", "adapter_config.json"):
+    for name in ("model.safetensors.index.json", "pytorch_model.bin"):
         (folder / name).write_text("{}")
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate" / "generate.py").write_text("raise SystemExit")
@@ -516,3 +516,67 @@ def test_a_pipe_is_no_state(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "state")
     with pytest.raises(CheckpointError, match="not a regular file"):
         StreamState.load(tmp_path / "state")
+
+
+# ---- adapters ----------------------------------------------------------------------------------
+
+
+def test_a_folder_with_adapters_is_not_its_base(folder: Path, build: Any, tmp_path: Path) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+    (folder / "adapter_config.json").write_text("{")  # nobody reads it
+    for load in (ResNetBKForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError, match=r"holds adapters.*model\.load_adapter\(\)"):
+            load(folder)
+    with pytest.raises(CheckpointError, match=r"could not be loaded again.*holds adapters"):
+        build().save_pretrained(folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    with pytest.raises(CheckpointError, match="'adapters' holds adapters"):
+        # what the auto classes ask for if a folder has nothing but adapters
+        ResNetBKForCausalLM.from_pretrained(
+            tmp_path, adapter_kwargs={"_adapter_model_path": "adapters"}
+        )
+
+
+def test_layers_that_a_deleted_adapter_left_wrapped(build: Any, tmp_path: Path) -> None:
+    model, name = build(), "layers.0.mixer.in_proj.weight"
+    state = model.state_dict()
+    state["layers.0.mixer.in_proj.base_layer.weight"] = state.pop(name)
+    with pytest.raises(CheckpointError, match=r"lacks.*in_proj.*merge_and_unload\(\)"):
+        model.save_pretrained(tmp_path, state_dict=state)
+
+
+# ---- what others write into a configuration ----------------------------------------------------
+
+
+def test_notes_in_a_configuration_are_kept(build: Any, tmp_path: Path) -> None:
+    model = build()
+    notes = {"pretraining_tp": 1, "is_decoder": True, "note": {"by": ["me", 0.5, None]}}
+    for name, value in notes.items():
+        setattr(model.config, name, value)
+    model.save_pretrained(tmp_path)
+    loaded = ResNetBKForCausalLM.from_pretrained(tmp_path).config
+    assert {name: getattr(loaded, name) for name in notes} == notes
+    assert ResNetBKConfig(sep_token_id=3).sep_token_id == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("quantization_config", {}), ("text_config", {}), ("to_dict", 1), ("_x", 1)],
+        *[("note", float("nan")), ("note", object()), ("note", "x" * (1 << 20))],
+        *[("note", "\ud800"), ("sep_token_id", "x"), ("max_position_embeddings", "x")],
+    ],
+)
+def test_what_is_no_note(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"{name}.*cannot be|cannot have '{name}'"):
+        ResNetBKConfig(**{name: value})
+
+
+def test_options_that_nobody_asked_for(folder: Path) -> None:
+    names = ("quantization_config", "tp_plan", "state_dict", "key_mapping", "config", "dtype")
+    model = ResNetBKForCausalLM.from_pretrained(
+        folder, **dict.fromkeys(names), pad_token_id=0, eos_token_id=0, output_attentions=False
+    )
+    assert (model.config.pad_token_id, model.config.eos_token_id) == (0, 0)
+    assert model.config.output_attentions is False
+    assert ResNetBKForCausalLM.from_pretrained(folder, value_size=None).config.value_size is None

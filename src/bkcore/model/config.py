@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from bkcore.errors import InputError
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.lifecycle import QuantizationState
-from bkcore.reading import shown
+from bkcore.reading import parse_json, shown
 
 _MIXERS = ("resolvent", "convolution", "green")
 
@@ -31,10 +32,20 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _ELSEWHERE = {
     *("model_type", "torch_dtype", "auto_map", "name_or_path", "_name_or_path", "_commit_hash"),
     *("num_labels", "output_attentions", "attn_implementation", "experts_implementation"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "hidden_size", "num_hidden_layers"),
-    *GenerationConfig._get_default_generation_params(),
+    *("hidden_size", "num_hidden_layers"),
 }
-"""What a configuration of transformers may hold that is no field of it."""
+"""Names of transformers' own that are no fields here, and that a configuration may hold."""
+
+_REFUSED = {
+    *("quantization_config", "compression_config", "transformers_weights", "distributed_config"),
+    *("text_config", "text_encoder", "decoder", "generator", "encoder", "fusion_config"),
+    *("gradient_checkpointing", "rope_parameters", "rope_theta", "layer_types"),
+    *("mlp_layer_types", "mtp_layer_types", "mtp_mlp_layer_types", "mtp_per_layer_config"),
+    *("num_mtp_layers", "first_k_dense_replace", "gguf_file"),
+}
+"""What would have transformers treat this as another kind of model, or look for files."""
+
+_NOTE_BYTES = 1 << 20
 
 
 class ResNetBKConfig(PreTrainedConfig):
@@ -65,6 +76,8 @@ class ResNetBKConfig(PreTrainedConfig):
         quantization: None, or the fields of a `QuantizationConfig` and its `state`.
         training_text: what it was trained on: the `name` of a corpus, and the SHA-256 of its
             `train` and its `valid` part in UTF-8. None if nobody said.
+
+    Other names with plain values, as in JSON, are kept and mean nothing to the model.
     """
 
     model_type = "resnet_bk"
@@ -178,11 +191,19 @@ def _check_kinds(config: ResNetBKConfig) -> None:
 
 def _check_inherited(config: ResNetBKConfig, others: Mapping[str, Any]) -> None:
     """Check what transformers is about to take for granted."""
-    unknown = sorted(map(str, others.keys() - _ELSEWHERE))
-    if unknown:
-        raise InputError(
-            f"ResNetBKConfig has no fields {shown(unknown)}: of another model, or a newer version?"
-        )
+    for name in (
+        others.keys() - _ELSEWHERE - GenerationConfig._get_default_generation_params().keys()
+    ):
+        if not name or name in _REFUSED or name.startswith("_") or hasattr(ResNetBKConfig, name):
+            raise InputError(
+                f"a ResNetBKConfig cannot have {shown(name)}, which means something else to "
+                "transformers: is it of another model? Give what you note another name"
+            )
+        if not _is_plain({name: others[name]}):
+            raise InputError(
+                f"{shown(name)} of a ResNetBKConfig cannot be {shown(others[name])}: what it is to "
+                "keep must be plain JSON, finite and below a mebibyte"
+            )
     values = {**vars(config), **others}
     for name, kind in _KINDS.items():
         value = values.get(name)
@@ -209,6 +230,16 @@ def _is_number(value: object) -> bool:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is of what JSON has, and of a size that everybody can read again."""
+    try:
+        content = json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        parse_json(content)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return len(content) <= _NOTE_BYTES
 
 
 def _is_path(value: object) -> bool:
@@ -256,7 +287,8 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     # There is no other; and a name of transformers' may be one of code on a hub.
     "attn_implementation": lambda value: value == "eager",
     "experts_implementation": lambda value: value == "eager",
-    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _are_tokens),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"), _are_tokens),
+    "max_position_embeddings": lambda value: type(value) is int and 0 < value <= _LARGEST,
     **dict.fromkeys(("name_or_path", "_name_or_path", "_commit_hash"), _is_path),
 }
 """Of what is not None, whether transformers can take it."""

@@ -561,7 +561,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         Raises:
             InputError: for other arguments.
             CheckpointError: if the checkpoint is missing, truncated, altered, incomplete or
-                malformed.
+                malformed, or its folder holds adapters, too.
         """
         request = loading.Request.of(path, args, kwargs)
         with loading.opened(request, cls) as source:

@@ -40,6 +40,14 @@ _DTYPES = {
 
 _PASSED_ON = {"device_map", "max_memory"}
 
+_CHANGEABLE = {
+    *ResNetBKConfig.__dataclass_fields__,
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "output_attentions"),
+}
+"""Fields of a configuration, which `from_pretrained` takes, too."""
+
+_ADAPTERS = "adapter_config.json"
+
 _WITHOUT_EFFECT = {
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token"),
     *("trust_remote_code", "code_revision", "low_cpu_mem_usage", "weights_only"),
@@ -80,12 +88,20 @@ class Request:
 
         Raises:
             InputError: for what cannot be had.
+            CheckpointError: if transformers took the path from that of adapters.
         """
         if not isinstance(path, str | os.PathLike):
             raise InputError(f"from_pretrained takes the path of a folder, not {shown(path)}")
         if arguments:
             raise InputError(f"from_pretrained takes names with arguments, not {shown(arguments)}")
-        options = {name: each for name, each in options.items() if name not in _WITHOUT_EFFECT}
+        if "_adapter_model_path" in (options.get("adapter_kwargs") or {}):
+            _refuse_adapters(options["adapter_kwargs"]["_adapter_model_path"])
+        options = {
+            name: each
+            for name, each in options.items()
+            # Wrappers give None for what nobody asked for; of a field it is a value.
+            if name not in _WITHOUT_EFFECT and (each is not None or name in _CHANGEABLE)
+        }
         for name, only in (("use_safetensors", True), ("ignore_mismatched_sizes", False)):
             if options.pop(name, None) not in (None, only):
                 raise InputError(f"from_pretrained can only do what {name}={only} asks for")
@@ -110,7 +126,7 @@ class Request:
             passed_on={name: options.pop(name) for name in _PASSED_ON & options.keys()},
             changes=options,
         )
-        unknown = sorted(options.keys() - ResNetBKConfig.__dataclass_fields__.keys())
+        unknown = sorted(options.keys() - _CHANGEABLE)
         if unknown or (config is not None and options):
             given = unknown or sorted(options)
             raise InputError(
@@ -160,9 +176,11 @@ def opened(request: Request, kind: type[PreTrainedModel]) -> Iterator[Source]:
     """What a model of a kind is made of, whole and fitting together; open inside a with block.
 
     Raises:
-        CheckpointError: if the checkpoint is missing, truncated, altered, incomplete or malformed.
+        CheckpointError: if the checkpoint is missing, truncated, altered, incomplete or malformed,
+            or has adapters.
     """
     folder = request.folder
+    _check_no_adapters(folder)
     digests = manifest.read(folder) if request.digests is None else request.digests
     content = manifest.contents(folder, manifest.CONFIG, digests)
     config = config_from(content, folder / manifest.CONFIG, request.changes)
@@ -193,9 +211,10 @@ def check_saved(kind: type[PreTrainedModel], staged: Path, folder: Path) -> None
 
     Raises:
         CheckpointError: if the configuration or the tensors are of another model, as those of
-            adapters, or hold what no checkpoint keeps.
+            adapters, or hold what no checkpoint keeps; or if there are adapters in `folder`.
     """
     try:
+        _check_no_adapters(folder)
         content = (staged / manifest.CONFIG).read_bytes()
         config = config_from(content, folder / manifest.CONFIG)
         if (staged / manifest.GENERATION).exists():
@@ -293,9 +312,33 @@ def check_fit(
             amiss.append(f"{name} is {tensor.get_dtype()} instead of {own[name].dtype}")
     if amiss:
         more = f"; and {len(amiss) - 5} more" if len(amiss) > 5 else ""
+        if any(".base_layer." in name for name in tensors):
+            more += (
+                ". Its layers are wrapped by adapters, which deleting an adapter does not undo: "
+                "save what PEFT's merge_and_unload() or unload() returns"
+            )
         raise CheckpointError(
             f"the checkpoint {folder} does not fit its configuration: {'; '.join(amiss[:5])}{more}"
         )
+
+
+def _check_no_adapters(folder: Path) -> None:
+    """Adapters change what a model computes, so the model without them is not what was saved."""
+    try:
+        present = os.path.lexists(folder / _ADAPTERS)
+    except ValueError:  # a name that no system takes: there is nothing
+        return
+    if present:
+        _refuse_adapters(folder)
+
+
+def _refuse_adapters(folder: object) -> None:
+    raise CheckpointError(
+        f"{shown(str(folder))} holds adapters ({_ADAPTERS}), without which the model is not what "
+        "was saved there: keep the adapter's files in a folder without a model, load the model "
+        "from its own, then call model.load_adapter() with the adapter's; or delete them if they "
+        "are of no use"
+    )
 
 
 def _exact(model: nn.Module, own: Mapping[str, Tensor]) -> set[str]:
