@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bkcore import manifest
-from bkcore.errors import CheckpointError
+from bkcore.errors import CheckpointError, OutputError
 from bkcore.evaluation.checkpoints import (
     Progress,
     Setting,
@@ -144,8 +144,8 @@ def full(*args: Any, **kwargs: Any) -> None:
 
 
 def test_scores_that_cannot_be_kept(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("bkcore.evaluation.unfinished.os.replace", full)
-    with pytest.raises(CheckpointError, match=r"what was scored cannot be kept.*No space left"):
+    monkeypatch.setattr("bkcore.outputs.os.replace", full)
+    with pytest.raises(OutputError, match=r"unfinished-.* could not be written: No space left"):
         interrupted(checkpoint, tmp_path, batches=3)
     assert not list(tmp_path.iterdir())
 

@@ -254,7 +254,7 @@ def test_an_edited_unfinished_evaluation(tmp_path: Path) -> None:
 
 def test_an_edited_marker(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-3"
-    checkpoint.mkdir()
+    checkpoints.begin(checkpoint)
     run = {"steps": 3, "rate": 0.1, "name": "x"}
     checkpoints.mark_complete(checkpoint, run, 1.5)
     original = (checkpoint / checkpoints.MARKER).read_bytes()
