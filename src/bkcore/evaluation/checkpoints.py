@@ -301,7 +301,6 @@ def save_checkpoint(
         tokenizer.save_pretrained(staged)
         if samples is not None:
             write_samples(samples, staged)
-        manifest.list_tokenizer(staged)
 
 
 def evaluate_in_new_process(
