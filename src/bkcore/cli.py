@@ -15,7 +15,7 @@ import typer
 from bkcore.memory import keep_freed_memory
 from bkcore.outputs import write_json, write_text
 from bkcore.report.command import Command, keeping, publish, run
-from bkcore.report.console import Console, say
+from bkcore.report.console import Console, say, warn
 
 if TYPE_CHECKING:
     from bkcore.bench.result import Result
@@ -38,7 +38,15 @@ DataOption = Annotated[
     typer.Option(
         metavar="FOLDER|NAME",
         help="Folder of text, or a Hugging Face data set as OWNER/NAME:CONFIG; "
-        "default, where no other text is known: the embedded corpus, which is called embedded.",
+        "default: the embedded corpus.",
+    ),
+]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER|NAME",
+        help="Text to calibrate on, as in bkcore train; default: the samples of its training text "
+        "that the checkpoint holds.",
     ),
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")]
@@ -151,7 +159,7 @@ def quantize(
             "Default: ptq_int8, or mixed_precision with a bit budget."
         ),
     ] = None,
-    data: DataOption = None,
+    data: CalibrationOption = None,
     group_size: Annotated[
         int | None,
         typer.Option(min=1, help="Inputs of an INT4 weight that share a scale; default: 128."),
@@ -250,6 +258,8 @@ def quantize(
         say(console, f"Checkpoint: {output}")
         if control is not None:
             say(console, f"Control: {control}")
+        if result["warning"] is not None:
+            warn(console, result["warning"])
 
     publish(
         show_all,
@@ -304,6 +314,8 @@ def evaluate(
             console.print(summary(result))
             if result["expert_load"]:
                 console.print(load_table(result["expert_load"]))
+            if result["warning"] is not None:
+                warn(console, result["warning"])
 
         publish(show, (json_file, partial(write_json, result)))
 

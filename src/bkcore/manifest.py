@@ -170,8 +170,8 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} is a file; a checkpoint is a folder")
     if not is_folder:
         raise CheckpointError(
-            f"there is no checkpoint folder {folder} in {Path.cwd()}; from a hub, download it "
-            "first with huggingface_hub.snapshot_download()"
+            f"there is no checkpoint folder {folder.absolute()}; one on a hub has to be downloaded "
+            "first, with huggingface_hub.snapshot_download()"
         )
 
 

@@ -71,6 +71,24 @@ def resolvent_attention(
     bond = modulus(hopping)
     added: dict[str, float | Tensor] = {"potential": potential, "hopping^2": bond * bond}
     require_range(dtype, added, eta, bond, eta_name="eta", tensor="value")
+    return attend(query, key, value, hopping, potential, eta, state)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hopping: Tensor,
+    potential: Tensor,
+    eta: Tensor,
+    state: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """`resolvent_attention` of inputs that fit together, eta (H,), without a look at their values.
+
+    For a layer inside of a network: an activation that ran away is its own affair there, and goes
+    out as the number or the NaN that it led to, in its own sequence alone.
+    """
+    dtype = computing_dtype(value)
     first_g, first_psi = _taken_apart(state, value, key.shape[-1], dtype)
     query, key, value, hopping, potential, eta = (
         x.to(dtype) for x in (query, key, value, hopping, potential, eta)

@@ -182,7 +182,8 @@ def _check_kinds(config: ResNetBKConfig) -> None:
             raise InputError(f"{name} must be at most {_LARGEST:,}, not {shown(value)}")
     for name in _NUMBERS:
         if not _is_number(getattr(config, name)):
-            raise InputError(f"{name} must be a finite number, not {shown(getattr(config, name))}")
+            wanted = "positive and finite" if name == "embedding_multiplier" else "a finite number"
+            raise InputError(f"{name} must be {wanted}, not {shown(getattr(config, name))}")
         setattr(config, name, float(getattr(config, name)))  # tensors take no huge integers
     for name in _FLAGS:
         if not isinstance(getattr(config, name), bool):

@@ -15,8 +15,8 @@ from bkcore.core import (
     causal_sweep_parts,
     has_recall_step,
     recall_step,
-    resolvent_attention,
 )
+from bkcore.core.attention import attend
 from bkcore.core.bounds import AttentionInputs
 from bkcore.errors import ShapeError
 from bkcore.model.config import ResNetBKConfig
@@ -262,7 +262,7 @@ class ResolventMixer(nn.Module):
         """Re and Im of what was found, (B, N, D) each; and the state of the core."""
         eta = self.log_eta.exp()
         attended = self.attention_inputs(inputs, inputs.value.dtype)
-        out, g, state = resolvent_attention(*attended, eta, state)
+        out, g, state = attend(*attended, eta, state)
         real, imag = over_memory(out, g.imag / eta, eta)
         return (real.flatten(2), imag.flatten(2)), state
 
@@ -406,7 +406,7 @@ def over_memory(out: Tensor, memory: Tensor, eta: Tensor) -> tuple[Tensor, Tenso
     of w is one that was found to train well.
 
     Args:
-        out: complex (B, N, H, U), from `resolvent_attention`.
+        out: complex (B, N, H, U), from `attend`.
         memory: (B, N, H), w.
         eta: (H,).
 

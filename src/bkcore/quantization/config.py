@@ -116,12 +116,9 @@ class QuantizationConfig:
         """
         known = {f.name for f in dataclass_fields(cls)}
         if not isinstance(fields, dict) or not fields.keys() <= known:
-            unknown = (
-                sorted(map(str, fields.keys() - known)) if isinstance(fields, dict) else fields
-            )
+            unknown = list(fields.keys() - known) if isinstance(fields, dict) else fields
             raise InputError(
-                f"QuantizationConfig has no fields {shown(unknown)}; it has "
-                f"{', '.join(sorted(known))}"
+                f"fields must be a dictionary of {', '.join(sorted(known))}; got {shown(unknown)}"
             )
         return cls(**{"min_size": 0, **fields})
 

@@ -116,8 +116,8 @@ def load_tokenizer(folder: Path, digests: manifest.Digests | None = None) -> Che
         raise CheckpointError(
             f"{folder / manifest.MANIFEST} does not list {', '.join(unlisted)}, so nothing says "
             "that this is the tokenizer the model was trained with. If you know that it is, call "
-            "bkcore.text.list_tokenizer(folder); or save the right one: "
-            "bkcore.text.train_tokenizer() makes tokenizers that list themselves"
+            "bkcore.text.list_tokenizer(folder). Tokenizers that list themselves come from "
+            "bkcore.text.load_tokenizer() and train_tokenizer(); AutoTokenizer's do not"
         )
 
     def read(name: str) -> bytes | None:
