@@ -125,9 +125,10 @@ def _rows(split: Any, name: str) -> Texts:
     def texts() -> Iterator[str]:
         for number, row in enumerate(split):
             text = row[column] or ""
-            if "\0" in text:
+            if (nul := text.find("\0")) >= 0:
                 raise DataError(
-                    f"Row {number} of the data set {name!r} holds NUL, so it is binary."
+                    f"Row {number} of the data set {name!r} holds NUL at character {nul}, so it is "
+                    "binary. Name a data set of text."
                 )
             yield text if text.endswith("\n") else text + "\n"
 
