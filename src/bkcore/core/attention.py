@@ -10,6 +10,7 @@ from bkcore.core.arguments import (
     modulus,
     real,
     require_device,
+    require_positive,
     require_range,
     require_real_float,
 )
@@ -83,11 +84,13 @@ def attend(
     eta: Tensor,
     state: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """`resolvent_attention` of inputs that fit together, eta (H,), without a look at their values.
+    """`resolvent_attention` of inputs that fit together, eta (H,), whose range is not looked at.
 
     For a layer inside of a network: an activation that ran away is its own affair there, and goes
-    out as the number or the NaN that it led to, in its own sequence alone.
+    out as the number or the NaN that it led to, in its own sequence alone. Only eta, a parameter
+    that all sequences share, must be positive.
     """
+    require_positive("eta", eta)
     dtype = computing_dtype(value)
     first_g, first_psi = _taken_apart(state, value, key.shape[-1], dtype)
     query, key, value, hopping, potential, eta = (

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from bkcore import manifest
@@ -177,10 +178,11 @@ def _tokenizer(read: Callable[[str], bytes | None], folder: Path) -> CheckpointT
     tokens = _object(contents[_SPECIAL_TOKENS] or b"{}", folder / _SPECIAL_TOKENS)
     _refuse(tokens.keys() - _TOKENS, folder / _SPECIAL_TOKENS)
     with _copied(contents) as place, foreign(f"the tokenizer in {folder}"):
-        tokenizer = CheckpointTokenizer.from_pretrained(place, local_files_only=True)
-        largest = largest_id(tokenizer)
+        # Copies count up to the largest id, and transformers 5.19 copies what it loads.
+        largest = max(Tokenizer.from_file(str(place / _TOKENIZER)).get_vocab().values(), default=-1)
         if largest >= _IDS:
-            raise ValueError(f"a token has the id {largest:,}")  # copies count up to it
+            raise ValueError(f"a token has the id {largest:,}")
+        tokenizer = CheckpointTokenizer.from_pretrained(place, local_files_only=True)
         copy.deepcopy(tokenizer.backend_tokenizer)  # which is stricter, and encoding does it
         _ = len(tokenizer), tokenizer.bos_token_id
     tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(folder)
