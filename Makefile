@@ -10,8 +10,8 @@ ARGS ?=
 # Every dependency is in use there: the kernels, models that are saved, loaded, trained, quantized and
 # compared, the tokenizer, data sets, plots, Triton and the commands. All tests would take too long.
 LOWEST := tests/test_*interface.py tests/test_imports.py tests/test_versions.py \
-	tests/core tests/kernels/test_sweep.py tests/kernels/test_stream.py \
-	tests/kernels/test_triton.py::test_equals_the_cpu_backend_on_any_shape \
+	tests/core tests/kernels/ops/test_sweep.py tests/kernels/ops/test_sweep_step.py \
+	tests/kernels/backends/test_triton.py::test_equals_the_cpu_backend_on_any_shape \
 	tests/comparison/test_selective_scan.py tests/model/test_checkpoint.py \
 	tests/model/test_language_model.py tests/report/test_train.py tests/text \
 	tests/training/test_resume.py

@@ -147,7 +147,7 @@ class SharedSums {
     if (sites_ >= kBlock) end_block(width);
   }
   template <class Tiles>
-  void finish(const Tiles &tiles, const Adjoint<T> &a) {
+  void finish(const Tiles &tiles, const SweepBackward<T> &a) {
     end_block(tiles.width());
     tiles.add(a.denergy, total_[kEnergy]);
     if (!a.forward.eta.site) tiles.add(a.deta, total_[kEta]);
@@ -300,7 +300,7 @@ void causal_adjoint_tile(const Tile<T> &tile, CausalAdjointState<T> &state, Shar
 }
 
 template <class T, class Tiles>
-void causal_adjoint(Tiles &tiles, const Adjoint<T> &a) {
+void causal_adjoint(Tiles &tiles, const SweepBackward<T> &a) {
   const Index sites = tiles.sites(), length = tiles.length(sites);
   CausalAdjointState<T> state(tiles.width());
   SharedSums<T> sums(tiles.width());

@@ -101,7 +101,7 @@ class GatheredTiles {
  public:
   GatheredTiles(const Sweep<S> &sweep, const Chain *chains, Index count, T *memory)
       : GatheredTiles(sweep, nullptr, chains, count, memory) {}
-  GatheredTiles(const Adjoint<S> &adjoint, const Chain *chains, Index count, T *memory)
+  GatheredTiles(const SweepBackward<S> &adjoint, const Chain *chains, Index count, T *memory)
       : GatheredTiles(adjoint.forward, &adjoint, chains, count, memory) {}
 
   static constexpr std::size_t kBytes =
@@ -159,7 +159,7 @@ class GatheredTiles {
   // A potential whose square overflows decouples what lies beyond a chain's end: g = r = 0 there.
   static constexpr T kGhost = static_cast<T>(sizeof(T) == 8 ? 1e200 : 1e30);
 
-  GatheredTiles(const Sweep<S> &sweep, const Adjoint<S> *adjoint, const Chain *chains, Index count,
+  GatheredTiles(const Sweep<S> &sweep, const SweepBackward<S> *adjoint, const Chain *chains, Index count,
                 T *memory)
       : sweep_(sweep), adjoint_(adjoint), chains_(chains), count_(count) {
     for (Index l = 0; l < count; ++l)
@@ -296,7 +296,7 @@ class GatheredTiles {
   }
 
   const Sweep<S> &sweep_;
-  const Adjoint<S> *adjoint_;
+  const SweepBackward<S> *adjoint_;
   const Chain *chains_;
   Index count_, sites_ = 0;
   bool two_sided_ = false;

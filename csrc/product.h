@@ -1,5 +1,5 @@
 // What the integer products and their caller agree on; the order of roundings is that of
-// src/bkcore/kernels/product.py.
+// src/bkcore/kernels/ops/product.py.
 #pragma once
 
 #include <cstddef>
@@ -24,34 +24,6 @@ struct EncodedRows {
   std::uint32_t *words;  // (rows, words)
 };
 
-// Rows of channels, rounded to what their codes stand for (src/bkcore/kernels/round.py).
-struct Rounding {
-  std::int64_t rows, channels, bits, group_size;
-  const float *x;              // (rows, channels)
-  const std::uint16_t *scale;  // bfloat16 (groups)
-  const std::int8_t *zero;     // (groups)
-  const float *levels;         // (2^bits), ascending: what the codes stand for; or null
-  float *out;                  // (rows, channels)
-};
-
-// The derivative of that rounding, straight through.
-struct RoundingAdjoint {
-  Rounding forward;   // `out` is not used
-  const float *grad;  // (rows, channels)
-  float *dx;          // (rows, channels)
-  float *dscale;      // (shares, channels), a row for every kRowsPerShare rows
-  float *dlevels;     // (shares, 2^bits)
-};
-
-constexpr std::int64_t kRowsPerShare = 64;
-
-// A weight as codes and as what they stand for (src/bkcore/kernels/weight.py).
-struct WeightRounding {
-  std::int64_t rows, columns, bits, groups, group_size;
-  const float *weight;         // (rows, columns)
-  const std::uint16_t *scale;  // bfloat16 (rows, groups)
-};
-
 struct ProductKernels {
   using Scratch = void *(*)(std::size_t bytes);
   std::int64_t panel;  // outputs that are computed together
@@ -60,14 +32,6 @@ struct ProductKernels {
   // The panel of outputs that begins at `output`, for `count` rows from `first` on.
   void (*multiply)(const Product &, const EncodedRows &, std::int64_t output, std::int64_t first,
                    std::int64_t count, Scratch);
-  void (*round)(const Rounding &, std::int64_t first, std::int64_t count, Scratch);
-  void (*round_adjoint)(const RoundingAdjoint &, std::int64_t share, Scratch);
-  // A row of activations (count), rounded to what `encode` makes of it.
-  void (*round_row)(const float *x, std::int64_t count, float *out);
-  // A row of a weight, and the derivative of its values, straight through.
-  void (*round_weight)(const WeightRounding &, std::int64_t row, std::int8_t *codes, float *values);
-  void (*round_weight_adjoint)(const WeightRounding &, std::int64_t row, const float *grad,
-                               float *dweight, float *dscale);
 };
 
 namespace {

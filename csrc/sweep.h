@@ -1,5 +1,5 @@
 // What the kernels and their caller agree on. Formulas, layout and derivation:
-// src/bkcore/kernels/ops.py.
+// src/bkcore/kernels/ops/sweep.py.
 #pragma once
 
 #include <cstddef>
@@ -28,7 +28,7 @@ struct Sweep {
 };
 
 template <class T>
-struct Adjoint {
+struct SweepBackward {
   Sweep<T> forward;  // v.data may be null in the causal form; forward.parts is only read
   Strided<const T> grad;
   Strided<T> dv, dsource;  // dsource.data is null if there is no source
@@ -37,7 +37,7 @@ struct Adjoint {
 };
 
 // A sweep from integer codes to integer codes; sweep.v, .source and .parts are not used.
-struct CodedSweep {
+struct SweepCodes {
   Sweep<float> sweep;
   std::int64_t bits;                       // 8, or 4: two codes a byte, the even lane low
   const std::uint8_t *v, *source;          // contiguous (batch, sites, lanes); source may be null
@@ -50,11 +50,11 @@ struct CodedSweep {
 };
 
 // A sweep without source whose potentials and outputs are rounded to what codes stand for.
-struct RoundedSweep {
+struct SweepRounded {
   Sweep<float> sweep;
   std::int64_t bits, groups, group_size;  // neighbouring sites that share a scale
   const float *scale, *zero;              // (3, groups), of v and of Re and Im of the output
-  const float *levels, *bounds;           // (3, 2^bits) or null; as in CodedSweep
+  const float *levels, *bounds;           // (3, 2^bits) or null; as in SweepCodes
 };
 
 // Resolvent attention; all tensors contiguous. v, hopping: (batch, sites, heads). energy, eta:
@@ -81,7 +81,7 @@ inline std::int64_t chunks_of(const Attention<T> &a) {
 }  // namespace
 
 template <class T>
-struct AttentionAdjoint {
+struct AttentionBackward {
   const T *dg, *dout, *dpsi;
   T *dv, *dhopping, *denergy, *deta, *dquery, *dkey, *dvalue, *dfirst_g, *dfirst_psi;
   // denergy and deta: one partial sum a chain, (batch, heads).
@@ -107,27 +107,27 @@ struct BlockEnds {
 template <class T>
 struct Kernels {
   // Moves `state` (parts, lanes) of one batch element a site ahead in place; sweep.sites is 1.
-  void (*step)(const Sweep<T> &, std::int64_t batch, T *state);
+  void (*sweep_step)(const Sweep<T> &, std::int64_t batch, T *state);
   // Returns memory, aligned to cache lines, that is the calling thread's own until its next call.
   using Scratch = void *(*)(std::size_t bytes);
-  void (*forward)(const Sweep<T> &, bool two_sided, Unit, Scratch);
-  void (*backward)(const Adjoint<T> &, bool two_sided, Unit, Scratch);
+  void (*sweep)(const Sweep<T> &, bool two_sided, Unit, Scratch);
+  void (*sweep_backward)(const SweepBackward<T> &, bool two_sided, Unit, Scratch);
   // The three steps of a sweep over blocks: all blocks, then each chain's, then all again.
   void (*block_maps)(const Sweep<T> &, const Chain *blocks, std::int64_t count, BlockEnds *,
                      Scratch);
   void (*compose_blocks)(const Sweep<T> &, bool two_sided, const Chain *blocks, std::int64_t count,
                          BlockEnds *);
-  void (*forward_blocks)(const Sweep<T> &, bool two_sided, const Chain *blocks, std::int64_t count,
+  void (*sweep_blocks)(const Sweep<T> &, bool two_sided, const Chain *blocks, std::int64_t count,
                          const BlockEnds *, Scratch);
   // One chain of a resolvent attention.
   void (*attention)(const Attention<T> &, std::int64_t batch, std::int64_t head);
-  void (*attention_adjoint)(const Attention<T> &, const AttentionAdjoint<T> &, std::int64_t batch,
+  void (*attention_backward)(const Attention<T> &, const AttentionBackward<T> &, std::int64_t batch,
                             std::int64_t head, Scratch);
 };
 
 struct KernelTable {
-  void (*coded)(const CodedSweep &, bool two_sided, Unit, Kernels<float>::Scratch);
-  void (*rounded)(const RoundedSweep &, bool two_sided, Unit, Kernels<float>::Scratch);
+  void (*sweep_codes)(const SweepCodes &, bool two_sided, Unit, Kernels<float>::Scratch);
+  void (*sweep_rounded)(const SweepRounded &, bool two_sided, Unit, Kernels<float>::Scratch);
   Kernels<float> f32;
   Kernels<double> f64;
 };

@@ -7,13 +7,13 @@
 // A sweep goes along the sites, and at every site over a contiguous row of lanes: memory is read
 // and written in order, and a row of lanes is independent arithmetic in vectors.
 
+#include "attention.h"
 #include "blocks.h"
 #include "causal.h"
-#include "codes.h"
 #include "gather.h"
-#include "propagate.h"
-#include "rounded.h"
 #include "sweep.h"
+#include "sweep_codes.h"
+#include "sweep_rounded.h"
 #include "two_sided.h"
 
 #define BKCORE_PASTE(a, b) a##b
@@ -47,7 +47,7 @@ void run_forward(Tiles &tiles, bool two_sided_form, void *memory) {
 }
 
 template <class T>
-void forward(const Sweep<T> &s, bool two_sided_form, Unit unit, Scratch<T> scratch) {
+void sweep(const Sweep<T> &s, bool two_sided_form, Unit unit, Scratch<T> scratch) {
   using Gathered = GatheredTiles<T, T>;
   const Index length = unit.gathered ? kGatheredSites : sites_in_cache<T>(2, unit.count);
   const std::size_t rows = two_sided_form ? two_sided_bytes<T>(s.sites, unit.count, length) : 0;
@@ -64,7 +64,7 @@ void forward(const Sweep<T> &s, bool two_sided_form, Unit unit, Scratch<T> scrat
 }
 
 template <class T, class Tiles>
-void run_backward(Tiles &tiles, const Adjoint<T> &a, bool two_sided_form, void *memory) {
+void run_backward(Tiles &tiles, const SweepBackward<T> &a, bool two_sided_form, void *memory) {
   if (two_sided_form) {
     two_sided_adjoint(tiles, a, tiles.length(sites_in_cache<T>(4, tiles.width())), memory);
   } else {
@@ -73,7 +73,7 @@ void run_backward(Tiles &tiles, const Adjoint<T> &a, bool two_sided_form, void *
 }
 
 template <class T>
-void backward(const Adjoint<T> &a, bool two_sided_form, Unit unit, Scratch<T> scratch) {
+void sweep_backward(const SweepBackward<T> &a, bool two_sided_form, Unit unit, Scratch<T> scratch) {
   using Gathered = GatheredTiles<T, T>;
   const Index sites = a.forward.sites;
   const Index length = unit.gathered ? kGatheredSites : sites_in_cache<T>(4, unit.count);
@@ -100,7 +100,7 @@ void maps_of_blocks(const Sweep<T> &s, const Chain *blocks, Index count, BlockEn
 }
 
 template <class T>
-void forward_blocks(const Sweep<T> &s, bool two_sided_form, const Chain *blocks, Index count,
+void run_blocks(const Sweep<T> &s, bool two_sided_form, const Chain *blocks, Index count,
                     const BlockEnds *ends, Scratch<T> scratch) {
   const std::size_t rows =
       two_sided_form ? two_sided_bytes<double>(blocks[0].sites, count, kGatheredSites) : 0;
@@ -108,7 +108,7 @@ void forward_blocks(const Sweep<T> &s, bool two_sided_form, const Chain *blocks,
                static_cast<double *>(scratch(rows + GatheredTiles<T, double>::kBytes)));
 }
 
-void coded(const CodedSweep &s, bool two_sided_form, Unit unit, Scratch<float> scratch) {
+void sweep_codes(const SweepCodes &s, bool two_sided_form, Unit unit, Scratch<float> scratch) {
   const Index length = CodedTiles::kSites;
   const std::size_t own = CodedTiles::bytes(unit.count);
   const std::size_t rows =
@@ -118,7 +118,7 @@ void coded(const CodedSweep &s, bool two_sided_form, Unit unit, Scratch<float> s
   run_forward<float>(tiles, two_sided_form, memory + own);
 }
 
-void rounded(const RoundedSweep &s, bool two_sided_form, Unit unit, Scratch<float> scratch) {
+void sweep_rounded(const SweepRounded &s, bool two_sided_form, Unit unit, Scratch<float> scratch) {
   const std::size_t rows =
       two_sided_form ? two_sided_bytes<float>(s.sweep.sites, unit.count, kGatheredSites) : 0;
   constexpr std::size_t own = RoundedTiles::Gathered::kBytes;
@@ -130,7 +130,7 @@ void rounded(const RoundedSweep &s, bool two_sided_form, Unit unit, Scratch<floa
 }
 
 template <class T>
-void step(const Sweep<T> &s, Index batch, T *state) {
+void sweep_step(const Sweep<T> &s, Index batch, T *state) {
   Tile<T> tile = DirectTiles<T>(s, {batch, 0, s.lanes, false}).load(0, 1);
   tile.starts = false;
   T *const rows[4] = {state, state + s.lanes, state + 2 * s.lanes, state + 3 * s.lanes};
@@ -139,19 +139,21 @@ void step(const Sweep<T> &s, Index batch, T *state) {
 }
 
 template <class T>
-void attend_back(const Attention<T> &a, const AttentionAdjoint<T> &d, Index batch, Index head,
+void attention_backward(const Attention<T> &a, const AttentionBackward<T> &d, Index batch, Index head,
                  Scratch<T> scratch) {
   attention_adjoint(a, d, batch, head, static_cast<T *>(scratch(attention_adjoint_bytes(a))));
 }
 
 template <class T>
 Kernels<T> kernels() {
-  return {step<T>,           forward<T>,        backward<T>,  maps_of_blocks<T>,
-          compose_blocks<T>, forward_blocks<T>, attention<T>, attend_back<T>};
+  return {sweep_step<T>,     sweep<T>,      sweep_backward<T>, maps_of_blocks<T>,
+          compose_blocks<T>, run_blocks<T>, attention<T>,      attention_backward<T>};
 }
 
 }  // namespace
 
-KernelTable BKCORE_TABLE(BKCORE_ISA)() { return {coded, rounded, kernels<float>(), kernels<double>()}; }
+KernelTable BKCORE_TABLE(BKCORE_ISA)() {
+  return {sweep_codes, sweep_rounded, kernels<float>(), kernels<double>()};
+}
 
 }  // namespace bkcore

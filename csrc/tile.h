@@ -75,7 +75,7 @@ template <class T>
 class DirectTiles {
  public:
   DirectTiles(const Sweep<T> &sweep, Unit unit) : sweep_(sweep), unit_(unit) {}
-  DirectTiles(const Adjoint<T> &adjoint, Unit unit)
+  DirectTiles(const SweepBackward<T> &adjoint, Unit unit)
       : sweep_(adjoint.forward), adjoint_(&adjoint), unit_(unit) {}
 
   Index sites() const { return sweep_.sites; }
@@ -124,7 +124,7 @@ class DirectTiles {
   }
 
   const Sweep<T> &sweep_;
-  const Adjoint<T> *adjoint_ = nullptr;
+  const SweepBackward<T> *adjoint_ = nullptr;
   Unit unit_;
 };
 

@@ -239,7 +239,7 @@ void two_sided_adjoint_tile(const Tile<T> &tile, const RowStore<T> &left, RightS
 }
 
 template <class T, class Tiles>
-void two_sided_adjoint(Tiles &tiles, const Adjoint<T> &a, Index length, void *memory) {
+void two_sided_adjoint(Tiles &tiles, const SweepBackward<T> &a, Index length, void *memory) {
   const Index sites = tiles.sites(), width = tiles.width();
   const RowStore<T> left(memory, width), checkpoints(left[4 * length + 4], width);
   ReachState<T> state(width);

@@ -1,8 +1,10 @@
 """Imports run one way through the packages, so that each can be read without the ones above it."""
 
 import ast
+import importlib
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,12 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "bkcore"
 
 # Each package may import itself and what stands to its right; these are open to all.
-OPEN = {"errors", "manifest", "memory", "outputs", "processes", "products", "reading"}
+OPEN = {"deprecated", "errors", "host", "manifest", "outputs", "processes", "products", "reading"}
 ALLOWED: dict[str, set[str]] = {
+    "deprecated": set(),
     "errors": set(),
     "manifest": set(),
-    "memory": set(),
+    "host": set(),
     "outputs": set(),
     "processes": set(),
     "products": set(),
@@ -22,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "core": {"kernels"},
     "quantization": {"core", "kernels"},
-    "model": {"quantization", "core"},
+    "model": {"quantization", "core", "kernels"},
     "text": set(),
     "evaluation": {"model", "quantization", "text"},
     "training": {"model", "text"},
@@ -33,30 +36,71 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 
-def imported_packages(path: Path) -> set[str]:
-    """First-level parts of bkcore that a file imports, at its top or inside functions."""
-    names = set()
+def files() -> list[Path]:
+    return sorted(path for path in SOURCE.rglob("*.py") if path.name != "__main__.py")
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+PATHS = {module_of(path): path for path in files()}
+
+
+def imports(path: Path) -> set[tuple[str, str]]:
+    """What a file imports of bkcore, at its top or inside functions: modules, and names or ""."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
+            for name in (alias.name for alias in node.names):
+                submodule = f"{node.module}.{name}"
+                found.add((submodule, "") if submodule in PATHS else (node.module, name))
         elif isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-    return {name.split(".")[1] for name in names if name.startswith("bkcore.")}
-
-
-def files() -> list[Path]:
-    return [
-        path
-        for path in sorted(SOURCE.rglob("*.py"))
-        if path.relative_to(SOURCE).parts[0] not in ("__init__.py", "__main__.py")
-    ]
+            found.update((alias.name, "") for alias in node.names)
+    return {(module, name) for module, name in found if module.startswith("bkcore.")}
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_run_one_way(path: Path) -> None:
     package = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-    extra = imported_packages(path) - ALLOWED[package] - {package} - OPEN
+    if package == "__init__":
+        return
+    imported = {module.split(".")[1] for module, _ in imports(path)}
+    extra = imported - ALLOWED[package] - {package} - OPEN
     assert not extra, f"{package} must not import {sorted(extra)}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {name: {module for module, _ in imports(path)} for name, path in PATHS.items()}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def defined(path: Path) -> set[str]:
+    """The names that the top level of a file defines, and not only imports."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names.update(x.id for t in targets for x in ast.walk(t) if isinstance(x, ast.Name))
+    return names
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_names_come_from_where_they_are_defined(path: Path) -> None:
+    """A package hands on names of its own modules only, and a module hands on none."""
+    package = module_of(path)
+    public = getattr(importlib.import_module(package), "__all__", ())
+    for module, name in imports(path):
+        if path.name == "__init__.py" and name in public and package != "bkcore":
+            assert module.startswith(f"{package}."), f"{package} hands on {module}.{name}"
+        if name and PATHS[module].name != "__init__.py":
+            assert name in defined(PATHS[module]), f"{module} does not define {name}"
 
 
 def test_the_core_does_not_import_transformers() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bkcore.memory import keep_freed_memory
+from bkcore.host import keep_freed_memory
 from bkcore.outputs import write_json, write_text
 from bkcore.report.command import Command, keeping, publish, run
 from bkcore.report.console import Console, say, warn

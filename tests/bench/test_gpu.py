@@ -13,7 +13,7 @@ from rich.console import Console
 from bkcore import cli
 from bkcore.bench import gpu, rivals
 from bkcore.errors import BenchmarkError
-from bkcore.kernels import selection, triton
+from bkcore.kernels.backends import selection, triton
 from bkcore.model import LanguageModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

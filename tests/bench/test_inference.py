@@ -12,7 +12,7 @@ from rich.console import Console
 from bkcore.bench import inference, rivals
 from bkcore.bench.result import report
 from bkcore.errors import BenchmarkError, InputError
-from bkcore.kernels import cpu, selection
+from bkcore.kernels.backends import cpu, selection
 
 QUIET = Console(quiet=True)
 
@@ -78,10 +78,10 @@ def test_a_slow_prefill_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_products_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = cpu.product
+    true = cpu.BACKEND.product
 
-    def wrong(x, *args):
-        return true(x, *args) * 1.0001
+    def wrong(args):
+        return true(args) * 1.0001
 
     backends = selection._BACKENDS | {"cpu": replace(cpu.BACKEND, product=wrong)}
     monkeypatch.setattr(selection, "_BACKENDS", backends)

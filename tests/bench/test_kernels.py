@@ -13,10 +13,13 @@ from rich.console import Console
 from bkcore import cli
 from bkcore.bench import comparison, kernels, timing
 from bkcore.bench.kernels import CASES, run_kernels
-from bkcore.bench.machine import last_level_cache_bytes, machine
+from bkcore.bench.machine import machine
 from bkcore.bench.result import Result, markdown_table, report, table
 from bkcore.errors import BackendError, BenchmarkError, InputError
-from bkcore.kernels import cpu, selection, use_backend
+from bkcore.host import last_level_cache
+from bkcore.kernels import use_backend
+from bkcore.kernels.backends import cpu, selection
+from bkcore.kernels.backends.interface import Sweep, SweepBackward, SweepCodes, SweepStep
 from bkcore.report import files
 
 FIELDS = {
@@ -29,7 +32,7 @@ QUICK = [case.name for case in CASES if case.name not in ("comparison", "fresh m
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "SECONDS", 0.0)
-    monkeypatch.setattr(kernels, "last_level_cache_bytes", lambda: 1000)
+    monkeypatch.setattr(kernels, "last_level_cache", lambda: 1000)
     monkeypatch.setattr(kernels, "usable_cores", lambda: 2)
     shapes = {"LARGE": ((2, 30, 17),), "IN_CACHE": (1, 20, 5), "ONE_LANE": (1, 50, 1)}
     lengths = {"SHORT": (8, 10, 4), "LONG": (1, 80, 4), "ONE_TOKEN": (1, 1, 9)}
@@ -72,30 +75,30 @@ def test_rows(case: kernels.Case) -> None:
 
 
 def test_large_shapes_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "last_level_cache_bytes", lambda: 10**6)
+    monkeypatch.setattr(kernels, "last_level_cache", lambda: 10**6)
     ((batch, sites, lanes),) = kernels.large_shapes()
     assert 3 * 10**6 <= 12 * batch * sites * lanes < 4 * 10**6
 
 
-def broken_forward(*args: object) -> torch.Tensor:
-    parts = cpu.sweep(*args)  # type: ignore[arg-type]
+def broken_forward(args: Sweep) -> torch.Tensor:
+    parts = cpu.BACKEND.sweep(args)
     parts[-1, -1, -1, -1] *= 1.01
     return parts
 
 
-def broken_backward(*args: object) -> tuple[torch.Tensor | None, ...]:
-    dv, *others = cpu.sweep_backward(*args)  # type: ignore[arg-type]
+def broken_backward(args: SweepBackward) -> tuple[torch.Tensor | None, ...]:
+    dv, *others = cpu.BACKEND.sweep_backward(args)
     dv[-1, -1, -1] += 1
     return dv, *others
 
 
-def broken_step(state: torch.Tensor, *args: object) -> None:
-    cpu.step(state, *args)  # type: ignore[arg-type]
-    state[-1, -1, -1] *= 1.01
+def broken_step(args: SweepStep) -> None:
+    cpu.BACKEND.sweep_step(args)
+    args.state[-1, -1, -1] *= 1.01
 
 
-def broken_codes(*args: object) -> torch.Tensor:
-    codes = cpu.sweep_codes(*args)  # type: ignore[arg-type]
+def broken_codes(args: SweepCodes) -> torch.Tensor:
+    codes = cpu.BACKEND.sweep_codes(args)
     codes[-1, -1, -1, -1] ^= 1
     return codes
 
@@ -107,7 +110,7 @@ def break_backend(monkeypatch: pytest.MonkeyPatch, **changes: Callable[..., obje
 
 @pytest.mark.parametrize("name", [*(name for name in QUICK if name != "backward"), "comparison"])
 def test_a_wrong_sweep_is_not_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    break_backend(monkeypatch, sweep=broken_forward, step=broken_step)
+    break_backend(monkeypatch, sweep=broken_forward, sweep_step=broken_step)
     seen: list[Result] = []
     with pytest.raises(BenchmarkError, match="wrong result"):
         run_kernels(quiet(), name, seen.append)
@@ -186,5 +189,5 @@ def test_tables() -> None:
 
 
 def test_last_level_cache_is_plausible() -> None:
-    size = last_level_cache_bytes()
+    size = last_level_cache()
     assert size is None or 2**15 <= size <= 2**34

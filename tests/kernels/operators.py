@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bkcore import kernels
-from bkcore.kernels.backend import ATTENTION_CHUNK
+from bkcore.kernels.backends.interface import ATTENTION_CHUNK
 from bkcore.kernels.checks import ChannelRounding
 
 Arguments = dict[str, Any]
@@ -186,7 +186,7 @@ def attention_function(**sizes: int) -> Arguments:
     return args
 
 
-def step(batch: int = 2, lanes: int = 3) -> Arguments:
+def sweep_step(batch: int = 2, lanes: int = 3) -> Arguments:
     return {
         "state": normal(batch, 4, lanes),
         "v": normal(batch, lanes),
@@ -239,7 +239,7 @@ OPERATORS: dict[str, Callable[..., Arguments]] = {
 """Of `torch.ops.bkcore`."""
 
 FUNCTIONS: dict[str, Callable[..., Arguments]] = {
-    "step": step,
+    "sweep_step": sweep_step,
     "recall_step": recall_step,
     "round_channels_straight_through": round_channels_straight_through,
     "round_weight": round_weight_function,

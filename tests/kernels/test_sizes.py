@@ -13,7 +13,8 @@ from torch import Tensor
 from bkcore import kernels
 from bkcore.core import resolvent_attention
 from bkcore.errors import ShapeError
-from bkcore.kernels import cpu, use_backend
+from bkcore.kernels import use_backend
+from bkcore.kernels.backends.cpu import native
 from bkcore.kernels.checks import ChannelRounding
 from tests.kernels.operators import FUNCTIONS, arguments
 
@@ -27,7 +28,7 @@ SIZES = {
     "round_channels_straight_through": ("rows", "channels"),
     "round_weight": ("rows", "columns"),
     "attention": ("batch", "sites", "heads", "keys", "values"),
-    "step": ("batch", "lanes"),
+    "sweep_step": ("batch", "lanes"),
     "recall_step": ("batch", "heads", "groups", "keys", "values"),
 }
 AT_LEAST_ONE = {"sites", "inputs", "groups"} | {("recall_step", "keys")}
@@ -38,14 +39,14 @@ CASES = [
     for count in (1, 2)
     for zeros in itertools.combinations(sizes, count)
 ]
-BACKENDS = ["reference", "triton", *cpu.supported_isas()]
+BACKENDS = ["reference", "triton", *native.supported_isas()]
 
 
 def on(backend: str) -> AbstractContextManager[object]:
     stack = ExitStack()
     stack.enter_context(use_backend(backend if backend in BACKENDS[:2] else "cpu"))
     if backend not in BACKENDS[:2]:
-        stack.enter_context(cpu.use_isa(backend))
+        stack.enter_context(native.use_isa(backend))
     return stack
 
 
@@ -85,7 +86,7 @@ def test_nothing_is_computed_of_nothing(name: str, zeros: tuple[str, ...]) -> No
     sizes = dict.fromkeys(zeros, 0)
     if name == "attention":
         sizes = {"batch": 1, "sites": 3, "heads": 1, **sizes}  # Triton's interpreter is slow
-    found = BACKENDS if name != "recall_step" else list(cpu.supported_isas())
+    found = BACKENDS if name != "recall_step" else list(native.supported_isas())
     if any(zero in AT_LEAST_ONE or (name, zero) in AT_LEAST_ONE for zero in zeros):
         if "groups" in zeros and "heads" in zeros:
             sizes["heads"] = 4
@@ -104,7 +105,7 @@ def test_nothing_is_computed_of_nothing(name: str, zeros: tuple[str, ...]) -> No
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("isa", cpu.supported_isas())
+@pytest.mark.parametrize("isa", native.supported_isas())
 def test_a_state_without_values_moves_as_one_with_values(isa: str) -> None:
     args = arguments("recall_step")
     with on(isa), torch.no_grad():
@@ -120,7 +121,7 @@ def test_a_state_without_values_moves_as_one_with_values(isa: str) -> None:
     assert torch.equal(g, expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", *cpu.supported_isas()])
+@pytest.mark.parametrize("backend", ["reference", *native.supported_isas()])
 def test_query_and_key_of_no_values_have_no_gradient(backend: str) -> None:
     def gradients(values: int) -> tuple[Tensor, ...]:
         torch.manual_seed(0)

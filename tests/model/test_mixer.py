@@ -159,7 +159,7 @@ def test_copies_add_up_to_the_root_of_their_number(copies):
     memory = g.imag / eta
     number = torch.arange(1, copies + 1, dtype=torch.float64)[None, :, None]
     torch.testing.assert_close(memory, number, rtol=1e-12, atol=0)
-    real, _ = over_memory(out, memory, eta)
+    real, _ = over_memory(out.real, out.imag, memory, eta)
     torch.testing.assert_close(real, value * number[..., None].sqrt(), rtol=1e-12, atol=0)
 
 
@@ -178,7 +178,7 @@ def test_what_is_found_is_never_larger_than_the_values(seed, length, log_eta):
     hopping, potential = normal(1, length, 2).sigmoid(), normal(1, length, 2).square()
     eta = torch.full((2,), 10.0**log_eta, dtype=torch.float64)
     out, g, _ = resolvent_attention(query, key, value, hopping, potential, eta)
-    real, imag = over_memory(out, g.imag / eta, eta)
+    real, imag = over_memory(out.real, out.imag, g.imag / eta, eta)
     most = value.square().cumsum(1).sqrt()
     assert (real.abs() <= most * (1 + 1e-6)).all()
     assert torch.isfinite(imag).all()

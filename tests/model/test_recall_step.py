@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bkcore.core import recall_step
 from bkcore.errors import BackendError, DTypeError, InputError, ShapeError
-from bkcore.kernels import cpu, use_backend
+from bkcore.kernels import recall_step, use_backend
+from bkcore.kernels.backends.cpu import native
 from bkcore.model import ResNetBKConfig
 from bkcore.model.mixer import CoreQuantizers, ResolventMixer
 from bkcore.model.state import LayerState
@@ -84,11 +84,11 @@ def test_sizes_and_extremes(mode, flat, batch, heads, key_size, value_size, scal
     assert_same_bits(made, scale * torch.randn(batch, 6, 24, generator=random))
 
 
-@pytest.mark.parametrize("isa", cpu.supported_isas())
+@pytest.mark.parametrize("isa", native.supported_isas())
 @pytest.mark.parametrize("mode", MODES)
 def test_every_instruction_set(mode, isa):
     x = torch.randn(3, 9, 24, generator=torch.Generator().manual_seed(1))
-    with cpu.use_isa(isa):
+    with native.use_isa(isa):
         assert_same_bits(mixer(mode), x)
 
 

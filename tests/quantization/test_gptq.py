@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bkcore.errors import CalibrationError
-from bkcore.kernels.weight_levels import INT4_LEVELS, nearest_codes
+from bkcore.kernels.int4_levels import INT4_LEVELS, nearest_codes
 from bkcore.quantization import affine
 from bkcore.quantization.gptq import InputMoments, gptq, pack_weight_by_moments
 from bkcore.quantization.weights import (

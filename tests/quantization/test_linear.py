@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bkcore.errors import CalibrationError, InputError
-from bkcore.kernels import selection, use_backend
-from bkcore.kernels.reference import integer_product, quantize_rows
-from bkcore.kernels.weight_levels import INT4_LEVELS, nearest_codes
+from bkcore.kernels import use_backend
+from bkcore.kernels.backends import selection
+from bkcore.kernels.backends.reference.codes import integer_product, quantize_rows
+from bkcore.kernels.int4_levels import INT4_LEVELS, nearest_codes
 from bkcore.quantization import affine
 from bkcore.quantization.gptq import InputMoments, pack_weight_by_moments
 from bkcore.quantization.linear import QuantizedEmbedding, QuantizedLinear

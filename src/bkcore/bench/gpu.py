@@ -24,7 +24,7 @@ from bkcore.bench.kernels import CodedSweep, Gradient
 from bkcore.bench.problem import FORMS, Problem, check_parts, random_problem, true_parts
 from bkcore.bench.result import Result
 from bkcore.errors import BackendError, BenchmarkError
-from bkcore.kernels import backends, use_backend
+from bkcore.kernels import describe_backends, use_backend
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
 from bkcore.quantization import QuantizationConfig
 from bkcore.report.console import say
@@ -66,7 +66,7 @@ def run_gpu(console: Console, device: str = "cuda", timer: Timer | None = None) 
         BackendError: if there is no GPU or no Triton.
         BenchmarkError: if a result is wrong.
     """
-    info = backends()["triton"]
+    info = describe_backends()["triton"]
     if device == "cuda" and not torch.cuda.is_available():
         raise BackendError(
             "this measures the Triton kernels, but PyTorch sees no GPU: run it where there is one"

@@ -20,7 +20,6 @@ from rich.console import Console
 from torch import Tensor
 
 from bkcore.bench.comparison import comparison, missing_rivals
-from bkcore.bench.machine import last_level_cache_bytes, usable_cores
 from bkcore.bench.problem import (
     FORMS,
     Problem,
@@ -35,7 +34,9 @@ from bkcore.bench.result import Result
 from bkcore.bench.timing import Call, interleaved, torch_threads
 from bkcore.core.resolvent import resolvent_diagonal_parts
 from bkcore.errors import BackendError, BenchmarkError, InputError
-from bkcore.kernels import backends, cpu, step, sweep_codes
+from bkcore.host import last_level_cache, usable_cores
+from bkcore.kernels import describe_backends, sweep_codes, sweep_step
+from bkcore.kernels.backends.cpu import native
 from bkcore.quantization import affine
 from bkcore.quantization.packing import pack_int4
 from bkcore.report.console import say
@@ -117,7 +118,7 @@ def thread_counts() -> tuple[int, ...]:
 
 
 def _require_native() -> None:
-    info = backends()["cpu"]
+    info = describe_backends()["cpu"]
     if "cpu" not in info.used_for:
         reason = info.reason or "another backend is forced"
         raise BackendError(f"this measures the native kernels, but {reason}")
@@ -137,7 +138,7 @@ def large(counts: Sequence[int]) -> Iterator[Result]:
 
 def large_shapes() -> list[Shape]:
     """`LARGE`, with the batch grown until the bytes to move exceed the last-level cache thrice."""
-    cache = last_level_cache_bytes() or 0
+    cache = last_level_cache() or 0
     return [(max(b, math.ceil(3 * cache / (12 * n * h))), n, h) for b, n, h in LARGE]
 
 
@@ -170,7 +171,7 @@ def in_cache(counts: Sequence[int]) -> Iterator[Result]:
         for count in counts:
             (seconds,) = _time_forward(problem, truth, count)
             allowed = limit * 1e-9 * problem.elements / count
-            target = 1.0 if cpu.isa() == "avx512" else None
+            target = 1.0 if native.isa() == "avx512" else None
             baseline = f"limit {limit} ns"
             yield Result(f"cache/{form}", IN_CACHE, count, seconds, allowed, baseline, target)
 
@@ -230,7 +231,7 @@ def one_lane(counts: Sequence[int]) -> Iterator[Result]:
 
 def sequential_one_lane(problem: Problem) -> Tensor:
     """The sweep one site after the other, whatever the kernel would choose."""
-    with cpu.sequential():
+    with native.sequential():
         return problem.run()
 
 
@@ -297,13 +298,13 @@ def _growth_result(name: str, count: int, pair: Sequence[float]) -> Result:
 
 
 def one_token(counts: Sequence[int]) -> Iterator[Result]:
-    """One site of a stream: a call of `bkcore.kernels.step` from Python, start to end."""
+    """One site of a stream: a call of `bkcore.kernels.sweep_step` from Python, start to end."""
     problem = random_problem("g+psi", ONE_TOKEN)
     truth = true_parts(problem)
     state = torch.zeros(1, 4, ONE_TOKEN[2])
     assert problem.source is not None
     v, source = problem.v[:, 0], problem.source[:, 0]
-    call = partial(step, state, v, source, problem.energy, problem.eta, problem.hopping)
+    call = partial(sweep_step, state, v, source, problem.energy, problem.eta, problem.hopping)
     for count in counts:
         state.zero_()
         check_parts(problem, call().unsqueeze(1), truth)

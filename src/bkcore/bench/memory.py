@@ -24,7 +24,7 @@ from bkcore.bench.machine import machine
 from bkcore.bench.process import peak_bytes, require_counts
 from bkcore.errors import InputError
 from bkcore.evaluation.perplexity import score
-from bkcore.memory import keep_freed_memory
+from bkcore.host import keep_freed_memory
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
 from bkcore.processes import ProcessDiedError, call_in_new_process
 from bkcore.report.progress import Plan

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.kernels.checks import not_positive
 
 _LARGEST = {torch.float32: 1e18, torch.float64: 1e150}
 """M, by the dtype of the computation."""
@@ -136,10 +137,7 @@ def require_positive(name: str, value: float | Tensor) -> None:
     """Raise `InputError` if a number or any element, so far as it is looked at, is not positive."""
     smallest = _extremes(value)[0]
     if not smallest > 0:
-        raise InputError(
-            f"{name} must be > 0, got {smallest}: the resolvent is taken in the upper half plane; "
-            "give the energy a positive imaginary part, such as z = 1j"
-        )
+        raise not_positive(name, smallest)
 
 
 def require_range(

@@ -74,7 +74,8 @@ from bkcore.core.arguments import (
 from bkcore.core.operator import weighted_row_norms
 from bkcore.core.resolvent import resolvent_diagonal
 from bkcore.errors import InputError, ShapeError
-from bkcore.kernels.attention import check_attention
+from bkcore.kernels.backends.interface import Attention
+from bkcore.kernels.ops.attention import check_attention
 
 __all__ = [
     "UNIT",
@@ -455,7 +456,9 @@ def attention_enclosure(
             require_real_float(name, x)
         query, key, value, hopping, potential = (x.double() for x in inputs)
         energy, width = torch.zeros_like(eta).double(), eta.double()
-        check_attention(potential, hopping, energy, width, query, key, value, None, None)
+        check_attention(
+            Attention(potential, hopping, energy, width, query, key, value, None, None, keep=False)
+        )
         t = _bonds(hopping, potential)
         size = 1 + t.square() + potential.abs() + width
         diagonal = 1 + t.square() + potential - 1j * width

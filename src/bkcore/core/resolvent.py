@@ -2,7 +2,7 @@
 
 H = H0 + diag(v) is tridiagonal: H0 has the on-site energy `onsite` on its diagonal and the hopping
 t beside it (the discrete Laplacian by default), and G(z) = (H - z)^-1 for Im z > 0. The continued
-fractions are the textbook ones for a chain (Haydock's recursion; `bkcore.kernels.ops` has
+fractions are the textbook ones for a chain (Haydock's recursion; `bkcore.kernels.ops.sweep` has
 the formulas and their derivative).
 
 All functions compute in float32, or in float64 if v (or the source) is float64: bfloat16 and

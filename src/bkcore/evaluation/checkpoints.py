@@ -26,8 +26,8 @@ from bkcore.evaluation.perplexity import (
 )
 from bkcore.evaluation.samples import write_samples
 from bkcore.evaluation.unfinished import Unfinished
+from bkcore.host import keep_freed_memory
 from bkcore.manifest import model_bytes
-from bkcore.memory import keep_freed_memory
 from bkcore.model import ResNetBKForCausalLM
 from bkcore.model.moe import counting_load
 from bkcore.processes import ProcessDiedError, call_in_new_process

@@ -1,26 +1,27 @@
-"""The O(N) sweep behind every public function, and the choice of what runs it."""
+"""The operators behind every public function, and the choice of what runs them."""
 
-from bkcore.kernels.attention import attention
+from bkcore.deprecated import moved_module, moved_names
+from bkcore.kernels.backends.selection import BackendInfo, describe_backends, use_backend
 from bkcore.kernels.checks import ChannelRounding
-from bkcore.kernels.codes import sweep_codes
-from bkcore.kernels.ops import sweep
-from bkcore.kernels.product import product
-from bkcore.kernels.recall import has_recall_step, recall_step
-from bkcore.kernels.round import (
+from bkcore.kernels.ops.attention import attention
+from bkcore.kernels.ops.product import product
+from bkcore.kernels.ops.recall_step import has_recall_step, recall_step
+from bkcore.kernels.ops.round_activations import (
     round_channels,
     round_channels_straight_through,
     round_rows,
 )
-from bkcore.kernels.rounded import sweep_rounded
-from bkcore.kernels.selection import BackendInfo, backends, use_backend
-from bkcore.kernels.stream import step
-from bkcore.kernels.weight import round_weight
+from bkcore.kernels.ops.round_weight import round_weight
+from bkcore.kernels.ops.sweep import sweep
+from bkcore.kernels.ops.sweep_codes import sweep_codes
+from bkcore.kernels.ops.sweep_rounded import sweep_rounded
+from bkcore.kernels.ops.sweep_step import sweep_step
 
 __all__ = [
     "BackendInfo",
     "ChannelRounding",
     "attention",
-    "backends",
+    "describe_backends",
     "has_recall_step",
     "product",
     "recall_step",
@@ -28,9 +29,13 @@ __all__ = [
     "round_channels_straight_through",
     "round_rows",
     "round_weight",
-    "step",
     "sweep",
     "sweep_codes",
     "sweep_rounded",
+    "sweep_step",
     "use_backend",
 ]
+
+__getattr__ = moved_names(__name__, {"step": "bkcore.kernels.sweep_step"})
+moved_module("bkcore.kernels.cpu", "bkcore.kernels.backends.cpu.native")
+moved_module("bkcore.kernels.weight_levels", "bkcore.kernels.int4_levels")

@@ -62,6 +62,14 @@ def check_plain(name: str, x: Tensor) -> None:
         )
 
 
+def not_positive(name: str, smallest: float) -> InputError:
+    """What to raise for a width of energies that is not positive."""
+    return InputError(
+        f"{name} must be > 0, got {smallest}: the resolvent is taken in the upper half plane; "
+        "give the energy a positive imaginary part, such as z = 1j"
+    )
+
+
 def check_bits(bits: int) -> None:
     """Raise `InputError` unless codes can have so many bits."""
     if type(bits) is not int or bits not in (4, 8):
@@ -104,7 +112,7 @@ def check_rounding(
     group_size: int,
     bits: int,
 ) -> int:
-    """Raise unless these round so many channels, as `bkcore.kernels.round` says; the group size
+    """Raise unless these round so many channels, as `round_channels` says; the group size
     that fits them."""
     check_bits(bits)
     group_size = fit_group_size(group_size, channels)
@@ -135,7 +143,8 @@ class ChannelRounding:
 
     Attributes:
         channels: C, whose last group may be smaller than `group_size`.
-        scale, zero, levels, group_size, bits: as in `bkcore.kernels.round`; on the CPU, contiguous.
+        scale, zero, levels, group_size, bits: as `round_channels` takes them; on the CPU,
+            contiguous.
 
     Raises:
         ShapeError, DTypeError, InputError: they do not fit together.

@@ -1,125 +1,67 @@
-"""One site of resolvent attention with all that the language model does around it, in one call.
+"""What the language model's mixer computes around resolvent attention, in PyTorch, differentiable.
 
-A generated token needs one site of every layer, and calling PyTorch and the operators piece by
-piece costs ten times what the arithmetic does. `recall_step` gives, bit for bit, what these pieces
-give: with `r` the rounding of `bkcore.kernels.round`, or nothing,
+With queries and keys of unit length, and for every site i and head of a sequence:
 
-    t       = exp(-2 rate sigmoid(r(gate)))    in float64, rounded to float32; 0 if g before is 0
-    v       = height softplus(r(barrier))      likewise
-    g, out  = `bkcore.kernels.attention` of the diagonal 1 + t^2 + v, the hopping t, r(query),
-              r(key) and r(value), from the state on
-    w       = Im g / eta
+    t_i     = exp(-2 rate sigmoid(gate_i))       the hopping, a forget gate in (0, 1)
+    v_i     = height softplus(barrier_i)         the potential, a barrier > 0
+    g, out  = resolvent attention of the diagonal 1 + t^2 + v and the hopping t
+    w       = Im g / eta                         the memory
     real    = Re out / w^(1/2),   imag = Im out / eta / w^(3/2)
-    result  = weight_0 r(value) + weight_1 r(real) + weight_2 r(imag)
+    result  = weight_0 value + weight_1 real + weight_2 imag
 
-Layout, all float32 and on the CPU
-----------------------------------
-    gate, barrier      (B, 1, H)
-    query, key         (B, 1, G K), G groups of neighbouring heads that share them; G divides H
-    value              (B, 1, H U)
-    rate, height, eta  (H,), eta positive
-    weight             (3, H U)
-    g, psi             (B, H, 2) and (B, H, 2, K, U), the state; g is 0 before the first site
-    result             (B, 1, H U)
+By Ward's identity w_i = sum_j |R_ij|^2, R the last row of the resolvent of the sites so far. Where
+n sites are remembered alike, R_ij = 1, it is n. Then by Cauchy and Schwarz,
 
-The kernel is that of the CPU backend alone: elsewhere launching the pieces costs little beside the
-rest, or nothing is fast.
+    |Re out_iu| <= w^(1/2) (sum_j u_ju^2)^(1/2),
+
+so that values that do not know of each other keep their size, however many are remembered, while
+copies of one add up to n^(1/2) times theirs: what is found can be counted, as it could not behind a
+norm of its own. Im R is of first order in eta, the last row of eta G G*; its power of w is one that
+was found to train well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-
-from bkcore.errors import BackendError, InputError, ShapeError
-from bkcore.kernels import cpu
-from bkcore.kernels.checks import ChannelRounding, check_tensors
-from bkcore.kernels.selection import select
-
-_CPU = torch.device("cpu")
-_PARTS = ("gate", "barrier", "query", "key", "value", "real", "imag")
-_INPUTS = (*_PARTS[:5], "rate", "height", "eta", "weight", "g", "psi")
+from torch.nn import functional as F
 
 
-def has_recall_step(x: Tensor) -> bool:
-    """Whether `recall_step` takes tensors like x now: no gradient to keep, no graph to trace."""
-    return (
-        x.dtype == torch.float32
-        and x.is_cpu
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and select(x).name == "cpu"
-    )
+def hopping_and_potential(
+    gate: Tensor, barrier: Tensor, rate: Tensor, height: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """t and v of gate and barrier (B, N, H), rate and height (H,), rounded from float64 to dtype.
+
+    PyTorch's vectors and single numbers round these functions differently in the last bit, which
+    would tell a stream from a whole text; behind float64 they agree.
+    """
+    hopping = torch.exp(-2 * rate * torch.sigmoid(gate.double()))
+    potential = height * F.softplus(barrier.double())
+    return hopping.to(dtype), potential.to(dtype)
 
 
-def recall_step(
-    gate: Tensor,
-    barrier: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rate: Tensor,
-    height: Tensor,
-    eta: Tensor,
-    weight: Tensor,
-    g: Tensor,
-    psi: Tensor,
-    rounding: Sequence[ChannelRounding] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Move a stream one site ahead; formulas and layout are those of this module's text.
+def for_every_head(x: Tensor, heads: int, groups: int) -> Tensor:
+    """What G groups of neighbouring heads share, (B, N, G K) -> (B, N, H, K)."""
+    grouped = x.unflatten(-1, (groups, 1, -1))
+    return grouped.expand(-1, -1, -1, heads // groups, -1).flatten(2, 3)
+
+
+def over_memory(real: Tensor, imag: Tensor, memory: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
+    """`real / w^(1/2)` and `imag / (eta w^(3/2))`: what was found, whatever is remembered.
 
     Args:
-        rounding: of gate, barrier, query, key, value, real and imag, all of the same bits; or none.
-
-    Returns:
-        The result, and the new g and psi; those given are not changed.
-
-    Raises:
-        ShapeError, DTypeError, InputError: the tensors do not fit together, or an eta is not
-            positive.
-        BackendError: `has_recall_step` says no.
+        real, imag: (B, N, H, U), what resolvent attention gives.
+        memory: (B, N, H), w.
+        eta: (H,).
     """
-    if not has_recall_step(value):
-        raise BackendError(
-            f"recall_step is for float32 tensors on the CPU under no_grad() and needs the native "
-            f"kernels; value is {value.dtype} on {value.device}"
-        )
-    inputs = [gate, barrier, query, key, value, rate, height, eta, weight, g, psi]
-    _check(inputs)
-    if rounding:
-        _check_rounding(inputs, rounding)
-    return cpu.recall_step([x.resolve_neg().contiguous() for x in inputs], rounding)
+    w = memory[..., None]
+    # Quotients are rounded correctly everywhere, but PyTorch's float32 root (MKL's) is not: behind
+    # float64 it is, and whatever computes it agrees.
+    root = w.double().sqrt().to(w.dtype)
+    return real / root, imag / eta[:, None] / (w * root)
 
 
-def _check(inputs: list[Tensor]) -> None:
-    if inputs[10].ndim != 5:
-        raise ShapeError(f"psi must be (B, H, 2, K, U), got {tuple(inputs[10].shape)}")
-    batch, heads, _, keys, values = inputs[10].shape
-    shared, width = inputs[2].shape[-1] if inputs[2].ndim else 0, heads * values
-    if not shared or not keys or shared % keys or heads % (shared // keys):
-        raise ShapeError(
-            f"query has {shared} channels, which are no groups of {keys} for {heads} heads to share"
-        )
-    chain, group, every = (batch, 1, heads), (batch, 1, shared), (batch, 1, width)
-    head = (heads,)
-    expected: tuple[tuple[int, ...], ...] = (
-        *(chain, chain, group, group, every),
-        *(head, head, head, (3, width)),
-        *((batch, heads, 2), (batch, heads, 2, keys, values)),
-    )
-    named = zip(_INPUTS, inputs, expected, strict=True)
-    check_tensors({name: (x, shape, torch.float32) for name, x, shape in named}, _CPU)
-
-
-def _check_rounding(inputs: list[Tensor], rounding: Sequence[ChannelRounding]) -> None:
-    if len(rounding) != len(_PARTS):
-        raise InputError(f"rounding must be one for each of {', '.join(_PARTS)}, or none")
-    value = inputs[4]
-    for name, x, part in zip(_PARTS, (*inputs[:5], value, value), rounding, strict=True):
-        if part.channels != x.shape[-1] or part.bits != rounding[0].bits:
-            raise ShapeError(
-                f"{name} has {x.shape[-1]} channels, but is to be rounded as {part.channels} with "
-                f"{part.bits} bits; {_PARTS[0]} has {rounding[0].bits} bits"
-            )
+def features(value: Tensor, real: Tensor, imag: Tensor, weight: Tensor) -> Tensor:
+    """The value and both parts of what was found, (B, N, W) each, added with weights (3, W)."""
+    a, b, c = weight
+    return a * value + b * real + c * imag

@@ -13,7 +13,8 @@ from torch import Tensor
 from bkcore.core import resolvent_attention
 from bkcore.core.bounds import UNIT, AttentionInputs, Enclosure, attention_enclosure
 from bkcore.errors import LifecycleError
-from bkcore.model.mixer import ResolventMixer, over_memory
+from bkcore.kernels.recall import over_memory
+from bkcore.model.mixer import ResolventMixer
 from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.quantization.quantizers import GroupWiseQuantizer
 
@@ -107,7 +108,7 @@ def _certify(layer: int, mixer: ResolventMixer, x: Tensor) -> CoreCertificate:
         for ball, power, part in zip((real, imag), (0.5, 1.5), found.unbind(2), strict=True)
     ]
     out, g, _ = resolvent_attention(*AttentionInputs(*(t.double() for t in exact)), eta)
-    truth = [part.flatten(2) for part in over_memory(out, g.imag / eta, eta)]
+    truth = [part.flatten(2) for part in over_memory(out.real, out.imag, g.imag / eta, eta)]
     assert mixer.quantizers is not None
     named = {**inputs._asdict(), "found.real": parts[0], "found.imag": parts[1]}
     return CoreCertificate(

@@ -10,15 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bkcore.core import (
-    ChannelRounding,
-    causal_sweep_parts,
-    has_recall_step,
-    recall_step,
-)
+from bkcore.core import causal_sweep_parts
 from bkcore.core.attention import attend
 from bkcore.core.bounds import AttentionInputs
 from bkcore.errors import ShapeError
+from bkcore.kernels import ChannelRounding, has_recall_step, recall_step
+from bkcore.kernels.recall import features, for_every_head, hopping_and_potential, over_memory
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.state import LayerState
 from bkcore.quantization.complex_quantizer import ComplexQuantizer
@@ -120,10 +117,9 @@ class ResolventMixer(nn.Module):
 
     H heads, each a chain of its own, in G groups that share queries and keys. The input gives
     queries, keys and values through short causal convolutions, queries and keys brought to unit
-    length, and for every site and head the hopping t in (0, 1), a forget gate, and a potential
-    v > 0, a barrier. What is read out: the value itself, and
-    Re and Im of what the query finds, divided by what Ward's identity makes of the memory
-    (`over_memory`); all gated.
+    length, and for every site and head a forget gate and a barrier. What is read out, all gated,
+    are the value itself and Re and Im of what the query finds: `bkcore.kernels.recall` has the
+    formulas.
     """
 
     def __init__(self, config: ResNetBKConfig) -> None:
@@ -242,19 +238,13 @@ class ResolventMixer(nn.Module):
 
     def attention_inputs(self, inputs: CoreInputs, dtype: torch.dtype) -> AttentionInputs:
         """What resolvent attention takes, hoppings and potentials rounded from float64 to dtype."""
-        query, key = (self._for_every_head(x) for x in (inputs.query, inputs.key))
+        query, key = (
+            for_every_head(x, self.heads, self.groups) for x in (inputs.query, inputs.key)
+        )
         value = inputs.value.unflatten(-1, (self.heads, -1))
-        # PyTorch's vectors and single numbers round these functions differently in the last bit,
-        # which would tell a stream from a whole text; behind float64 they agree.
-        gate, barrier = inputs.gate.double(), inputs.barrier.double()
-        hopping = torch.exp(-2 * self.log_rate.exp() * torch.sigmoid(gate)).to(dtype)
-        potential = (self.log_barrier.exp() * F.softplus(barrier)).to(dtype)
-        return AttentionInputs(query, key, value, hopping, potential)
-
-    def _for_every_head(self, x: Tensor) -> Tensor:
-        """What groups share, (B, N, G K) -> (B, N, H, K)."""
-        grouped = x.unflatten(-1, (self.groups, 1, -1))
-        return grouped.expand(-1, -1, -1, self.heads // self.groups, -1).flatten(2, 3)
+        rate, height = self.log_rate.exp(), self.log_barrier.exp()
+        dynamics = hopping_and_potential(inputs.gate, inputs.barrier, rate, height, dtype)
+        return AttentionInputs(query, key, value, *dynamics)
 
     def recall(
         self, inputs: CoreInputs, state: tuple[Tensor, Tensor]
@@ -263,7 +253,7 @@ class ResolventMixer(nn.Module):
         eta = self.log_eta.exp()
         attended = self.attention_inputs(inputs, inputs.value.dtype)
         out, g, state = attend(*attended, eta, state)
-        real, imag = over_memory(out, g.imag / eta, eta)
+        real, imag = over_memory(out.real, out.imag, g.imag / eta, eta)
         return (real.flatten(2), imag.flatten(2)), state
 
     def _steps(self, inputs: CoreInputs) -> bool:
@@ -314,9 +304,8 @@ class Features(nn.Module):
 
     def forward(self, value: Tensor, parts: Tensor) -> Tensor:
         """value (B, N, W), parts (B, N, 2, W) -> (B, N, W)."""
-        first, second = parts.unbind(2)
-        a, b, c = self.weight
-        return a * value + b * first + c * second
+        real, imag = parts.unbind(2)
+        return features(value, real, imag, self.weight)
 
 
 class ConvolutionMixer(nn.Module):
@@ -389,35 +378,6 @@ MIXERS: dict[str, type[nn.Module]] = {
 def unit_length(x: Tensor, eps: float) -> Tensor:
     """x (..., K) over its length, the root of its sum of squares and eps along the last axis."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
-
-
-def over_memory(out: Tensor, memory: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
-    """`Re out / w^(1/2)` and `Im out / (eta w^(3/2))`: what was found, whatever is remembered.
-
-    w is the memory: by Ward's identity `Im g_i / eta = sum_j |R_ij|^2`, R the last row of the
-    resolvent of the sites so far. Where n sites are remembered alike, R_ij = 1, it is n. Then by
-    Cauchy and Schwarz, with queries and keys of unit length,
-
-        |Re out_iu| <= w^(1/2) (sum_j u_ju^2)^(1/2),
-
-    so that values that do not know of each other keep their size, however many are remembered,
-    while copies of one add up to n^(1/2) times theirs: what is found can be counted, as it could
-    not behind a norm of its own. Im R is of first order in eta, the last row of eta G G*; its power
-    of w is one that was found to train well.
-
-    Args:
-        out: complex (B, N, H, U), from `attend`.
-        memory: (B, N, H), w.
-        eta: (H,).
-
-    Returns:
-        Real (B, N, H, U), twice.
-    """
-    w = memory[..., None]
-    # Quotients are rounded correctly everywhere, but PyTorch's float32 root (MKL's) is not: behind
-    # float64 it is, and whatever computes it agrees.
-    root = w.double().sqrt().to(w.dtype)
-    return out.real / root, out.imag / eta[:, None] / (w * root)
 
 
 def gated(features: Tensor, opening: Tensor) -> Tensor:

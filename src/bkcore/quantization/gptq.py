@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bkcore.errors import CalibrationError
-from bkcore.kernels.weight_levels import nearest_codes
+from bkcore.kernels.int4_levels import nearest_codes
 from bkcore.quantization.storage import StoredDtypes
 from bkcore.quantization.weights import (
     PackedWeight,

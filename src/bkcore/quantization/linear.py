@@ -1,6 +1,6 @@
 """Integer products with quantized weights: INT8 activations per token, int32 sums, one rescale.
 
-Training (QAT) has the very same forward (`bkcore.kernels.product`); only its backward is float,
+Training (QAT) has the very same forward (`bkcore.kernels.ops.product`); only its backward is float,
 straight through. So the converted model equals the trained one bit for bit.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bkcore.kernels import product, round_rows
-from bkcore.kernels.selection import keep_choice, kept_choice
+from bkcore.kernels.backends.selection import keep_choice, kept_choice
 from bkcore.quantization import affine
 from bkcore.quantization.weights import HalfWeight, PackedWeight, TrainableWeight
 

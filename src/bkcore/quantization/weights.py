@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bkcore.errors import CalibrationError
 from bkcore.kernels import round_weight
 from bkcore.kernels.checks import check_bits, count_groups, fit_group_size
-from bkcore.kernels.weight_levels import nearest_codes, saturates, to_codes, to_levels
+from bkcore.kernels.int4_levels import nearest_codes, saturates, to_codes, to_levels
 from bkcore.quantization import affine
 from bkcore.quantization.packing import pack_int4, unpack_int4
 from bkcore.quantization.storage import StoredDtypes
@@ -78,7 +78,7 @@ def search_weight_scales(
 class PackedWeight(StoredDtypes):
     """A quantized weight (O, K): int8 codes, or two INT4 codes a byte, and bfloat16 scales.
 
-    At 4 bits a code stands for one of sixteen int8 levels (`bkcore.kernels.weight_levels`). What
+    At 4 bits a code stands for one of sixteen int8 levels (`bkcore.kernels.int4_levels`). What
     `codes` gives and `from_codes` takes are these levels, so that a weight is scale times code at
     any number of bits.
 

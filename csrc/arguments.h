@@ -1,0 +1,150 @@
+// Arguments as Python hands them over, by name. A tensor comes with how much memory there is, so that
+// nothing is read or written beyond its end, whatever Python and a kernel disagree about.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "isa.h"
+#include "sweep.h"
+
+namespace bkcore {
+namespace {
+
+using Index = std::int64_t;
+using Address = std::uintptr_t;
+// Of batch, sites, parts and lanes.
+using Sizes = std::array<Index, 4>;
+
+[[noreturn]] inline void refuse(const std::string &what) {
+  throw std::invalid_argument("bkcore.kernels.backends.cpu._native: " + what);
+}
+
+// The product of sizes.
+inline Index count(std::initializer_list<Index> sizes) {
+  Index all = 1;
+  bool overflows = false;
+  for (const Index size : sizes) {
+    if (size < 0) refuse("a size is " + std::to_string(size));
+    if (size == 0) return 0;
+    overflows |= __builtin_mul_overflow(all, size, &all);
+  }
+  if (overflows) refuse("sizes overflow 64 bits");
+  return all;
+}
+
+// Groups of `size` channels or sites, a smaller last one included.
+inline Index groups_of(Index size, Index group_size) {
+  if (group_size < 1) refuse("a group size is " + std::to_string(group_size));
+  return size / group_size + (size % group_size != 0);
+}
+
+// The keyword arguments of one call. Every one has to be read, and every one that is read has to be
+// there; a tensor that was not given is None.
+class Arguments {
+ public:
+  explicit Arguments(const nanobind::dict &given) : given_(given) {}
+
+  bool has(const char *name) const { return !find(name).is_none(); }
+
+  Index number(const char *name) { return take<Index>(name); }
+
+  bool flag(const char *name) { return take<bool>(name); }
+
+  const Isa &isa() { return find_isa(take<std::string>("isa")); }
+
+  Index bits() {
+    const Index bits = number("bits");
+    if (bits != 4 && bits != 8) refuse("codes have 4 or 8 bits, not " + std::to_string(bits));
+    return bits;
+  }
+
+  // A contiguous tensor, (address, bytes), that has to have these sizes, to the byte.
+  template <class T>
+  T *numbers(const char *name, std::initializer_list<Index> sizes) {
+    const auto [address, bytes] = take<std::tuple<Address, Index>>(name);
+    const Index wanted = count({count(sizes), Index{sizeof(T)}});
+    if (bytes != wanted)
+      refuse(std::string(name) + " has " + std::to_string(bytes) + " bytes instead of " +
+             std::to_string(wanted));
+    if (!address && bytes) refuse(std::string(name) + " has no memory; is it a fake tensor?");
+    return reinterpret_cast<T *>(address);
+  }
+
+  template <class T>
+  T *numbers_or_null(const char *name, std::initializer_list<Index> sizes) {
+    return has(name) ? numbers<T>(name, sizes) : missing<T *>();
+  }
+
+  // Any tensor, (address, bytes of a number, sizes, strides), that has to reach as far as these
+  // sizes. A stride of 0 is an axis that it lacks.
+  template <class T>
+  Strided<T> strided(const char *name, const Sizes &wanted) {
+    const auto [address, bytes, sizes, strides] =
+        take<std::tuple<Address, Index, Sizes, Sizes>>(name);
+    if (bytes != static_cast<Index>(sizeof(T)))
+      refuse(std::string(name) + " has numbers of " + std::to_string(bytes) +
+             " bytes instead of " + std::to_string(sizeof(T)));
+    bool any = true;
+    for (std::size_t axis = 0; axis < wanted.size(); ++axis) {
+      const Index size = strides[axis] ? wanted[axis] : std::min<Index>(wanted[axis], 1);
+      if (size < 0 || strides[axis] < 0 || sizes[axis] < size)
+        refuse(std::string(name) + " has the size " + std::to_string(sizes[axis]) +
+               " along axis " + std::to_string(axis) + " instead of " + std::to_string(size));
+      any = any && wanted[axis] > 0;
+    }
+    if (any && !address) refuse(std::string(name) + " has no memory; is it a fake tensor?");
+    return {reinterpret_cast<T *>(address), strides[0], strides[1], strides[2], strides[3]};
+  }
+
+  template <class T>
+  Strided<T> strided_or_null(const char *name, const Sizes &wanted) {
+    return has(name) ? strided<T>(name, wanted) : missing<Strided<T>>();
+  }
+
+  // To be called when all that is known has been read.
+  void finish() const {
+    if (read_ != given_.size())
+      refuse("there are " + std::to_string(given_.size()) + " arguments, of which " +
+             std::to_string(read_) + " are known");
+  }
+
+ private:
+  nanobind::object find(const char *name) const {
+    PyObject *const found = PyDict_GetItemString(given_.ptr(), name);
+    if (!found) refuse(std::string(name) + " is missing");
+    return nanobind::borrow(found);
+  }
+
+  template <class T>
+  T take(const char *name) {
+    T value;
+    if (!nanobind::try_cast<T>(find(name), value, false))
+      refuse(std::string(name) + " is of another kind");
+    ++read_;
+    return value;
+  }
+
+  template <class T>
+  T missing() {
+    ++read_;
+    return T{};
+  }
+
+  nanobind::dict given_;
+  std::size_t read_ = 0;
+};
+
+}  // namespace
+}  // namespace bkcore

@@ -1,0 +1,257 @@
+// Resolvent attention: a source with a matrix for every site, read by a query. Formulas, layout and
+// derivation: src/bkcore/kernels/ops/attention.py.
+//
+// One unit of work is one chain (batch, head). Its state psi (2, keys, values), the real parts before
+// the imaginary ones, stays in the first-level cache; vectors go along the values. The rows of a chain
+// lie a row of every other head apart, too far for a processor to guess: they are prefetched.
+#pragma once
+
+#include "simd.h"
+#include "sweep.h"
+
+namespace bkcore {
+namespace {
+
+template <class T>
+struct Pair {
+  T re, im;
+};
+
+template <class T>
+BKCORE_INLINE Pair<T> product(Pair<T> a, Pair<T> b) {
+  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+}
+
+// The rows of one chain.
+template <class T>
+struct ChainRows {
+  const Attention<T> &a;
+  Index batch, head;
+  BKCORE_INLINE Index site(Index i) const { return (batch * a.sites + i) * a.heads + head; }
+  BKCORE_INLINE Index chain() const { return batch * a.heads + head; }
+  BKCORE_INLINE Index state() const { return 2 * a.keys * a.values; }
+  BKCORE_INLINE const T *query(Index i) const { return a.query + site(i) * a.keys; }
+  BKCORE_INLINE const T *key(Index i) const { return a.key + site(i) * a.keys; }
+  BKCORE_INLINE const T *value(Index i) const { return a.value + site(i) * a.values; }
+  BKCORE_INLINE Pair<T> g(Index i) const { return {a.g[2 * site(i)], a.g[2 * site(i) + 1]}; }
+  BKCORE_INLINE Pair<T> g_before(Index i) const {
+    if (i > 0) return g(i - 1);
+    if (!a.first_g) return {0, 0};
+    return {a.first_g[2 * chain()], a.first_g[2 * chain() + 1]};
+  }
+};
+
+constexpr Index kAhead = 12;  // sites: far enough for memory, near enough for the first-level cache
+
+template <int kWrite, class T>
+BKCORE_INLINE void prefetch(const T *row, Index count) {
+  constexpr Index line = 64 / sizeof(T);
+  for (Index at = 0; at < count; at += line) __builtin_prefetch(row + at, kWrite);
+  if (count > 0) __builtin_prefetch(row + count - 1, kWrite);
+}
+
+template <class T>
+BKCORE_INLINE void prefetch_inputs(const ChainRows<T> &rows, Index i) {
+  prefetch<0>(rows.query(i), rows.a.keys);
+  prefetch<0>(rows.key(i), rows.a.keys);
+  prefetch<0>(rows.value(i), rows.a.values);
+  prefetch<0>(rows.a.hopping + rows.site(i), 1);
+}
+
+// psi := g (key value^T + t psi), from one array to another or in place, and query^T psi into `out`
+// unless that is null.
+template <class T>
+BKCORE_INLINE void propagate_site(const ChainRows<T> &rows, Index i, const T *from, T *to, T *out) {
+  using S = Simd<T>;
+  const Index keys = rows.a.keys, values = rows.a.values, plane = keys * values;
+  const T *query = rows.query(i), *key = rows.key(i), *value = rows.value(i);
+  const Pair<T> g = rows.g(i);
+  const T t = rows.a.hopping[rows.site(i)];
+  const auto p_re = S::set(g.re * t), p_im = S::set(g.im * t);
+  for_vectors<T>(values, [&](Index u, auto place) {
+    const auto source = load<T>(value + u, place);
+    auto sum_re = S::set(0), sum_im = S::set(0);
+    for (Index k = 0; k < keys; ++k) {
+      const Index at = k * values + u;
+      const auto re = load<T>(from + at, place), im = load<T>(from + plane + at, place);
+      const auto moved_re = S::madd(p_re, re, -(p_im * im));
+      const auto moved_im = S::madd(p_re, im, p_im * re);
+      const auto new_re = S::madd(S::set(g.re * key[k]), source, moved_re);
+      const auto new_im = S::madd(S::set(g.im * key[k]), source, moved_im);
+      store<T>(to + at, new_re, place);
+      store<T>(to + plane + at, new_im, place);
+      sum_re = S::madd(S::set(query[k]), new_re, sum_re);
+      sum_im = S::madd(S::set(query[k]), new_im, sum_im);
+    }
+    if (out) {
+      store<T>(out + u, sum_re, place);
+      store<T>(out + values + u, sum_im, place);
+    }
+  });
+}
+
+template <class T>
+BKCORE_INLINE void copy_row(T *to, const T *from, Index count) {
+  if (count == 0) return;  // then neither may have an address
+  if (from) {
+    std::memcpy(to, from, count * sizeof(T));
+  } else {
+    std::memset(to, 0, count * sizeof(T));
+  }
+}
+
+template <class T>
+void attention(const Attention<T> &a, Index batch, Index head) {
+  const ChainRows<T> rows{a, batch, head};
+  const Index chain = rows.chain(), size = rows.state(), chunks = chunks_of(a);
+  T *psi = a.psi + chain * size;
+  copy_row(psi, a.first_psi ? a.first_psi + chain * size : nullptr, size);
+  Pair<T> g = rows.g_before(0);
+  for (Index i = 0; i < a.sites; ++i) {
+    const Index site = rows.site(i);
+    if (const Index next = i + kAhead; next < a.sites) {
+      prefetch_inputs(rows, next);
+      prefetch<0>(a.v + rows.site(next), 1);
+      prefetch<1>(a.out + rows.site(next) * 2 * a.values, 2 * a.values);
+    }
+    if (a.checkpoints && i % a.chunk == 0)
+      copy_row(a.checkpoints + (chain * chunks + i / a.chunk) * size, psi, size);
+    const T t = a.hopping[site], tt = t * t;
+    const T x = a.v[site] - a.energy[head] - tt * g.re, y = a.eta[head] + tt * g.im;
+    const T inverse = 1 / (x * x + y * y);
+    g = {x * inverse, y * inverse};
+    a.g[2 * site] = g.re;
+    a.g[2 * site + 1] = g.im;
+    propagate_site<T>(rows, i, psi, psi, a.out + site * 2 * a.values);
+  }
+}
+
+template <class T>
+BKCORE_INLINE void prefetch_outputs(const ChainRows<T> &rows, const AttentionBackward<T> &d,
+                                    Index i) {
+  const Index site = rows.site(i), keys = rows.a.keys, values = rows.a.values;
+  prefetch_inputs(rows, i);
+  prefetch<0>(d.dout + site * 2 * values, 2 * values);
+  prefetch<1>(d.dquery + site * keys, keys);
+  prefetch<1>(d.dkey + site * keys, keys);
+  prefetch<1>(d.dvalue + site * values, values);
+}
+
+// The part of the adjoint of one site that goes over the matrix: from M' = t' g' M of the site above,
+// in `m`, to M = query c^T + M' and then t g M, again in `m`.
+template <class T>
+struct SiteSums {
+  Pair<T> before;  // <M, psi of the site before>
+  Pair<T> source;  // key^T M value
+};
+
+// `partial` has two vectors for every key: what is still to be summed over lanes.
+template <class T>
+BKCORE_INLINE SiteSums<T> adjoint_site(const ChainRows<T> &rows, const AttentionBackward<T> &d,
+                                       Index i, const T *before, const T *now, T *m, T *partial) {
+  using S = Simd<T>;
+  const Index keys = rows.a.keys, values = rows.a.values, plane = keys * values;
+  const Index site = rows.site(i);
+  const T *query = rows.query(i), *key = rows.key(i), *value = rows.value(i);
+  const T *grad = d.dout + site * 2 * values;
+  const Pair<T> g = rows.g(i);
+  const T t = rows.a.hopping[site];
+  const auto g_re = S::set(g.re), g_im = S::set(g.im);
+  const auto p_re = S::set(g.re * t), p_im = S::set(g.im * t), none = S::set(0);
+  auto source_re = none, source_im = none;
+  // Two sums each, so that no product waits for the one before it.
+  auto re_re = none, im_im = none, re_im = none, im_re = none;
+  for_vectors<T>(values, [&](Index u, auto place) {
+    const auto c_re = load<T>(grad + u, place), c_im = -load<T>(grad + values + u, place);
+    const auto w = load<T>(value + u, place);
+    auto value_re = none, value_im = none;
+    for (Index k = 0; k < keys; ++k) {
+      const Index at = k * values + u;
+      T *sums = partial + 2 * k * S::width;
+      const auto q = S::set(query[k]), kk = S::set(key[k]);
+      const auto m_re = S::madd(q, c_re, load<T>(m + at, place));
+      const auto m_im = S::madd(q, c_im, load<T>(m + plane + at, place));
+      const auto psi_re = load<T>(now + at, place), psi_im = load<T>(now + plane + at, place);
+      const auto b_re = load<T>(before + at, place), b_im = load<T>(before + plane + at, place);
+      re_re = S::madd(m_re, b_re, re_re);
+      im_im = S::madd(m_im, b_im, im_im);
+      re_im = S::madd(m_re, b_im, re_im);
+      im_re = S::madd(m_im, b_re, im_re);
+      const auto query_sum = S::madd(psi_re, c_re, -(psi_im * c_im));
+      const auto moved = S::madd(g_re, m_re, -(g_im * m_im));
+      S::store(sums, u ? S::load(sums) + query_sum : query_sum);
+      S::store(sums + S::width, u ? S::madd(moved, w, S::load(sums + S::width)) : moved * w);
+      value_re = S::madd(kk, m_re, value_re);
+      value_im = S::madd(kk, m_im, value_im);
+      store<T>(m + at, S::madd(p_re, m_re, -(p_im * m_im)), place);
+      store<T>(m + plane + at, S::madd(p_re, m_im, p_im * m_re), place);
+    }
+    source_re = S::madd(w, value_re, source_re);
+    source_im = S::madd(w, value_im, source_im);
+    store<T>(d.dvalue + site * values + u, S::madd(g_re, value_re, -(g_im * value_im)), place);
+  });
+  for (Index k = 0; k < keys; ++k) {
+    const T *sums = partial + 2 * k * S::width;
+    d.dquery[site * keys + k] = S::sum(S::load(sums));
+    d.dkey[site * keys + k] = S::sum(S::load(sums + S::width));
+  }
+  return {{S::sum(re_re) - S::sum(im_im), S::sum(re_im) + S::sum(im_re)},
+          {S::sum(source_re), S::sum(source_im)}};
+}
+
+template <class T>
+Index attention_adjoint_bytes(const Attention<T> &a) {
+  const Index state = 2 * a.keys * a.values, partial = 2 * a.keys * Simd<T>::width;
+  return ((a.chunk + 2) * state + partial) * static_cast<Index>(sizeof(T));
+}
+
+template <class T>
+void attention_adjoint(const Attention<T> &a, const AttentionBackward<T> &d, Index batch, Index head,
+                       T *memory) {
+  const ChainRows<T> rows{a, batch, head};
+  const Index chain = rows.chain(), size = rows.state(), plane = size / 2;
+  const Index chunks = chunks_of(a);
+  T *states = memory, *m = memory + (a.chunk + 1) * size, *partial = m + size;
+  // Without values nobody writes to the sums, and they are 0.
+  std::memset(partial, 0, 2 * a.keys * Simd<T>::width * sizeof(T));
+  copy_row(m, d.dpsi + chain * size, size);
+  for (Index j = plane; j < size; ++j) m[j] = -m[j];  // a cotangent is dL/dRe - i dL/dIm
+  Pair<T> carry = {0, 0};
+  T denergy = 0, deta = 0;
+  for (Index chunk = chunks - 1; chunk >= 0; --chunk) {
+    const Index start = chunk * a.chunk, end = least(a.sites, start + a.chunk);
+    copy_row<T>(states, a.checkpoints + (chain * chunks + chunk) * size, size);
+    for (Index i = start; i < end; ++i) {
+      if (i + kAhead < end) prefetch_inputs(rows, i + kAhead);
+      T *from = states + (i - start) * size;
+      propagate_site<T>(rows, i, from, from + size, nullptr);
+    }
+    for (Index i = end - 1; i >= start; --i) {
+      const Index site = rows.site(i);
+      if (i >= kAhead) prefetch_outputs(rows, d, i - kAhead);
+      const T *before = states + (i - start) * size;
+      const SiteSums<T> s = adjoint_site<T>(rows, d, i, before, before + size, m, partial);
+      const T t = a.hopping[site];
+      const Pair<T> g = rows.g(i), last = rows.g_before(i);
+      const Pair<T> lambda = {d.dg[2 * site] + s.source.re + t * s.before.re + carry.re,
+                              -d.dg[2 * site + 1] + s.source.im + t * s.before.im + carry.im};
+      const Pair<T> p = product(product(lambda, g), g);
+      d.dv[site] = -p.re;
+      denergy += p.re;
+      deta -= p.im;
+      d.dhopping[site] = g.re * s.before.re - g.im * s.before.im +
+                         2 * t * (p.re * last.re - p.im * last.im);
+      carry = {t * t * p.re, t * t * p.im};
+    }
+  }
+  d.denergy[chain] = denergy;
+  d.deta[chain] = deta;
+  d.dfirst_g[2 * chain] = carry.re;
+  d.dfirst_g[2 * chain + 1] = -carry.im;
+  T *dfirst_psi = d.dfirst_psi + chain * size;
+  for (Index j = 0; j < plane; ++j) dfirst_psi[j] = m[j];
+  for (Index j = plane; j < size; ++j) dfirst_psi[j] = -m[j];
+}
+
+}  // namespace
+}  // namespace bkcore

@@ -1,0 +1,54 @@
+// What the roundings and their caller agree on.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace bkcore {
+
+// Rows of channels, rounded to what their codes stand for (src/bkcore/kernels/ops/round_activations.py).
+struct RoundChannels {
+  std::int64_t rows, channels, bits, group_size;
+  const float *x;              // (rows, channels)
+  const std::uint16_t *scale;  // bfloat16 (groups)
+  const std::int8_t *zero;     // (groups)
+  const float *levels;         // (2^bits), ascending: what the codes stand for; or null
+  float *out;                  // (rows, channels)
+};
+
+// The derivative of that rounding, straight through.
+struct RoundChannelsBackward {
+  RoundChannels forward;   // `out` is not used
+  const float *grad;  // (rows, channels)
+  float *dx;          // (rows, channels)
+  float *dscale;      // (shares, channels), a row for every kRowsPerShare rows
+  float *dlevels;     // (shares, 2^bits)
+};
+
+constexpr std::int64_t kRowsPerShare = 64;
+
+// A weight as codes and as what they stand for (src/bkcore/kernels/ops/round_weight.py).
+struct RoundWeight {
+  std::int64_t rows, columns, bits, groups, group_size;
+  const float *weight;         // (rows, columns)
+  const std::uint16_t *scale;  // bfloat16 (rows, groups)
+};
+
+struct RoundingKernels {
+  using Scratch = void *(*)(std::size_t bytes);
+  void (*round_channels)(const RoundChannels &, std::int64_t first, std::int64_t count, Scratch);
+  void (*round_channels_backward)(const RoundChannelsBackward &, std::int64_t share, Scratch);
+  // A row of activations (count), rounded to what `encode` makes of it.
+  void (*round_row)(const float *x, std::int64_t count, float *out);
+  // A row of a weight, and the derivative of its values, straight through.
+  void (*round_weight)(const RoundWeight &, std::int64_t row, std::int8_t *codes, float *values);
+  void (*round_weight_backward)(const RoundWeight &, std::int64_t row, const float *grad,
+                               float *dweight, float *dscale);
+};
+
+// One function per instruction set, from one source compiled several times.
+RoundingKernels rounding_kernels_baseline();
+RoundingKernels rounding_kernels_avx2();
+RoundingKernels rounding_kernels_avx512();
+
+}  // namespace bkcore

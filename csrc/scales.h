@@ -1,0 +1,58 @@
+// Scales and levels, which products of codes and roundings have in common.
+#pragma once
+
+#include <cstring>
+
+#include "packing.h"
+
+namespace bkcore {
+namespace {
+
+constexpr float kSmallest = 1.17549435e-38f;  // normal number
+
+// What the codes -8 to 7 of a weight of 4 bits stand for (src/bkcore/kernels/int4_levels.py).
+constexpr int kLevels = 16;
+alignas(16) constexpr std::int8_t kLevel[kLevels] = {
+    -127, -102, -81, -63, -47, -34, -22, -11, 0, 12, 25, 40, 56, 75, 99, 127};
+
+// Codes of 4 bits to what they stand for.
+BKCORE_INLINE void look_up(std::int8_t *codes, Index count) {
+  Index k = 0;
+#ifdef BKCORE_VECTOR_CODES
+  const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i *>(kLevel));
+  for (; k + 16 <= count; k += 16) {
+    auto *place = reinterpret_cast<__m128i *>(codes + k);
+    const __m128i number = _mm_add_epi8(_mm_loadu_si128(place), _mm_set1_epi8(8));
+    _mm_storeu_si128(place, _mm_shuffle_epi8(table, number));
+  }
+#endif
+  for (; k < count; ++k) codes[k] = kLevel[codes[k] + 8];
+}
+
+BKCORE_INLINE float from_bfloat16(std::uint16_t x) {
+  const std::uint32_t bits = std::uint32_t{x} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+Index round_up(Index a, Index b) { return (a + b - 1) / b * b; }
+
+// The scale of a row of activations, and the bits of its largest absolute value.
+BKCORE_INLINE float row_scale(const float *x, Index count, std::uint32_t &bits) {
+  // As integers absolute values have the order of the numbers, and NaN comes after infinity.
+  bits = 0;
+  for (Index i = 0; i < count; ++i) {
+    std::uint32_t one;
+    std::memcpy(&one, x + i, sizeof one);
+    one &= 0x7FFFFFFFu;
+    bits = one > bits ? one : bits;
+  }
+  float scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  scale /= 127.0f;
+  return scale < kSmallest ? 1.0f : scale;
+}
+
+}  // namespace
+}  // namespace bkcore

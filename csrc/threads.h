@@ -1,0 +1,57 @@
+// Work spread over threads, and memory that belongs to one.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace bkcore {
+namespace {
+
+using Index = std::int64_t;
+
+// Below this many elements per thread, starting the threads costs more than they save.
+constexpr Index kElementsPerThread = 4096;
+
+inline Index ceil_divide(Index a, Index b) { return (a + b - 1) / b; }
+inline Index round_up_to(Index a, Index b) { return ceil_divide(a, b) * b; }
+
+inline Index worthwhile_threads(Index elements, Index allowed, Index each = kElementsPerThread) {
+#ifdef _OPENMP
+  return std::max<Index>(1, std::min(allowed, elements / each));
+#else
+  return 1;
+#endif
+}
+
+// Calls work(i) for i in [0, count), the threads taking turns.
+template <class Work>
+void parallel_for(Index count, Index threads, const Work &work) {
+#ifdef _OPENMP
+  // Not even a region of one thread: a forked process must not touch its parent's thread pool.
+  if (threads > 1) {
+#pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(threads))
+    for (Index i = 0; i < count; ++i) work(i);
+    return;
+  }
+#endif
+  for (Index i = 0; i < count; ++i) work(i);
+}
+
+// Aligned memory in a vector that is kept for the next call: fresh pages cost more than a sweep.
+inline void *aligned(std::vector<std::byte> &memory, std::size_t bytes) {
+  constexpr std::size_t kLine = 64;
+  if (memory.size() < bytes + kLine) memory.resize(bytes + kLine);
+  const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
+  return memory.data() + (kLine - address % kLine) % kLine;
+}
+
+// Memory of the calling thread, its own until its next call.
+inline void *scratch(std::size_t bytes) {
+  static thread_local std::vector<std::byte> memory;
+  return aligned(memory, bytes);
+}
+
+}  // namespace
+}  // namespace bkcore

@@ -1,0 +1,5 @@
+"""The backends, one a package, what they have to offer, and the choice between them."""
+
+from bkcore.deprecated import called_module
+
+called_module(__name__, "bkcore.kernels.describe_backends")

@@ -1,0 +1,25 @@
+"""The CPU backend: kernels in C++, which are compiled when the package is installed."""
+
+from bkcore.kernels.backends.cpu import attention, codes, native, sweep
+from bkcore.kernels.backends.interface import Backend
+
+BACKEND = Backend(
+    name="cpu",
+    absent=native.absent,
+    refuses=native.refuses,
+    describe=native.describe,
+    sweep=sweep.sweep,
+    sweep_backward=sweep.sweep_backward,
+    sweep_codes=codes.sweep_codes,
+    sweep_rounded=codes.sweep_rounded,
+    sweep_step=sweep.sweep_step,
+    attention=attention.attention,
+    attention_backward=attention.attention_backward,
+    recall_step=attention.recall_step,
+    product=codes.product,
+    round_channels=codes.round_channels,
+    round_channels_backward=codes.round_channels_backward,
+    round_rows=codes.round_rows,
+    round_weight=codes.round_weight,
+    round_weight_backward=codes.round_weight_backward,
+)

@@ -1,0 +1,172 @@
+"""The C++ extension: whether it is here, its instruction sets, and how tensors are handed to it.
+
+It takes raw addresses. `bkcore.kernels.checks` has seen to shapes, dtypes and devices before a
+tensor comes here, and the extension looks at how much memory there is (csrc/arguments.h).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bkcore.errors import BackendError
+from bkcore.host import last_level_cache
+
+_native: Any = None
+_import_error = ""
+try:
+    _native = importlib.import_module("bkcore.kernels.backends.cpu._native")
+except ImportError as error:
+    _import_error = str(error)
+
+_supported: tuple[str, ...] = () if _native is None else tuple(_native.supported_isas())
+_forced_isa = os.environ.get("BKCORE_CPU_ISA")
+_sequential = False
+
+CACHE_BYTES = last_level_cache() or 32 << 20
+"""Outputs beyond this size are written past the caches."""
+
+
+def absent() -> str | None:
+    """Why the extension cannot be used, with what to do about it; None if it can."""
+    if _native is not None:
+        return None
+    return (
+        f"the native extension {__package__}._native did not load ({_import_error}); reinstall "
+        "bkcore with a C++17 compiler on the path: pip install --force-reinstall --no-deps bkcore"
+    )
+
+
+def refuses(v: Tensor) -> str | None:
+    if v.device.type != "cpu":
+        return f"it takes CPU tensors, not {v.device.type}: move them, or choose 'reference'"
+    return None
+
+
+def describe() -> tuple[str | None, int | None]:
+    """The instruction set in use, and the threads."""
+    if _native is None:
+        return None, None
+    return isa(), torch.get_num_threads() if has_openmp() else 1
+
+
+def supported_isas() -> tuple[str, ...]:
+    """Instruction sets compiled in that this processor has, the best first."""
+    return _supported
+
+
+def isa() -> str:
+    """The instruction set in use: the best one, unless `use_isa` or BKCORE_CPU_ISA (read when
+    bkcore is imported) names another."""
+    if _forced_isa is None:
+        return _supported[0]
+    if _forced_isa not in _supported:
+        known = ", ".join(_supported)
+        raise BackendError(f"instruction set {_forced_isa!r} is not available; there are: {known}")
+    return _forced_isa
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Force an instruction set in every thread, for tests and measurements."""
+    global _forced_isa
+    before, _forced_isa = _forced_isa, name
+    try:
+        isa()
+        yield
+    finally:
+        _forced_isa = before
+
+
+def has_openmp() -> bool:
+    return _native is not None and bool(_native.openmp)
+
+
+@contextlib.contextmanager
+def sequential() -> Iterator[None]:
+    """Sweep few, long chains site by site in every thread, instead of cut into blocks: for tests
+    and measurements."""
+    global _sequential
+    before, _sequential = _sequential, True
+    try:
+        yield
+    finally:
+        _sequential = before
+
+
+def is_sequential() -> bool:
+    return _sequential
+
+
+def is_cut_into_blocks(chains: int, sites: int) -> bool:
+    """Whether so many chains of so many sites are swept in blocks, which round differently."""
+    return bool(_native.few_and_long(chains, sites)) and not _sequential
+
+
+def rows_per_share() -> int:
+    """Rows whose gradients are summed one after the other."""
+    rows: int = _native.rows_per_share
+    return rows
+
+
+def call(name: str, *args: Any, **named: Any) -> Any:
+    """Call a function of the extension with the instruction set and the threads in force."""
+    function = getattr(_native, name)
+    return function(*args, isa=isa(), threads=torch.get_num_threads(), **named)
+
+
+# What the extension takes for a contiguous tensor: address and bytes. An empty tensor has no
+# address.
+Buffer = tuple[int, int]
+
+# For any other: address, bytes of a number, and sizes and strides of batch, site, part and lane.
+# A stride of 0 is an axis that it lacks.
+Layout = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+def buffer(x: Tensor | None) -> Buffer | None:
+    return None if x is None else (x.data_ptr(), x.nbytes)
+
+
+def buffers(**tensors: Tensor | None) -> dict[str, Buffer | None]:
+    return {name: buffer(x) for name, x in tensors.items()}
+
+
+def sequence(x: Tensor | None) -> Layout | None:
+    """(B, N, H)."""
+    if x is None:
+        return None
+    (batch, sites, lanes), (by_batch, by_site, by_lane) = x.shape, x.stride()
+    return _layout(x, (batch, sites, 1, lanes), (by_batch, by_site, 0, by_lane))
+
+
+def row(x: Tensor) -> Layout:
+    """(H,)."""
+    return _layout(x, (1, 1, 1, *x.shape), (0, 0, 0, *x.stride()))
+
+
+def rows(x: Tensor) -> Layout:
+    """(R, H), R = 1 for all sites."""
+    (sites, lanes), (by_site, by_lane) = x.shape, x.stride()
+    return _layout(x, (1, sites, 1, lanes), (0, by_site if sites > 1 else 0, 0, by_lane))
+
+
+def rows_of_parts(x: Tensor) -> Layout:
+    """(C, R, H), R = 1 for all sites."""
+    (parts, sites, lanes), (by_part, by_site, by_lane) = x.shape, x.stride()
+    return _layout(x, (1, sites, parts, lanes), (0, by_site if sites > 1 else 0, by_part, by_lane))
+
+
+def sequence_of_parts(x: Tensor) -> Layout:
+    """(B, N, C, H)."""
+    return _layout(x, tuple(x.shape), x.stride())
+
+
+def _layout(x: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Layout:
+    return x.data_ptr(), x.itemsize, sizes, strides

@@ -1,0 +1,220 @@
+"""What a backend has to offer: a function for every operator, and the arguments that it is given.
+
+A function gets its arguments as one bundle, checked, and laid out as the operator's file in
+`bkcore.kernels.ops` says, which also has their shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from bkcore.kernels.checks import ChannelRounding
+
+ATTENTION_CHUNK = 32
+"""Sites between two states that the attention keeps for its adjoint, which recomputes those
+between: 32 states of 32 x 32 are 256 KiB in float32."""
+
+
+class Sweep(NamedTuple):
+    v: Tensor
+    source: Tensor | None
+    energy: Tensor
+    eta: Tensor
+    hopping: Tensor
+    two_sided: bool
+
+
+class SweepBackward(NamedTuple):
+    """v is given only if two-sided."""
+
+    grad: Tensor
+    parts: Tensor
+    v: Tensor | None
+    source: Tensor | None
+    energy: Tensor
+    eta: Tensor
+    hopping: Tensor
+    two_sided: bool
+
+
+class SweepCodes(NamedTuple):
+    v: Tensor
+    source: Tensor | None
+    energy: Tensor
+    eta: Tensor
+    hopping: Tensor
+    in_scale: Tensor
+    in_zero: Tensor
+    out_scale: Tensor
+    out_zero: Tensor
+    in_levels: Tensor | None
+    out_levels: Tensor | None
+    bits: int
+    two_sided: bool
+
+
+class SweepRounded(NamedTuple):
+    v: Tensor
+    energy: Tensor
+    eta: Tensor
+    hopping: Tensor
+    scale: Tensor
+    zero: Tensor
+    levels: Tensor | None
+    group_size: int
+    bits: int
+    two_sided: bool
+
+
+class SweepStep(NamedTuple):
+    state: Tensor
+    v: Tensor
+    source: Tensor | None
+    energy: Tensor
+    eta: Tensor
+    hopping: Tensor
+
+
+class Attention(NamedTuple):
+    v: Tensor
+    hopping: Tensor
+    energy: Tensor
+    eta: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    first_g: Tensor | None
+    first_psi: Tensor | None
+    keep: bool
+
+
+class AttentionBackward(NamedTuple):
+    dg: Tensor
+    dout: Tensor
+    dpsi: Tensor
+    v: Tensor
+    hopping: Tensor
+    energy: Tensor
+    eta: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    first_g: Tensor | None
+    g: Tensor
+    checkpoints: Tensor
+
+
+class RecallStep(NamedTuple):
+    gate: Tensor
+    barrier: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rate: Tensor
+    height: Tensor
+    eta: Tensor
+    weight: Tensor
+    g: Tensor
+    psi: Tensor
+
+
+class Product(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    scales: Tensor
+    group_size: int
+    bits: int
+
+
+class RoundChannels(NamedTuple):
+    x: Tensor
+    scale: Tensor
+    zero: Tensor
+    levels: Tensor | None
+    group_size: int
+    bits: int
+
+
+class RoundChannelsBackward(NamedTuple):
+    grad: Tensor
+    x: Tensor
+    scale: Tensor
+    zero: Tensor
+    levels: Tensor | None
+    group_size: int
+    bits: int
+
+
+class RoundRows(NamedTuple):
+    x: Tensor
+
+
+class RoundWeight(NamedTuple):
+    weight: Tensor
+    scale: Tensor
+    group_size: int
+    bits: int
+
+
+class RoundWeightBackward(NamedTuple):
+    grad: Tensor
+    weight: Tensor
+    scale: Tensor
+    group_size: int
+    bits: int
+
+
+SweepGradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
+"""Of v, source, energy, eta and hopping; None stands for a source that was not given."""
+
+AttentionResults = tuple[Tensor, Tensor, Tensor, Tensor]
+"""g, out, psi and the checkpoints."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of every operator.
+
+    `absent()` says why the backend cannot be used here at all, with a remedy, or returns None.
+    `refuses(v)` says why it cannot take tensors of v's device and dtype, or returns None.
+    `describe()` returns (instruction set, threads), where they mean anything.
+    `reads_bfloat16` says whether `sweep` and `sweep_backward` take a bfloat16 v and source.
+    """
+
+    name: str
+    absent: Callable[[], str | None]
+    refuses: Callable[[Tensor], str | None]
+    describe: Callable[[], tuple[str | None, int | None]]
+    sweep: Callable[[Sweep], Tensor]
+    sweep_backward: Callable[[SweepBackward], SweepGradients]
+    sweep_codes: Callable[[SweepCodes], Tensor]
+    sweep_rounded: Callable[[SweepRounded], Tensor]
+    sweep_step: Callable[[SweepStep], None]
+    attention: Callable[[Attention], AttentionResults]
+    attention_backward: Callable[[AttentionBackward], tuple[Tensor, ...]]
+    recall_step: Callable[[RecallStep, Sequence[ChannelRounding]], tuple[Tensor, Tensor, Tensor]]
+    product: Callable[[Product], Tensor]
+    round_channels: Callable[[RoundChannels], Tensor]
+    round_channels_backward: Callable[[RoundChannelsBackward], tuple[Tensor, Tensor, Tensor | None]]
+    round_rows: Callable[[RoundRows], Tensor]
+    round_weight: Callable[[RoundWeight], tuple[Tensor, Tensor]]
+    round_weight_backward: Callable[[RoundWeightBackward], tuple[Tensor, Tensor]]
+    reads_bfloat16: bool = False
+
+
+def ordered_sum(terms: Tensor) -> Tensor:
+    """Sum over dimension 0 by halving, in an order that depends on the length alone.
+
+    `Tensor.sum` may split the work differently for another number of threads; this cannot.
+    """
+    while terms.shape[0] > 1:
+        half = terms.shape[0] // 2
+        folded = terms[:half] + terms[half : 2 * half]
+        if terms.shape[0] % 2:
+            folded[0] += terms[-1]
+        terms = folded
+    return terms[0] if terms.shape[0] else terms.new_zeros(terms.shape[1:])

@@ -1,0 +1,27 @@
+"""The GPU backend: kernels in Triton, which are compiled when they are used for the first time."""
+
+from bkcore.kernels.backends.interface import Backend
+from bkcore.kernels.backends.reference import codes as reference
+from bkcore.kernels.backends.triton import attention, codes, launch, sweep
+
+BACKEND = Backend(
+    name="triton",
+    absent=launch.absent,
+    refuses=launch.refuses,
+    describe=lambda: (None, None),
+    sweep=sweep.sweep,
+    sweep_backward=sweep.sweep_backward,
+    sweep_codes=sweep.sweep_codes,
+    sweep_rounded=codes.sweep_rounded,
+    sweep_step=sweep.sweep_step,
+    attention=attention.attention,
+    attention_backward=attention.attention_backward,
+    recall_step=attention.recall_step,
+    product=codes.product,
+    round_channels=reference.round_channels,
+    round_channels_backward=reference.round_channels_backward,
+    round_rows=reference.round_rows,
+    round_weight=reference.round_weight,
+    round_weight_backward=reference.round_weight_backward,
+    reads_bfloat16=True,
+)

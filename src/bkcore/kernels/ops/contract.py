@@ -1,0 +1,94 @@
+"""What makes an operator of PyTorch out of its contract, the same way for every operator."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from bkcore.errors import BackendError
+from bkcore.kernels.backends.interface import Backend
+from bkcore.kernels.backends.selection import keep_choice, kept_choice, select
+
+A = TypeVar("A", bound=tuple[Any, ...])
+
+_library = torch.library.Library("bkcore", "FRAGMENT")
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool"}
+
+
+def define(
+    name: str,
+    arguments: type[A],
+    check: Callable[[A], A],
+    run: Callable[[Backend, A], Any],
+    like: Callable[[A], Any],
+    results: int = 1,
+) -> None:
+    """Define the operator `torch.ops.bkcore.<name>`.
+
+    Args:
+        arguments: the bundle of `bkcore.kernels.backends.interface` that names the arguments, the
+            first of them a tensor.
+        check: raises unless they fit together, and returns them with sizes brought into range.
+        run: lays checked arguments out in memory and has a backend compute.
+        like: what `run` returns, of the same shapes, dtypes and strides, with no numbers in it.
+        results: how many tensors that is; one is returned alone, more as a tuple.
+    """
+    hints = typing.get_type_hints(arguments)
+    taken = ", ".join(f"{_TYPES[hint]} {argument}" for argument, hint in hints.items())
+    given = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
+    _library.define(f"{name}({taken}) -> {given}")
+
+    def checked(*args: Any) -> A:
+        return check(arguments(*args))
+
+    def compute(*args: Any) -> Any:
+        ready = checked(*args)
+        return run(select(ready[0]), ready)
+
+    def fake(*args: Any) -> Any:
+        return like(checked(*args))
+
+    _library.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bkcore::{name}", fake, lib=_library)
+
+
+def define_derivative(
+    name: str,
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> None:
+    """Make an operator differentiable once, by the operator `<name>_backward`.
+
+    Args:
+        setup_context, backward: as for `torch.library.register_autograd`. The backward pass runs on
+            the backend that was chosen when its forward pass ran.
+    """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs, output)
+        keep_choice(ctx)
+
+    def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with kept_choice(ctx):
+            return backward(ctx, *grads)
+
+    torch.library.register_autograd(
+        f"bkcore::{name}", differentiate, setup_context=keep, lib=_library
+    )
+    torch.library.register_autograd(f"bkcore::{name}_backward", _no_second_derivative, lib=_library)
+
+
+def define_vmap(name: str, vmap: Callable[..., Any]) -> None:
+    """Let `torch.func.vmap` map an operator; arguments as for `torch.library.register_vmap`."""
+    torch.library.register_vmap(f"bkcore::{name}", vmap, lib=_library)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise BackendError(
+        "the operators of bkcore can be differentiated once only; a second derivative was asked "
+        "for (create_graph=True, a gradient penalty or a Hessian), and it is not implemented"
+    )

@@ -1,0 +1,115 @@
+"""One site of resolvent attention with all that the language model does around it, in one call.
+
+A generated token needs one site of every layer, and calling PyTorch and the operators piece by
+piece costs ten times what the arithmetic does. `recall_step` gives, bit for bit, what these pieces
+give: the formulas of `bkcore.kernels.recall`, with gate, barrier, query, key, value, real and imag
+rounded by `round_channels`, or not, and the hopping 0 where g before is 0.
+
+Layout, all float32
+-------------------
+    gate, barrier      (B, 1, H)
+    query, key         (B, 1, G K), G groups of neighbouring heads that share them; G divides H
+    value              (B, 1, H U)
+    rate, height, eta  (H,), eta positive
+    weight             (3, H U)
+    g, psi             (B, H, 2) and (B, H, 2, K, U), the state; g is 0 before the first site
+    result             (B, 1, H U)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bkcore.errors import BackendError, InputError, ShapeError
+from bkcore.kernels.backends.interface import RecallStep
+from bkcore.kernels.backends.selection import select
+from bkcore.kernels.checks import ChannelRounding, check_tensors
+
+_CPU = torch.device("cpu")
+_PARTS = ("gate", "barrier", "query", "key", "value", "real", "imag")
+
+
+def has_recall_step(x: Tensor) -> bool:
+    """Whether `recall_step` takes tensors like x now: no gradient to keep, no graph to trace."""
+    return (
+        x.dtype == torch.float32
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and select(x).name == "cpu"
+    )
+
+
+def recall_step(
+    gate: Tensor,
+    barrier: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rate: Tensor,
+    height: Tensor,
+    eta: Tensor,
+    weight: Tensor,
+    g: Tensor,
+    psi: Tensor,
+    rounding: Sequence[ChannelRounding] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Move a stream one site ahead; formulas and layout are those of this module's text.
+
+    Args:
+        rounding: of gate, barrier, query, key, value, real and imag, all of the same bits; or none.
+
+    Returns:
+        The result, and the new g and psi; those given are not changed.
+
+    Raises:
+        ShapeError, DTypeError, InputError: the tensors do not fit together, or an eta is not
+            positive.
+        BackendError: `has_recall_step` says no.
+    """
+    if not has_recall_step(value):
+        raise BackendError(
+            f"recall_step is for float32 tensors on the CPU under no_grad() and needs the native "
+            f"kernels; value is {value.dtype} on {value.device}"
+        )
+    args = RecallStep(gate, barrier, query, key, value, rate, height, eta, weight, g, psi)
+    _check(args)
+    if rounding:
+        _check_rounding(args, rounding)
+    ready = RecallStep(*(x.resolve_neg().contiguous() for x in args))
+    return select(value).recall_step(ready, rounding)
+
+
+def _check(args: RecallStep) -> None:
+    query, psi = args.query, args.psi
+    if psi.ndim != 5:
+        raise ShapeError(f"psi must be (B, H, 2, K, U), got {tuple(psi.shape)}")
+    batch, heads, _, keys, values = psi.shape
+    shared, width = query.shape[-1] if query.ndim else 0, heads * values
+    if not shared or not keys or shared % keys or heads % (shared // keys):
+        raise ShapeError(
+            f"query has {shared} channels, which are no groups of {keys} for {heads} heads to share"
+        )
+    chain, group, head = (batch, 1, heads), (batch, 1, shared), (heads,)
+    shapes: tuple[tuple[int, ...], ...] = (
+        *(chain, chain, group, group, (batch, 1, width)),
+        *(head, head, head, (3, width)),
+        *((batch, heads, 2), (batch, heads, 2, keys, values)),
+    )
+    expected = zip(RecallStep._fields, args, shapes, strict=True)
+    check_tensors({name: (x, shape, torch.float32) for name, x, shape in expected}, _CPU)
+
+
+def _check_rounding(args: RecallStep, rounding: Sequence[ChannelRounding]) -> None:
+    if len(rounding) != len(_PARTS):
+        raise InputError(f"rounding must be one for each of {', '.join(_PARTS)}, or none")
+    rounded = (*args[:5], args.value, args.value)
+    for name, x, part in zip(_PARTS, rounded, rounding, strict=True):
+        if part.channels != x.shape[-1] or part.bits != rounding[0].bits:
+            raise ShapeError(
+                f"{name} has {x.shape[-1]} channels, but is to be rounded as {part.channels} with "
+                f"{part.bits} bits; {_PARTS[0]} has {rounding[0].bits} bits"
+            )

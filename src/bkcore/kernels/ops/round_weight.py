@@ -1,0 +1,128 @@
+"""Rounding of a weight in training, as codes and values at once: `bkcore::round_weight`.
+
+In one pass each way:
+
+    code = clamp(round(w / scale), -128, 127),   value = scale * code         at 8 bits,
+
+with ties to even. At 4 bits the codes that are given are the nearest to w / scale of the sixteen
+levels of `bkcore.kernels.int4_levels`, the lower one halfway. NaN has a value of NaN, and some
+code.
+
+Layout
+------
+    weight  float32 (O, K)
+    scale   bfloat16 (O, G), positive, of groups of `group_size` neighbouring columns; the last one
+            may be smaller: G = ceil(K / group_size); a group size beyond K is K
+    result  codes int8 (O, K) and values float32 (O, K)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bkcore.errors import ShapeError
+from bkcore.kernels.backends.interface import Backend, RoundWeight, RoundWeightBackward
+from bkcore.kernels.backends.selection import keep_choice, kept_choice
+from bkcore.kernels.checks import check_bits, check_tensors, count_groups, fit_group_size
+from bkcore.kernels.ops.contract import define
+
+
+def round_weight(
+    weight: Tensor, scale: Tensor, group_size: int, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Codes of a weight, and the values they stand for; layout and rounding as in the module.
+
+    The values are differentiable: straight through in the weight, 0 where it lies beyond the codes,
+    and in the scales by the gradient of learned step sizes (LSQ, Esser et al., ICLR 2020, eq. 3).
+
+    Args:
+        scale: float32 (O, G), numbers that bfloat16 holds.
+
+    Returns:
+        int8 (O, K) and float32 (O, K).
+
+    Raises:
+        ShapeError, DTypeError, InputError: the tensors do not fit together, or bits is not 4 or 8.
+        BackendError: a forced backend is absent or cannot take the tensors.
+    """
+    codes, values = _RoundWeight.apply(weight, scale, group_size, bits)
+    return codes, values
+
+
+class _RoundWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, scale: Tensor, group_size: int, bits: int
+    ) -> tuple[Tensor, Tensor]:
+        check_tensors({"scale": (scale, scale.shape, torch.float32)}, weight.device)
+        stored = scale.to(torch.bfloat16)
+        keep_choice(ctx)
+        ctx.save_for_backward(weight, stored)
+        ctx.format = group_size, bits
+        codes, values = torch.ops.bkcore.round_weight.default(weight, stored, group_size, bits)
+        ctx.mark_non_differentiable(codes)
+        return codes, values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with kept_choice(ctx):
+            by_weight, by_scale = torch.ops.bkcore.round_weight_backward.default(
+                grads[1], *ctx.saved_tensors, *ctx.format
+            )
+        return by_weight, by_scale, None, None
+
+
+def _check(args: RoundWeight, grad: Tensor | None = None) -> RoundWeight:
+    weight = args.weight
+    check_bits(args.bits)
+    if weight.ndim != 2:
+        raise ShapeError(f"weight must be (O, K), got {tuple(weight.shape)}")
+    rows, columns = weight.shape
+    group_size = fit_group_size(args.group_size, columns)
+    check_tensors(
+        {
+            "weight": (weight, weight.shape, torch.float32),
+            "scale": (args.scale, (rows, count_groups(columns, group_size)), torch.bfloat16),
+            "grad": (grad, weight.shape, torch.float32),
+        },
+        weight.device,
+        lambda: f"for a weight {(rows, columns)} in groups of {group_size}",
+    )
+    return args._replace(group_size=group_size)
+
+
+def _check_backward(args: RoundWeightBackward) -> RoundWeightBackward:
+    return RoundWeightBackward(args.grad, *_check(RoundWeight(*args[1:]), args.grad))
+
+
+def _run(backend: Backend, args: RoundWeight) -> tuple[Tensor, Tensor]:
+    weight, scale = args.weight.contiguous(), args.scale.contiguous()
+    return backend.round_weight(args._replace(weight=weight, scale=scale))
+
+
+def _run_backward(backend: Backend, args: RoundWeightBackward) -> tuple[Tensor, Tensor]:
+    grad, weight, scale = (x.contiguous() for x in (args.grad, args.weight, args.scale))
+    return backend.round_weight_backward(args._replace(grad=grad, weight=weight, scale=scale))
+
+
+def _like(args: RoundWeight) -> tuple[Tensor, Tensor]:
+    shape = args.weight.shape
+    return args.weight.new_empty(shape, dtype=torch.int8), args.weight.new_empty(shape)
+
+
+def _like_backward(args: RoundWeightBackward) -> tuple[Tensor, Tensor]:
+    return args.weight.new_empty(args.weight.shape), args.weight.new_empty(args.scale.shape)
+
+
+define("round_weight", RoundWeight, _check, _run, _like, results=2)
+define(
+    "round_weight_backward",
+    RoundWeightBackward,
+    _check_backward,
+    _run_backward,
+    _like_backward,
+    results=2,
+)

@@ -1,0 +1,82 @@
+"""One site at a time: the causal sweep of a stream, with no dispatcher in the way.
+
+A generated token needs one site of every layer's sweep, and PyTorch's dispatcher alone costs
+several times what the arithmetic does. `sweep_step` calls the kernel directly. It has no
+derivative.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.kernels.backends.interface import SweepStep
+from bkcore.kernels.backends.selection import select
+from bkcore.kernels.checks import Expected, check_plain, check_tensors
+
+
+def sweep_step(
+    state: Tensor,
+    v: Tensor,
+    source: Tensor | None,
+    energy: Tensor,
+    eta: Tensor,
+    hopping: Tensor,
+) -> Tensor:
+    """Move the state of a causal sweep one site ahead, in place.
+
+    Starting from zeros, the states are the rows of `bkcore.kernels.sweep`: bit for bit in the
+    native kernels for more than 8 chains (B * H), where the sweep does not compute in float64; to
+    rounding otherwise.
+
+    Args:
+        state: (B, C, H) contiguous: the site before, C = 2 or 4 parts as in
+            `bkcore.kernels.ops.sweep`.
+        v, source: (B, H) contiguous, the new site; source belongs to C = 4.
+        energy, eta, hopping: (H,) contiguous, eta positive. The bond enters from the site before.
+            All tensors are of one dtype, float32 or float64, and on one device.
+
+    Returns:
+        state.
+
+    Raises:
+        ShapeError, DTypeError: the tensors do not fit together.
+        InputError: a tensor is on another device, or requires a gradient, which would be lost.
+    """
+    args = SweepStep(state, v, source, energy, eta, hopping)
+    _check(args)
+    select(state).sweep_step(args)
+    return state
+
+
+def _check(args: SweepStep) -> None:
+    state = args.state
+    if state.ndim != 3 or state.shape[1] != (2 if args.source is None else 4):
+        raise ShapeError(
+            "state must be (B, 2, H) without a source and (B, 4, H) with one, got "
+            f"{tuple(state.shape)}"
+        )
+    dtype, device = state.dtype, state.device
+    if dtype not in (torch.float32, torch.float64):
+        raise DTypeError(f"state must be float32 or float64, got {dtype}")
+    batch, _, lanes = state.shape
+    row, site = (lanes,), (batch, lanes)
+    expected: dict[str, Expected] = {
+        "state": (state, state.shape, dtype),
+        "v": (args.v, site, dtype),
+        "source": (args.source, site, dtype),
+        "energy": (args.energy, row, dtype),
+        "eta": (args.eta, row, dtype),
+        "hopping": (args.hopping, row, dtype),
+    }
+    check_tensors(expected, device, "like the state")
+    for name, (x, _, _) in expected.items():
+        if x is None:
+            continue
+        check_plain(name, x)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                f"sweep_step has no derivative, and {name} requires one: call it under "
+                "torch.no_grad(), or use bkcore.kernels.sweep"
+            )
