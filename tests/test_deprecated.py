@@ -1,0 +1,37 @@
+"""Names of the release before lead to the new ones, and warn."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+import bkcore.core
+import bkcore.kernels
+from bkcore.kernels.backends.cpu import native
+from bkcore.kernels.int4_levels import INT4_LEVELS
+
+
+def test_a_moved_name_warns_and_is_the_new_one() -> None:
+    with pytest.warns(DeprecationWarning, match="bkcore.core.recall_step is bkcore.kernels.recall"):
+        assert bkcore.core.recall_step is bkcore.kernels.recall_step
+    with pytest.warns(DeprecationWarning, match="goes with the next release"):
+        assert bkcore.kernels.step is bkcore.kernels.sweep_step
+
+
+def test_a_moved_module_is_imported_by_its_old_name() -> None:
+    with pytest.warns(DeprecationWarning, match="is bkcore.kernels.int4_levels.INT4_LEVELS now"):
+        assert importlib.import_module("bkcore.kernels.weight_levels").INT4_LEVELS is INT4_LEVELS
+    with pytest.warns(DeprecationWarning, match="backends.cpu.native.use_isa now"):
+        assert importlib.import_module("bkcore.kernels.cpu").use_isa is native.use_isa
+
+
+def test_a_function_that_became_a_package_is_still_called() -> None:
+    with pytest.warns(DeprecationWarning, match="describe_backends"):
+        assert bkcore.kernels.backends() == bkcore.kernels.describe_backends()
+
+
+def test_other_names_are_missed_as_ever() -> None:
+    for module in (bkcore.core, bkcore.kernels):
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            _ = module.nothing
