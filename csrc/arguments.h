@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 
 #include "isa.h"
 #include "sweep.h"
@@ -50,7 +51,7 @@ inline Index groups_of(Index size, Index group_size) {
   return size / group_size + (size % group_size != 0);
 }
 
-// The keyword arguments of one call. Every one has to be read, and every one that is read has to be
+// The arguments of one call. Every one has to be read, and every one that is read has to be
 // there; a tensor that was not given is None.
 class Arguments {
  public:
@@ -61,6 +62,8 @@ class Arguments {
   Index number(const char *name) { return take<Index>(name); }
 
   bool flag(const char *name) { return take<bool>(name); }
+
+  nanobind::list list(const char *name) { return take<nanobind::list>(name); }
 
   const Isa &isa() { return find_isa(take<std::string>("isa")); }
 
@@ -122,9 +125,18 @@ class Arguments {
 
  private:
   nanobind::object find(const char *name) const {
-    PyObject *const found = PyDict_GetItemString(given_.ptr(), name);
+    PyObject *const found = PyDict_GetItemWithError(given_.ptr(), key(name));
     if (!found) refuse(std::string(name) + " is missing");
     return nanobind::borrow(found);
+  }
+
+  // A name as Python's string, made once for every place that has it: making and hashing one takes
+  // longer than looking it up. Under Python's lock.
+  static PyObject *key(const char *name) {
+    static std::unordered_map<const char *, PyObject *> known;
+    PyObject *&found = known[name];
+    if (!found) found = PyUnicode_InternFromString(name);
+    return found;
   }
 
   template <class T>

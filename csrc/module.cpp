@@ -40,7 +40,7 @@ Sweep<T> read_sweep(Arguments &in, bool needs_v) {
   return s;
 }
 
-void sweep(const nb::kwargs &given) {
+void sweep(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
   const Index threads = in.number("threads"), cache_bytes = in.number("cache_bytes");
@@ -53,7 +53,7 @@ void sweep(const nb::kwargs &given) {
   });
 }
 
-void sweep_backward(const nb::kwargs &given) {
+void sweep_backward(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
   const Index threads = in.number("threads"), cache_bytes = in.number("cache_bytes");
@@ -77,7 +77,7 @@ void sweep_backward(const nb::kwargs &given) {
   });
 }
 
-void sweep_codes(const nb::kwargs &given) {
+void sweep_codes(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
   const Index threads = in.number("threads"), bits = in.bits();
@@ -101,7 +101,7 @@ void sweep_codes(const nb::kwargs &given) {
   run_sweep_codes(isa, threads, two_sided, s);
 }
 
-void sweep_rounded(const nb::kwargs &given) {
+void sweep_rounded(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
   const Index threads = in.number("threads"), bits = in.bits();
@@ -123,7 +123,7 @@ void sweep_rounded(const nb::kwargs &given) {
 }
 
 // Keeps Python's lock: the step is shorter than letting go of it.
-void sweep_step(const nb::kwargs &given) {
+void sweep_step(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
   in.number("threads");  // a site is too little to share
@@ -163,26 +163,26 @@ Attention<T> read_attention(Arguments &in) {
   return a;
 }
 
-void attention(const nb::kwargs &given) {
+void attention(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
   const Index threads = in.number("threads");
   with_float_type(in, [&](auto zero) {
     using T = decltype(zero);
     Attention<T> a = read_attention<T>(in);
-    const Index chunks = chunks_of(a);
     a.first_psi = in.numbers_or_null<const T>("first_psi", {a.batch, a.heads, 2, a.keys, a.values});
     a.out = in.numbers<T>("out", {a.batch, a.sites, a.heads, 2, a.values});
     a.psi = in.numbers<T>("psi", {a.batch, a.heads, 2, a.keys, a.values});
-    a.checkpoints = in.numbers_or_null<T>("checkpoints",
-                                          {a.batch, a.heads, chunks, 2, a.keys, a.values});
+    const Index chunks = in.flag("keep") ? chunks_of(a) : 0;
+    T *const kept = in.numbers<T>("checkpoints", {a.batch, a.heads, chunks, 2, a.keys, a.values});
+    a.checkpoints = chunks ? kept : nullptr;
     in.finish();
     const Unlocked unlocked;
     run_attention(isa, threads, a);
   });
 }
 
-void attention_backward(const nb::kwargs &given) {
+void attention_backward(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
   const Index threads = in.number("threads");
@@ -235,7 +235,7 @@ std::vector<RoundChannels> read_roundings(const nb::list &given, const RecallSte
 }
 
 // Returns false, and gives no result, if an eta is not positive.
-bool recall_step(const nb::list &rounding, const nb::kwargs &given) {
+bool recall_step(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
   const Index threads = in.number("threads"), bits = in.bits();
@@ -257,13 +257,13 @@ bool recall_step(const nb::list &rounding, const nb::kwargs &given) {
   s.features = in.numbers<float>("features", {s.batch, width});
   s.next_g = in.numbers<float>("next_g", {s.batch, s.heads, 2});
   s.next_psi = in.numbers<float>("next_psi", {s.batch, s.heads, 2, s.keys, s.values});
-  s.rounding = read_roundings(rounding, s, bits);
+  s.rounding = read_roundings(in.list("rounding"), s, bits);
   in.finish();
   const Unlocked unlocked;
   return run_recall_step(isa, threads, s);
 }
 
-void product(const nb::kwargs &given) {
+void product(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
   const Index threads = in.number("threads");
@@ -280,7 +280,7 @@ void product(const nb::kwargs &given) {
   run_product(isa, threads, p);
 }
 
-void round_channels(const nb::kwargs &given) {
+void round_channels(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
   const Index threads = in.number("threads"), bits = in.bits();
@@ -293,7 +293,7 @@ void round_channels(const nb::kwargs &given) {
   run_round_channels(isa, threads, r);
 }
 
-void round_channels_backward(const nb::kwargs &given) {
+void round_channels_backward(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
   const Index threads = in.number("threads"), bits = in.bits();
@@ -311,11 +311,11 @@ void round_channels_backward(const nb::kwargs &given) {
   run_round_channels_backward(isa, threads, a);
 }
 
-void round_rows(const nb::kwargs &given) {
+void round_rows(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
   const Index threads = in.number("threads");
-  const Index rows = in.number("rows"), columns = in.number("columns");
+  const Index rows = in.number("rows"), columns = in.number("channels");
   const auto *x = in.numbers<const float>("x", {rows, columns});
   auto *out = in.numbers<float>("out", {rows, columns});
   in.finish();
@@ -332,7 +332,7 @@ RoundWeight read_weight(Arguments &in) {
   return w;
 }
 
-void round_weight(const nb::kwargs &given) {
+void round_weight(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
   const Index threads = in.number("threads");
@@ -344,7 +344,7 @@ void round_weight(const nb::kwargs &given) {
   run_round_weight(isa, threads, w, codes, values);
 }
 
-void round_weight_backward(const nb::kwargs &given) {
+void round_weight_backward(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
   const Index threads = in.number("threads");
@@ -383,7 +383,7 @@ NB_MODULE(_native, m) {
   m.def("sweep_step", &bkcore::sweep_step);
   m.def("attention", &bkcore::attention);
   m.def("attention_backward", &bkcore::attention_backward);
-  m.def("recall_step", &bkcore::recall_step, nb::arg("rounding"), nb::arg("kwargs"));
+  m.def("recall_step", &bkcore::recall_step);
   m.def("product", &bkcore::product);
   m.def("round_channels", &bkcore::round_channels);
   m.def("round_channels_backward", &bkcore::round_channels_backward);

@@ -42,15 +42,12 @@ def define(
     given = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
     _library.define(f"{name}({taken}) -> {given}")
 
-    def checked(*args: Any) -> A:
-        return check(arguments(*args))
-
     def compute(*args: Any) -> Any:
-        ready = checked(*args)
-        return run(select(ready[0]), ready)
+        checked = check(arguments(*args))
+        return run(select(args[0]), checked)
 
     def fake(*args: Any) -> Any:
-        return like(checked(*args))
+        return like(check(arguments(*args)))
 
     _library.impl(name, compute, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bkcore::{name}", fake, lib=_library)

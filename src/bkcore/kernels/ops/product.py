@@ -73,12 +73,13 @@ def _check(args: Product) -> Product:
         x.device,
         lambda: f"at {bits} bits, for {inputs} inputs in groups of {group_size}",
     )
-    return args._replace(group_size=group_size)
+    return Product(x, weight, args.scales, group_size, bits)
 
 
 def _run(backend: Backend, args: Product) -> Tensor:
-    x, weight, scales = args.x.contiguous(), args.weight.contiguous(), args.scales.contiguous()
-    return backend.product(args._replace(x=x, weight=weight, scales=scales))
+    x, weight, scales, group_size, bits = args
+    ready = Product(x.contiguous(), weight.contiguous(), scales.contiguous(), group_size, bits)
+    return backend.product(ready)
 
 
 def _like(args: Product) -> Tensor:

@@ -140,8 +140,8 @@ def _check(args: RoundChannels, grad: Tensor | None = None) -> RoundChannels:
     check_tensors(
         {"x": (x, x.shape, torch.float32), "grad": (grad, x.shape, torch.float32)}, x.device
     )
-    rounding = args.scale, args.zero, args.levels, args.group_size, args.bits
-    return args._replace(group_size=check_rounding(x.shape[-1], x.device, *rounding))
+    group_size = check_rounding(x.shape[-1], x.device, *args[1:])
+    return RoundChannels(*args[:4], group_size, args.bits)
 
 
 def _check_backward(args: RoundChannelsBackward) -> RoundChannelsBackward:
@@ -157,12 +157,10 @@ def _check_rows(args: RoundRows) -> RoundRows:
 
 
 def _contiguous(args: RoundChannels) -> RoundChannels:
-    return args._replace(
-        x=args.x.contiguous(),
-        scale=args.scale.contiguous(),
-        zero=args.zero.contiguous(),
-        levels=None if args.levels is None else args.levels.contiguous(),
-    )
+    x, scale, zero, levels, group_size, bits = args
+    levels = None if levels is None else levels.contiguous()
+    x, scale, zero = x.contiguous(), scale.contiguous(), zero.contiguous()
+    return RoundChannels(x, scale, zero, levels, group_size, bits)
 
 
 def _run(backend: Backend, args: RoundChannels) -> Tensor:

@@ -91,7 +91,7 @@ def _check(args: RoundWeight, grad: Tensor | None = None) -> RoundWeight:
         weight.device,
         lambda: f"for a weight {(rows, columns)} in groups of {group_size}",
     )
-    return args._replace(group_size=group_size)
+    return RoundWeight(weight, args.scale, group_size, args.bits)
 
 
 def _check_backward(args: RoundWeightBackward) -> RoundWeightBackward:
@@ -99,13 +99,15 @@ def _check_backward(args: RoundWeightBackward) -> RoundWeightBackward:
 
 
 def _run(backend: Backend, args: RoundWeight) -> tuple[Tensor, Tensor]:
-    weight, scale = args.weight.contiguous(), args.scale.contiguous()
-    return backend.round_weight(args._replace(weight=weight, scale=scale))
+    weight, scale, group_size, bits = args
+    ready = RoundWeight(weight.contiguous(), scale.contiguous(), group_size, bits)
+    return backend.round_weight(ready)
 
 
 def _run_backward(backend: Backend, args: RoundWeightBackward) -> tuple[Tensor, Tensor]:
-    grad, weight, scale = (x.contiguous() for x in (args.grad, args.weight, args.scale))
-    return backend.round_weight_backward(args._replace(grad=grad, weight=weight, scale=scale))
+    grad, weight, scale, *form = args
+    tensors = grad.contiguous(), weight.contiguous(), scale.contiguous()
+    return backend.round_weight_backward(RoundWeightBackward(*tensors, *form))
 
 
 def _like(args: RoundWeight) -> tuple[Tensor, Tensor]:

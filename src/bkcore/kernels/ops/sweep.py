@@ -193,14 +193,9 @@ def _check_backward(args: SweepBackward) -> SweepBackward:
 
 def _run(backend: Backend, args: Sweep) -> Tensor:
     v, source = dense(_readable(backend, args.v)), _readable(backend, args.source)
-    return backend.sweep(
-        args._replace(
-            v=v,
-            source=None if source is None else _ordered_like(v, source),
-            eta=parameter_rows(args.eta),
-            hopping=parameter_rows(args.hopping),
-        )
-    )
+    source = None if source is None else _ordered_like(v, source)
+    eta, hopping = parameter_rows(args.eta), parameter_rows(args.hopping)
+    return backend.sweep(Sweep(v, source, args.energy, eta, hopping, args.two_sided))
 
 
 def _run_backward(backend: Backend, args: SweepBackward) -> tuple[Tensor, ...]:

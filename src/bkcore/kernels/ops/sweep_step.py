@@ -71,11 +71,12 @@ def _check(args: SweepStep) -> None:
         "hopping": (args.hopping, row, dtype),
     }
     check_tensors(expected, device, "like the state")
+    differentiating = torch.is_grad_enabled()
     for name, (x, _, _) in expected.items():
         if x is None:
             continue
         check_plain(name, x)
-        if x.requires_grad and torch.is_grad_enabled():
+        if differentiating and x.requires_grad:
             raise InputError(
                 f"sweep_step has no derivative, and {name} requires one: call it under "
                 "torch.no_grad(), or use bkcore.kernels.sweep"

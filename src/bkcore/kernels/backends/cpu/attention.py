@@ -42,34 +42,30 @@ def attention(args: Attention) -> AttentionResults:
     psi = v.new_empty(batch, heads, 2, keys, values)
     chunks = -(-sites // ATTENTION_CHUNK) if args.keep else 0
     checkpoints = v.new_empty(batch, heads, chunks, 2, keys, values)
-    *tensors, keep = args
-    inputs = dict(zip(Attention._fields, tensors, strict=False))
-    native.call(
-        "attention",
-        **_sizes(args),
-        **native.buffers(**inputs),
-        **native.buffers(g=g, out=out, psi=psi, checkpoints=checkpoints if keep else None),
-    )
+    results = {"g": g, "out": out, "psi": psi, "checkpoints": checkpoints}
+    buffers = {name: native.buffer(x) for name, x in results.items()}
+    native.call("attention", **native.named(args), **_sizes(args), **buffers)
     return g, out, psi, checkpoints
 
 
 def attention_backward(args: AttentionBackward) -> tuple[Tensor, ...]:
     v, (batch, _, heads) = args.v, args.v.shape
-    # One partial sum for each chain, so that the result does not depend on the threads.
-    denergy, deta = v.new_empty(batch, heads), v.new_empty(batch, heads)
-    dv, dhopping = torch.empty_like(v), torch.empty_like(v)
-    dquery, dkey, dvalue = (torch.empty_like(x) for x in (args.query, args.key, args.value))
-    dfirst_g, dfirst_psi = v.new_empty(batch, heads, 2), torch.empty_like(args.dpsi)
-    native.call(
-        "attention_backward",
-        **_sizes(args),
-        **native.buffers(**args._asdict()),
-        **native.buffers(dv=dv, dhopping=dhopping, denergy=denergy, deta=deta),
-        **native.buffers(dquery=dquery, dkey=dkey, dvalue=dvalue),
-        **native.buffers(dfirst_g=dfirst_g, dfirst_psi=dfirst_psi),
-    )
-    denergy, deta = ordered_sum(denergy), ordered_sum(deta)
-    return dv, dhopping, denergy, deta, dquery, dkey, dvalue, dfirst_g, dfirst_psi
+    results = {
+        "dv": torch.empty_like(v),
+        "dhopping": torch.empty_like(args.hopping),
+        # One partial sum for each chain, so that the result does not depend on the threads.
+        "denergy": v.new_empty(batch, heads),
+        "deta": v.new_empty(batch, heads),
+        "dquery": torch.empty_like(args.query),
+        "dkey": torch.empty_like(args.key),
+        "dvalue": torch.empty_like(args.value),
+        "dfirst_g": v.new_empty(batch, heads, 2),
+        "dfirst_psi": torch.empty_like(args.dpsi),
+    }
+    buffers = {name: native.buffer(x) for name, x in results.items()}
+    native.call("attention_backward", **native.named(args), **_sizes(args), **buffers)
+    results |= {name: ordered_sum(results[name]) for name in ("denergy", "deta")}
+    return tuple(results.values())
 
 
 def recall_step(
@@ -80,22 +76,27 @@ def recall_step(
     g, psi = torch.empty_like(args.g), torch.empty_like(args.psi)
     computed = native.call(
         "recall_step",
-        [
-            {
-                **native.buffers(scale=part.scale, zero=part.zero, levels=part.levels),
-                "group_size": part.group_size,
-            }
-            for part in rounding
-        ],
-        bits=rounding[0].bits if rounding else 8,
+        **native.named(args),
         batch=batch,
         heads=heads,
         groups=args.query.shape[-1] // keys,
         keys=keys,
         values=values,
-        **native.buffers(**args._asdict()),
-        **native.buffers(features=features, next_g=g, next_psi=psi),
+        bits=rounding[0].bits if rounding else 8,
+        rounding=[_rounding(part) for part in rounding],
+        features=native.buffer(features),
+        next_g=native.buffer(g),
+        next_psi=native.buffer(psi),
     )
     if not computed:
         raise not_positive("eta", float(args.eta.min()))
     return features, g, psi
+
+
+def _rounding(part: ChannelRounding) -> dict[str, Any]:
+    return {
+        "scale": native.buffer(part.scale),
+        "zero": native.buffer(part.zero),
+        "levels": native.buffer(part.levels),
+        "group_size": part.group_size,
+    }

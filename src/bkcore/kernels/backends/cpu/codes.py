@@ -28,20 +28,19 @@ def sweep_codes(args: SweepCodes) -> Tensor:
     bounds = None if args.out_levels is None else reference.bounds_between(args.out_levels)
     native.call(
         "sweep_codes",
+        two_sided=args.two_sided,
         bits=args.bits,
+        v=native.buffer(args.v),
+        source=native.buffer(args.source),
+        in_levels=native.buffer(args.in_levels),
         **sizes(args.v, args.energy.shape[0]),
         **chains(args),
+        codes=native.buffer(codes),
         in_scale=native.rows_of_parts(args.in_scale),
         in_zero=native.rows_of_parts(args.in_zero),
         out_scale=native.rows_of_parts(args.out_scale),
         out_zero=native.rows_of_parts(args.out_zero),
-        **native.buffers(
-            v=args.v,
-            source=args.source,
-            codes=codes,
-            in_levels=args.in_levels,
-            out_bounds=bounds,
-        ),
+        out_bounds=native.buffer(bounds),
     )
     return codes
 
@@ -54,46 +53,42 @@ def sweep_rounded(args: SweepRounded) -> Tensor:
     bounds = None if args.levels is None else reference.bounds_between(args.levels)
     native.call(
         "sweep_rounded",
+        two_sided=args.two_sided,
         bits=args.bits,
         group_size=args.group_size,
+        scale=native.buffer(args.scale),
+        zero=native.buffer(args.zero),
+        levels=native.buffer(args.levels),
         **sizes(args.v),
         **chains(args),
         v=native.sequence(args.v),
         parts=native.sequence_of_parts(parts),
-        **native.buffers(scale=args.scale, zero=args.zero, levels=args.levels, bounds=bounds),
+        bounds=native.buffer(bounds),
     )
     return parts
 
 
 def product(args: Product) -> Tensor:
-    x, weight = args.x, args.weight
-    inputs, outputs = x.shape[-1], weight.shape[0]
+    x = args.x
+    inputs, outputs = x.shape[-1], args.weight.shape[0]
+    rows = x.numel() // inputs
     out = x.new_empty(*x.shape[:-1], outputs)
-    native.call(
-        "product",
-        bits=args.bits,
-        group_size=args.group_size,
-        rows=x.numel() // inputs,
-        inputs=inputs,
-        outputs=outputs,
-        **native.buffers(x=x, weight=weight, scales=args.scales, out=out),
-    )
+    sizes = {"rows": rows, "inputs": inputs, "outputs": outputs}
+    native.call("product", **native.named(args), **sizes, out=native.buffer(out))
     return out
 
 
-def _rows(x: Tensor) -> int:
-    return x.numel() // max(x.shape[-1], 1)
+def _rows(x: Tensor) -> tuple[int, int]:
+    """Rows and channels of x."""
+    channels = x.shape[-1]
+    return x.numel() // max(channels, 1), channels
 
 
 def round_channels(args: RoundChannels) -> Tensor:
     out = torch.empty_like(args.x)
+    rows, channels = _rows(out)
     native.call(
-        "round_channels",
-        bits=args.bits,
-        group_size=args.group_size,
-        rows=_rows(out),
-        channels=out.shape[-1],
-        **native.buffers(x=args.x, scale=args.scale, zero=args.zero, levels=args.levels, out=out),
+        "round_channels", **native.named(args), rows=rows, channels=channels, out=native.buffer(out)
     )
     return out
 
@@ -101,59 +96,45 @@ def round_channels(args: RoundChannels) -> Tensor:
 def round_channels_backward(
     args: RoundChannelsBackward,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, channels, rows = args.x, args.x.shape[-1], _rows(args.x)
+    x, (rows, channels) = args.x, _rows(args.x)
     # Sums over rows are taken in shares of fixed size, so that they do not depend on the threads.
     shares = -(-rows // native.rows_per_share())
     dx, dscale = torch.empty_like(x), x.new_zeros(shares, channels)
     dlevels = None if args.levels is None else x.new_zeros(shares, 2**args.bits)
     native.call(
         "round_channels_backward",
-        bits=args.bits,
-        group_size=args.group_size,
+        **native.named(args),
         rows=rows,
         channels=channels,
-        **native.buffers(grad=args.grad, x=x, scale=args.scale, zero=args.zero, levels=args.levels),
-        **native.buffers(dx=dx, dscale=dscale, dlevels=dlevels),
+        dx=native.buffer(dx),
+        dscale=native.buffer(dscale),
+        dlevels=native.buffer(dlevels),
     )
     return dx, ordered_sum(dscale), None if dlevels is None else ordered_sum(dlevels)
 
 
 def round_rows(args: RoundRows) -> Tensor:
     out = torch.empty_like(args.x)
-    columns = out.shape[-1]
+    rows, channels = _rows(out)
     native.call(
-        "round_rows",
-        rows=out.numel() // columns,
-        columns=columns,
-        **native.buffers(x=args.x, out=out),
+        "round_rows", **native.named(args), rows=rows, channels=channels, out=native.buffer(out)
     )
     return out
 
 
-def _weight_sizes(args: RoundWeight | RoundWeightBackward) -> dict[str, int]:
-    rows, columns = args.weight.shape
-    group_size, bits = args.group_size, args.bits
-    return {"rows": rows, "columns": columns, "group_size": group_size, "bits": bits}
-
-
 def round_weight(args: RoundWeight) -> tuple[Tensor, Tensor]:
-    weight = args.weight
-    codes, values = torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight)
-    native.call(
-        "round_weight",
-        **_weight_sizes(args),
-        **native.buffers(weight=weight, scale=args.scale, codes=codes, values=values),
-    )
+    rows, columns = args.weight.shape
+    codes, values = torch.empty_like(args.weight, dtype=torch.int8), torch.empty_like(args.weight)
+    results = {"codes": native.buffer(codes), "values": native.buffer(values)}
+    native.call("round_weight", **native.named(args), rows=rows, columns=columns, **results)
     return codes, values
 
 
 def round_weight_backward(args: RoundWeightBackward) -> tuple[Tensor, Tensor]:
-    weight, scale = args.weight, args.scale
-    dweight, dscale = torch.empty_like(weight), weight.new_empty(scale.shape)
+    rows, columns = args.weight.shape
+    dweight, dscale = torch.empty_like(args.weight), args.weight.new_empty(args.scale.shape)
+    results = {"dweight": native.buffer(dweight), "dscale": native.buffer(dscale)}
     native.call(
-        "round_weight_backward",
-        **_weight_sizes(args),
-        **native.buffers(weight=weight, scale=scale, grad=args.grad),
-        **native.buffers(dweight=dweight, dscale=dscale),
+        "round_weight_backward", **native.named(args), rows=rows, columns=columns, **results
     )
     return dweight, dscale

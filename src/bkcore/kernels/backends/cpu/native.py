@@ -115,10 +115,10 @@ def rows_per_share() -> int:
     return rows
 
 
-def call(name: str, *args: Any, **named: Any) -> Any:
-    """Call a function of the extension with the instruction set and the threads in force."""
-    function = getattr(_native, name)
-    return function(*args, isa=isa(), threads=torch.get_num_threads(), **named)
+def call(name: str, **arguments: Any) -> Any:
+    """Call a function of the extension, with the instruction set and the threads in force."""
+    arguments["isa"], arguments["threads"] = isa(), torch.get_num_threads()
+    return getattr(_native, name)(arguments)
 
 
 # What the extension takes for a contiguous tensor: address and bytes. An empty tensor has no
@@ -134,8 +134,16 @@ def buffer(x: Tensor | None) -> Buffer | None:
     return None if x is None else (x.data_ptr(), x.nbytes)
 
 
-def buffers(**tensors: Tensor | None) -> dict[str, Buffer | None]:
-    return {name: buffer(x) for name, x in tensors.items()}
+_PLAIN = (int, bool, type(None))
+"""What is no tensor. `isinstance` would ask PyTorch, which takes longer than all else here."""
+
+
+def named(bundle: Any) -> dict[str, Any]:
+    """The arguments of an operator by name, with buffers for tensors."""
+    return {
+        name: x if type(x) in _PLAIN else (x.data_ptr(), x.nbytes)
+        for name, x in zip(bundle._fields, bundle, strict=True)
+    }
 
 
 def sequence(x: Tensor | None) -> Layout | None:

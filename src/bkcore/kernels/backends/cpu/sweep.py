@@ -26,7 +26,6 @@ def chains(args: Sweep | SweepBackward | SweepCodes | SweepRounded) -> dict[str,
         "energy": native.row(args.energy),
         "eta": native.rows(args.eta),
         "hopping": native.rows(args.hopping),
-        "two_sided": args.two_sided,
     }
 
 
@@ -40,6 +39,7 @@ def sweep(args: Sweep) -> Tensor:
     parts = empty_parts(args.v, 2 if args.source is None else 4)
     native.call(
         "sweep",
+        two_sided=args.two_sided,
         double=args.v.dtype == torch.float64,
         sequential=native.is_sequential(),
         cache_bytes=native.CACHE_BYTES,
@@ -64,6 +64,7 @@ def sweep_backward(args: SweepBackward) -> SweepGradients:
     dhopping = parts.new_zeros(batch, *args.hopping.shape)
     native.call(
         "sweep_backward",
+        two_sided=args.two_sided,
         double=parts.dtype == torch.float64,
         cache_bytes=native.CACHE_BYTES,
         **sizes(dv),
@@ -83,10 +84,6 @@ def sweep_backward(args: SweepBackward) -> SweepGradients:
 
 def sweep_step(args: SweepStep) -> None:
     batch, _, lanes = args.state.shape
-    native.call(
-        "sweep_step",
-        double=args.state.dtype == torch.float64,
-        batch=batch,
-        lanes=lanes,
-        **native.buffers(**args._asdict()),
-    )
+    double = args.state.dtype == torch.float64
+    sizes = {"batch": batch, "lanes": lanes}
+    native.call("sweep_step", **native.named(args), **sizes, double=double)
