@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+# As the command `bkcore` does (bkcore/__main__.py), before PyTorch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

@@ -226,7 +226,7 @@ def test_a_signal_ends_a_process_and_the_one_that_it_waits_for(folder: Path) -> 
         printed, _ = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "bkcore: interrupted" in printed
-    assert "Traceback" not in printed
+    assert "Traceback" not in printed, printed
 
 
 # ---- what is refused early, and how it is said ----------------------------------------------

@@ -16,7 +16,7 @@ from bkcore.processes import ProcessDiedError, call_in_new_process
 
 # What is called is found by its name in a fresh interpreter, which does not know this file.
 WORK = """
-import os, signal, time
+import os, signal, time, torch
 from bkcore.errors import InputError
 
 def add(send, a, b):

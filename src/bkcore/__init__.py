@@ -1,24 +1,29 @@
 """bkcore: a quantized Birman-Schwinger core.
 
-The public names. The language model needs transformers, which takes seconds to import, so its
-names are looked up when they are first used.
+The public names. Each is looked up when it is first used, so that importing the package takes no
+time: PyTorch takes a second, transformers some more.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from bkcore.core import BirmanSchwingerCore, causal_sweep, resolvent_attention, resolvent_diagonal
-from bkcore.errors import BKCoreError
-from bkcore.quantization import (
-    ComplexQuantizer,
-    GroupWiseQuantizer,
-    QuantizationConfig,
-    QuantizationState,
-    QuantizedBirmanSchwingerCore,
-    create_quantized_birman_schwinger,
-)
-
 if TYPE_CHECKING:
+    from bkcore.core import (
+        BirmanSchwingerCore,
+        causal_sweep,
+        resolvent_attention,
+        resolvent_diagonal,
+    )
+    from bkcore.errors import BKCoreError
     from bkcore.model import LanguageModel, ResNetBKConfig, ResNetBKForCausalLM
+    from bkcore.quantization import (
+        ComplexQuantizer,
+        GroupWiseQuantizer,
+        QuantizationConfig,
+        QuantizationState,
+        QuantizedBirmanSchwingerCore,
+        create_quantized_birman_schwinger,
+    )
 
 __version__ = "0.1.0"
 
@@ -39,14 +44,21 @@ __all__ = [
     "resolvent_diagonal",
 ]
 
+_PLACES = ("bkcore.core", "bkcore.quantization", "bkcore.model")
+_PACKAGES = ("core", "evaluation", "kernels", "model", "quantization", "text", "training")
+
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, *_PACKAGES]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("LanguageModel", "ResNetBKConfig", "ResNetBKForCausalLM"):
-        import bkcore.model
-
-        return getattr(bkcore.model, name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"bkcore.{name}")
+    if name == "BKCoreError":
+        return importlib.import_module("bkcore.errors").BKCoreError
+    for place in _PLACES if name in __all__ else ():
+        module = importlib.import_module(place)
+        if name in module.__all__:
+            return getattr(module, name)
     raise AttributeError(f"module 'bkcore' has no attribute {name!r}")

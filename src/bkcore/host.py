@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
+import time
 from pathlib import Path
 
 # The numbers of glibc's malloc.h.
@@ -13,6 +15,7 @@ _M_TOP_PAD = -2
 _M_MMAP_THRESHOLD = -3
 _UNLIMITED = 2**31 - 1
 
+_STATISTICS = Path("/proc/stat")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -21,6 +24,38 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def free_cores(seconds: float = 0.2) -> int:
+    """Cores that this process may run on and that nobody keeps busy now, at least 1.
+
+    Looks at them for so long. Where the system (Linux) does not say, all count as free.
+    """
+    before = _core_times()
+    if not before:
+        return usable_cores()
+    time.sleep(seconds)
+    after = _core_times()
+    idle = sum(
+        (after[core][0] - before[core][0]) / max(after[core][1] - before[core][1], 1)
+        for core in os.sched_getaffinity(0)
+        if core in before and core in after
+    )
+    return max(1, min(usable_cores(), round(idle)))
+
+
+def _core_times() -> dict[int, tuple[int, int]]:
+    """Ticks that each core was idle, and all of its ticks, since the system started."""
+    try:
+        lines = _STATISTICS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return {}
+    times = {}
+    for name, *fields in (line.split() for line in lines if re.match(r"cpu\d", line)):
+        # user, nice, system, idle, waiting for a disk, interrupts (proc_stat(5))
+        ticks = [int(field) for field in fields[:8]]
+        times[int(name[3:])] = ticks[3] + ticks[4], sum(ticks)
+    return times
 
 
 def last_level_cache() -> int | None:

@@ -74,10 +74,11 @@ def _receive(connection: Any, process: Any) -> Any:
 def _start_uninterrupted(process: Any) -> None:
     """Start a process that Ctrl-C does not reach: it would print what it was doing, and we say it.
 
-    It inherits which signals are blocked here.
+    It inherits which signals are blocked here. Nothing may end this process halfway, either: the
+    other one would miss what it is to read, and print that.
     """
-    resource_tracker.ensure_running()  # a process, too, whose start would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    resource_tracker.ensure_running()  # a process, too, whose start would unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         process.start()
     finally:
@@ -92,6 +93,7 @@ def _work(connection: Connection) -> None:
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         function, arguments = pickle.loads(connection.recv_bytes())
         send("result", function(lambda value: send("message", value), *arguments))
     except BKCoreError as error:
