@@ -91,7 +91,8 @@ class Arguments {
   }
 
   // Any tensor, (address, bytes of a number, sizes, strides), that has to reach as far as these
-  // sizes. A stride of 0 is an axis that it lacks.
+  // sizes. A stride of 0 is an axis that it lacks; along an axis of one there is nowhere to go, and
+  // the stride becomes 0, too.
   template <class T>
   Strided<T> strided(const char *name, const Sizes &wanted) {
     const auto [address, bytes, sizes, strides] =
@@ -100,15 +101,17 @@ class Arguments {
       refuse(std::string(name) + " has numbers of " + std::to_string(bytes) +
              " bytes instead of " + std::to_string(sizeof(T)));
     bool any = true;
+    Sizes steps = {};
     for (std::size_t axis = 0; axis < wanted.size(); ++axis) {
       const Index size = strides[axis] ? wanted[axis] : std::min<Index>(wanted[axis], 1);
       if (size < 0 || strides[axis] < 0 || sizes[axis] < size)
         refuse(std::string(name) + " has the size " + std::to_string(sizes[axis]) +
                " along axis " + std::to_string(axis) + " instead of " + std::to_string(size));
       any = any && wanted[axis] > 0;
+      if (wanted[axis] > 1) steps[axis] = strides[axis];
     }
     if (any && !address) refuse(std::string(name) + " has no memory; is it a fake tensor?");
-    return {reinterpret_cast<T *>(address), strides[0], strides[1], strides[2], strides[3]};
+    return {reinterpret_cast<T *>(address), steps[0], steps[1], steps[2], steps[3]};
   }
 
   template <class T>

@@ -47,7 +47,8 @@ bool contiguous_lanes(const Sweep<T> &s) {
 template <class T>
 bool contiguous_lanes(const SweepBackward<T> &a) {
   const bool source = !a.dsource.data || a.dsource.lane == 1;
-  return contiguous_lanes(a.forward) && source && a.grad.lane == 1 && a.dv.lane == 1;
+  return contiguous_lanes(a.forward) && source && a.grad.lane == 1 && a.dv.lane == 1 &&
+         a.denergy.lane == 1 && a.deta.lane == 1 && a.dhopping.lane == 1;
 }
 
 // Equal blocks of every chain but for the last, chosen from the shape alone.
@@ -119,7 +120,8 @@ template <class T>
 void run_sweep_backward(const Isa &isa, Index threads, bool two_sided, Index cache_bytes,
                         SweepBackward<T> a) {
   Sweep<T> &s = a.forward;
-  s.stream = should_stream(a.dv, numbers_of(s), cache_bytes);
+  s.stream = should_stream(a.dv, numbers_of(s), cache_bytes) &&
+             (!s.source.data || should_stream(a.dsource, numbers_of(s), cache_bytes));
   threads = worthwhile_threads(s.batch * s.lanes * s.sites, threads);
   const std::vector<Unit> list = units(s.batch, s.lanes, !contiguous_lanes(a), threads);
   const auto kernel = kernels<T>(isa).sweep_backward;
