@@ -27,6 +27,10 @@ inline EncodedRows encoded_rows(const Product &p, Index words) {
 }
 
 inline void run_product(const Isa &isa, Index allowed, const Product &p) {
+  if (p.inputs == 0) {  // no group begins the sums
+    std::fill_n(p.out, p.rows * p.outputs, 0.0F);
+    return;
+  }
   const ProductKernels &kernels = isa.product;
   const EncodedRows encoded = encoded_rows(p, words_of(p, kernels.depth));
   const Index products = p.rows * p.outputs * p.inputs;
