@@ -1,7 +1,10 @@
 # make demo         set up .venv and run the main job
 # make bench        set up .venv and time the kernels
 # make test         set up .venv and run lint, types and all tests
+# make test-cpp     the tests of the kernels in C++, which `make test` runs, too; they need CMake and doctest
 # make test-lowest  set up .venv-lowest with the lowest versions allowed and run the tests of LOWEST
+# make sanitize     the tests in C++ and ROUNDS rounds of the fuzzer from SEED on, under sanitizers
+# make coverage-cpp what the tests in C++ run through, lines and branches, by gcov
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,7 +19,11 @@ LOWEST := tests/test_*interface.py tests/test_imports.py tests/test_versions.py 
 	tests/model/test_language_model.py tests/report/test_train.py tests/text \
 	tests/training/test_resume.py
 
-.PHONY: demo bench test test-lowest setup clean
+ROUNDS ?= 2000
+SEED ?= 1
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+
+.PHONY: demo bench test test-cpp test-lowest sanitize coverage-cpp setup clean
 
 demo: setup
 	$(BIN)/bkcore demo $(ARGS)
@@ -24,11 +31,38 @@ demo: setup
 bench: setup
 	$(BIN)/bkcore bench kernels $(ARGS)
 
-test: setup
+test: setup test-cpp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest $(ARGS)
+
+test-cpp:
+ifneq ($(or $(CI),$(shell command -v cmake)),)
+	$(call build-cpp,cpp,check,-DCMAKE_BUILD_TYPE=Release)
+else
+	@echo "The C++ tests are left out: there is no CMake; install it, such as with 'apt install cmake doctest-dev'"
+endif
+
+sanitize:
+	$(call build-cpp,sanitize,check,-DBKCORE_INSTRUMENT=sanitize)
+	$(call build-cpp,sanitize,fuzz,-DBKCORE_INSTRUMENT=sanitize)
+	build/sanitize/csrc/tests/fuzz $(ROUNDS) $(SEED)
+
+coverage-cpp:
+	$(call build-cpp,coverage,check,-DBKCORE_INSTRUMENT=coverage)
+	$(PYTHON) -m venv build/gcovr
+	build/gcovr/bin/python -m pip install --quiet gcovr
+	build/gcovr/bin/gcovr --root . --filter csrc/ --exclude csrc/tests/ --object-directory build/coverage
+	build/gcovr/bin/gcovr --root . --filter csrc/ --exclude csrc/tests/ --object-directory build/coverage \
+		--txt-metric branch --exclude-throw-branches --exclude-unreachable-branches
+
+# build-cpp FOLDER, TARGET, OPTIONS: configure the kernels without Python, and build a target.
+define build-cpp
+	cmake --log-level=WARNING -S . -B build/$(1) $(3) -DBKCORE_PYTHON=OFF -DBKCORE_TESTS=ON \
+		$(if $(CI),-DCMAKE_REQUIRE_FIND_PACKAGE_doctest=ON)
+	cmake --build build/$(1) --parallel $(JOBS) --target $(2)
+endef
 
 test-lowest: .venv-lowest/.installed
 	.venv-lowest/bin/pytest $(LOWEST) $(ARGS)
@@ -36,7 +70,7 @@ test-lowest: .venv-lowest/.installed
 setup: .venv/.installed
 
 # Sources of the native code only: the installation is editable, so Python changes are live.
-native := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+native := pyproject.toml CMakeLists.txt $(wildcard csrc/*.*)
 
 .venv/.installed: constraints.txt $(native)
 	$(call install,constraints.txt,dev,build/{wheel_tag})

@@ -1,5 +1,5 @@
-// Arguments as Python hands them over, by name. A tensor comes with how much memory there is, so that
-// nothing is read or written beyond its end, whatever Python and a kernel disagree about.
+// Arguments as Python hands them over, by name. A tensor comes with how much memory there is, so
+// that nothing is read or written beyond its end, whatever Python and a kernel disagree about.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -15,15 +15,16 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <unordered_map>
 
 #include "isa.h"
 #include "sweep.h"
+#include "threads.h"
 
 namespace bkcore {
 namespace {
 
-using Index = std::int64_t;
 using Address = std::uintptr_t;
 // Of batch, sites, parts and lanes.
 using Sizes = std::array<Index, 4>;
@@ -48,7 +49,7 @@ inline Index count(std::initializer_list<Index> sizes) {
 // Groups of `size` channels or sites, a smaller last one included.
 inline Index groups_of(Index size, Index group_size) {
   if (group_size < 1) refuse("a group size is " + std::to_string(group_size));
-  return size / group_size + (size % group_size != 0);
+  return ceil_divide(size, group_size);
 }
 
 // The arguments of one call. Every one has to be read, and every one that is read has to be
@@ -66,6 +67,12 @@ class Arguments {
   nanobind::list list(const char *name) { return take<nanobind::list>(name); }
 
   const Isa &isa() { return find_isa(take<std::string>("isa")); }
+
+  Index threads() {
+    const Index threads = number("threads");
+    if (threads < 1) refuse("there are " + std::to_string(threads) + " threads");
+    return threads;
+  }
 
   Index bits() {
     const Index bits = number("bits");
@@ -91,27 +98,39 @@ class Arguments {
   }
 
   // Any tensor, (address, bytes of a number, sizes, strides), that has to reach as far as these
-  // sizes. A stride of 0 is an axis that it lacks; along an axis of one there is nowhere to go, and
-  // the stride becomes 0, too.
+  // sizes. A stride of 0 is an axis that it lacks, which one that is written to cannot; along an
+  // axis of one there is nowhere to go, and the stride becomes 0, too.
   template <class T>
   Strided<T> strided(const char *name, const Sizes &wanted) {
     const auto [address, bytes, sizes, strides] =
         take<std::tuple<Address, Index, Sizes, Sizes>>(name);
     if (bytes != static_cast<Index>(sizeof(T)))
-      refuse(std::string(name) + " has numbers of " + std::to_string(bytes) +
-             " bytes instead of " + std::to_string(sizeof(T)));
+      refuse(std::string(name) + " has numbers of " + std::to_string(bytes) + " bytes instead of " +
+             std::to_string(sizeof(T)));
     bool any = true;
     Sizes steps = {};
     for (std::size_t axis = 0; axis < wanted.size(); ++axis) {
       const Index size = strides[axis] ? wanted[axis] : std::min<Index>(wanted[axis], 1);
       if (size < 0 || strides[axis] < 0 || sizes[axis] < size)
-        refuse(std::string(name) + " has the size " + std::to_string(sizes[axis]) +
-               " along axis " + std::to_string(axis) + " instead of " + std::to_string(size));
+        refuse(std::string(name) + " has the size " + std::to_string(sizes[axis]) + " along axis " +
+               std::to_string(axis) + " instead of " + std::to_string(size));
+      if (!std::is_const_v<T> && wanted[axis] > 1 && !strides[axis])
+        refuse(std::string(name) + " is written to, but expanded along axis " +
+               std::to_string(axis));
       any = any && wanted[axis] > 0;
       if (wanted[axis] > 1) steps[axis] = strides[axis];
     }
     if (any && !address) refuse(std::string(name) + " has no memory; is it a fake tensor?");
     return {reinterpret_cast<T *>(address), steps[0], steps[1], steps[2], steps[3]};
+  }
+
+  // One whose lanes lie side by side.
+  template <class T>
+  Strided<T> rows(const char *name, const Sizes &wanted) {
+    const Strided<T> x = strided<T>(name, wanted);
+    if (wanted[3] > 1 && x.lane != 1)
+      refuse(std::string(name) + " has lanes " + std::to_string(x.lane) + " numbers apart");
+    return x;
   }
 
   template <class T>

@@ -1,9 +1,10 @@
 // Resolvent attention: a source with a matrix for every site, read by a query. Formulas, layout and
 // derivation: src/bkcore/kernels/ops/attention.py.
 //
-// One unit of work is one chain (batch, head). Its state psi (2, keys, values), the real parts before
-// the imaginary ones, stays in the first-level cache; vectors go along the values. The rows of a chain
-// lie a row of every other head apart, too far for a processor to guess: they are prefetched.
+// One unit of work is one chain (batch, head). Its state psi (2, keys, values), the real parts
+// before the imaginary ones, stays in the first-level cache; vectors go along the values. The rows
+// of a chain lie a row of every other head apart, too far for a processor to guess: they are
+// prefetched.
 #pragma once
 
 #include "simd.h"
@@ -137,8 +138,8 @@ BKCORE_INLINE void prefetch_outputs(const ChainRows<T> &rows, const AttentionBac
   prefetch<1>(d.dvalue + site * values, values);
 }
 
-// The part of the adjoint of one site that goes over the matrix: from M' = t' g' M of the site above,
-// in `m`, to M = query c^T + M' and then t g M, again in `m`.
+// The part of the adjoint of one site that goes over the matrix: from M' = t' g' M of the site
+// above, in `m`, to M = query c^T + M' and then t g M, again in `m`.
 template <class T>
 struct SiteSums {
   Pair<T> before;  // <M, psi of the site before>
@@ -199,19 +200,25 @@ BKCORE_INLINE SiteSums<T> adjoint_site(const ChainRows<T> &rows, const Attention
           {S::sum(source_re), S::sum(source_im)}};
 }
 
+// The states of a chunk, and the one before it.
 template <class T>
-Index attention_adjoint_bytes(const Attention<T> &a) {
-  const Index state = 2 * a.keys * a.values, partial = 2 * a.keys * Simd<T>::width;
-  return ((a.chunk + 2) * state + partial) * static_cast<Index>(sizeof(T));
+BKCORE_INLINE Index kept_states(const Attention<T> &a) {
+  return least(a.chunk, a.sites) + 1;
 }
 
 template <class T>
-void attention_adjoint(const Attention<T> &a, const AttentionBackward<T> &d, Index batch, Index head,
-                       T *memory) {
+Index attention_adjoint_bytes(const Attention<T> &a) {
+  const Index state = 2 * a.keys * a.values, partial = 2 * a.keys * Simd<T>::width;
+  return ((kept_states(a) + 1) * state + partial) * static_cast<Index>(sizeof(T));
+}
+
+template <class T>
+void attention_adjoint(const Attention<T> &a, const AttentionBackward<T> &d, Index batch,
+                       Index head, T *memory) {
   const ChainRows<T> rows{a, batch, head};
   const Index chain = rows.chain(), size = rows.state(), plane = size / 2;
   const Index chunks = chunks_of(a);
-  T *states = memory, *m = memory + (a.chunk + 1) * size, *partial = m + size;
+  T *states = memory, *m = memory + kept_states(a) * size, *partial = m + size;
   // Without values nobody writes to the sums, and they are 0.
   std::memset(partial, 0, 2 * a.keys * Simd<T>::width * sizeof(T));
   copy_row(m, d.dpsi + chain * size, size);
@@ -219,7 +226,7 @@ void attention_adjoint(const Attention<T> &a, const AttentionBackward<T> &d, Ind
   Pair<T> carry = {0, 0};
   T denergy = 0, deta = 0;
   for (Index chunk = chunks - 1; chunk >= 0; --chunk) {
-    const Index start = chunk * a.chunk, end = least(a.sites, start + a.chunk);
+    const Index start = chunk * a.chunk, end = start + least(a.sites - start, a.chunk);
     copy_row<T>(states, a.checkpoints + (chain * chunks + chunk) * size, size);
     for (Index i = start; i < end; ++i) {
       if (i + kAhead < end) prefetch_inputs(rows, i + kAhead);
@@ -239,8 +246,8 @@ void attention_adjoint(const Attention<T> &a, const AttentionBackward<T> &d, Ind
       d.dv[site] = -p.re;
       denergy += p.re;
       deta -= p.im;
-      d.dhopping[site] = g.re * s.before.re - g.im * s.before.im +
-                         2 * t * (p.re * last.re - p.im * last.im);
+      d.dhopping[site] =
+          g.re * s.before.re - g.im * s.before.im + 2 * t * (p.re * last.re - p.im * last.im);
       carry = {t * t * p.re, t * t * p.im};
     }
   }

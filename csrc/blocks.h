@@ -2,21 +2,22 @@
 //
 // What a block does to what enters it is known from the block alone. Let G be the resolvent of the
 // isolated block with first site s and last site e, and g, psi enter over a bond t. Cutting that
-// bond out and putting it back (Dyson's equation; the self-energy of the chain to the left is t^2 g)
-// gives, with D = 1 - t^2 g G_ss,
+// bond out and putting it back (Dyson's equation; the self-energy of the chain to the left is t^2
+// g) gives, with D = 1 - t^2 g G_ss,
 //
 //     g_e   = G_ee + t^2 g G_se^2 / D
 //     psi_e = psi'_e + G_se (t^2 g sigma + t psi) / D,       sigma = sum_j G_sj b_j
 //
-// where psi' is the isolated block's own. From the right, the same with s and e exchanged. All of it
-// is bounded by powers of 1/eta, so nothing needs rescaling. One sweep finds G_ee, G_ss, G_se and
-// sigma, as site i is added to those before it, with q_i = G_si:
+// where psi' is the isolated block's own. From the right, the same with s and e exchanged. All of
+// it is bounded by powers of 1/eta, so nothing needs rescaling. One sweep finds G_ee, G_ss, G_se
+// and sigma, as site i is added to those before it, with q_i = G_si:
 //
 //     q_i = t q_{i-1} g_i,   G_ss += t q_{i-1} q_i,   sigma += q_i (b_i + t psi_{i-1})
 //
-// Then the blocks' maps are composed one after the other, and a second sweep starts every block from
-// what enters it. All of this is done in float64: a block's end then agrees with the next block's
-// beginning far below the round-off of float32, and the result is as backward stable as one sweep's.
+// Then the blocks' maps are composed one after the other, and a second sweep starts every block
+// from what enters it. All of this is done in float64: a block's end then agrees with the next
+// block's beginning far below the round-off of float32, and the result is as backward stable as one
+// sweep's.
 #pragma once
 
 #include "gather.h"
@@ -38,13 +39,16 @@ void block_tile(const Tile<double> &tile, bool first, BlockState &state) {
     const double *v = tile.v[k], *source = kSource ? tile.source[k] : nullptr;
     const double *eta = tile.eta[k], *hopping = alone ? zeros<double> : tile.hopping[k];
     for_vectors<double>(tile.width, [&](Index h, auto at) {
-      const auto part = [&](int row) { return Complex{load(state[row] + h, at), load(state[row + 1] + h, at)}; };
+      const auto part = [&](int row) {
+        return Complex{load(state[row] + h, at), load(state[row + 1] + h, at)};
+      };
       const auto keep = [&](int row, Complex x) {
         store(state[row] + h, x.re, at);
         store(state[row + 1] + h, x.im, at);
       };
       const auto t = load(hopping + h, at);
-      const Complex g = next_g<double>(load(v + h, at), load(energy + h, at), load(eta + h, at), t, part(0));
+      const Complex g =
+          next_g<double>(load(v + h, at), load(energy + h, at), load(eta + h, at), t, part(0));
       const Complex reach = alone ? Complex{L::set(1), L::set(0)} : L::scale(t, part(4));
       const Complex q = L::mul(reach, g);
       if constexpr (kSource) {
@@ -113,8 +117,8 @@ void compose_blocks(const Sweep<S> &sweep, bool two_sided, const Chain *blocks, 
     const double t = j ? bond_before(sweep, blocks[j]) : 0;
     const Scalar self_energy = t * t * g;
     const Scalar drive = self_energy * at(map + 8) + t * psi;
-    psi = at(map + 2) +
-          divide(at(map + 4) * drive, Scalar{1, 0} + -1 * (self_energy * at(map + 6)));
+    psi =
+        at(map + 2) + divide(at(map + 4) * drive, Scalar{1, 0} + -1 * (self_energy * at(map + 6)));
     g = passed(g, t, at(map + 6), at(map), at(map + 4));
   }
   Scalar r = {0, 0};

@@ -39,9 +39,9 @@ BKCORE_INLINE void write(T *out, T *state, typename Simd<T>::V x, At place) {
   if constexpr (kOutput != Output::kKept) store(state, x, place);
 }
 
-// What is too large for the caches is asked for a few hundred nanoseconds before it is needed, and in
-// ascending order: the processor's own prefetching follows neither rows of a few lines nor rows taken
-// backwards. A sweep to the left asks for the tile before while it passes this one.
+// What is too large for the caches is asked for a few hundred nanoseconds before it is needed, and
+// in ascending order: the processor's own prefetching follows neither rows of a few lines nor rows
+// taken backwards. A sweep to the left asks for the tile before while it passes this one.
 BKCORE_INLINE Index rows_ahead(Index width) { return 1 + 768 / width; }
 constexpr Index kMirror = 32;
 BKCORE_INLINE Index mirrored(Index k) { return k / kMirror * kMirror - 1 - k % kMirror; }
@@ -95,8 +95,8 @@ void sweep_tile_with_source(const Tile<T> &tile, T *const state[4]) {
       const auto t = load(hopping + h, at);
       const auto g = next_g<T>(load(v + h, at), load(energy + h, at), load(eta + h, at), t,
                                {load(row[0] + h, at), load(row[1] + h, at)});
-      const auto psi = L::mul(g, {L::madd(t, load(row[2] + h, at), load(source + h, at)),
-                                  t * load(row[3] + h, at)});
+      const auto psi = L::mul(
+          g, {L::madd(t, load(row[2] + h, at), load(source + h, at)), t * load(row[3] + h, at)});
       write<T, kOutput>(out + h, state[0] + h, g.re, at);
       write<T, kOutput>(out + part + h, state[1] + h, g.im, at);
       write<T, kOutput>(out + 2 * part + h, state[2] + h, psi.re, at);
@@ -175,7 +175,9 @@ class LaneSums {
   BKCORE_INLINE LaneSums(SharedSums<T> &sums, Index h, At at) : sums_(sums), h_(h), at_(at) {
     for (int row = 0; row < 3; ++row) sum_[row] = load(sums[row] + h, at);
   }
-  BKCORE_INLINE void energy(V x) { sum_[SharedSums<T>::kEnergy] = sum_[SharedSums<T>::kEnergy] + x; }
+  BKCORE_INLINE void energy(V x) {
+    sum_[SharedSums<T>::kEnergy] = sum_[SharedSums<T>::kEnergy] + x;
+  }
   // `own` is the row of a site (or bond) that has a parameter of its own, or null.
   BKCORE_INLINE void eta(V x, T *own) { add(SharedSums<T>::kEta, x, own); }
   BKCORE_INLINE void hopping(V x, T *own) { add(SharedSums<T>::kHopping, x, own); }
@@ -208,8 +210,8 @@ using CausalAdjointState = State<T, 4>;
 
 // Sites top, top - 1, ... of a tile.
 template <class T, bool kSource, Output kOutput, Index kSites>
-BKCORE_INLINE void causal_adjoint_sites(const Tile<T> &tile, Index top, CausalAdjointState<T> &state,
-                                        SharedSums<T> &sums) {
+BKCORE_INLINE void causal_adjoint_sites(const Tile<T> &tile, Index top,
+                                        CausalAdjointState<T> &state, SharedSums<T> &sums) {
   using L = Lanes<T>;
   using Complex = typename L::Complex;
   constexpr int kParts = kSource ? 4 : 2;

@@ -29,7 +29,9 @@ BKCORE_INLINE Four<T> load_four(const T *p) {
   return x;
 }
 template <class T>
-BKCORE_INLINE void store_four(T *p, Four<T> x) { std::memcpy(p, &x, sizeof x); }
+BKCORE_INLINE void store_four(T *p, Four<T> x) {
+  std::memcpy(p, &x, sizeof x);
+}
 
 template <class V>
 BKCORE_INLINE void transpose(V (&r)[4]) {
@@ -74,8 +76,7 @@ struct Transfer {
     Index k = 0;
     for (; k + 4 <= sites; k += 4) {
       Four<T> x[4];
-      for (int l = 0; l < 4; ++l)
-        x[l] = __builtin_convertvector(load_four(from[l] + k), Four<T>);
+      for (int l = 0; l < 4; ++l) x[l] = __builtin_convertvector(load_four(from[l] + k), Four<T>);
       transpose(x);
       for (int i = 0; i < 4; ++i) store_four(to + (k + i) * pitch, x[i]);
     }
@@ -107,7 +108,8 @@ class GatheredTiles {
   static constexpr std::size_t kBytes =
       // v, source, eta, hopping, output with the row before, energy; and the adjoint's.
       ((4 * kGatheredSites + 1 + 4 * (kGatheredSites + 1) + 1) +
-       (4 * kGatheredSites + 4 * kGatheredSites + 1)) * kGatheredLanes * sizeof(T);
+       (4 * kGatheredSites + 4 * kGatheredSites + 1)) *
+      kGatheredLanes * sizeof(T);
 
   Index sites() const { return sites_; }
   Index width() const { return count_; }
@@ -125,7 +127,8 @@ class GatheredTiles {
     if (sweep_.v.data) tile.v = gathered(sweep_.v, 0, v_, from, to, kGhost);
     if (sweep_.source.data) tile.source = gathered(sweep_.source, 0, source_, from, to);
     tile.energy = {energy_, 0};
-    tile.eta = sweep_.eta.site ? gathered(sweep_.eta, 0, eta_, from, to, 1) : Rows<const T>{eta_, 0};
+    tile.eta =
+        sweep_.eta.site ? gathered(sweep_.eta, 0, eta_, from, to, 1) : Rows<const T>{eta_, 0};
     tile.hopping = sweep_.hopping.site ? bonds(from, to) : Rows<const T>{hopping_, 0};
     tile.parts = {parts_ + parts() * kGatheredLanes, parts() * kGatheredLanes};
     tile.part = kGatheredLanes;
@@ -159,8 +162,8 @@ class GatheredTiles {
   // A potential whose square overflows decouples what lies beyond a chain's end: g = r = 0 there.
   static constexpr T kGhost = static_cast<T>(sizeof(T) == 8 ? 1e200 : 1e30);
 
-  GatheredTiles(const Sweep<S> &sweep, const SweepBackward<S> *adjoint, const Chain *chains, Index count,
-                T *memory)
+  GatheredTiles(const Sweep<S> &sweep, const SweepBackward<S> *adjoint, const Chain *chains,
+                Index count, T *memory)
       : sweep_(sweep), adjoint_(adjoint), chains_(chains), count_(count) {
     for (Index l = 0; l < count; ++l)
       if (chains[l].sites > sites_) sites_ = chains[l].sites;
@@ -249,8 +252,8 @@ class GatheredTiles {
     const Index pitch = parts() * kGatheredLanes;
     for (Index c = 0; c < parts(); ++c) {
       const bool halo = from > 0;
-      gathered(sweep_.parts, c, parts_ + (halo ? 0 : pitch) + c * kGatheredLanes, from - halo, to, 0,
-               parts());
+      gathered(sweep_.parts, c, parts_ + (halo ? 0 : pitch) + c * kGatheredLanes, from - halo, to,
+               0, parts());
       gathered(adjoint_->grad, c, grad_ + c * kGatheredLanes, from, to, 0, parts());
     }
     tile.grad = {grad_, pitch};

@@ -1,5 +1,5 @@
-// The Python module bkcore.kernels.backends.cpu._native: reads the arguments of a call by name, checks
-// that memory is as long as they say, and has the kernels run without Python's lock.
+// The Python module bkcore.kernels.backends.cpu._native: reads the arguments of a call by name,
+// checks that memory is as long as they say, and has the kernels run without Python's lock.
 
 #include "arguments.h"
 #include "recall_step.h"
@@ -14,27 +14,44 @@ namespace {
 
 using Unlocked = nb::gil_scoped_release;
 
+// One more with every change of what a function here takes or gives, as in
+// src/bkcore/kernels/backends/cpu/native.py, which refuses an extension of another one.
+constexpr int kInterface = 1;
+
 // Calls a function with a number of the type that the argument "double" says.
 template <class Call>
 void with_float_type(Arguments &in, const Call &call) {
   in.flag("double") ? call(double()) : call(float());
 }
 
+// How a function of Arguments reads a tensor of any strides, or one whose lanes lie side by side.
 template <class T>
-Sweep<T> read_chains(Arguments &in) {
+using Read = Strided<T> (Arguments::*)(const char *name, const Sizes &wanted);
+
+template <class T>
+Sweep<T> read_chains(Arguments &in, Read<const T> read = &Arguments::strided<const T>) {
   Sweep<T> s{in.number("batch"), in.number("sites"), in.number("lanes")};
-  s.energy = in.strided<const T>("energy", {s.batch, 1, 1, s.lanes});
-  s.eta = in.strided<const T>("eta", {s.batch, s.sites, 1, s.lanes});
-  s.hopping = in.strided<const T>("hopping", {s.batch, s.sites - 1, 1, s.lanes});
+  if (s.sites < 1) refuse("there are " + std::to_string(s.sites) + " sites");
+  s.energy = (in.*read)("energy", {s.batch, 1, 1, s.lanes});
+  s.eta = (in.*read)("eta", {s.batch, s.sites, 1, s.lanes});
+  // Kernels read the first bond of a chain of one site, too, and multiply it by nothing.
+  s.hopping = (in.*read)("hopping", {s.batch, std::max<Index>(s.sites - 1, 1), 1, s.lanes});
   return s;
 }
 
+// Only the causal form propagates a source.
+bool reads_source(const Arguments &in, bool two_sided) {
+  const bool has_source = in.has("source");
+  if (two_sided && has_source) refuse("a two-sided sweep has no source");
+  return has_source;
+}
+
 template <class T>
-Sweep<T> read_sweep(Arguments &in, bool needs_v) {
+Sweep<T> read_sweep(Arguments &in, bool two_sided, bool needs_v) {
   Sweep<T> s = read_chains<T>(in);
   const Sizes site = {s.batch, s.sites, 1, s.lanes};
   s.v = needs_v ? in.strided<const T>("v", site) : in.strided_or_null<const T>("v", site);
-  const bool has_source = in.has("source");
+  const bool has_source = reads_source(in, two_sided);
   s.source = in.strided_or_null<const T>("source", site);
   s.parts = in.strided<T>("parts", {s.batch, s.sites, has_source ? 4 : 2, s.lanes});
   return s;
@@ -43,10 +60,10 @@ Sweep<T> read_sweep(Arguments &in, bool needs_v) {
 void sweep(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
-  const Index threads = in.number("threads"), cache_bytes = in.number("cache_bytes");
+  const Index threads = in.threads(), cache_bytes = in.number("cache_bytes");
   const bool two_sided = in.flag("two_sided"), sequential = in.flag("sequential");
   with_float_type(in, [&](auto zero) {
-    const auto s = read_sweep<decltype(zero)>(in, true);
+    const auto s = read_sweep<decltype(zero)>(in, two_sided, true);
     in.finish();
     const Unlocked unlocked;
     run_sweep(isa, threads, two_sided, sequential, cache_bytes, s);
@@ -56,11 +73,11 @@ void sweep(const nb::dict &given) {
 void sweep_backward(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
-  const Index threads = in.number("threads"), cache_bytes = in.number("cache_bytes");
+  const Index threads = in.threads(), cache_bytes = in.number("cache_bytes");
   const bool two_sided = in.flag("two_sided");
   with_float_type(in, [&](auto zero) {
     using T = decltype(zero);
-    const Sweep<T> s = read_sweep<T>(in, two_sided);
+    const Sweep<T> s = read_sweep<T>(in, two_sided, two_sided);
     const bool has_source = in.has("source");
     const Sizes site = {s.batch, s.sites, 1, s.lanes};
     SweepBackward<T> a{s};
@@ -80,12 +97,12 @@ void sweep_backward(const nb::dict &given) {
 void sweep_codes(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
-  const Index threads = in.number("threads"), bits = in.bits();
+  const Index threads = in.threads(), bits = in.bits();
   const bool two_sided = in.flag("two_sided");
-  SweepCodes s{read_chains<float>(in), bits};
+  SweepCodes s{read_chains<float>(in, &Arguments::rows<const float>), bits};
   const auto [batch, sites, lanes] = std::tuple(s.sweep.batch, s.sweep.sites, s.sweep.lanes);
-  const Index inputs = in.has("source") ? 2 : 1, outputs = 2 * inputs, levels = Index{1} << bits;
-  const Index row = (lanes * bits + 7) / 8;
+  const Index inputs = reads_source(in, two_sided) ? 2 : 1, outputs = 2 * inputs;
+  const Index levels = Index{1} << bits, row = ceil_divide(lanes, 8 / bits);
   const Sizes entering = {batch, sites, inputs, lanes}, leaving = {batch, sites, outputs, lanes};
   s.v = in.numbers<const std::uint8_t>("v", {batch, sites, row});
   s.source = in.numbers_or_null<const std::uint8_t>("source", {batch, sites, row});
@@ -104,7 +121,7 @@ void sweep_codes(const nb::dict &given) {
 void sweep_rounded(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
-  const Index threads = in.number("threads"), bits = in.bits();
+  const Index threads = in.threads(), bits = in.bits();
   const bool two_sided = in.flag("two_sided");
   SweepRounded s{read_chains<float>(in), bits};
   const Index batch = s.sweep.batch, sites = s.sweep.sites, lanes = s.sweep.lanes;
@@ -126,7 +143,7 @@ void sweep_rounded(const nb::dict &given) {
 void sweep_step(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
-  in.number("threads");  // a site is too little to share
+  in.threads();  // a site is too little to share
   with_float_type(in, [&](auto zero) {
     using T = decltype(zero);
     Sweep<T> s{in.number("batch"), 1, in.number("lanes")};
@@ -166,7 +183,7 @@ Attention<T> read_attention(Arguments &in) {
 void attention(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
-  const Index threads = in.number("threads");
+  const Index threads = in.threads();
   with_float_type(in, [&](auto zero) {
     using T = decltype(zero);
     Attention<T> a = read_attention<T>(in);
@@ -185,7 +202,7 @@ void attention(const nb::dict &given) {
 void attention_backward(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
-  const Index threads = in.number("threads");
+  const Index threads = in.threads();
   with_float_type(in, [&](auto zero) {
     using T = decltype(zero);
     Attention<T> a = read_attention<T>(in);
@@ -227,7 +244,8 @@ std::vector<RoundChannels> read_roundings(const nb::list &given, const RecallSte
     refuse("there are seven quantizers, or none");
   std::vector<RoundChannels> all;
   for (std::size_t part = 0; part < given.size(); ++part) {
-    Arguments in(nb::cast<nb::dict>(given[part]));
+    if (!nb::isinstance<nb::dict>(given[part])) refuse("a quantizer is no dict");
+    Arguments in(nb::borrow<nb::dict>(given[part]));
     all.push_back(read_rounding(in, s.batch, channels[part], bits));
     in.finish();
   }
@@ -238,11 +256,11 @@ std::vector<RoundChannels> read_roundings(const nb::list &given, const RecallSte
 bool recall_step(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
-  const Index threads = in.number("threads"), bits = in.bits();
+  const Index threads = in.threads(), bits = in.bits();
   RecallStep s{in.number("batch"), in.number("heads"), in.number("groups"), in.number("keys"),
                in.number("values")};
   if (s.groups < 1 || s.heads % s.groups) refuse("heads do not share their keys evenly");
-  const Index width = s.heads * s.values, shared = s.groups * s.keys;
+  const Index width = count({s.heads, s.values}), shared = count({s.groups, s.keys});
   s.gate = in.numbers<const float>("gate", {s.batch, s.heads});
   s.barrier = in.numbers<const float>("barrier", {s.batch, s.heads});
   s.query = in.numbers<const float>("query", {s.batch, shared});
@@ -266,11 +284,11 @@ bool recall_step(const nb::dict &given) {
 void product(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
-  const Index threads = in.number("threads");
+  const Index threads = in.threads();
   Product p{in.number("rows"), in.number("outputs"), in.number("inputs"), in.bits()};
   p.group_size = in.number("group_size");
   p.groups = groups_of(p.inputs, p.group_size);
-  const Index width = p.bits == 8 ? p.inputs : ceil_divide(p.inputs, 2);
+  const Index width = ceil_divide(p.inputs, 8 / p.bits);
   p.x = in.numbers<const float>("x", {p.rows, p.inputs});
   p.weight = in.numbers<const std::uint8_t>("weight", {p.outputs, width});
   p.scales = in.numbers<const std::uint16_t>("scales", {p.outputs, p.groups});
@@ -283,7 +301,7 @@ void product(const nb::dict &given) {
 void round_channels(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
-  const Index threads = in.number("threads"), bits = in.bits();
+  const Index threads = in.threads(), bits = in.bits();
   const Index rows = in.number("rows"), channels = in.number("channels");
   RoundChannels r = read_rounding(in, rows, channels, bits);
   r.x = in.numbers<const float>("x", {rows, channels});
@@ -296,7 +314,7 @@ void round_channels(const nb::dict &given) {
 void round_channels_backward(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
-  const Index threads = in.number("threads"), bits = in.bits();
+  const Index threads = in.threads(), bits = in.bits();
   const Index rows = in.number("rows"), channels = in.number("channels");
   const Index shares = ceil_divide(rows, kRowsPerShare);
   RoundChannelsBackward a{read_rounding(in, rows, channels, bits)};
@@ -304,7 +322,8 @@ void round_channels_backward(const nb::dict &given) {
   a.grad = in.numbers<const float>("grad", {rows, channels});
   a.dx = in.numbers<float>("dx", {rows, channels});
   a.dscale = in.numbers<float>("dscale", {shares, channels});
-  if (in.has("levels") != in.has("dlevels")) refuse("levels come without dlevels, or dlevels without");
+  if (in.has("levels") != in.has("dlevels"))
+    refuse("levels come without dlevels, or dlevels without");
   a.dlevels = in.numbers_or_null<float>("dlevels", {shares, Index{1} << bits});
   in.finish();
   const Unlocked unlocked;
@@ -314,7 +333,7 @@ void round_channels_backward(const nb::dict &given) {
 void round_rows(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
-  const Index threads = in.number("threads");
+  const Index threads = in.threads();
   const Index rows = in.number("rows"), columns = in.number("channels");
   const auto *x = in.numbers<const float>("x", {rows, columns});
   auto *out = in.numbers<float>("out", {rows, columns});
@@ -335,7 +354,7 @@ RoundWeight read_weight(Arguments &in) {
 void round_weight(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
-  const Index threads = in.number("threads");
+  const Index threads = in.threads();
   const RoundWeight w = read_weight(in);
   auto *codes = in.numbers<std::int8_t>("codes", {w.rows, w.columns});
   auto *values = in.numbers<float>("values", {w.rows, w.columns});
@@ -347,7 +366,7 @@ void round_weight(const nb::dict &given) {
 void round_weight_backward(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
-  const Index threads = in.number("threads");
+  const Index threads = in.threads();
   const RoundWeight w = read_weight(in);
   const auto *grad = in.numbers<const float>("grad", {w.rows, w.columns});
   auto *dweight = in.numbers<float>("dweight", {w.rows, w.columns});
@@ -373,6 +392,7 @@ NB_MODULE(_native, m) {
 #else
   m.attr("openmp") = false;
 #endif
+  m.attr("__interface__") = bkcore::kInterface;
   m.attr("rows_per_share") = bkcore::kRowsPerShare;
   m.def("supported_isas", &bkcore::supported_isas);
   m.def("few_and_long", &bkcore::few_and_long);

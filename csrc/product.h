@@ -10,17 +10,17 @@ namespace bkcore {
 // Rows of activations times the rows of a weight in codes; all contiguous.
 struct Product {
   std::int64_t rows, outputs, inputs, bits, groups, group_size;
-  const float *x;              // (rows, inputs)
-  const std::uint8_t *weight;  // int8 (outputs, inputs), or two codes a byte (outputs, inputs / 2)
+  const float *x;               // (rows, inputs)
+  const std::uint8_t *weight;   // int8 (outputs, inputs), or two codes a byte (outputs, inputs / 2)
   const std::uint16_t *scales;  // bfloat16 (outputs, groups)
-  float *out;                  // (rows, outputs)
+  float *out;                   // (rows, outputs)
 };
 
 // Activations as codes: in every row the groups one after the other, each filled up with zeros to
 // whole words of `depth` codes.
 struct EncodedRows {
-  float *scale;         // (rows)
-  std::int32_t *sums;   // (rows, groups): of the codes, which corrects for weights made unsigned
+  float *scale;          // (rows)
+  std::int32_t *sums;    // (rows, groups): of the codes, which corrects for weights made unsigned
   std::uint32_t *words;  // (rows, words)
 };
 

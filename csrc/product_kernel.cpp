@@ -202,8 +202,8 @@ BKCORE_INLINE V unsigned_levels() {
   return _mm512_broadcast_i32x4(_mm_xor_si128(rotated, _mm_set1_epi8(-128)));
 }
 
-// `bytes` bytes of the weights of 16 outputs against one row of codes. At 4 bits a byte holds an even
-// and an odd input, which `x` has in two halves of 64 for every 64 bytes.
+// `bytes` bytes of the weights of 16 outputs against one row of codes. At 4 bits a byte holds an
+// even and an odd input, which `x` has in two halves of 64 for every 64 bytes.
 template <int bits>
 BKCORE_INLINE V add_up_inputs(const std::uint8_t *const (&weight)[16], Index bytes,
                               const std::int8_t *x) {
@@ -275,7 +275,8 @@ void multiply_inputs(const Product &p, const EncodedRows &rows, const Panel &pan
       }
       if (bits == 8) x = reinterpret_cast<const std::int8_t *>(words + word);
       const int offset = rows.sums[row * p.groups + group];
-      const V sums = _mm512_sub_epi32(add_up_inputs<bits>(weight, bytes, x), _mm512_set1_epi32(offset));
+      const V sums =
+          _mm512_sub_epi32(add_up_inputs<bits>(weight, bytes, x), _mm512_set1_epi32(offset));
       const __m512 scales = _mm512_loadu_ps(panel.scales + group * kPanel + o);
       const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scales);
       total = group ? _mm512_add_ps(total, term) : term;
@@ -294,8 +295,8 @@ void multiply(const Product &p, const EncodedRows &rows, Index output, Index fir
   const Index pitch = round_up(words_of(p, Dot::depth), Dot::lanes);
   const Index outputs = least(kPanel, p.outputs - output);
   float *scales = static_cast<float *>(
-      scratch((p.groups * kPanel + (kPanel + Dot::lanes) * pitch) * sizeof(Word) +
-              p.inputs + p.groups * 128));
+      scratch((p.groups * kPanel + (kPanel + Dot::lanes) * pitch) * sizeof(Word) + p.inputs +
+              p.groups * 128));
   Word *words = reinterpret_cast<Word *>(scales + p.groups * kPanel);
   Word *expanded = words + kPanel * pitch;
   auto *codes = reinterpret_cast<std::int8_t *>(expanded + Dot::lanes * pitch);

@@ -1,6 +1,6 @@
 // One site of resolvent attention with all that the language model does around it; formulas and
-// layout: src/bkcore/kernels/recall.py and ops/recall_step.py. Threads share the chains; the rest is
-// too little to share.
+// layout: src/bkcore/kernels/recall.py and ops/recall_step.py. Threads share the chains; the rest
+// is too little to share.
 #pragma once
 
 #include <algorithm>
@@ -20,15 +20,15 @@ namespace {
 // All contiguous. `groups` of neighbouring heads share query and key.
 struct RecallStep {
   Index batch, heads, groups, keys, values;
-  const float *gate, *barrier;      // (batch, heads)
-  const float *query, *key;         // (batch, groups, keys)
-  const float *value;               // (batch, heads, values)
+  const float *gate, *barrier;       // (batch, heads)
+  const float *query, *key;          // (batch, groups, keys)
+  const float *value;                // (batch, heads, values)
   const float *rate, *height, *eta;  // (heads)
-  const float *weight;              // (3, heads, values)
-  const float *g, *psi;             // (batch, heads, 2), (batch, heads, 2, keys, values)
+  const float *weight;               // (3, heads, values)
+  const float *g, *psi;              // (batch, heads, 2), (batch, heads, 2, keys, values)
   // Of gate, barrier, query, key, value, and Re and Im of what is found; or none.
   std::vector<RoundChannels> rounding;
-  float *features;          // (batch, heads, values)
+  float *features;           // (batch, heads, values)
   float *next_g, *next_psi;  // as g and psi
 };
 

@@ -6,7 +6,8 @@
 
 namespace bkcore {
 
-// Rows of channels, rounded to what their codes stand for (src/bkcore/kernels/ops/round_activations.py).
+// Rows of channels, rounded to what their codes stand for
+// (src/bkcore/kernels/ops/round_activations.py).
 struct RoundChannels {
   std::int64_t rows, channels, bits, group_size;
   const float *x;              // (rows, channels)
@@ -18,11 +19,12 @@ struct RoundChannels {
 
 // The derivative of that rounding, straight through.
 struct RoundChannelsBackward {
-  RoundChannels forward;   // `out` is not used
-  const float *grad;  // (rows, channels)
-  float *dx;          // (rows, channels)
-  float *dscale;      // (shares, channels), a row for every kRowsPerShare rows
-  float *dlevels;     // (shares, 2^bits)
+  RoundChannels forward;  // `out` is not used
+  const float *grad;      // (rows, channels)
+  float *dx;              // (rows, channels)
+  // A row for every kRowsPerShare rows; zeros at the start.
+  float *dscale;   // (shares, channels)
+  float *dlevels;  // (shares, 2^bits), or null without levels
 };
 
 constexpr std::int64_t kRowsPerShare = 64;
@@ -43,7 +45,7 @@ struct RoundingKernels {
   // A row of a weight, and the derivative of its values, straight through.
   void (*round_weight)(const RoundWeight &, std::int64_t row, std::int8_t *codes, float *values);
   void (*round_weight_backward)(const RoundWeight &, std::int64_t row, const float *grad,
-                               float *dweight, float *dscale);
+                                float *dweight, float *dscale);
 };
 
 // One function per instruction set, from one source compiled several times.

@@ -43,8 +43,12 @@ struct LevelSearch {
   }
 
   LevelSearch(const RoundChannels &r, float *memory)
-      : channels(r.channels), bounds((1 << r.bits) - 1), levels(r.levels), scale(memory),
-        zero(scale + round_up(channels, S::width)), halfway(zero + round_up(channels, S::width)) {
+      : channels(r.channels),
+        bounds((1 << r.bits) - 1),
+        levels(r.levels),
+        scale(memory),
+        zero(scale + round_up(channels, S::width)),
+        halfway(zero + round_up(channels, S::width)) {
     for (int b = 0; b < bounds; ++b) halfway[b] = levels[b] + (levels[b + 1] - levels[b]) / 2;
     each_channel(r, scale, zero);
     for (Index c = channels; c % S::width; ++c) scale[c] = 1, zero[c] = 0;
@@ -67,10 +71,9 @@ struct LevelSearch {
 };
 
 void round_channels_to_levels(const RoundChannels &r, Index first, Index count,
-                          RoundingKernels::Scratch scratch) {
+                              RoundingKernels::Scratch scratch) {
   using S = LevelSearch::S;
-  const LevelSearch search(
-      r, static_cast<float *>(scratch(LevelSearch::size(r) * sizeof(float))));
+  const LevelSearch search(r, static_cast<float *>(scratch(LevelSearch::size(r) * sizeof(float))));
   for (Index row = first; row < first + count; ++row) {
     const float *in = r.x + row * r.channels;
     float *out = r.out + row * r.channels;
@@ -87,7 +90,8 @@ void round_channels_to_levels(const RoundChannels &r, Index first, Index count,
 }
 
 // Within a share the sums over rows are taken in their order, whatever the threads.
-void adjoint_to_levels(const RoundChannelsBackward &a, Index share, RoundingKernels::Scratch scratch) {
+void adjoint_to_levels(const RoundChannelsBackward &a, Index share,
+                       RoundingKernels::Scratch scratch) {
   using S = LevelSearch::S;
   using V = S::V;
   const RoundChannels &r = a.forward;
@@ -126,7 +130,8 @@ void adjoint_to_levels(const RoundChannelsBackward &a, Index share, RoundingKern
       a.dlevels[share * count + level] += dlevels[lane * count + level];
 }
 
-void adjoint_to_codes(const RoundChannelsBackward &a, Index share, RoundingKernels::Scratch scratch) {
+void adjoint_to_codes(const RoundChannelsBackward &a, Index share,
+                      RoundingKernels::Scratch scratch) {
   const RoundChannels &r = a.forward;
   const Index first = share * kRowsPerShare, left = r.rows - first;
   float *scale = static_cast<float *>(scratch(2 * r.channels * sizeof(float)));
@@ -140,7 +145,7 @@ void adjoint_to_codes(const RoundChannelsBackward &a, Index share, RoundingKerne
       const float ratio = x[c] / scale[c];
       // Beyond 2^22 adding kRound does not round, but such numbers saturate anyway.
       const float code = ((ratio + kRound) - kRound) + zero[c];
-      const bool below = code < least, above = code > most;
+      const bool below = code<least, above = code> most;
       const float kept = below ? least : above ? most : code;
       dx[c] = below || above ? 0.0f : grad[c];
       dscale[c] += grad[c] * (kept - zero[c] - (below || above ? 0.0f : ratio));
@@ -148,11 +153,13 @@ void adjoint_to_codes(const RoundChannelsBackward &a, Index share, RoundingKerne
   }
 }
 
-void round_channels_backward(const RoundChannelsBackward &a, Index share, RoundingKernels::Scratch scratch) {
+void round_channels_backward(const RoundChannelsBackward &a, Index share,
+                             RoundingKernels::Scratch scratch) {
   a.forward.levels ? adjoint_to_levels(a, share, scratch) : adjoint_to_codes(a, share, scratch);
 }
 
-void round_channels(const RoundChannels &r, Index first, Index count, RoundingKernels::Scratch scratch) {
+void round_channels(const RoundChannels &r, Index first, Index count,
+                    RoundingKernels::Scratch scratch) {
   if (r.levels) return round_channels_to_levels(r, first, count, scratch);
   float *scale = static_cast<float *>(scratch(3 * r.channels * sizeof(float)));
   float *low = scale + r.channels, *high = low + r.channels;
@@ -245,8 +252,7 @@ void round_weight(const RoundWeight &w, Index row, std::int8_t *codes, float *va
 }
 
 template <int bits>
-void adjoint_of(const RoundWeight &w, Index row, const float *grad, float *dweight,
-                float *dscale) {
+void adjoint_of(const RoundWeight &w, Index row, const float *grad, float *dweight, float *dscale) {
   using S = Simd<float>;
   const float *weight = w.weight + row * w.columns;
   const Floats none = S::set(0);
@@ -269,7 +275,7 @@ void adjoint_of(const RoundWeight &w, Index row, const float *grad, float *dweig
 }
 
 void round_weight_backward(const RoundWeight &w, Index row, const float *grad, float *dweight,
-                          float *dscale) {
+                           float *dscale) {
   w.bits == 8 ? adjoint_of<8>(w, row, grad, dweight, dscale)
               : adjoint_of<4>(w, row, grad, dweight, dscale);
 }

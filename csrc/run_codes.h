@@ -85,9 +85,8 @@ inline void run_round_rows(const Isa &isa, Index threads, Index rows, Index colu
 inline void run_round_weight(const Isa &isa, Index threads, const RoundWeight &w,
                              std::int8_t *codes, float *values) {
   const auto kernel = isa.rounding.round_weight;
-  each_row(w.rows, w.columns, threads, [&](Index row) {
-    kernel(w, row, codes + row * w.columns, values + row * w.columns);
-  });
+  each_row(w.rows, w.columns, threads,
+           [&](Index row) { kernel(w, row, codes + row * w.columns, values + row * w.columns); });
 }
 
 // grad and dweight (rows, columns), dscale (rows, groups).

@@ -12,8 +12,8 @@ constexpr float kSmallest = 1.17549435e-38f;  // normal number
 
 // What the codes -8 to 7 of a weight of 4 bits stand for (src/bkcore/kernels/int4_levels.py).
 constexpr int kLevels = 16;
-alignas(16) constexpr std::int8_t kLevel[kLevels] = {
-    -127, -102, -81, -63, -47, -34, -22, -11, 0, 12, 25, 40, 56, 75, 99, 127};
+alignas(16) constexpr std::int8_t kLevel[kLevels] = {-127, -102, -81, -63, -47, -34, -22, -11,
+                                                     0,    12,   25,  40,  56,  75,  99,  127};
 
 // Codes of 4 bits to what they stand for.
 BKCORE_INLINE void look_up(std::int8_t *codes, Index count) {

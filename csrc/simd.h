@@ -1,9 +1,9 @@
 // One vector of lanes, for the instruction set that this file is compiled for.
 //
 // Simd<T>::V is a vector of `width` numbers; GCC and Clang give it the operators + - * / by
-// themselves. Every fused multiply-add is written down (contraction by the compiler is off), so that
-// a lane's result depends neither on its place in a vector nor on how lanes are split among threads.
-// Partial loads fill the missing lanes with zeros; what is computed there is never stored.
+// themselves. Every fused multiply-add is written down (contraction by the compiler is off), so
+// that a lane's result depends neither on its place in a vector nor on how lanes are split among
+// threads. Partial loads fill the missing lanes with zeros; what is computed there is never stored.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,9 @@ struct Simd<float> {
   static BKCORE_INLINE __mmask16 first(Index n) { return static_cast<__mmask16>((1u << n) - 1); }
   static BKCORE_INLINE V set(float x) { return _mm512_set1_ps(x); }
   static BKCORE_INLINE V load(const float *p) { return _mm512_loadu_ps(p); }
-  static BKCORE_INLINE V load(const float *p, Index n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static BKCORE_INLINE V load(const float *p, Index n) {
+    return _mm512_maskz_loadu_ps(first(n), p);
+  }
   static BKCORE_INLINE void store(float *p, V x) { _mm512_storeu_ps(p, x); }
   static BKCORE_INLINE void store(float *p, V x, Index n) { _mm512_mask_storeu_ps(p, first(n), x); }
   static BKCORE_INLINE void stream(float *p, V x) { _mm512_stream_ps(p, x); }
@@ -63,8 +65,8 @@ struct Simd<float> {
     const __m512i place = _mm512_add_epi32(_mm512_cvtepi8_epi32(codes), _mm512_set1_epi32(half));
     return at(table, place, half);
   }
-  // The 2 half bounds of a search, ascending and the last of them infinity. Of 256 every eighth is kept
-  // in registers, so that five of eight steps need no gather.
+  // The 2 half bounds of a search, ascending and the last of them infinity. Of 256 every eighth is
+  // kept in registers, so that five of eight steps need no gather.
   struct Bounds {
     const float *table;
     int half;
@@ -73,8 +75,8 @@ struct Simd<float> {
   static BKCORE_INLINE Bounds bounds(const float *table, int half) {
     Bounds all = {table, half, {set(0), set(0)}};
     if (half == 128) {
-      const __m512i places = _mm512_setr_epi32(7, 15, 23, 31, 39, 47, 55, 63, 71, 79, 87, 95, 103,
-                                               111, 119, 127);
+      const __m512i places =
+          _mm512_setr_epi32(7, 15, 23, 31, 39, 47, 55, 63, 71, 79, 87, 95, 103, 111, 119, 127);
       all.eighths[0] = _mm512_i32gather_ps(places, table, sizeof(float));
       all.eighths[1] = _mm512_i32gather_ps(places, table + 128, sizeof(float));
     }
@@ -256,13 +258,21 @@ struct Ragged {
 };
 
 template <class T>
-BKCORE_INLINE typename Simd<T>::V load(const T *p, Whole) { return Simd<T>::load(p); }
+BKCORE_INLINE typename Simd<T>::V load(const T *p, Whole) {
+  return Simd<T>::load(p);
+}
 template <class T>
-BKCORE_INLINE typename Simd<T>::V load(const T *p, Ragged r) { return Simd<T>::load(p, r.count); }
+BKCORE_INLINE typename Simd<T>::V load(const T *p, Ragged r) {
+  return Simd<T>::load(p, r.count);
+}
 template <class T>
-BKCORE_INLINE void store(T *p, typename Simd<T>::V x, Whole) { Simd<T>::store(p, x); }
+BKCORE_INLINE void store(T *p, typename Simd<T>::V x, Whole) {
+  Simd<T>::store(p, x);
+}
 template <class T>
-BKCORE_INLINE void store(T *p, typename Simd<T>::V x, Ragged r) { Simd<T>::store(p, x, r.count); }
+BKCORE_INLINE void store(T *p, typename Simd<T>::V x, Ragged r) {
+  Simd<T>::store(p, x, r.count);
+}
 
 BKCORE_INLINE Index least(Index a, Index b) { return a < b ? a : b; }
 

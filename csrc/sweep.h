@@ -44,8 +44,8 @@ struct SweepCodes {
   std::uint8_t *out;                       // contiguous (batch, sites, parts, lanes)
   Strided<const float> in_scale, in_zero;  // part 0: v, part 1: source
   Strided<const float> out_scale, out_zero;
-  // Null, or 2^bits numbers a part that the codes stand for in place of -2^(bits-1), ..., ascending;
-  // and the numbers from which on the next code is nearer, the last of them infinity.
+  // Null, or 2^bits numbers a part that the codes stand for in place of -2^(bits-1), ...,
+  // ascending; and the numbers from which on the next code is nearer, the last of them infinity.
   const float *in_levels, *out_bounds;
 };
 
@@ -118,11 +118,11 @@ struct Kernels {
   void (*compose_blocks)(const Sweep<T> &, bool two_sided, const Chain *blocks, std::int64_t count,
                          BlockEnds *);
   void (*sweep_blocks)(const Sweep<T> &, bool two_sided, const Chain *blocks, std::int64_t count,
-                         const BlockEnds *, Scratch);
+                       const BlockEnds *, Scratch);
   // One chain of a resolvent attention.
   void (*attention)(const Attention<T> &, std::int64_t batch, std::int64_t head);
   void (*attention_backward)(const Attention<T> &, const AttentionBackward<T> &, std::int64_t batch,
-                            std::int64_t head, Scratch);
+                             std::int64_t head, Scratch);
 };
 
 struct KernelTable {

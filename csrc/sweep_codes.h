@@ -1,9 +1,10 @@
 // Tiles whose potentials and sources come as integer codes and whose output leaves as such.
 //
-// A code q stands for scale * (q - zero); a number x becomes clamp(round(x / scale) + zero), ties to
-// even, as in src/bkcore/quantization/affine.py. With levels, q stands for scale * (level of q - zero),
-// and x becomes the code of the level next to x / scale + zero. A tile is decoded, swept by the same code as float32
-// tensors and encoded, all within the first-level cache: bit for bit what those three steps give.
+// A code q stands for scale * (q - zero); a number x becomes clamp(round(x / scale) + zero), ties
+// to even, as in src/bkcore/quantization/affine.py. With levels, q stands for scale * (level of q -
+// zero), and x becomes the code of the level next to x / scale + zero. A tile is decoded, swept by
+// the same code as float32 tensors and encoded, all within the first-level cache: bit for bit what
+// those three steps give.
 //
 // x / scale is rounded correctly without dividing (Markstein 1990): with y = 1 / scale rounded
 // correctly and q = x y, the remainder x - q scale is exact, and q + (remainder) y is the quotient
@@ -30,13 +31,12 @@ struct EncoderRows {
   float *scale, *inverse, *zero, *low, *high;
 };
 
-// What codes stand for, or the bounds between them: 2 half numbers, or null for the codes themselves.
+// What codes stand for, or the bounds between them: 2 half numbers, or null for the codes
+// themselves.
 struct Levels {
   const float *table;
   int half;
-  float of(std::int8_t code) const {
-    return table ? table[code + half] : static_cast<float>(code);
-  }
+  float of(std::int8_t code) const { return table ? table[code + half] : static_cast<float>(code); }
   std::int8_t nearest(float x) const {
     int count = 0;
     for (int step = half; step > 0; step /= 2)
@@ -45,8 +45,8 @@ struct Levels {
   }
 };
 
-// `sites` rows of codes, one a byte, that share a row of scales and one of zero points. Lanes outside,
-// sites inside, so that a vector of lanes loads its scales once.
+// `sites` rows of codes, one a byte, that share a row of scales and one of zero points. Lanes
+// outside, sites inside, so that a vector of lanes loads its scales once.
 BKCORE_INLINE void decode_bytes(Rows<const std::int8_t> codes, Index sites, Index count,
                                 const float *scale, const float *zero, const Levels &levels,
                                 Rows<float> out) {
@@ -97,8 +97,8 @@ BKCORE_INLINE void encode_bytes(Rows<const float> x, Index sites, Index count,
       const float value = x[k][rest], zero = rows.zero[rest];
       codes[k][rest] = bounds.table
                            ? bounds.nearest(value / rows.scale[rest] + zero)
-                           : static_cast<std::int8_t>(code_of(value, rows.scale[rest],
-                                                              rows.low[rest], rows.high[rest], zero));
+                           : static_cast<std::int8_t>(code_of(
+                                 value, rows.scale[rest], rows.low[rest], rows.high[rest], zero));
     }
 }
 
@@ -118,8 +118,7 @@ class CodedTiles {
     source_ = take(kSites);
     parts_ = take(4 * kSites);
     for (float *&row : decoder_) row = take(1);
-    for (EncoderRows &encoder : encoder_)
-      encoder = {take(1), take(1), take(1), take(1), take(1)};
+    for (EncoderRows &encoder : encoder_) encoder = {take(1), take(1), take(1), take(1), take(1)};
     codes_ = reinterpret_cast<std::int8_t *>(take(kSites));
     prepare_decoder(0);
     prepare_encoder(0);

@@ -101,7 +101,7 @@ void maps_of_blocks(const Sweep<T> &s, const Chain *blocks, Index count, BlockEn
 
 template <class T>
 void run_blocks(const Sweep<T> &s, bool two_sided_form, const Chain *blocks, Index count,
-                    const BlockEnds *ends, Scratch<T> scratch) {
+                const BlockEnds *ends, Scratch<T> scratch) {
   const std::size_t rows =
       two_sided_form ? two_sided_bytes<double>(blocks[0].sites, count, kGatheredSites) : 0;
   sweep_blocks(s, two_sided_form, blocks, count, ends,
@@ -139,8 +139,8 @@ void sweep_step(const Sweep<T> &s, Index batch, T *state) {
 }
 
 template <class T>
-void attention_backward(const Attention<T> &a, const AttentionBackward<T> &d, Index batch, Index head,
-                 Scratch<T> scratch) {
+void attention_backward(const Attention<T> &a, const AttentionBackward<T> &d, Index batch,
+                        Index head, Scratch<T> scratch) {
   attention_adjoint(a, d, batch, head, static_cast<T *>(scratch(attention_adjoint_bytes(a))));
 }
 

@@ -2,13 +2,14 @@
 //
 // Float tensors in and out, as a simulation of integer storage wants them: a number x becomes
 // scale * (round(x / scale) clamped to the range of codes less the zero point), or with levels
-// scale * (level - zero) of the level next to x / scale + zero; NaN stays NaN. Potentials are rounded
-// after they are gathered and outputs before they are scattered, both within the caches: bit for bit
-// what rounding, sweeping and rounding whole tensors give, without going through memory three times.
+// scale * (level - zero) of the level next to x / scale + zero; NaN stays NaN. Potentials are
+// rounded after they are gathered and outputs before they are scattered, both within the caches:
+// bit for bit what rounding, sweeping and rounding whole tensors give, without going through memory
+// three times.
 #pragma once
 
-#include "sweep_codes.h"
 #include "gather.h"
+#include "sweep_codes.h"
 
 namespace bkcore {
 namespace {
@@ -94,8 +95,8 @@ class RoundedTiles {
     const auto table = [&](const float *tables) {
       return Levels{tables ? tables + part * 2 * half : nullptr, half};
     };
-    return {scale, zero, -half - zero, half - 1 - zero, table(rounded_.levels),
-            table(rounded_.bounds)};
+    return {
+        scale, zero, -half - zero, half - 1 - zero, table(rounded_.levels), table(rounded_.bounds)};
   }
 
   const SweepRounded &rounded_;

@@ -4,7 +4,12 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace bkcore {
 namespace {
@@ -14,7 +19,7 @@ using Index = std::int64_t;
 // Below this many elements per thread, starting the threads costs more than they save.
 constexpr Index kElementsPerThread = 4096;
 
-inline Index ceil_divide(Index a, Index b) { return (a + b - 1) / b; }
+inline Index ceil_divide(Index a, Index b) { return a / b + (a % b != 0); }
 inline Index round_up_to(Index a, Index b) { return ceil_divide(a, b) * b; }
 
 inline Index worthwhile_threads(Index elements, Index allowed, Index each = kElementsPerThread) {
@@ -25,14 +30,24 @@ inline Index worthwhile_threads(Index elements, Index allowed, Index each = kEle
 #endif
 }
 
-// Calls work(i) for i in [0, count), the threads taking turns.
+// Calls work(i) for i in [0, count), the threads taking turns. What one of them throws, such as for
+// want of memory, is thrown here: no exception may leave a parallel region.
 template <class Work>
 void parallel_for(Index count, Index threads, const Work &work) {
 #ifdef _OPENMP
   // Not even a region of one thread: a forked process must not touch its parent's thread pool.
   if (threads > 1) {
+    std::exception_ptr failure;
 #pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(threads))
-    for (Index i = 0; i < count; ++i) work(i);
+    for (Index i = 0; i < count; ++i) {
+      try {
+        work(i);
+      } catch (...) {
+#pragma omp critical
+        failure = std::current_exception();
+      }
+    }
+    if (failure) std::rethrow_exception(failure);
     return;
   }
 #endif
@@ -42,9 +57,17 @@ void parallel_for(Index count, Index threads, const Work &work) {
 // Aligned memory in a vector that is kept for the next call: fresh pages cost more than a sweep.
 inline void *aligned(std::vector<std::byte> &memory, std::size_t bytes) {
   constexpr std::size_t kLine = 64;
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(memory.data(), memory.size());
+#endif
   if (memory.size() < bytes + kLine) memory.resize(bytes + kLine);
   const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
-  return memory.data() + (kLine - address % kLine) % kLine;
+  std::byte *const start = memory.data() + (kLine - address % kLine) % kLine;
+#if defined(__SANITIZE_ADDRESS__)
+  // What a larger call before this one left behind it may not touch.
+  ASAN_POISON_MEMORY_REGION(start + bytes, memory.data() + memory.size() - (start + bytes));
+#endif
+  return start;
 }
 
 // Memory of the calling thread, its own until its next call.

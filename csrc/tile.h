@@ -47,8 +47,8 @@ struct Tile {
 };
 
 // From one row of scratch memory to the next. Processors compare addresses modulo 4 KiB first: at
-// powers of two a row's vectors meet those of the other rows at the same lanes or not at all, and no
-// load waits for a store of the vector before.
+// powers of two a row's vectors meet those of the other rows at the same lanes or not at all, and
+// no load waits for a store of the vector before.
 BKCORE_INLINE Index row_pitch(Index width) {
   Index pitch = 16;
   while (pitch < width) pitch *= 2;

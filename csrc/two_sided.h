@@ -47,7 +47,8 @@ void meet_tile(const Tile<T> &tile, const RowStore<T> &left, RightState<T> &stat
     for_vectors<T>(tile.width, [&](Index h, auto at) {
       const auto tl = load(t_left + h, at), tr = load(t_right + h, at);
       const auto square_left = tl * tl, square_right = tr * tr;
-      const auto x = L::madd(-square_right, load(r_re + h, at), load(v + h, at) - load(energy + h, at));
+      const auto x =
+          L::madd(-square_right, load(r_re + h, at), load(v + h, at) - load(energy + h, at));
       const auto y = L::madd(square_right, load(r_im + h, at), load(eta + h, at));
       const auto r = L::invert(x, y);
       const auto center = L::invert(L::madd(-square_left, load(g_re + h, at), x),
@@ -115,14 +116,14 @@ std::size_t two_sided_bytes(Index sites, Index width, Index length) {
 }
 
 // Re g, Im g, Re S, Im S of site i - 1 become those of site i, written to `out`'s four rows:
-// S_i = t^2 g_{i-1}^2 (S_{i-1} + c_{i-1}), so that the row holds g_{i-1} and S_i when site i is met.
+// S_i = t^2 g_{i-1}^2 (S_{i-1} + c_{i-1}), so that the row holds g_{i-1} and S_i when site i is
+// met.
 template <class T>
 using ReachState = State<T, 4>;
 
 // Before a site: rows 0, 1 hold g_{i-1}, rows 2, 3 hold S_i. Moves to the site after it.
 template <class T, bool kPrefetch>
-BKCORE_INLINE void reach_row(const Tile<T> &tile, Index k, const T *const from[4],
-                             T *const to[4]) {
+BKCORE_INLINE void reach_row(const Tile<T> &tile, Index k, const T *const from[4], T *const to[4]) {
   using L = Lanes<T>;
   using Complex = typename L::Complex;
   const T *v = tile.v[k], *energy = tile.energy[0], *eta = tile.eta[k], *c = tile.grad[k];
@@ -135,8 +136,9 @@ BKCORE_INLINE void reach_row(const Tile<T> &tile, Index k, const T *const from[4
     prefetch<kPrefetch>(next_grad + part + h);
     prefetch_far<kPrefetch>(next_parts + h);
     prefetch_far<kPrefetch>(next_parts + tile.part + h);
-    const Complex g = next_g<T>(load(v + h, at), load(energy + h, at), load(eta + h, at),
-                                load(t_left + h, at), {load(from[0] + h, at), load(from[1] + h, at)});
+    const Complex g =
+        next_g<T>(load(v + h, at), load(energy + h, at), load(eta + h, at), load(t_left + h, at),
+                  {load(from[0] + h, at), load(from[1] + h, at)});
     const Complex hop = L::scale(load(t_right + h, at), g);
     const Complex sum = {load(from[2] + h, at) + load(c + h, at),
                          load(from[3] + h, at) - load(c + part + h, at)};
@@ -249,8 +251,7 @@ void two_sided_adjoint(Tiles &tiles, const SweepBackward<T> &a, Index length, vo
   SharedSums<T> sums(width);
   for (Index n = (sites - 1) / length; n >= 0; --n) {
     const Tile<T> tile = tiles.load(n * length, least(n * length + length, sites));
-    for (int r = 0; r < 4; ++r)
-      std::memcpy(left[r], checkpoints[4 * n + r], width * sizeof(T));
+    for (int r = 0; r < 4; ++r) std::memcpy(left[r], checkpoints[4 * n + r], width * sizeof(T));
     for (Index k = 0; k < tile.sites; ++k) {
       const T *const from[4] = {left[4 * k], left[4 * k + 1], left[4 * k + 2], left[4 * k + 3]};
       T *const to[4] = {left[4 * k + 4], left[4 * k + 5], left[4 * k + 6], left[4 * k + 7]};

@@ -91,8 +91,8 @@ struct AttentionProblem {
     if (!first_g.data()) return in;
     in.first_g = Dual(Complex(first_g[2 * at], first_g[2 * at + 1]));
     for (Index k = 0; k < plane; ++k)
-      in.first_psi[k] = Dual(
-          Complex(first_psi[at * 2 * plane + k], first_psi[at * 2 * plane + plane + k]));
+      in.first_psi[k] =
+          Dual(Complex(first_psi[at * 2 * plane + k], first_psi[at * 2 * plane + plane + k]));
     return in;
   }
 
@@ -122,12 +122,24 @@ struct AttentionResults {
     const auto make = [](Index count) { return Buffer<T>(count, Place::kBeforePage); };
     const Index rows = batch * sites * heads;
     g = make(rows * 2), out = make(rows * 2 * values), psi = make(p.chains() * p.state());
-    Attention<T> a{batch,           sites,          heads,
-                   keys,            values,         p.chunk,
-                   p.v.data(),      p.hopping.data(), p.energy.data(),
-                   p.eta.data(),    p.query.data(),   p.key.data(),
-                   p.value.data(),  p.first_g.data(), p.first_psi.data(),
-                   g.data(),        out.data(),       psi.data(),
+    Attention<T> a{batch,
+                   sites,
+                   heads,
+                   keys,
+                   values,
+                   p.chunk,
+                   p.v.data(),
+                   p.hopping.data(),
+                   p.energy.data(),
+                   p.eta.data(),
+                   p.query.data(),
+                   p.key.data(),
+                   p.value.data(),
+                   p.first_g.data(),
+                   p.first_psi.data(),
+                   g.data(),
+                   out.data(),
+                   psi.data(),
                    nullptr};
     if (keep) checkpoints = make(p.chains() * chunks_of(a) * p.state());
     a.checkpoints = checkpoints.data();
@@ -144,7 +156,8 @@ struct AttentionResults {
 
   std::vector<T> forward() const { return joined({&g, &out, &psi}); }
   std::vector<T> backward() const {
-    return joined({&dv, &dhopping, &denergy, &deta, &dquery, &dkey, &dvalue, &dfirst_g, &dfirst_psi});
+    return joined(
+        {&dv, &dhopping, &denergy, &deta, &dquery, &dkey, &dvalue, &dfirst_g, &dfirst_psi});
   }
   static std::vector<T> joined(std::initializer_list<const Buffer<T> *> parts) {
     std::vector<T> all;
@@ -212,7 +225,8 @@ struct ExpectedAttention {
           both(in.first_psi[k], dfirst_psi[chain * 2 * plane + k],
                dfirst_psi[chain * 2 * plane + plane + k]);
       }
-    for (const auto *part : {&g, &out, &psi}) forward.insert(forward.end(), part->begin(), part->end());
+    for (const auto *part : {&g, &out, &psi})
+      forward.insert(forward.end(), part->begin(), part->end());
     for (const auto *part :
          {&dv, &dhopping, &denergy, &deta, &dquery, &dkey, &dvalue, &dfirst_g, &dfirst_psi})
       backward.insert(backward.end(), part->begin(), part->end());
@@ -226,7 +240,7 @@ struct ExpectedAttention {
 };
 
 TEST_CASE_TEMPLATE("attention and adjoint, all sizes", T, float, double) {
-  const Shape shapes[] = {{1, 1, 1, 1, 1}, {2, 2, 3, 1, 2},  {1, 3, 1, 2, 15}, {1, 5, 2, 3, 16},
+  const Shape shapes[] = {{1, 1, 1, 1, 1},  {2, 2, 3, 1, 2},  {1, 3, 1, 2, 15}, {1, 5, 2, 3, 16},
                           {1, 9, 1, 2, 17}, {2, 7, 1, 1, 33}, {1, 13, 2, 5, 3}, {1, 17, 1, 16, 1}};
   for (const Shape &shape : shapes)
     for (const bool first : {false, true}) {
@@ -237,8 +251,8 @@ TEST_CASE_TEMPLATE("attention and adjoint, all sizes", T, float, double) {
       const AttentionProblem<T> p(shape, first);
       const ExpectedAttention<T> want(p);
       // A site's roundings change its diagonal by at most 8 u A, A = |v| + |E| + eta + 2 t^2 / eta,
-      // hence an entry of the resolvent by A / eta times itself; results are sums of `keys` of these
-      // with what is read, and gradients of N such sums, each of two of them.
+      // hence an entry of the resolvent by A / eta times itself; results are sums of `keys` of
+      // these with what is read, and gradients of N such sums, each of two of them.
       const double a = 2 * want.input + 1.5 + 2 * want.input * want.input / kEta;
       const double relative = 8 * kUnit<T> * a / kEta * static_cast<double>(shape.keys + 1);
       const double forward = relative * want.largest * want.input;
@@ -252,7 +266,8 @@ TEST_CASE_TEMPLATE("attention and adjoint, all sizes", T, float, double) {
     }
 }
 
-TEST_CASE_TEMPLATE("threads, chunks and what is kept change no bit of attention", T, float, double) {
+TEST_CASE_TEMPLATE("threads, chunks and what is kept change no bit of attention", T, float,
+                   double) {
   const AttentionProblem<T> p({2, 40, 3, 8, 33}, true);
   const AttentionProblem<T> longer({2, 40, 3, 8, 33}, true, 100);
   for_isas([&](const Isa &isa) {

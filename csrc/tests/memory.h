@@ -21,7 +21,8 @@ using Index = std::int64_t;
 using Sizes = std::array<Index, 4>;
 
 // The first three rely on AddressSanitizer, which does not see what masked loads and gathers touch:
-// kLine begins a cache line, kOffLine does not. The others lie against a page that nobody may touch.
+// kLine begins a cache line, kOffLine does not. The others lie against a page that nobody may
+// touch.
 enum class Place { kHeap, kLine, kOffLine, kBeforePage, kAfterPage };
 
 inline std::shared_ptr<void> allocate(std::size_t bytes, Place place) {
@@ -62,6 +63,7 @@ class Buffer {
   }
 
   T *data() const { return data_; }
+  const std::shared_ptr<void> &memory() const { return memory_; }
   Index size() const { return size_; }
   T *begin() const { return data_; }
   T *end() const { return data_ ? data_ + size_ : nullptr; }

@@ -28,8 +28,8 @@ struct ProductProblem {
     Random random(6);
     const Place place = Place::kBeforePage;
     x = Buffer<float>::of(rows * inputs, [&] { return random.normal(); }, place);
-    weight = Buffer<std::uint8_t>::of(
-        outputs * width, [&] { return random.integer(0, 255); }, place);
+    weight =
+        Buffer<std::uint8_t>::of(outputs * width, [&] { return random.integer(0, 255); }, place);
     scales = Buffer<std::uint16_t>::of(
         outputs * groups, [&] { return bfloat16(float(random.uniform(-2, 2))); }, place);
   }
@@ -37,8 +37,9 @@ struct ProductProblem {
   Buffer<float> run(const Isa &isa, Index threads = 1) const {
     const Buffer<float> out(rows * outputs, Place::kBeforePage);
     for (float &number : out) number = kNaN;
-    run_product(isa, threads, {rows, outputs, inputs, bits, groups, group_size, x.data(),
-                               weight.data(), scales.data(), out.data()});
+    run_product(isa, threads,
+                {rows, outputs, inputs, bits, groups, group_size, x.data(), weight.data(),
+                 scales.data(), out.data()});
     return out;
   }
 
@@ -48,7 +49,8 @@ struct ProductProblem {
       const float *row = x.data() + m * inputs;
       float largest = 0;
       for (Index k = 0; k < inputs; ++k)
-        largest = row[k] != row[k] || largest != largest ? kNaN : std::max(largest, std::abs(row[k]));
+        largest =
+            row[k] != row[k] || largest != largest ? kNaN : std::max(largest, std::abs(row[k]));
       float scale = largest / 127;
       if (scale < std::numeric_limits<float>::min()) scale = 1;
       for (Index o = 0; o < outputs; ++o) {
@@ -97,7 +99,7 @@ TEST_CASE("threads and many rows change no bit of a product") {
   }
 }
 
-// 128 times the sum of as many codes of 127 as one group may have is beyond 2^31.
+// A group of as many inputs as bkcore.kernels.product lets one have, of the largest codes.
 TEST_CASE("the largest sums are exact") {
   const Index inputs = ((Index{1} << 31) - 1) / (128 * 127);
   for (const Index rows : {1, 5})

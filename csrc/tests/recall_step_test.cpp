@@ -1,10 +1,11 @@
 // One site of resolvent attention with what goes around it, against the formulas in double.
 
-#include "codes.h"
 #include "recall_step.h"
-#include "support.h"
 
 #include <complex>
+
+#include "codes.h"
+#include "support.h"
 
 namespace bkcore {
 namespace {
@@ -49,8 +50,8 @@ struct RecallProblem {
       const double half = 1 << (bits - 1);
       scale.push_back(Buffer<std::uint16_t>::of(
           groups_of(count, 2), [&] { return bfloat16(float(random.uniform(2, 4) / half)); }));
-      zero.push_back(Buffer<std::int8_t>::of(groups_of(count, 2),
-                                             [&] { return random.integer(-2, 2); }));
+      zero.push_back(
+          Buffer<std::int8_t>::of(groups_of(count, 2), [&] { return random.integer(-2, 2); }));
       levels.push_back(rounding == Rounding::kLevels ? uneven_levels(random, 1, bits)
                                                      : std::vector<float>());
     }
@@ -73,8 +74,9 @@ struct RecallProblem {
     const Buffer<float> out(x.size());
     for (Index i = 0; i < x.size(); ++i) {
       const Index group = i % channels()[part] / 2;
-      out[i] = Codes{bits, from_bits(scale[part][group]), float(zero[part][group]), levels[part]}
-                   .round(x[i]);
+      out[i] =
+          Codes{bits, from_bits(scale[part][group]), float(zero[part][group]), levels[part]}.round(
+              x[i]);
     }
     return out;
   }
@@ -90,12 +92,11 @@ struct RecallResults {
         next_g(p.g.size(), Place::kBeforePage),
         next_psi(p.psi.size(), Place::kBeforePage) {
     const auto [batch, heads, groups, keys, values] = p.shape;
-    const RecallStep step{
-        batch,           heads,           groups,          keys,
-        values,          p.gate.data(),   p.barrier.data(), p.query.data(),
-        p.key.data(),    p.value.data(),  p.rate.data(),   p.height.data(),
-        p.eta.data(),    p.weight.data(), p.g.data(),      p.psi.data(),
-        rounding,        features.data(), next_g.data(),   next_psi.data()};
+    const RecallStep step{batch,        heads,           groups,           keys,
+                          values,       p.gate.data(),   p.barrier.data(), p.query.data(),
+                          p.key.data(), p.value.data(),  p.rate.data(),    p.height.data(),
+                          p.eta.data(), p.weight.data(), p.g.data(),       p.psi.data(),
+                          rounding,     features.data(), next_g.data(),    next_psi.data()};
     computed = run_recall_step(isa, threads, step);
   }
 };
@@ -149,8 +150,8 @@ void check_formulas(const RecallProblem &p, const RecallResults &got) {
   CHECK(distance(got.features, features) <= bound);
 }
 
-const RecallShape kRecallShapes[] = {{1, 1, 1, 1, 1},  {2, 3, 3, 2, 15}, {3, 4, 2, 3, 16},
-                                     {1, 6, 2, 5, 17}, {2, 2, 1, 16, 33}};
+const RecallShape kRecallShapes[] = {
+    {1, 1, 1, 1, 1}, {2, 3, 3, 2, 15}, {3, 4, 2, 3, 16}, {1, 6, 2, 5, 17}, {2, 2, 1, 16, 33}};
 
 TEST_CASE("a recall step is its formulas") {
   for (const RecallShape &shape : kRecallShapes) {
@@ -178,8 +179,8 @@ TEST_CASE("a rounded recall step is one of rounded inputs, its outputs rounded")
             for (Index i = 0; i < 3 * width; ++i) p.weight[i] = i / width == part ? 1 : 0;
             q.weight = p.weight;
             const RecallResults got(isa, p, p.parts()), plain(isa, q, {});
-            const auto want =
-                part ? p.rounded(static_cast<std::size_t>(4 + part), plain.features) : plain.features;
+            const auto want = part ? p.rounded(static_cast<std::size_t>(4 + part), plain.features)
+                                   : plain.features;
             CHECK(distance(got.features, want) == 0);
             CHECK(same_bits(got.next_g, plain.next_g));
             CHECK(same_bits(got.next_psi, plain.next_psi));

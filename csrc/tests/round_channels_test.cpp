@@ -35,8 +35,9 @@ struct ChannelsProblem {
   }
 
   RoundChannels arguments(float *out) const {
-    return {rows,         channels,    bits,                  group_size, x.data(),
-            scale.data(), zero.data(), data_or_null(levels), out};
+    return {rows,     channels,     bits,        group_size,
+            x.data(), scale.data(), zero.data(), data_or_null(levels),
+            out};
   }
   Codes codes(Index channel) const {
     const Index group = channel / group_size;
@@ -75,7 +76,8 @@ struct ChannelGradients {
         const Index at = row * p.channels + c, share = row / kRowsPerShare;
         const Codes codes = p.codes(c);
         const float ratio = p.x[at] / codes.scale, grad = p.grad[at];
-        const float place = p.levels.empty() ? std::nearbyint(ratio) + codes.zero : ratio + codes.zero;
+        const float place =
+            p.levels.empty() ? std::nearbyint(ratio) + codes.zero : ratio + codes.zero;
         const float low = codes.level(-codes.half()), high = codes.level(codes.half() - 1);
         const bool outside = place < low || place > high;
         const int code = codes.encode(p.x[at]);

@@ -90,7 +90,9 @@ inline float from_bits(std::uint16_t x) {
   return value;
 }
 
-inline Index groups_of(Index size, Index group_size) { return (size + group_size - 1) / group_size; }
+inline Index groups_of(Index size, Index group_size) {
+  return (size + group_size - 1) / group_size;
+}
 
 // Codes of one row, which are one or two a byte, the even one low.
 inline int code_at(const std::uint8_t *row, Index i, Index bits) {

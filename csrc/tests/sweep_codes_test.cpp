@@ -39,7 +39,8 @@ struct CodedProblem {
     const auto zero = [&] { return random.integer(-half / 2, half / 2); };
     energy = fill(1, 1, [&] { return random.normal(); });
     eta = fill(per_site ? sites : 1, 1, [&] { return random.uniform(0.5, 1.5); });
-    hopping = fill(per_site ? std::max<Index>(sites - 1, 1) : 1, 1, [&] { return random.normal(); });
+    hopping =
+        fill(per_site ? std::max<Index>(sites - 1, 1) : 1, 1, [&] { return random.normal(); });
     const Index rows = per_site ? sites : 1;
     in_scale = fill(rows, inputs, [&] { return random.uniform(0.5, 2) / double(half); });
     in_zero = fill(rows, inputs, zero);
@@ -102,8 +103,7 @@ struct CodedProblem {
         for (Index c = 0; c < outputs; ++c)
           for (Index h = 0; h < lanes; ++h)
             set_code(out.data() + ((b * sites + i) * outputs + c) * row, h, bits,
-                     codes(out_scale, out_zero, out_levels, c, i, h)
-                         .encode(parts.at(b, i, c, h)));
+                     codes(out_scale, out_zero, out_levels, c, i, h).encode(parts.at(b, i, c, h)));
     return out;
   }
 };
@@ -122,9 +122,7 @@ TEST_CASE("codes in, codes out") {
               CAPTURE(per_site);
               CAPTURE(levels);
               const CodedProblem p(2, sites, lanes, bits, form == 1, form == 2, per_site, levels);
-              for_isas([&](const Isa &isa) {
-                CHECK(same_bits(p.run(isa, 1), p.expected(isa)));
-              });
+              for_isas([&](const Isa &isa) { CHECK(same_bits(p.run(isa, 1), p.expected(isa))); });
             }
 }
 

@@ -53,8 +53,14 @@ struct RoundedProblem {
 
   Buffer<float> run(const Isa &isa, Index threads, bool two_sided) const {
     const Tensor<float> parts({batch, sites, 2, lanes}, layout, Place::kBeforePage);
-    const SweepRounded s{chains(v, parts), bits,        groups, group_size, scale.data(),
-                         zero.data(),      data_or_null(levels), data_or_null(bounds)};
+    const SweepRounded s{chains(v, parts),
+                         bits,
+                         groups,
+                         group_size,
+                         scale.data(),
+                         zero.data(),
+                         data_or_null(levels),
+                         data_or_null(bounds)};
     run_sweep_rounded(isa, threads, two_sided, s);
     return parts.numbers();
   }
@@ -77,7 +83,8 @@ struct RoundedProblem {
     });
     run_sweep(isa, 1, two_sided, true, Index{1} << 40, chains(rounded, parts));
     each([&](Index b, Index i, Index h) {
-      for (Index c = 0; c < 2; ++c) parts.at(b, i, c, h) = codes(1 + c, i).round(parts.at(b, i, c, h));
+      for (Index c = 0; c < 2; ++c)
+        parts.at(b, i, c, h) = codes(1 + c, i).round(parts.at(b, i, c, h));
     });
     return parts.numbers();
   }

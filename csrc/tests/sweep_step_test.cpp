@@ -33,7 +33,7 @@ struct Stream {
       return Strided<const T>{x.data() ? x.data() + first * lanes : nullptr, sites * lanes, by_site,
                               0, 1};
     };
-    return {batch,        count,    lanes,        rows(v), rows(source),
+    return {batch,       count,    lanes,        rows(v), rows(source),
             row(energy), row(eta), row(hopping), {},      false};
   }
 };

@@ -43,8 +43,8 @@ struct Problem {
     v = fill({batch, sites, 1, lanes}, layout, normal);
     if (form == Form::kSource) source = fill({batch, sites, 1, lanes}, layout, normal);
     energy = fill({1, 1, 1, lanes}, shared, normal);
-    eta = fill({1, per_site ? sites : 1, 1, lanes}, rows,
-               [&] { return random.uniform(kEta, 1.5); });
+    eta =
+        fill({1, per_site ? sites : 1, 1, lanes}, rows, [&] { return random.uniform(kEta, 1.5); });
     hopping = fill({1, per_site ? std::max<Index>(sites - 1, 1) : 1, 1, lanes}, rows, normal);
     grad = fill({batch, sites, parts(), lanes}, layout, normal);
   }
@@ -116,9 +116,11 @@ struct Results {
 
 template <class T>
 Sweep<T> arguments(const Problem<T> &p, const Results<T> &to) {
-  return {p.shape.batch,          p.shape.sites,       p.shape.lanes,
-          p.v.readable(),         p.source.readable(), p.energy.readable(),
-          p.eta.readable(),       p.hopping.readable(), to.parts.writable(), false};
+  return {p.shape.batch,       p.shape.sites,
+          p.shape.lanes,       p.v.readable(),
+          p.source.readable(), p.energy.readable(),
+          p.eta.readable(),    p.hopping.readable(),
+          to.parts.writable(), false};
 }
 
 template <class T>
@@ -140,10 +142,11 @@ Results<T> run(const Isa &isa, const Problem<T> &p, const Layout &layout, Index 
 
 // What `Results::all` should be, and how far from it round-off may take each.
 //
-// Rounding in a site is a change of its diagonal by at most 8 u A, with A = |v| + |E| + eta + 2 t^2 /
-// eta the size of what is added up there. By Ward's identity such a change moves an entry of the
-// resolvent by at most A / eta^2 times 8 u, and psi by that times |b|. Each derivative is a sum of at
-// most N terms, products of the cotangent and at most four such entries (1 / eta each) and a hopping.
+// Rounding in a site is a change of its diagonal by at most 8 u A, with A = |v| + |E| + eta + 2 t^2
+// / eta the size of what is added up there. By Ward's identity such a change moves an entry of the
+// resolvent by at most A / eta^2 times 8 u, and psi by that times |b|. Each derivative is a sum of
+// at most N terms, products of the cotangent and at most four such entries (1 / eta each) and a
+// hopping.
 template <class T>
 struct Expected {
   std::vector<double> forward, backward;
@@ -192,8 +195,8 @@ struct Expected {
     for (const auto *part : {&dv, &dsource, &denergy, &deta, &dhopping})
       backward.insert(backward.end(), part->begin(), part->end());
     forward_bound = 8 * kUnit<T> * size / (kEta * kEta) * source;
-    backward_bound = forward_bound * static_cast<double>(sites) * cotangent * hop * source /
-                     (kEta * kEta);
+    backward_bound =
+        forward_bound * static_cast<double>(sites) * cotangent * hop * source / (kEta * kEta);
   }
 };
 
@@ -204,7 +207,8 @@ void check(const Problem<T> &p, const Layout &layout, const Expected<T> &want, I
     const Results<T> got = run(isa, p, layout, threads);
     CHECK(distance(listed(got.parts), want.forward) <= want.forward_bound);
     const std::vector<T> all = got.all();
-    const std::vector<T> gradients(all.begin() + static_cast<Index>(want.forward.size()), all.end());
+    const std::vector<T> gradients(all.begin() + static_cast<Index>(want.forward.size()),
+                                   all.end());
     CHECK(distance(gradients, want.backward) <= want.backward_bound);
     if (!fuses(isa)) return;
     if (base.empty()) base = all;

@@ -18,12 +18,25 @@ from torch import Tensor
 from bkcore.errors import BackendError
 from bkcore.host import last_level_cache
 
-_native: Any = None
-_import_error = ""
-try:
-    _native = importlib.import_module("bkcore.kernels.backends.cpu._native")
-except ImportError as error:
-    _import_error = str(error)
+INTERFACE = 1
+"""Counts what the functions of the extension take and give. It is one more with every change of
+that, here and in csrc/module.cpp, so that an extension which was compiled for other Python code
+is recognized."""
+
+
+def _load() -> tuple[Any, str]:
+    """The extension, or None and why there is none."""
+    try:
+        native = importlib.import_module("bkcore.kernels.backends.cpu._native")
+    except ImportError as error:
+        return None, str(error)
+    found = getattr(native, "__interface__", None)
+    if found != INTERFACE:
+        return None, f"it has the interface {found} and this Python code needs {INTERFACE}"
+    return native, ""
+
+
+_native, _import_error = _load()
 
 _supported: tuple[str, ...] = () if _native is None else tuple(_native.supported_isas())
 _forced_isa = os.environ.get("BKCORE_CPU_ISA")
@@ -39,7 +52,8 @@ def absent() -> str | None:
         return None
     return (
         f"the native extension {__package__}._native did not load ({_import_error}); reinstall "
-        "bkcore with a C++17 compiler on the path: pip install --force-reinstall --no-deps bkcore"
+        "bkcore with a C++17 compiler on the path: pip install --force-reinstall --no-deps bkcore "
+        "(in a checkout, -e . in place of bkcore)"
     )
 
 
