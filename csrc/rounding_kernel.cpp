@@ -124,7 +124,7 @@ void adjoint_to_levels(const RoundChannelsBackward &a, Index share,
       S::store(dscale + c, S::load(dscale + c) + grad * (level - zero - ratio));
     }
   }
-  std::memcpy(a.dscale + share * r.channels, dscale, r.channels * sizeof(float));
+  for (Index c = 0; c < r.channels; ++c) a.dscale[share * r.channels + c] = dscale[c];
   for (Index lane = 0; lane < S::width; ++lane)
     for (Index level = 0; level < count; ++level)
       a.dlevels[share * count + level] += dlevels[lane * count + level];
