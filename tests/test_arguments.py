@@ -20,7 +20,7 @@ from torch import Tensor
 import bkcore
 import bkcore.core
 import bkcore.quantization
-from bkcore.core import bounds, operator
+from bkcore.core import bounds, enclosures, operator
 from bkcore.errors import BKCoreError
 
 B, N, H = 2, 4, 3
@@ -88,7 +88,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "spectral_shift": (bkcore.core.spectral_shift, {"v": V, "energy": 0.5, **CHAIN}),
     "weighted_row_norms": (operator.weighted_row_norms, {**DIAGONAL, "weights": V.abs()}),
     "ward_bound": (bounds.ward_bound, {**DIAGONAL, "v_perturbed": V + 0.1}),
-    "diagonal_enclosure": (bounds.diagonal_enclosure, {**DIAGONAL, "v_perturbed": V + 0.1}),
+    "diagonal_enclosure": (enclosures.diagonal_enclosure, {**DIAGONAL, "v_perturbed": V + 0.1}),
     "maximum_bound": (bounds.maximum_bound, {"dv": V, "G": G, "G_perturbed": G, "eta": 1.0}),
     "uniform_bound": (bounds.uniform_bound, {"dv": V, "eta": 1.0}),
     "disc_range": (bounds.disc_range, {"eta": 1.0}),

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bkcore.core import attention, bounds, enclosures
 from bkcore.core.bounds import (
     contraction_factor,
     disc_range,
@@ -21,8 +22,8 @@ from bkcore.core.bounds import (
     maximum_bound,
     uniform_bound,
     ward_bound,
-    weighted_row_norms,
 )
+from bkcore.core.operator import weighted_row_norms
 from bkcore.core.resolvent import resolvent_diagonal
 from bkcore.errors import DTypeError, InputError
 
@@ -245,3 +246,10 @@ V = torch.zeros(5, dtype=torch.float64)
 def test_errors_name_what_is_wrong(call: Callable[[], object], error: type[Exception]) -> None:
     with pytest.raises(error):
         call()
+
+
+@pytest.mark.parametrize("name", ["AttentionInputs", *sorted(enclosures.__all__)])
+def test_names_that_moved_warn(name):
+    place = attention if name == "AttentionInputs" else enclosures
+    with pytest.warns(DeprecationWarning, match=f"{name} is {place.__name__}.{name} now"):
+        assert getattr(bounds, name) is getattr(place, name)

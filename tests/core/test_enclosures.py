@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bkcore.core import causal_sweep, oracle, resolvent_attention, resolvent_diagonal
-from bkcore.core.bounds import (
-    AttentionInputs,
+from bkcore.core.attention import AttentionInputs
+from bkcore.core.bounds import ward_bound
+from bkcore.core.enclosures import (
     Enclosure,
     attention_enclosure,
     diagonal_enclosure,
     propagated_enclosure,
-    ward_bound,
 )
 from bkcore.errors import DTypeError, InputError, ShapeError
 

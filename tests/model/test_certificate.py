@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bkcore.core.bounds import Enclosure
+from bkcore.core.enclosures import Enclosure
 from bkcore.errors import LifecycleError
 from bkcore.model import core_certificates
 from bkcore.model.certificate import _over_power

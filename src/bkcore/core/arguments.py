@@ -213,6 +213,18 @@ def require_fits(name: str, value: Tensor, v: Tensor) -> None:
     require_device(name, value, v)
 
 
+def require_alike(v: Tensor, v_perturbed: Tensor) -> None:
+    """Raise unless these are real potentials of the same sites, on one device."""
+    require_real_float("v", v)
+    require_real_float("v_perturbed", v_perturbed)
+    broadcast_leading({"v": v, "v_perturbed": v_perturbed})
+    if v.shape[-1:] != v_perturbed.shape[-1:] or v.device != v_perturbed.device:
+        raise ShapeError(
+            f"v_perturbed must have the sites of v, and be where it is; got {tuple(v.shape)} on "
+            f"{v.device} and {tuple(v_perturbed.shape)} on {v_perturbed.device}"
+        )
+
+
 def broadcast_leading(arguments: dict[str, float | Tensor]) -> torch.Size:
     """The common shape of all dimensions but the last; `ShapeError` if there is none."""
     shapes = {k: x.shape[:-1] for k, x in arguments.items() if isinstance(x, Tensor)}

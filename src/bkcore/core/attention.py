@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,16 @@ from bkcore.core.arguments import (
 )
 from bkcore.errors import DTypeError, ShapeError
 from bkcore.kernels import attention
+
+
+class AttentionInputs(NamedTuple):
+    """What `resolvent_attention` takes but for eta and a state, in its order and shapes."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    hopping: Tensor
+    potential: Tensor
 
 
 def resolvent_attention(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bkcore.core import resolvent_attention
-from bkcore.core.bounds import UNIT, AttentionInputs, Enclosure, attention_enclosure
+from bkcore.core.attention import AttentionInputs
+from bkcore.core.enclosures import UNIT, Enclosure, attention_enclosure
 from bkcore.errors import LifecycleError
 from bkcore.kernels.recall import over_memory
 from bkcore.model.mixer import ResolventMixer

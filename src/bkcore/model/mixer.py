@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bkcore.core import causal_sweep_parts
-from bkcore.core.attention import attend
-from bkcore.core.bounds import AttentionInputs
+from bkcore.core.attention import AttentionInputs, attend
 from bkcore.errors import ShapeError
 from bkcore.kernels import ChannelRounding, has_recall_step, recall_step
 from bkcore.kernels.recall import features, for_every_head, hopping_and_potential, over_memory

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bkcore.core.arguments import require_device, require_real_float
-from bkcore.core.bounds import diagonal_enclosure
+from bkcore.core.enclosures import diagonal_enclosure
 from bkcore.core.module import BirmanSchwingerCore
 from bkcore.core.resolvent import resolvent_diagonal
 from bkcore.errors import CheckpointError, InputError, ShapeError
