@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bkcore.errors import CalibrationError
-from bkcore.model import ResNetBKForCausalLM, quantized
+from bkcore.model import ResNetBKForCausalLM, conversion
 from bkcore.quantization import QuantizationConfig
 
 IDS = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -79,7 +79,7 @@ def contents(model: nn.Module) -> list[object]:
                 found += [id(x), x.dtype, x.detach().double().numpy().tobytes()]
             elif isinstance(x, bool | int | str | float):
                 found.append(x)
-    for quantizers in quantized.core_quantizers(model):
+    for quantizers in conversion.core_quantizers(model):
         observers = [part._histograms for part in quantizers.parts()]
         found += [[x.tolist() for x in vars(o).values()] for o in observers if o is not None]
     return found
@@ -131,7 +131,7 @@ def test_one_bad_weight_changes_nothing(build, tmp_path, mode, value):
     """Of the last layer that is packed: it meets no activation, or only that of an idle expert."""
     model = build()
     model.configure_quantization(QuantizationConfig(mode, 16, min_size=0))
-    weight = list(quantized.quantizable(model))[-1].layer.weight
+    weight = list(conversion.quantizable(model))[-1].layer.weight
     kept = weight.detach().clone()
     with torch.no_grad():
         weight[3, 2] = value

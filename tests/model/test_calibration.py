@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bkcore.errors import CalibrationError
-from bkcore.model import ResNetBKForCausalLM, quantized
+from bkcore.model import ResNetBKForCausalLM, conversion
 from bkcore.quantization import QuantizationConfig
 from bkcore.quantization.gptq import InputMoments
 from bkcore.quantization.weights import PackedWeight, pack_weight
@@ -61,16 +61,16 @@ def compensated(mode: str) -> set[str]:
 
 def test_moments_live_from_calibration_to_quantization(build, tokens, mode):
     model = build(mode)
-    assert not quantized.input_moments(model)
+    assert not conversion.input_moments(model)
     calibrated = build(mode, "calibrated")
     layers = {n for n, m in calibrated.named_modules() if isinstance(m, InputMoments)}
     count = {"mixer": 2 * 2, "experts": 2 * 4 * 2}
     assert len(layers) == sum(count[part] for part in compensated(mode))
-    before = [moments.tokens.clone() for moments in quantized.input_moments(calibrated)]
+    before = [moments.tokens.clone() for moments in conversion.input_moments(calibrated)]
     calibrated(tokens(2, 9))
-    after = [moments.tokens for moments in quantized.input_moments(calibrated)]
+    after = [moments.tokens for moments in conversion.input_moments(calibrated)]
     assert before == after  # nothing is watched any longer
-    assert not quantized.input_moments(build(mode, "quantized"))
+    assert not conversion.input_moments(build(mode, "quantized"))
 
 
 def test_every_weight_knows_how_many_tokens_shaped_it(build, tokens, mode, tmp_path):
@@ -139,7 +139,7 @@ def test_a_calibration_that_fails_leaves_no_moments(build, tokens):
     model = build("ptq_int4")
     with pytest.raises(CalibrationError, match="saw no data"):
         model.calibrate_quantization([])
-    assert not quantized.input_moments(model)
+    assert not conversion.input_moments(model)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -150,7 +150,7 @@ def test_the_observer_rules_every_quantizer_and_is_remembered(build, tokens, obs
     model.calibrate_quantization([tokens(2, 20), tokens(1, 7)])
     model.save_pretrained(tmp_path)
     for one in (model, ResNetBKForCausalLM.from_pretrained(tmp_path)):
-        for quantizers in quantized.core_quantizers(one):
+        for quantizers in conversion.core_quantizers(one):
             for quantizer in quantizers.parts():
                 if observer != "auto":
                     assert quantizer.method == observer

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import BatchEncoding, DynamicCache
 
 from bkcore.errors import BKCoreError, DTypeError, InputError, LifecycleError, ShapeError
-from bkcore.model import quantized
+from bkcore.model import conversion
 from bkcore.model.inputs import real_tokens
 from bkcore.model.moe import counting_load
 from bkcore.quantization.gptq import InputMoments
@@ -201,7 +201,7 @@ def test_padding_has_no_part_in_the_balance(build, tokens):
 def observed(model):
     """All that calibration gathered and chose."""
     found = {name: x.clone() for name, x in model.state_dict().items()}
-    for n, quantizers in enumerate(quantized.core_quantizers(model)):
+    for n, quantizers in enumerate(conversion.core_quantizers(model)):
         for m, part in enumerate(quantizers.parts()):
             found[f"seen {n} {m}"] = torch.tensor(part.values_seen)
     for n, module in enumerate(x for x in model.modules() if isinstance(x, InputMoments)):
@@ -288,4 +288,4 @@ def test_what_is_no_batch_is_refused_and_changes_nothing(build, tokens, batches,
     with pytest.raises(error, match=message):
         model.calibrate_quantization(batches(ids))
     assert model.quantization_state.value == "float"
-    assert not quantized.core_quantizers(model)
+    assert not conversion.core_quantizers(model)

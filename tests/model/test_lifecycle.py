@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bkcore.errors import CalibrationError, InputError, LifecycleError
-from bkcore.model import LanguageModel, quantized
+from bkcore.model import LanguageModel, conversion
 from bkcore.quantization import QuantizationConfig, QuantizationState
 from bkcore.quantization.linear import QuantizedEmbedding, QuantizedLinear
 from bkcore.quantization.weights import HalfWeight, PackedWeight, TrainableWeight
@@ -180,7 +180,7 @@ def test_memory_of_calibration_does_not_grow(build, tokens):
     model = build("ptq_int8", n_layers=1)
 
     def held() -> int:
-        parts = quantized.core_quantizers(model)[0].parts()
+        parts = conversion.core_quantizers(model)[0].parts()
         tensors = [tensor for part in parts for tensor in vars(part._histograms).values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -204,7 +204,7 @@ def expected_bits(mode: str, part: str) -> int:
 
 def test_nothing_stays_float_in_silence(build, mode):
     model = build(mode, "quantized")
-    found = list(quantized.quantizable(model))
+    found = list(conversion.quantizable(model))
     # Two matrices in every mixer and in every expert, and the embedding.
     assert [slot.part for slot in found].count("core") == 2 * 2
     assert [slot.part for slot in found].count("expert") == 2 * 4 * 2
@@ -226,7 +226,7 @@ def test_nothing_stays_float_in_silence(build, mode):
     assert matrices == {f"layers.{i}.{name}" for i in range(2) for name in small}
     linears = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding)]
     assert len(linears) == 2  # the routers
-    for quantizers in quantized.core_quantizers(model):
+    for quantizers in conversion.core_quantizers(model):
         assert quantizers.phase == "quantize"
         assert len(quantizers.parts()) == 7
         channels = [4, 4, 28, 28, 24, 24, 24]  # 4 heads, keys of 7, 24 values
@@ -235,17 +235,17 @@ def test_nothing_stays_float_in_silence(build, mode):
             assert quantizer.calibrated
             assert not quantizer.learnable
             assert quantizer.bits == expected_bits(mode, "core")
-    assert len(quantized.core_quantizers(model)) == 2
+    assert len(conversion.core_quantizers(model)) == 2
 
 
 @pytest.mark.parametrize("mode", ["qat_int8", "qat_int4"])
 def test_training_replaces_every_matrix_by_a_trainable_one(build, mode):
     model = build(mode, "training")
-    for slot in quantized.quantizable(model):
+    for slot in conversion.quantizable(model):
         weight = slot.layer.weight
         assert type(weight) is TrainableWeight
         assert weight.bits == expected_bits(mode, slot.part)
-    assert all(q.learnable for c in quantized.core_quantizers(model) for q in c.parts())
+    assert all(q.learnable for c in conversion.core_quantizers(model) for q in c.parts())
 
 
 @torch.no_grad()
@@ -255,11 +255,11 @@ def test_every_quantizer_of_the_core_is_used(build, tokens, mode):
     # Barriers move little: it takes some tokens until a code behind them turns.
     ids = tokens(2, 60)
     expected = model(ids).logits
-    count = len(quantized.core_quantizers(model)[0].parts())
+    count = len(conversion.core_quantizers(model)[0].parts())
     for layer in range(2):
         for index in range(count):
             other = copy.deepcopy(model)
-            quantizer = quantized.core_quantizers(other)[layer].parts()[index]
+            quantizer = conversion.core_quantizers(other)[layer].parts()[index]
             quantizer.stored_scales.mul_(1.5)
             assert not torch.equal(other(ids).logits, expected), (layer, index)
 
@@ -268,9 +268,9 @@ def test_per_tensor_has_one_scale(build, tokens):
     model = build()
     model.configure_quantization(QuantizationConfig("ptq_int8", per_channel=False, min_size=0))
     model.calibrate_quantization([tokens(2, 20)])
-    for quantizers in quantized.core_quantizers(model):
+    for quantizers in conversion.core_quantizers(model):
         assert [quantizer.num_groups for quantizer in quantizers.parts()] == [1] * 7
-    for slot in quantized.quantizable(model):
+    for slot in conversion.quantizable(model):
         assert len(slot.layer.weight.scales().unique()) == 1
 
 
@@ -286,7 +286,7 @@ def test_symmetric_rules_every_quantizer_of_the_core(build, tokens, symmetric, e
     model = build()
     model.configure_quantization(QuantizationConfig("ptq_int8", symmetric=symmetric))
     model.calibrate_quantization([tokens(2, 20)])
-    parts = quantized.core_quantizers(model)[0].parts()
+    parts = conversion.core_quantizers(model)[0].parts()
     assert [quantizer.symmetric for quantizer in parts] == expected
 
 

@@ -16,7 +16,7 @@ from bkcore.errors import InputError
 from bkcore.evaluation import perplexity
 from bkcore.evaluation.perplexity import kl_divergence, score
 from bkcore.model import loss as loss_module
-from bkcore.model.language_model import TokenEmbedding
+from bkcore.model.layers import TokenEmbedding
 from bkcore.model.loss import IGNORED, next_token_loss
 
 TRAINABLE = [(None, "float"), ("qat_int8", "training"), ("qat_int4", "training")]

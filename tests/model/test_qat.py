@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bkcore.errors import LifecycleError
-from bkcore.model import quantized
+from bkcore.model import conversion
 from bkcore.training import Schedule, train
 
 pytestmark = pytest.mark.parametrize("mode", ["qat_int8", "qat_int4"])
@@ -47,7 +47,7 @@ def test_training_lowers_the_loss_and_survives_conversion(build, tokens, mode):
     ids = tokens(8, 32)
     model.calibrate_quantization([ids])
     model.train()
-    core_quantizers = [q for c in quantized.core_quantizers(model) for q in c.parts()]
+    core_quantizers = [q for c in conversion.core_quantizers(model) for q in c.parts()]
     scales = [quantizer.scales.detach().clone() for quantizer in core_quantizers]
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     losses = []

@@ -9,13 +9,13 @@ import torch
 
 from bkcore.errors import CalibrationError, CheckpointError, InputError, LifecycleError
 from bkcore.evaluation import sensitivity
-from bkcore.model import ResNetBKForCausalLM, core_certificates, quantized, receipt
+from bkcore.model import ResNetBKForCausalLM, conversion, core_certificates, receipt
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.moe import Expert, counting_load
 from bkcore.quantization import QuantizationConfig, linear
 from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.quantization.packing import unpack_int4
-from bkcore.quantization.weights import HalfWeight
+from bkcore.quantization.weights import HalfWeight, PackedWeight
 
 MIXED = {
     "embedding": 4,
@@ -39,14 +39,14 @@ def mixed(build, state="quantized", **options):
 
 
 def test_errors_and_clipping_are_those_of_the_weights(build, mode):
-    before = {slot.name: slot.layer.weight for slot in quantized.quantizable(build())}
+    before = {slot.name: slot.layer.weight for slot in conversion.quantizable(build())}
     model = build(mode, "training" if mode.startswith("qat") else "calibrated")
     if mode.startswith("qat"):
-        before = {slot.name: slot.layer.weight.weight for slot in quantized.quantizable(model)}
+        before = {slot.name: slot.layer.weight.weight for slot in conversion.quantizable(model)}
         model.convert()
     else:
         model.apply_ptq()
-    layers = {slot.name: slot.layer for slot in quantized.quantizable(model)}
+    layers = {slot.name: slot.layer for slot in conversion.quantizable(model)}
     assert [entry["name"] for entry in model.receipt["weights"]] == list(layers)
     for entry in model.receipt["weights"]:
         weight, float_weight = layers[entry["name"]].weight, before[entry["name"]].detach()
@@ -75,8 +75,8 @@ def test_errors_and_clipping_are_those_of_the_weights(build, mode):
 
 
 def test_clipping_is_counted():
-    layer = linear.QuantizedLinear(linear.PackedWeight((1, 4), 8, 4))
-    slot = quantized.Slot(torch.nn.Sequential(layer), "0", "core", "layer")
+    layer = linear.QuantizedLinear(PackedWeight((1, 4), 8, 4))
+    slot = conversion.Slot(torch.nn.Sequential(layer), "0", "core", "layer")
     weight = torch.tensor([[127.4, 127.6, -128.4, -128.6]])  # the scale is 1
     entry = receipt._weight_entry(slot, weight, QuantizationConfig())
     assert entry["clipping_rate"] == 0.5
@@ -164,7 +164,7 @@ def test_the_kernel_is_what_runs(build, monkeypatch):
 def test_every_tensor_has_an_entry_and_every_float_one_a_reason(build, mode):
     model = build(mode, "quantized")
     entries = [*model.receipt["weights"], *model.receipt["activations"], *model.receipt["float"]]
-    assert sum(entry["bytes"] for entry in entries) == quantized.storage_bytes(model)
+    assert sum(entry["bytes"] for entry in entries) == conversion.storage_bytes(model)
     assert receipt.problems(model.receipt) == []
     routers = [entry for entry in model.receipt["float"] if "router" in entry["name"]]
     assert len(routers) == 2
@@ -172,12 +172,12 @@ def test_every_tensor_has_an_entry_and_every_float_one_a_reason(build, mode):
 
 
 def test_what_stays_float_is_a_problem(build, monkeypatch):
-    everything = quantized.quantizable
+    everything = conversion.quantizable
 
     def but_one(model):
         return (slot for slot in everything(model) if slot.name != "layers.1.mixer.in_proj")
 
-    monkeypatch.setattr(quantized, "quantizable", but_one)
+    monkeypatch.setattr(conversion, "quantizable", but_one)
     model = build()
     model.configure_quantization(QuantizationConfig("ptq_int8", min_size=0))
     model.calibrate_quantization([torch.randint(61, (2, 20))])
@@ -216,9 +216,9 @@ def test_a_float_model_saved_over_a_quantized_one_has_no_receipt(build, tmp_path
 @torch.no_grad()
 def test_bits_of_single_weights_are_saved_with_the_model(build, tokens, tmp_path):
     model = mixed(build)
-    for slot in quantized.quantizable(model):
+    for slot in conversion.quantizable(model):
         expected = MIXED.get(slot.name, {"expert": 4, "core": 8, "head": 16}[slot.part])
-        kind = quantized.HalfWeight if expected == 16 else quantized.PackedWeight
+        kind = HalfWeight if expected == 16 else PackedWeight
         assert type(slot.layer.weight) is kind
         assert getattr(slot.layer.weight, "bits", 16) == expected
     ids = tokens(2, 30)
@@ -238,9 +238,9 @@ def test_small_weights_stay_in_float16_unless_they_are_named(build, tokens, tmp_
         QuantizationConfig(mode, 16, min_size=960, tensor_bits={"layers.0.mixer.out_proj": 8})
     )
     model.calibrate_quantization([tokens(4, 32)])
-    kinds = {slot.name: type(slot.layer.weight) for slot in quantized.quantizable(model)}
-    assert kinds[named] is quantized.PackedWeight  # no fewer than 960
-    assert kinds["layers.0.mixer.out_proj"] is quantized.PackedWeight
+    kinds = {slot.name: type(slot.layer.weight) for slot in conversion.quantizable(model)}
+    assert kinds[named] is PackedWeight  # no fewer than 960
+    assert kinds["layers.0.mixer.out_proj"] is PackedWeight
     assert kinds["layers.1.mixer.out_proj"] is HalfWeight
     entries = {entry["name"]: entry for entry in model.receipt["weights"]}
     small = [name for name, entry in entries.items() if "reason" in entry]
@@ -263,15 +263,15 @@ def test_the_default_is_where_codes_stop_to_pay(build, tokens):
     model = build()
     model.configure_quantization("ptq_int8")
     model.calibrate_quantization([tokens(4, 32)])
-    for slot in quantized.quantizable(model):
-        kind = HalfWeight if slot.size < 2048 else quantized.PackedWeight
+    for slot in conversion.quantizable(model):
+        kind = HalfWeight if slot.size < 2048 else PackedWeight
         assert type(slot.layer.weight) is kind
     trained = build()
     trained.configure_quantization("qat_int8")
     trained.calibrate_quantization([tokens(4, 32)])
     trained.convert()
-    kinds = {type(slot.layer.weight) for slot in quantized.quantizable(trained)}
-    assert kinds == {quantized.PackedWeight}
+    kinds = {type(slot.layer.weight) for slot in conversion.quantizable(trained)}
+    assert kinds == {PackedWeight}
 
 
 def test_a_checkpoint_of_a_version_without_the_rule_has_codes(build, tokens, tmp_path):
@@ -312,7 +312,7 @@ def test_bits_that_cannot_be_are_refused(build):
 
 def test_bits_are_changed_after_calibration_if_it_was_for_int4(build, tokens, tmp_path):
     model = build()
-    every = {slot.name: 4 for slot in quantized.quantizable(model)}
+    every = {slot.name: 4 for slot in conversion.quantizable(model)}
     model.configure_quantization(QuantizationConfig("mixed_precision", 16, tensor_bits=every))
     model.start_calibration()
     model(tokens(4, 32))
@@ -340,7 +340,7 @@ def test_sensitivity_is_of_the_unit_alone_and_leaves_the_model_as_it_was(build, 
     unit = found[-2]
     names = sensitivity.units(model)[unit.unit]
     alone = replace(config, tensor_bits=dict.fromkeys(names, 4))
-    with quantized.packed_alone(model, alone, names):
+    with conversion.packed_alone(model, alone, names):
         log_q = model(ids).logits.double().log_softmax(-1)[:, :-1]
     log_p = model(ids).logits.double().log_softmax(-1)[:, :-1]
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()

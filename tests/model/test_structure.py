@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.data import DataLoader
 
 from bkcore.errors import LifecycleError
-from bkcore.model import ResNetBKForCausalLM, quantized
+from bkcore.model import ResNetBKForCausalLM, conversion
 from bkcore.quantization import QuantizationConfig
 
 
@@ -288,7 +288,7 @@ def test_removing_it_is_enough(build, tokens):
         model.start_calibration()
     handle.remove()
     model.calibrate_quantization([tokens(1, 8)])
-    assert len(list(quantized.quantizable(model))) == 21
+    assert len(list(conversion.quantizable(model))) == 21
 
 
 def test_adapters_of_peft_are_refused_and_merged_ones_taken(build, tokens):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bkcore.errors import LifecycleError
 from bkcore.model import ResNetBKForCausalLM
-from bkcore.model.quantized import packed_alone, quantizable, storage_bytes
+from bkcore.model.conversion import packed_alone, quantizable, storage_bytes
 from bkcore.quantization.budget import Choice
 from bkcore.quantization.config import QuantizationConfig
 

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from bkcore.deprecated import moved_module
 from bkcore.model.certificate import CoreCertificate, core_certificates
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.language_model import LanguageModel, ResNetBKForCausalLM
@@ -21,3 +22,5 @@ __all__ = [
     "StreamState",
     "core_certificates",
 ]
+
+moved_module("bkcore.model.quantized", "bkcore.model.conversion")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bkcore.core import resolvent_attention
 from bkcore.core.attention import AttentionInputs
@@ -16,11 +16,8 @@ from bkcore.core.enclosures import UNIT, Enclosure, attention_enclosure
 from bkcore.errors import LifecycleError
 from bkcore.kernels.recall import over_memory
 from bkcore.model.mixer import ResolventMixer
-from bkcore.quantization.lifecycle import QuantizationState
+from bkcore.quantization.lifecycle import QuantizationLifecycle, QuantizationState
 from bkcore.quantization.quantizers import GroupWiseQuantizer
-
-if TYPE_CHECKING:
-    from bkcore.model.language_model import ResNetBKForCausalLM
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class CoreCertificate:
 
 
 @torch.no_grad()
-def core_certificates(model: ResNetBKForCausalLM, input_ids: Tensor) -> list[CoreCertificate]:
+def core_certificates(model: QuantizationLifecycle, input_ids: Tensor) -> list[CoreCertificate]:
     """Measure and bound the error of the quantized core of every layer on some text.
 
     The float inputs of a layer are queries, keys, values, gates and barriers as they come to the
@@ -53,7 +50,7 @@ def core_certificates(model: ResNetBKForCausalLM, input_ids: Tensor) -> list[Cor
     for exact. Codes, clipping and the float32 of the core are included.
 
     Args:
-        model: quantized, or in quantization-aware training.
+        model: a `ResNetBKForCausalLM`, quantized or in quantization-aware training.
         input_ids: integers in [0, vocab_size), (B, N); texts that begin with their first token.
 
     Returns:
@@ -72,7 +69,7 @@ def core_certificates(model: ResNetBKForCausalLM, input_ids: Tensor) -> list[Cor
 
 
 @torch.no_grad()
-def certify(model: ResNetBKForCausalLM, input_ids: Tensor) -> list[CoreCertificate]:
+def certify(model: nn.Module, input_ids: Tensor) -> list[CoreCertificate]:
     """`core_certificates` of a model whose core runs quantized, whatever its state is called."""
     mixers = [module for module in model.modules() if isinstance(module, ResolventMixer)]
     with _seen_by(mixers) as seen:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
@@ -15,8 +15,6 @@ from bkcore.errors import InputError
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.reading import parse_json, shown
-
-_MIXERS = ("resolvent", "convolution", "green")
 
 _LARGEST = 2**31 - 1
 
@@ -46,6 +44,28 @@ _REFUSED = {
 """What would have transformers treat this as another kind of model, or look for files."""
 
 _NOTE_BYTES = 1 << 20
+
+
+class MixerTraits(NamedTuple):
+    """What a model can do because of its mixer.
+
+    Attributes:
+        has_heads: the mixer divides its channels among heads.
+        streams: it keeps a state of one size, from which the model reads on.
+        quantizes: modes quantize it, and certificates bound what that costs.
+    """
+
+    has_heads: bool
+    streams: bool
+    quantizes: bool
+
+
+MIXER_TRAITS = {
+    "resolvent": MixerTraits(has_heads=True, streams=True, quantizes=True),
+    "convolution": MixerTraits(has_heads=False, streams=False, quantizes=False),
+    "green": MixerTraits(has_heads=False, streams=False, quantizes=False),
+}
+"""By the names that `ResNetBKConfig.mixer` takes; `bkcore.model.mixer.MIXERS` has the classes."""
 
 
 class ResNetBKConfig(PreTrainedConfig):
@@ -125,9 +145,11 @@ class ResNetBKConfig(PreTrainedConfig):
         for name in ("load_balancing", "norm_eps", "initializer_range"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, not {getattr(self, name)!r}")
-        if self.mixer not in _MIXERS:
-            raise InputError(f"mixer must be one of {', '.join(_MIXERS)}, not {shown(self.mixer)}")
-        if self.value_size is None and self.mixer == "resolvent" and self.d_model % self.num_heads:
+        if not isinstance(self.mixer, str) or self.mixer not in MIXER_TRAITS:
+            known = ", ".join(MIXER_TRAITS)
+            raise InputError(f"mixer must be one of {known}, not {shown(self.mixer)}")
+        divided = self.mixer_traits.has_heads and self.value_size is None
+        if divided and self.d_model % self.num_heads:
             raise InputError(
                 f"num_heads={self.num_heads} must divide d_model={self.d_model}, unless value_size "
                 "gives the size of a head's values"
@@ -138,10 +160,15 @@ class ResNetBKConfig(PreTrainedConfig):
                 "of one size"
             )
         if self.quantization is not None:
-            if self.mixer != "resolvent":
+            if not self.mixer_traits.quantizes:
                 raise InputError(f'a model with mixer="{self.mixer}" cannot be quantized')
             form_of(self.quantization)
         _check_training_text(self.training_text)
+
+    @property
+    def mixer_traits(self) -> MixerTraits:
+        """What the model can do because of its mixer."""
+        return MIXER_TRAITS[self.mixer]
 
     @property
     def value_width(self) -> int:

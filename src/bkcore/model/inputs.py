@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.model.config import ResNetBKConfig
 from bkcore.model.loss import IGNORED
 from bkcore.model.state import StreamState
 
@@ -170,6 +171,40 @@ def check_options(
         raise DTypeError(f"num_items_in_batch must be a number, not {count!r}")
     elif count is not None and not count > 0:
         raise InputError(f"num_items_in_batch must be positive, not {count!r}")
+
+
+def check_streams(config: ResNetBKConfig) -> None:
+    """Raise `InputError` unless a model keeps a state."""
+    if not config.mixer_traits.streams:
+        raise InputError(f'a model with mixer="{config.mixer}" keeps no state')
+
+
+def check_stream(
+    config: ResNetBKConfig,
+    layers: int,
+    input_ids: Tensor,
+    real: Tensor | None,
+    state: StreamState | None,
+) -> None:
+    """Check that a model with so many layers can go on from a state, or give the one behind ids.
+
+    Raises:
+        ShapeError: if the state is that of another model.
+        InputError: if the model keeps none, it is of other sequences, or padding would be read.
+    """
+    check_streams(config)
+    if real is not None and not bool(real.all()):  # a compiled graph ends here, to look
+        raise InputError(
+            "a state would have read the padding too; read texts of different lengths one "
+            "after the other, and put their states together with StreamState.batch()"
+        )
+    if state is not None and len(state) != len(input_ids):
+        raise InputError(f"cache_params has {len(state)} sequences, input_ids {len(input_ids)}")
+    if state is not None and len(state.layers) != layers:
+        raise ShapeError(
+            f"cache_params has {len(state.layers)} layers, the model {layers}: it is "
+            "the state of another model"
+        )
 
 
 def _integers(name: str, x: Any) -> Tensor:

@@ -2,78 +2,29 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import GenerationMixin
 from transformers.utils.generic import ModelOutput
 
-from bkcore.errors import CheckpointError, InputError, LifecycleError, ShapeError
-from bkcore.model import inputs, loading, quantized, receipt, saving
-from bkcore.model.certificate import certify
-from bkcore.model.config import ResNetBKConfig, form_of
-from bkcore.model.loss import IGNORED, next_token_loss
-from bkcore.model.mixer import MIXERS, ConvolutionMixer, Features, GreenMixer, ResolventMixer
-from bkcore.model.moe import MixtureOfExperts, uncounted
+from bkcore.errors import InputError
+from bkcore.model import generation, inputs, loading, saving
+from bkcore.model.config import ResNetBKConfig
+from bkcore.model.layers import ResNetBKLayer, TokenEmbedding, initialize
+from bkcore.model.loss import next_token_loss, share_of_batch
+from bkcore.model.quantizing import QuantizableModel
 from bkcore.model.state import LayerState, StreamState
-from bkcore.model.structure import check_structure
 from bkcore.quantization.config import QuantizationConfig
-from bkcore.quantization.lifecycle import QuantizationLifecycle, QuantizationState
+from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.quantization.linear import QuantizedEmbedding
 from bkcore.quantization.transaction import all_or_nothing
-
-_SAMPLE = 128
-"""Tokens of the calibration data that the receipt certifies the cores on."""
-
-_REPLACING = {"start_calibration", "apply_ptq", "enable_qat", "convert"}
-"""Steps that replace layers, and the first on the way there, so that no work is done in vain."""
-
-
-class TokenEmbedding(nn.Embedding):
-    """Token embedding (V, D) whose rows also are the output head."""
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Scores (..., V) of hidden states (..., D)."""
-        return F.linear(hidden, self.weight)
-
-
-class ResNetBKLayer(GradientCheckpointingLayer):
-    """Mixer and experts, each behind a norm and around a residual.
-
-    With activation checkpointing, training keeps the layer's input only and computes the rest
-    again in the backward pass.
-    """
-
-    def __init__(self, config: ResNetBKConfig) -> None:
-        super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.mixer = MIXERS[config.mixer](config)
-        self.experts_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.experts = MixtureOfExperts(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self, hidden: Tensor, state: LayerState | None = None, real: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, LayerState | None]:
-        """hidden (B, N, D), which goes on where `state` ended; bool (B, N), where it is no padding.
-
-        Returns:
-            (B, N, D), the load-balancing loss of this layer, and the state behind `hidden`, which
-            mixers other than `ResolventMixer` do not have.
-        """
-        mixed, state = self.mixer(self.mixer_norm(hidden), state)
-        hidden = hidden + self.dropout(mixed)
-        update, balance = self.experts(self.experts_norm(hidden), real)
-        return hidden + self.dropout(update), balance, state
 
 
 @dataclass
@@ -93,7 +44,7 @@ class ResNetBKOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
 
-class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixin):
+class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
     """Causal language model; position i of the logits depends on tokens up to i only.
 
     It takes any sequence length. `config.quantization` says how far it is quantized;
@@ -104,8 +55,6 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             calibration only `calibration`, and None before.
     """
 
-    config_class = ResNetBKConfig
-    config: ResNetBKConfig
     base_model_prefix = ""
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # num_items_in_batch
@@ -115,8 +64,6 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # whatever a subclass is called
-        self.receipt: receipt.Receipt | None = None
-        self._certified_ids: Tensor | None = None  # some of the calibration data
         self.embedding: TokenEmbedding | QuantizedEmbedding = TokenEmbedding(
             config.vocab_size, config.d_model
         )
@@ -175,11 +122,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
                 not there, or would have read padding.
             LifecycleError: if the Trainer is to train a quantized model: its loss has no gradient.
         """
-        flags = {
-            "use_cache": use_cache,
-            "return_logits": return_logits,
-            "return_dict": return_dict,
-        }
+        flags = {"use_cache": use_cache, "return_logits": return_logits, "return_dict": return_dict}
         inputs.check_options(num_items_in_batch, cache_params, flags, others)
         input_ids = inputs.token_ids(input_ids)
         if labels is None and num_items_in_batch is not None and torch.compiler.is_compiling():
@@ -195,19 +138,12 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             raise InputError("return_logits=False leaves nothing to return without labels")
         use_cache = cache_params is not None if use_cache is None else use_cache
         if use_cache or cache_params is not None:
-            self._check_stream(input_ids, real, cache_params)
+            inputs.check_stream(self.config, len(self.layers), input_ids, real, cache_params)
         observing = self._state is QuantizationState.CALIBRATING
         with all_or_nothing(self) if observing else nullcontext():
             hidden, balance, state = self._hidden(input_ids, real, cache_params)
             logits = self.embedding.logits(hidden) if return_logits else None
-            loss = aux_loss = None
-            if self.training:
-                aux_loss = self.config.load_balancing / len(self.layers) * balance
-            if labels is not None:
-                loss = self._loss(hidden, logits, labels, num_items_in_batch)
-                if aux_loss is not None:
-                    aux_loss = aux_loss * _part(labels, num_items_in_batch)
-                    loss = loss + aux_loss
+            loss, aux_loss = self._losses(hidden, logits, balance, labels, num_items_in_batch)
         output = ResNetBKOutput(loss, logits, state if use_cache else None, aux_loss)
         return output.to_tuple() if return_dict is False else output
 
@@ -266,13 +202,6 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             balances.append(balance * length / sum(lengths))
         return torch.stack(rows), torch.stack(balances).sum(), None
 
-    def _check_trainable(self) -> None:
-        if self._state is QuantizationState.QUANTIZED and torch.is_grad_enabled():
-            raise LifecycleError(
-                "the model is quantized: its weights are codes, which cannot be trained; train the "
-                "float model, or in a QAT mode before convert()"
-            )
-
     def _embedded(self, input_ids: Tensor) -> Tensor:
         try:
             embedded: Tensor = self.embedding(input_ids)
@@ -283,23 +212,24 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             ) from error
         return embedded * self.config.embedding_multiplier
 
-    def _check_stream(
-        self, input_ids: Tensor, real: Tensor | None, state: StreamState | None
-    ) -> None:
-        if self.config.mixer != "resolvent":
-            raise InputError(f'a model with mixer="{self.config.mixer}" keeps no state')
-        if real is not None and not bool(real.all()):  # a compiled graph ends here, to look
-            raise InputError(
-                "a state would have read the padding too; read texts of different lengths one "
-                "after the other, and put their states together with StreamState.batch()"
-            )
-        if state is not None and len(state) != len(input_ids):
-            raise InputError(f"cache_params has {len(state)} sequences, input_ids {len(input_ids)}")
-        if state is not None and len(state.layers) != len(self.layers):
-            raise ShapeError(
-                f"cache_params has {len(state.layers)} layers, the model {len(self.layers)}: it is "
-                "the state of another model"
-            )
+    def _losses(
+        self,
+        hidden: Tensor,
+        logits: Tensor | None,
+        balance: Tensor,
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The loss, if there are labels; in training, the part of it that balances the experts."""
+        loss = aux_loss = None
+        if self.training:
+            aux_loss = self.config.load_balancing / len(self.layers) * balance
+        if labels is not None:
+            loss = self._loss(hidden, logits, labels, num_items_in_batch)
+            if aux_loss is not None:
+                aux_loss = aux_loss * share_of_batch(labels, num_items_in_batch)
+                loss = loss + aux_loss
+        return loss, aux_loss
 
     def _loss(
         self,
@@ -320,194 +250,11 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
         )
 
-    # ---- quantization ----------------------------------------------------------------------
-
-    def configure_quantization(self, config: QuantizationConfig | str) -> None:
-        """Choose how a float model is going to be quantized.
-
-        Raises:
-            InputError: for an unknown mode.
-            LifecycleError: if the model is past the float state, or its mixer cannot be quantized.
-        """
-        self._require("configure_quantization", {QuantizationState.FLOAT})
-        if self.config.mixer != "resolvent":
-            raise LifecycleError(
-                f'a model with mixer="{self.config.mixer}" is there to compare with and cannot be '
-                'quantized; build one with mixer="resolvent"'
-            )
-        config = QuantizationConfig(config) if isinstance(config, str) else config
-        quantized.check_tensor_bits(self, config)
-        with self._whole_or_not():
-            self._quant_config = config
-            self._set_state(QuantizationState.FLOAT)
-
-    def assign_bits(self, tensor_bits: dict[str, int]) -> None:
-        """Choose the bits of single weights, before or after calibration.
-
-        Args:
-            tensor_bits: as in `QuantizationConfig`; it takes the place of the one before.
-
-        Raises:
-            InputError: for an unknown name, or bits that a weight cannot have.
-            CalibrationError: after calibration, for INT4 weights that were not calibrated as such.
-            LifecycleError: if the weights are quantized already, or the model has no mode.
-        """
-        config = self._require_config("assign_bits")
-        self._require("assign_bits", {QuantizationState.FLOAT, QuantizationState.CALIBRATED})
-        config = replace(config, tensor_bits=dict(tensor_bits))
-        quantized.check_tensor_bits(self, config)
-        with self._whole_or_not():
-            if self._state is QuantizationState.CALIBRATED:
-                quantized.keep_moments(self, config)
-            self._quant_config = config
-            self._set_state(self._state)
-
-    def calibrate_quantization(self, batches: Iterable[Tensor | Mapping[str, Any]]) -> None:
-        """Calibrate on token ids, then quantize (PTQ modes) or make ready to train (QAT modes).
-
-        Args:
-            batches: token ids (B, N), or mappings with `input_ids` and, if there is padding,
-                `attention_mask`, both as in `forward`, such as a tokenizer gives with
-                return_tensors="pt". Padding is not observed. Nothing else is looked at.
-
-        Raises:
-            LifecycleError: without a quantization mode, past the calibrated state, or if something
-                was put between the model and its layers, see `bkcore.model.structure`.
-            CalibrationError: if there is no batch, or an activation or a weight is not finite.
-            InputError: if a batch is something else, or as in `forward`.
-            Whatever is raised, the model is then as it was before.
-        """
-        config = self._require_config("calibrate_quantization")
-        if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
-            raise InputError(
-                "calibrate_quantization takes an iterable of batches, not a "
-                f"{type(batches).__name__}; for one batch of token ids give [ids]"
-            )
-        was_training = self.training
-        with self._whole_or_not():
-            self.start_calibration()
-            self.eval()
-            with torch.no_grad():
-                for batch in batches:
-                    ids, real = inputs.calibration_batch(batch)
-                    self._hidden(ids, real)
-                    first = ids[0] if real is None else ids[0, real[0]]
-                    self._certified_ids = first[None, :_SAMPLE].clone()
-            self.end_calibration()
-            self.train(was_training)
-            if config.is_qat:
-                self.enable_qat()
-            else:
-                self.apply_ptq()
-
-    def estimate_model_size(self) -> dict[str, Any]:
-        """Bytes of the parameters and buffers.
-
-        Returns:
-            `fp32_bytes`, `quantized_bytes` (once quantized, at any state), `current_bytes` (now),
-            `compression_ratio` (the first over the second) and `bits` (of the core).
-
-        Raises:
-            LifecycleError: without a quantization mode.
-        """
-        config = self._require_config("estimate_model_size")
-        plain = copy.deepcopy(self.config)
-        plain.quantization = None
+    def _as_built(self, config: ResNetBKConfig) -> nn.Module:
         with torch.device("meta"):
-            float_model = ResNetBKForCausalLM(plain)
-        own_bytes = sum(  # what a subclass adds, which stays as it is
-            tensor.numel() * tensor.element_size()
-            for name, tensor in [*self.named_parameters(), *self.named_buffers()]
-            if not hasattr(float_model, name.partition(".")[0])
-        )
-        fp32_bytes = quantized.storage_bytes(float_model) + own_bytes
-        quantized.attach_core_quantizers(float_model, config, learnable=False)
-        quantized.make_empty(float_model, config, trainable=False)
-        quantized_bytes = quantized.storage_bytes(float_model) + own_bytes
-        return {
-            "fp32_bytes": fp32_bytes,
-            "quantized_bytes": quantized_bytes,
-            "current_bytes": quantized.storage_bytes(self),
-            "compression_ratio": fp32_bytes / quantized_bytes,
-            "bits": config.bits,
-        }
+            return ResNetBKForCausalLM(config)
 
-    def _take_form(self, fields: dict[str, Any]) -> None:
-        """Give a freshly built float model the modules of the state that `fields` names."""
-        config, state = form_of(fields)
-        self._quant_config = config
-        quantized.check_tensor_bits(self, config)
-        if state is not QuantizationState.FLOAT:
-            learnable = config.is_qat and state is not QuantizationState.QUANTIZED
-            quantized.attach_core_quantizers(self, config, learnable=learnable)
-        if state is QuantizationState.CALIBRATED:
-            quantized.attach_moments(self, config)
-        if state in (QuantizationState.TRAINING, QuantizationState.QUANTIZED):
-            quantized.make_empty(self, config, trainable=state is QuantizationState.TRAINING)
-            quantized.set_phase(self, "quantize")
-        self._set_state(state)
-
-    def _require(self, step: str, allowed: set[QuantizationState]) -> None:
-        super()._require(step, allowed)
-        if step in _REPLACING:
-            with torch.device("meta"):
-                check_structure(self, ResNetBKForCausalLM(copy.deepcopy(self.config)), step)
-
-    @contextmanager
-    def _whole_or_not(self) -> Iterator[None]:
-        """Put the model back as it was, its configuration too, if the block raises."""
-        before = self.config.quantization
-        try:
-            with all_or_nothing(self):
-                yield
-        except BaseException:
-            self.config.quantization = before
-            raise
-
-    def _set_state(self, state: QuantizationState) -> None:
-        super()._set_state(state)
-        assert self._quant_config is not None
-        self.config.quantization = {**self._quant_config.to_dict(), "state": state.value}
-
-    def _on_start_calibration(self) -> None:
-        config = self._require_config("start_calibration")
-        quantized.attach_core_quantizers(self, config, learnable=config.is_qat)
-        for layer, moments in quantized.attach_moments(self, config):
-            moments.watch(layer)
-        quantized.set_phase(self, "observe")
-        receipt.start_counting(self)
-        self._certified_ids = None
-
-    def _on_end_calibration(self) -> None:
-        for quantizers in quantized.core_quantizers(self):
-            for quantizer in quantizers.parts():
-                quantizer.end_calibration()
-        for moments in quantized.input_moments(self):
-            moments.unwatch()
-            moments.merge_processes()
-        quantized.set_phase(self, "idle")
-        self.receipt = receipt.of_calibration(self)
-
-    def _on_enable_qat(self) -> None:
-        quantized.make_trainable(self, self._require_config("enable_qat"))
-        quantized.set_phase(self, "quantize")
-
-    def _on_quantize(self) -> None:
-        config = self._require_config("apply_ptq")
-        before = receipt.float_weights(self)
-        quantized.make_packed(self, config)
-        for quantizers in quantized.core_quantizers(self):
-            for quantizer in quantizers.parts():
-                quantizer.freeze()
-        quantized.set_phase(self, "quantize")
-        self.receipt = receipt.of_quantized(self, config, before, self.receipt or {})
-        if self._certified_ids is not None:
-            was_training = self.training
-            with uncounted(self.eval()):
-                self.receipt |= receipt.of_cores(certify(self, self._certified_ids))
-            self.train(was_training)
-
-    # ---- transformers ----------------------------------------------------------------------
+    # ---- saving and loading ----------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Save the model, its quantization state and its receipt: safetensors, JSON, checksums.
@@ -527,21 +274,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             CheckpointError: if the folder cannot be written, or what is saved could not be loaded
                 again.
         """
-        saving.check_arguments(kwargs)
-        if getattr(self, "_hf_peft_config_loaded", False):
-            # Adapters alone, in files of PEFT's, which model.load_adapter() reads.
-            with saving.failing_in_words(Path(save_directory)):
-                super().save_pretrained(save_directory, **kwargs)
-            return
-        if self._state is QuantizationState.CALIBRATING:
-            raise LifecycleError("cannot save during calibration: call end_calibration() first")
-        with saving.place(Path(save_directory), kwargs) as staged:
-            with saving.failing_in_words(Path(save_directory)):
-                super().save_pretrained(staged, **kwargs)
-            if kwargs.get("is_main_process", True):
-                if self.receipt is not None:
-                    receipt.write(self.receipt, staged)
-                loading.check_saved(type(self), staged, Path(save_directory))
+        saving.save(self, super().save_pretrained, save_directory, kwargs)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -563,39 +296,9 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
             CheckpointError: if the checkpoint is missing, truncated, altered, incomplete or
                 malformed, or its folder holds adapters, too.
         """
-        request = loading.Request.of(path, args, kwargs)
-        with loading.opened(request, cls) as source:
-            loaded: Any = super().from_pretrained(
-                None,
-                config=source.config,
-                state_dict=source.tensors,
-                dtype=request.dtype or source.dtype,
-                output_loading_info=True,
-                **request.passed_on,
-            )
-        model, info = loaded
-        wrong = {name: keys for name, keys in info.items() if keys}
-        if wrong:
-            raise CheckpointError(f"the checkpoint {path} does not fit its configuration: {wrong}")
-        model.name_or_path = model.config.name_or_path = str(request.folder)
-        model.receipt = source.receipt
-        generation = request.generation or source.generation
-        if generation is not None:
-            model.generation_config = copy.deepcopy(generation)
-        return (model, info) if request.wants_info else model
+        return loading.load(cls, super().from_pretrained, path, args, kwargs)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As in PyTorch, for a model of the same quantization state.
-
-        Raises:
-            CheckpointError: if the state dict is of another state, whose tensors differ.
-        """
-        if _quantized_keys(state_dict) != _quantized_keys(self.state_dict()):
-            raise CheckpointError(
-                "the state dict is of a model in another quantization state than this one, which "
-                f"is {self._state.value}; save_pretrained() and from_pretrained() keep the state"
-            )
-        return super().load_state_dict(state_dict, *args, **kwargs)
+    # ---- what transformers asks for --------------------------------------------------------
 
     def _get_name(self) -> str:
         # The Trainer asks for it to know whose labels to shift where it computes a loss of its own:
@@ -612,14 +315,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         Raises:
             InputError: for a mixer that keeps none.
         """
-        if self.config.mixer != "resolvent":
-            raise InputError(f'a model with mixer="{self.config.mixer}" keeps no state')
-        mixers = (module for module in self.modules() if isinstance(module, ResolventMixer))
-        layers = tuple(mixer.first_state(batch) for mixer in mixers)
-        device = self.final_norm.weight.device
-        return StreamState(layers, torch.zeros(batch, dtype=torch.int64, device=device))
+        return generation.first_state(self, self.config, batch, self.final_norm.weight.device)
 
-    @torch.no_grad()
     def stream(
         self,
         input_ids: Tensor,
@@ -643,18 +340,7 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         Raises:
             InputError: if the temperature is negative.
         """
-        if not temperature >= 0:
-            raise InputError(f"temperature must be at least 0, not {temperature}")
-        while True:
-            output = self(input_ids, cache_params=state, use_cache=True)
-            logits, state = output.logits[:, -1].float(), output.cache_params
-            if temperature:
-                chances = (logits / temperature).softmax(-1)
-                token = chances.multinomial(1, generator=generator).squeeze(1)
-            else:
-                token = logits.argmax(-1)
-            yield token, state
-            input_ids = token[:, None]
+        return generation.stream(self, input_ids, temperature, state, generator)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -672,15 +358,9 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
         Raises:
             InputError: if the prompts are padded: each row has to end in its last token.
         """
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise InputError(
-                "generate() takes prompts of one length, without padding; "
-                "group them by length, or generate one at a time"
-            )
-        if use_cache is False or self.config.mixer != "resolvent":
-            return {"input_ids": input_ids}
-        new = input_ids if is_first_iteration or cache_params is None else input_ids[:, -1:]
-        return {"input_ids": new, "cache_params": cache_params, "use_cache": True}
+        return generation.next_inputs(
+            self.config, input_ids, attention_mask, cache_params, use_cache, is_first_iteration
+        )
 
     def _reorder_cache(self, cache: StreamState, beam_idx: Tensor) -> StreamState:
         return cache.select(beam_idx)
@@ -689,37 +369,8 @@ class ResNetBKForCausalLM(QuantizationLifecycle, PreTrainedModel, GenerationMixi
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the state is no cache of keys and values
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=module.in_features**-0.5)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, nn.RMSNorm):
-            init.ones_(module.weight)
-        elif isinstance(module, ResolventMixer | ConvolutionMixer | GreenMixer):
-            init.normal_(module.conv.weight, std=self.config.conv_width**-0.5)
-            init.zeros_(module.out_proj.get_parameter("weight"))
-            if isinstance(module, ResolventMixer | GreenMixer):
-                module.reset()
-        elif isinstance(module, Features):
-            module.reset()
-
-
-def _quantized_keys(state_dict: Mapping[str, Any]) -> set[str]:
-    """The keys that a float model does not have."""
-    names = ("packed", "stored_scales", "log_scales", "zero_points", "second")
-    return {key for key in state_dict if key.rpartition(".")[2] in names}
-
-
-def _part(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-    """The part of a whole batch's labels that are here."""
-    if num_items_in_batch is None:
-        return 1.0
-    here = (labels[:, 1:] != IGNORED).sum()
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(here.device)
-    return here / num_items_in_batch
+        initialize(module, self.config)
 
 
 def LanguageModel(

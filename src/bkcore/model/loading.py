@@ -7,9 +7,10 @@ followed or taken for weights.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,47 @@ _WITHOUT_EFFECT = {
     *("adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"),
 }
 """Arguments of `from_pretrained` about downloads, pickles and code, of which there are none."""
+
+
+def load(
+    kind: type[PreTrainedModel],
+    build: Callable[..., Any],
+    path: object,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+) -> Any:
+    """`ResNetBKForCausalLM.from_pretrained`.
+
+    Args:
+        kind: the class of the model.
+        build: its `from_pretrained` of transformers.
+        path, arguments, options: what the caller gave.
+
+    Returns:
+        The model; and what transformers says of the loading, if that was asked for.
+
+    Raises:
+        As `from_pretrained`.
+    """
+    request = Request.of(path, arguments, options)
+    with opened(request, kind) as source:
+        model, info = build(
+            None,
+            config=source.config,
+            state_dict=source.tensors,
+            dtype=request.dtype or source.dtype,
+            output_loading_info=True,
+            **request.passed_on,
+        )
+    wrong = {name: keys for name, keys in info.items() if keys}
+    if wrong:
+        raise CheckpointError(f"the checkpoint {path} does not fit its configuration: {wrong}")
+    model.name_or_path = model.config.name_or_path = str(request.folder)
+    model.receipt = source.receipt
+    generation = request.generation or source.generation
+    if generation is not None:
+        model.generation_config = copy.deepcopy(generation)
+    return (model, info) if request.wants_info else model
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,16 @@ def next_token_loss(
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
 
+def share_of_batch(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """The share of a whole batch's labels that labels (B, N) are; 1 if they are all there is."""
+    if num_items_in_batch is None:
+        return 1.0
+    here = (labels[:, 1:] != IGNORED).sum()
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(here.device)
+    return here / num_items_in_batch
+
+
 def _summed_loss(head: Head, hidden: Tensor, targets: Tensor, rows: int) -> Tensor:
     parameters = [p for p in cast(nn.Module, head).parameters() if p.requires_grad]
     if not (torch.is_grad_enabled() and (hidden.requires_grad or parameters)):

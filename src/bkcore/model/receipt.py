@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bkcore import manifest
 from bkcore.errors import CheckpointError
-from bkcore.model import quantized
+from bkcore.model import conversion
 from bkcore.model.certificate import CoreCertificate
 from bkcore.model.mixer import CoreQuantizers, Features, ResolventMixer
 from bkcore.model.moe import MixtureOfExperts, of_all_processes
@@ -52,7 +52,7 @@ def of_calibration(model: nn.Module) -> Receipt:
         projections beside them and the embedding, by name.
     """
     seen: dict[str, int] = {}
-    for name, quantizer in _core_quantizers(model):
+    for name, quantizer in _named_quantizers(model):
         seen[name] = quantizer.values_seen // quantizer.num_channels
         mixer = name.partition(".quantizers.")[0]
         seen |= dict.fromkeys((f"{mixer}.in_proj", f"{mixer}.out_proj"), seen[name])
@@ -71,7 +71,7 @@ def of_calibration(model: nn.Module) -> Receipt:
 
 def float_weights(model: nn.Module) -> dict[str, Tensor]:
     """The float weights that are going to be packed, by the names of their layers."""
-    weights = {slot.name: slot.layer.weight for slot in quantized.quantizable(model)}
+    weights = {slot.name: slot.layer.weight for slot in conversion.quantizable(model)}
     return {
         name: (weight.weight if isinstance(weight, TrainableWeight) else weight).detach()
         for name, weight in weights.items()
@@ -102,11 +102,11 @@ def of_quantized(
         "calibration": seen,
         "weights": [
             _weight_entry(slot, before[slot.name], config) | _tokens(seen, slot.name)
-            for slot in quantized.quantizable(model)
+            for slot in conversion.quantizable(model)
         ],
         "activations": [
             _activation_entry(name, quantizer, config) | _tokens(seen, name)
-            for name, quantizer in _core_quantizers(model)
+            for name, quantizer in _named_quantizers(model)
         ],
         "float": list(_float_entries(model)),
         "cores": [],
@@ -176,7 +176,7 @@ def problems_of_size(model: nn.Module, config: QuantizationConfig) -> list[str]:
     """Those of `problems` that are known of a float model: weights too small for their mode."""
     return [
         _too_small(slot.name, config)
-        for slot in quantized.quantizable(model)
+        for slot in conversion.quantizable(model)
         if config.weight_bits(slot.part, slot.name, slot.size)
         != config.weight_bits(slot.part, slot.name)
     ]
@@ -309,7 +309,7 @@ def _tokens(seen: dict[str, int], name: str) -> dict[str, int | None]:
 
 
 def _weight_entry(
-    slot: quantized.Slot, before: Tensor, config: QuantizationConfig
+    slot: conversion.Slot, before: Tensor, config: QuantizationConfig
 ) -> dict[str, Any]:
     layer = slot.layer
     entry = {
@@ -317,7 +317,7 @@ def _weight_entry(
         "part": slot.part,
         "shape": list(before.shape),
         "kernel": _kernel(layer),
-        "bytes": quantized.storage_bytes(layer),
+        "bytes": conversion.storage_bytes(layer),
     }
     weight = layer.weight
     if isinstance(weight, HalfWeight):
@@ -371,11 +371,11 @@ def _activation_entry(
         "largest_scale": scales.max().item(),
         "range_method": quantizer.method,
         "clipping_rate": quantizer.clipped_share if quantizer.values_seen else None,
-        "bytes": quantized.storage_bytes(quantizer),
+        "bytes": conversion.storage_bytes(quantizer),
     }
 
 
-def _core_quantizers(model: nn.Module) -> Iterator[tuple[str, GroupWiseQuantizer]]:
+def _named_quantizers(model: nn.Module) -> Iterator[tuple[str, GroupWiseQuantizer]]:
     for name, module in model.named_modules():
         if isinstance(module, GroupWiseQuantizer):
             yield name, module
@@ -383,7 +383,7 @@ def _core_quantizers(model: nn.Module) -> Iterator[tuple[str, GroupWiseQuantizer
 
 def _float_entries(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Every tensor that is neither of a weight that modes name nor of the core's quantizers."""
-    known = {id(slot.layer) for slot in quantized.quantizable(model)}
+    known = {id(slot.layer) for slot in conversion.quantizable(model)}
     inside = {
         id(part)
         for module in model.modules()

@@ -1,10 +1,10 @@
-"""Saving a model: where transformers writes, and what it is not asked to do."""
+"""Saving a model: transformers writes it beside the folder, and it moves there when it is whole."""
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,52 @@ from typing import Any
 from safetensors import SafetensorError
 
 from bkcore import manifest
-from bkcore.errors import BKCoreError, CheckpointError, InputError
+from bkcore.errors import BKCoreError, CheckpointError, InputError, LifecycleError
+from bkcore.model import receipt
+from bkcore.model.loading import check_saved
+from bkcore.model.quantizing import QuantizableModel
+from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.reading import shortened, shown
 
 _VARIANT = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def check_arguments(options: dict[str, Any]) -> None:
+def save(
+    model: QuantizableModel,
+    write: Callable[..., None],
+    folder: str | Path,
+    options: dict[str, Any],
+) -> None:
+    """`ResNetBKForCausalLM.save_pretrained`.
+
+    Args:
+        model: what to save.
+        write: the model's `save_pretrained` of transformers.
+        folder: where to.
+        options: of `write`.
+
+    Raises:
+        As `save_pretrained`.
+    """
+    _check_arguments(options)
+    place = Path(folder)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        # Adapters alone, in files of PEFT's, which model.load_adapter() reads.
+        with _failing_in_words(place):
+            write(folder, **options)
+        return
+    if model.quantization_state is QuantizationState.CALIBRATING:
+        raise LifecycleError("cannot save during calibration: call end_calibration() first")
+    with _staged(place, options) as staged:
+        with _failing_in_words(place):
+            write(staged, **options)
+        if options.get("is_main_process", True):
+            if model.receipt is not None:
+                receipt.write(model.receipt, staged)
+            check_saved(type(model), staged, place)
+
+
+def _check_arguments(options: dict[str, Any]) -> None:
     """Check the arguments of `save_pretrained`.
 
     Raises:
@@ -45,7 +84,7 @@ def check_arguments(options: dict[str, Any]) -> None:
 
 
 @contextmanager
-def failing_in_words(folder: Path) -> Iterator[None]:
+def _failing_in_words(folder: Path) -> Iterator[None]:
     """Turn what transformers raises while it writes to a folder into errors of this library.
 
     Raises:
@@ -63,7 +102,7 @@ def failing_in_words(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def place(folder: Path, options: dict[str, Any]) -> Iterator[Path]:
+def _staged(folder: Path, options: dict[str, Any]) -> Iterator[Path]:
     """Where `save_pretrained` with these arguments writes.
 
     Raises:
@@ -73,5 +112,5 @@ def place(folder: Path, options: dict[str, Any]) -> Iterator[Path]:
         with manifest.saving_model(folder) as staged:
             yield staged
         return
-    with failing_in_words(folder), tempfile.TemporaryDirectory() as unused:
+    with _failing_in_words(folder), tempfile.TemporaryDirectory() as unused:
         yield Path(unused)  # the others gather their shares of the weights, and write nothing

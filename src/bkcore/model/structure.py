@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from bkcore.errors import LifecycleError
-from bkcore.model.quantized import quantizable
+from bkcore.model.conversion import quantizable
 from bkcore.quantization.gptq import InputMoments
 
 _REMEDY = (

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bkcore.core.arguments import require_device, require_real_float
 from bkcore.core.enclosures import diagonal_enclosure
@@ -27,7 +27,7 @@ from bkcore.quantization.transaction import all_or_nothing
 _HISTORY = 1000
 
 
-class QuantizedBirmanSchwingerCore(QuantizationLifecycle, nn.Module):
+class QuantizedBirmanSchwingerCore(QuantizationLifecycle):
     """`BirmanSchwingerCore` whose potentials and features pass through INT8 or INT4 codes.
 
     Build it, calibrate it on potentials like those it will see, then `apply_ptq()` (PTQ modes) or

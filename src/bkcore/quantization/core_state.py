@@ -11,31 +11,45 @@ A state dict is looked through before anything is loaded, so that a core takes a
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from bkcore.core import BirmanSchwingerCore
 from bkcore.errors import CheckpointError
 from bkcore.quantization.affine import SCALE_DTYPE
+from bkcore.quantization.complex_quantizer import ComplexQuantizer
+from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.quantization.quantizers import GroupWiseQuantizer
-
-if TYPE_CHECKING:
-    from bkcore.quantization.core import QuantizedBirmanSchwingerCore
 
 _EXTRA = "_extra_state"
 _Expected = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 """Shape and dtype by name; None stands for any real floating dtype."""
 
 
-def encode(core: QuantizedBirmanSchwingerCore) -> Tensor:
+class QuantizedCore(Protocol):
+    """What a state dict holds of a `QuantizedBirmanSchwingerCore`."""
+
+    core: BirmanSchwingerCore
+    v_quantizer: GroupWiseQuantizer
+    G_quantizer: ComplexQuantizer
+
+    @property
+    def quantization_state(self) -> QuantizationState: ...
+
+    @property
+    def quant_config(self) -> QuantizationConfig: ...
+
+
+def encode(core: QuantizedCore) -> Tensor:
     """Lifecycle state, configuration and core as JSON bytes, uint8."""
     fields = {"state": core.quantization_state.value, **_identity(core)}
     return torch.tensor(list(json.dumps(fields, allow_nan=False).encode()), dtype=torch.uint8)
 
 
-def decode(core: QuantizedBirmanSchwingerCore, state: Any) -> QuantizationState:
+def decode(core: QuantizedCore, state: Any) -> QuantizationState:
     """The lifecycle state of what `encode` gave for a core like this one.
 
     Raises:
@@ -61,7 +75,7 @@ def decode(core: QuantizedBirmanSchwingerCore, state: Any) -> QuantizationState:
 
 
 def reduce_zero_points(
-    core: QuantizedBirmanSchwingerCore, state_dict: dict[str, Any], prefix: str, _: Any
+    core: QuantizedCore, state_dict: dict[str, Any], prefix: str, _: Any
 ) -> None:
     """Leave in a state dict the zero points that have to be stored: a post hook of saving."""
     for name, quantizer in _quantizers(core).items():
@@ -72,7 +86,7 @@ def reduce_zero_points(
 
 
 def check(
-    core: QuantizedBirmanSchwingerCore,
+    core: QuantizedCore,
     state_dict: dict[str, Any],
     prefix: str,
     *_: Any,
@@ -107,14 +121,14 @@ def check(
         state_dict[prefix + key] = every
 
 
-def _identity(core: QuantizedBirmanSchwingerCore) -> dict[str, Any]:
+def _identity(core: QuantizedCore) -> dict[str, Any]:
     """What must be the same for scales to mean the same."""
     names = ("n_seq", "epsilon", "energy", "hopping", "onsite", "causal")
     fields = core.quant_config.to_dict() | {name: getattr(core.core, name) for name in names}
     return fields | {"nonuniform": core.quant_config.core_has_level_tables}
 
 
-def _quantizers(core: QuantizedBirmanSchwingerCore) -> dict[str, GroupWiseQuantizer]:
+def _quantizers(core: QuantizedCore) -> dict[str, GroupWiseQuantizer]:
     real, imag = core.G_quantizer.real, core.G_quantizer.imag
     return {"v_quantizer": core.v_quantizer, "G_quantizer.real": real, "G_quantizer.imag": imag}
 

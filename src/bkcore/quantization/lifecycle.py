@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import cast
 
 from torch import nn
 
@@ -46,8 +45,8 @@ _NEXT_STEP = {
 }
 
 
-class QuantizationLifecycle:
-    """Mixin of an `nn.Module` with the public steps.
+class QuantizationLifecycle(nn.Module):
+    """A module with the public steps.
 
     A subclass does the work in the `_on_...` methods, which may fail anywhere: each runs inside
     `all_or_nothing`.
@@ -152,7 +151,7 @@ class QuantizationLifecycle:
     @contextmanager
     def _step_to(self, state: QuantizationState) -> Iterator[None]:
         """Take the state once the block has done its work; undo the block if anything raises."""
-        with all_or_nothing(cast(nn.Module, self)):
+        with all_or_nothing(self):
             yield
             self._set_state(state)
 

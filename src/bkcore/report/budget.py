@@ -22,7 +22,7 @@ from bkcore.errors import InputError
 from bkcore.evaluation.perplexity import Scores, paired_change, perplexity_per_token, score
 from bkcore.evaluation.sensitivity import Sensitivity, choices, tensor_bits
 from bkcore.model import ResNetBKForCausalLM
-from bkcore.model.quantized import quantizable, storage_bytes
+from bkcore.model.conversion import quantizable, storage_bytes
 from bkcore.quantization.budget import (
     Assignment,
     Choice,

@@ -75,7 +75,7 @@ def check_tensor_bits(model: nn.Module, config: QuantizationConfig) -> None:
     if unknown:
         raise InputError(
             f"tensor_bits names {shown(sorted(unknown))}, which are no weights that are quantized; "
-            "quantized.quantizable(model) gives their names"
+            "bkcore.model.conversion.quantizable(model) gives their names"
         )
 
 
@@ -135,15 +135,6 @@ def keep_moments(model: nn.Module, config: QuantizationConfig) -> None:
 def input_moments(model: nn.Module) -> list[InputMoments]:
     """The moments of all layers that have them."""
     return [module for module in model.modules() if isinstance(module, InputMoments)]
-
-
-def drop_moments(model: nn.Module) -> None:
-    """Forget the moments of all layers."""
-    for module in model.modules():
-        moments = getattr(module, "moments", None)
-        if isinstance(moments, InputMoments):
-            moments.unwatch()
-            del module.moments
 
 
 def make_trainable(model: nn.Module, config: QuantizationConfig) -> None:

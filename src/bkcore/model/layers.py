@@ -1,0 +1,73 @@
+"""What a language model is stacked of: the token embedding, the layers, and how they start."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from bkcore.model.config import ResNetBKConfig
+from bkcore.model.mixer import MIXERS, ConvolutionMixer, Features, GreenMixer, ResolventMixer
+from bkcore.model.moe import MixtureOfExperts
+from bkcore.model.state import LayerState
+
+
+class TokenEmbedding(nn.Embedding):
+    """Token embedding (V, D) whose rows also are the output head."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores (..., V) of hidden states (..., D)."""
+        return F.linear(hidden, self.weight)
+
+
+class ResNetBKLayer(GradientCheckpointingLayer):
+    """Mixer and experts, each behind a norm and around a residual.
+
+    With activation checkpointing, training keeps the layer's input only and computes the rest
+    again in the backward pass.
+    """
+
+    def __init__(self, config: ResNetBKConfig) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mixer = MIXERS[config.mixer](config)
+        self.experts_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.experts = MixtureOfExperts(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, hidden: Tensor, state: LayerState | None = None, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, LayerState | None]:
+        """hidden (B, N, D), which goes on where `state` ended; bool (B, N), where it is no padding.
+
+        Returns:
+            (B, N, D), the load-balancing loss of this layer, and the state behind `hidden`, which
+            mixers other than `ResolventMixer` do not have.
+        """
+        mixed, state = self.mixer(self.mixer_norm(hidden), state)
+        hidden = hidden + self.dropout(mixed)
+        update, balance = self.experts(self.experts_norm(hidden), real)
+        return hidden + self.dropout(update), balance, state
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, config: ResNetBKConfig) -> None:
+    """Give the parameters of one module, not of those in it, the values that training starts from.
+
+    A layer starts as the identity: what its mixer and its experts add is projected by zeros.
+    """
+    if isinstance(module, nn.Linear):
+        init.normal_(module.weight, std=module.in_features**-0.5)
+    elif isinstance(module, nn.Embedding):
+        init.normal_(module.weight, std=config.initializer_range)
+    elif isinstance(module, nn.RMSNorm):
+        init.ones_(module.weight)
+    elif isinstance(module, ResolventMixer | ConvolutionMixer | GreenMixer):
+        init.normal_(module.conv.weight, std=config.conv_width**-0.5)
+        init.zeros_(module.out_proj.get_parameter("weight"))
+        if isinstance(module, ResolventMixer | GreenMixer):
+            module.reset()
+    elif isinstance(module, Features):
+        module.reset()
