@@ -1,4 +1,4 @@
-"""The language model as a model: shapes, loss, generation, training, errors."""
+"""The language model as a model: shapes, loss, training, errors."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bkcore.errors import CheckpointError, DTypeError, InputError, ShapeError
-from bkcore.model import LanguageModel, ResNetBKConfig, ResNetBKForCausalLM
+from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.model import LanguageModel, ResNetBKForCausalLM
 from bkcore.training import Schedule, train
 
 
@@ -126,68 +126,6 @@ def test_parts_of_a_batch_add_up(build, tokens):
     torch.testing.assert_close(sum(parts), plain + model.config.load_balancing * balance)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("vocab_size", 0),
-        ("d_model", -1),
-        ("n_layers", 1.5),
-        ("conv_width", 0),
-        ("experts_per_token", 0),
-        ("dropout", 1.0),
-        ("dropout", -0.1),
-    ],
-)
-def test_impossible_sizes(field, value):
-    with pytest.raises(InputError, match=field):
-        ResNetBKConfig(**{field: value})
-
-
-def test_more_experts_per_token_than_experts():
-    with pytest.raises(InputError, match="experts_per_token=3 exceeds num_experts=2"):
-        ResNetBKConfig(num_experts=2, experts_per_token=3)
-
-
-def test_dropout_is_for_training_only(build, tokens):
-    ids = tokens(2, 20)
-    plain, model = build(), build(dropout=0.3)
-    assert torch.equal(model(ids).logits, plain(ids).logits)
-    model.train()
-    first = model(ids).logits
-    assert not torch.equal(first, model(ids).logits)
-    torch.manual_seed(5)
-    once = model(ids).logits
-    torch.manual_seed(5)
-    assert torch.equal(model(ids).logits, once)
-
-
-def test_config_survives_json(tmp_path):
-    config = ResNetBKConfig(vocab_size=7, norm_eps=0.01, quantization={"mode": "ptq_int8"})
-    config.save_pretrained(tmp_path)
-    assert ResNetBKConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
-
-
-@torch.no_grad()
-def test_generation_is_greedy_decoding(build, tokens, executed_form):
-    model = build(*executed_form)
-    prompt = tokens(2, 5).clamp(min=1)  # transformers takes token 0, the padding, for a mask
-    generated = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    ids = prompt
-    for _ in range(6):
-        ids = torch.cat((ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)), dim=1)
-    assert torch.equal(generated, ids)
-
-
-def test_sampling_repeats_with_its_seed(build, tokens):
-    model, prompt = build("ptq_int8", "quantized"), tokens(1, 3).clamp(min=1)
-    texts = []
-    for seed in (5, 5, 6):
-        torch.manual_seed(seed)
-        texts.append(model.generate(prompt, max_new_tokens=12, do_sample=True, pad_token_id=0))
-    assert torch.equal(texts[0], texts[1])
-    assert not torch.equal(texts[0], texts[2])
-
-
 # ---- training ------------------------------------------------------------------------------
 
 
@@ -273,17 +211,6 @@ def test_padding_first_is_refused(build, tokens):
         model(ids, attention_mask=mask[:, :5])
 
 
-def test_generation_takes_a_mask_and_refuses_padding(build, tokens, executed_form):
-    model, ids = build(*executed_form), tokens(2, 6).clamp(min=1)
-    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
-    mask = torch.ones_like(ids)
-    expected = model.generate(ids, **options)
-    assert torch.equal(model.generate(ids, attention_mask=mask, **options), expected)
-    mask[0, -1] = 0
-    with pytest.raises(InputError, match="one length"):
-        model.generate(ids, attention_mask=mask, **options)
-
-
 def test_return_dict_and_unknown_arguments(build, tokens):
     model, ids = build(), tokens(2, 6)
     loss, logits = model(ids, labels=ids, return_dict=False)
@@ -293,23 +220,3 @@ def test_return_dict_and_unknown_arguments(build, tokens):
         model(ids, output_hidden_states=True)
     with pytest.raises(InputError, match="num_expert"):
         LanguageModel(50, num_expert=3)
-
-
-def test_a_state_dict_of_another_state_is_refused(build):
-    quantized, plain = build("ptq_int8", "quantized"), build()
-    for source, target in ((quantized, plain), (plain, quantized)):
-        with pytest.raises(CheckpointError, match="another quantization state"):
-            target.load_state_dict(source.state_dict())
-    plain.load_state_dict(build().state_dict())
-
-
-def test_one_tensor_is_no_list_of_batches(build, tokens):
-    model = build("ptq_int8")
-    with pytest.raises(InputError, match=r"give \[ids\]"):
-        model.calibrate_quantization(tokens(4, 10))
-    assert model.quantization_state.value == "float"
-
-
-def test_only_safetensors_are_written(build, tmp_path):
-    with pytest.raises(InputError, match="safetensors only"):
-        build().save_pretrained(tmp_path / "model", safe_serialization=False)

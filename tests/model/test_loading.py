@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from bkcore import manifest
 from bkcore.errors import CheckpointError, InputError
 from bkcore.manifest import MANIFEST
-from bkcore.model import ResNetBKConfig, ResNetBKForCausalLM, StreamState
+from bkcore.model import ResNetBKConfig, ResNetBKForCausalLM
 
 
 def sign(folder: Path, **more: str) -> None:
@@ -481,41 +481,6 @@ def test_loading_draws_nothing_at_random(folder: Path) -> None:
     before = torch.get_rng_state()
     ResNetBKForCausalLM.from_pretrained(folder)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# ---- states ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"seen": None},
-        {"seen": torch.zeros(2)},
-        {"seen": torch.tensor([-1, 0])},
-        {"seen": torch.zeros(3, dtype=torch.int64)},
-        {"0.g": None},
-        {"0.g": torch.zeros(2, 4)},
-        {"0.taps": torch.zeros(2, 3, 4, dtype=torch.int32)},
-        {"0.psi": torch.zeros(1)},
-        {"999999999.g": torch.zeros(1)},
-        {"more": torch.zeros(1)},
-    ],
-)
-def test_a_state_that_is_none(
-    build: Any, tokens: Any, tmp_path: Path, change: dict[str, Any]
-) -> None:
-    path = tmp_path / "state"
-    build()(tokens(2, 5), use_cache=True).cache_params.save(path)
-    tensors = {k: v for k, v in {**load_file(path), **change}.items() if v is not None}
-    save_file(tensors, path)
-    with pytest.raises(CheckpointError, match="is not a saved state"):
-        StreamState.load(path)
-
-
-def test_a_pipe_is_no_state(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "state")
-    with pytest.raises(CheckpointError, match="not a regular file"):
-        StreamState.load(tmp_path / "state")
 
 
 # ---- adapters ----------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from bkcore.core import resolvent_attention
-from bkcore.errors import InputError, LifecycleError
-from bkcore.model import LanguageModel, ResNetBKConfig, ResNetBKForCausalLM
+from bkcore.errors import LifecycleError
+from bkcore.model import LanguageModel, ResNetBKForCausalLM
+from bkcore.model.config import MIXER_TRAITS
 from bkcore.model.mixer import (
+    MIXERS,
     ResolventMixer,
     causal_convolution,
     convolution,
@@ -111,21 +113,26 @@ def test_it_learns_to_copy():
     assert losses["resolvent"] < 3.1
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", MIXERS)
+def test_its_traits_are_what_it_can_do(build, name):
+    mixer, traits = build(mixer=name).layers[0].mixer, MIXER_TRAITS[name]
+    _, state = mixer(torch.randn(1, 5, 24))
+    assert traits.has_heads == hasattr(mixer, "heads")
+    assert traits.streams == (state is not None)
+    assert traits.quantizes == hasattr(mixer, "quantizers")
+
+
+def test_every_mixer_has_traits():
+    assert MIXERS.keys() == MIXER_TRAITS.keys()
+
+
 def test_what_is_there_to_compare_with_cannot_be_quantized(build):
     for mixer in ("convolution", "green"):
         with pytest.raises(LifecycleError, match="cannot be quantized"):
             build(mixer=mixer, **SIZES).configure_quantization("ptq_int8")
         with pytest.raises(LifecycleError, match="cannot be quantized"):
             LanguageModel(vocab_size=40, mixer=mixer, use_quantized_bk_core=True)
-
-
-def test_impossible_configurations_are_named():
-    with pytest.raises(InputError, match="mixer must be one of resolvent, convolution, green"):
-        ResNetBKConfig(mixer="lstm")
-    with pytest.raises(InputError, match="must divide d_model"):
-        ResNetBKConfig(d_model=128, num_heads=3)
-    with pytest.raises(InputError, match="key_size"):
-        ResNetBKConfig(key_size=0)
 
 
 @pytest.mark.parametrize(("length", "channels", "taps"), [(1, 48, 4), (9, 50, 3), (300, 64, 1)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -11,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from bkcore import manifest
 from bkcore.errors import CheckpointError, InputError
-from bkcore.model import ResNetBKForCausalLM, StreamState
+from bkcore.model import ResNetBKForCausalLM
 from bkcore.text import train_tokenizer
+from tests.model.helpers import full, too_full
 
 LAYOUTS: dict[str, tuple[tuple[str | None, str], dict[str, Any]]] = {
     "single": ((None, "float"), {}),
@@ -167,14 +166,6 @@ def test_a_save_killed_at_any_step_mixes_nothing(
 # ---- what fails ------------------------------------------------------------------------------
 
 
-def full(*args: Any, **kwargs: Any) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def too_full(*args: Any, **kwargs: Any) -> None:
-    raise SafetensorError("Error while serializing: No space left on device (os error 28)")
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -205,16 +196,6 @@ def test_a_full_disk_is_said_in_words(
     monkeypatch.undo()
     assert folder.exists() is not new
     assert new or contents(folder) == before
-
-
-def test_a_state_on_a_full_disk(
-    build: Any, tokens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state: StreamState = build()(tokens(1, 3), use_cache=True).cache_params
-    monkeypatch.setattr("bkcore.model.state.save_file", too_full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        state.save(tmp_path / "state")
-    assert not list(tmp_path.iterdir())
 
 
 def test_what_could_not_be_loaded_is_not_saved(build: Any, tmp_path: Path) -> None:
@@ -289,3 +270,8 @@ def test_the_auto_class_loads_every_layout(models: Any, tmp_path: Path) -> None:
         assert type(loaded) is ResNetBKForCausalLM
         own = models[layout].state_dict()
         assert all(torch.equal(x, own[name]) for name, x in loaded.state_dict().items())
+
+
+def test_only_safetensors_are_written(build, tmp_path):
+    with pytest.raises(InputError, match="safetensors only"):
+        build().save_pretrained(tmp_path / "model", safe_serialization=False)

@@ -1,4 +1,4 @@
-"""Calibrate in two processes; run by test_calibration.py.
+"""Calibrate in two processes; run by test_quantizing_calibration.py.
 
 Usage: torchrun ... two_processes.py FOLDER.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from itertools import islice
 
 import pytest
@@ -13,26 +12,10 @@ from torch import Tensor
 
 from bkcore.errors import CheckpointError, InputError, ShapeError
 from bkcore.model import ResNetBKForCausalLM, StreamState
+from tests.model.helpers import read
 
 # Whole vectors of 32 numbers: in a ragged rest PyTorch rounds SiLU differently.
 WHOLE = {"d_model": 64, "expert_size": 64, "key_size": 8, "num_heads": 4}
-
-
-def read(model, ids: Tensor, cuts: list[int], state=None) -> tuple[Tensor, StreamState]:
-    """Logits of ids read in pieces that end at the cuts."""
-    pieces = []
-    for start, end in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
-        output = model(ids[:, start:end], cache_params=state, use_cache=True)
-        pieces.append(output.logits)
-        state = output.cache_params
-    return torch.cat(pieces, 1), state
-
-
-def same(one: StreamState, other: StreamState) -> bool:
-    fields = [f.name for f in dataclasses.fields(one.layers[0])]
-    pairs = zip(one.layers, other.layers, strict=True)
-    equal = [torch.equal(getattr(a, n), getattr(b, n)) for a, b in pairs for n in fields]
-    return all(equal) and torch.equal(one.seen, other.seen)
 
 
 @torch.no_grad()
@@ -91,49 +74,6 @@ def test_four_thousand_tokens(build, tokens):
     whole = model(ids).logits
     assert torch.equal(logits.argmax(-1), whole.argmax(-1))
     torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_a_state_has_one_size(build, tokens):
-    model = build()
-
-    def size(state: StreamState) -> int:
-        return sum(x.numel() for layer in state.layers for x in vars(layer).values())
-
-    sizes = [size(read(model, tokens(1, n), [])[1]) for n in (1, 2, 100)]
-    assert sizes == [size(model.first_state())] * 3
-
-
-@torch.no_grad()
-def test_states_are_saved_batched_and_reordered(build, tokens, tmp_path):
-    model = build()
-    texts = [tokens(1, n) for n in (3, 17, 8)]
-    states = [read(model, text, [])[1] for text in texts]
-    states.append(model.first_state())
-    for n, state in enumerate(states):
-        state.save(tmp_path / f"{n}.safetensors")
-    batch = StreamState.batch([StreamState.load(tmp_path / f"{n}.safetensors") for n in range(4)])
-    assert batch.seen.tolist() == [3, 17, 8, 0]
-    assert same(batch, StreamState.batch(states))
-    for wrong in (4, -1):
-        with pytest.raises(InputError, match=f"rows \\[0, {wrong}\\] must be in \\[0, 4\\)"):
-            batch.select(torch.tensor([0, wrong]))
-    order = torch.tensor([2, 0, 0, 3, 1])
-    later = tokens(5, 6)
-    together, after = read(model, later, [2], batch.select(order))
-    assert after.seen.tolist() == [14, 9, 9, 6, 23]
-    for row, place in enumerate(order.tolist()):
-        alone, _ = read(model, later[row : row + 1], [], states[place])
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_a_state_is_not_changed_by_reading_on(build, tokens):
-    model = build()
-    _, state = read(model, tokens(1, 5), [])
-    before = StreamState.batch([state])
-    read(model, tokens(1, 9), [4], state)
-    assert same(state, before)
 
 
 @torch.no_grad()
@@ -251,3 +191,35 @@ def test_mixers_without_a_state_generate_all_the_same(build, tokens):
             pad_token_id=0,
         )  # fmt: skip
         assert out.shape == (1, 8)
+
+
+@torch.no_grad()
+def test_generation_is_greedy_decoding(build, tokens, executed_form):
+    model = build(*executed_form)
+    prompt = tokens(2, 5).clamp(min=1)  # transformers takes token 0, the padding, for a mask
+    generated = model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    ids = prompt
+    for _ in range(6):
+        ids = torch.cat((ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(generated, ids)
+
+
+def test_sampling_repeats_with_its_seed(build, tokens):
+    model, prompt = build("ptq_int8", "quantized"), tokens(1, 3).clamp(min=1)
+    texts = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        texts.append(model.generate(prompt, max_new_tokens=12, do_sample=True, pad_token_id=0))
+    assert torch.equal(texts[0], texts[1])
+    assert not torch.equal(texts[0], texts[2])
+
+
+def test_generation_takes_a_mask_and_refuses_padding(build, tokens, executed_form):
+    model, ids = build(*executed_form), tokens(2, 6).clamp(min=1)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(ids)
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **options), expected)
+    mask[0, -1] = 0
+    with pytest.raises(InputError, match="one length"):
+        model.generate(ids, attention_mask=mask, **options)

@@ -1,8 +1,6 @@
-"""Long sequences: the loss in chunks, activation checkpointing, memory that grows as N."""
+"""The loss of long sequences in chunks: the plain loss, in memory that grows as N."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
 
 from bkcore.errors import InputError
 from bkcore.evaluation import perplexity
@@ -18,8 +15,7 @@ from bkcore.evaluation.perplexity import kl_divergence, score
 from bkcore.model import loss as loss_module
 from bkcore.model.layers import TokenEmbedding
 from bkcore.model.loss import IGNORED, next_token_loss
-
-TRAINABLE = [(None, "float"), ("qat_int8", "training"), ("qat_int4", "training")]
+from tests.model.helpers import TRAINABLE, gradients
 
 
 @pytest.fixture(autouse=True)
@@ -111,12 +107,6 @@ def test_no_label_gives_nan_as_in_transformers():
 # ---- the model -----------------------------------------------------------------------------
 
 
-def gradients(model, **inputs) -> dict[str, Tensor]:
-    model.zero_grad()
-    model(**inputs).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("form", TRAINABLE)
 @pytest.mark.parametrize("count", [None, 40])
 def test_the_model_trains_on_the_same_loss_without_logits(build, tokens, form, count):
@@ -183,93 +173,3 @@ def test_scoring_never_holds_the_logits_of_a_long_window(build, tokens, executed
     assert torch.equal(pieces.tokens, whole.tokens)
     own = kl_divergence(model, lambda ids: model(ids).logits, [text[None]])
     assert own == pytest.approx(0, abs=1e-8)
-
-
-# ---- activation checkpointing --------------------------------------------------------------
-
-
-def checkpointed(model):
-    twin = copy.deepcopy(model)
-    twin.gradient_checkpointing_enable({"use_reentrant": False})
-    return twin
-
-
-@pytest.mark.parametrize("form", TRAINABLE)
-def test_checkpointing_changes_no_bit_of_a_gradient(build, tokens, form):
-    model = build(*form).train()
-    ids = tokens(3, 40)
-    twin = checkpointed(model)
-    calls = []
-    for layer in twin.layers:
-        layer.mixer.register_forward_hook(lambda *_: calls.append(1))
-    own = gradients(twin, input_ids=ids, labels=ids)
-    assert len(calls) == 2 * len(twin.layers), "nothing was computed again"
-    true = gradients(model, input_ids=ids, labels=ids)
-    assert own.keys() == true.keys()
-    assert all(torch.equal(own[name], true[name]) for name in true)
-
-
-def test_the_trainer_checkpoints(build, tokens, tmp_path):
-    """`gradient_checkpointing=True` reaches the same weights, bit for bit."""
-    items = [{"input_ids": row, "labels": row} for row in tokens(8, 16)]
-    found = []
-    for wanted in (False, True):
-        model = build()
-        calls = []
-        model.layers[0].mixer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        arguments = TrainingArguments(
-            output_dir=tmp_path,
-            use_cpu=True,
-            max_steps=2,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            gradient_checkpointing=wanted,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        Trainer(model, arguments, train_dataset=items).train()
-        assert len(calls) == (8 if wanted else 4)
-        found.append(dict(model.named_parameters()))
-    plain, twin = found
-    assert all(torch.equal(plain[name], twin[name]) for name in plain)
-
-
-def test_checkpointing_repeats_random_numbers(build, tokens):
-    """A layer that draws, such as one with dropout, draws the same again."""
-
-    def add_dropout(model):
-        for layer in model.layers:
-            layer.mixer.register_forward_hook(lambda _, __, out: (F.dropout(out[0], 0.3), out[1]))
-        return model
-
-    model = build().train()
-    ids = tokens(2, 30)
-    found = []
-    for each in (add_dropout(checkpointed(model)), add_dropout(copy.deepcopy(model))):
-        torch.manual_seed(3)
-        found.append(gradients(each, input_ids=ids, labels=ids))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
-    torch.manual_seed(4)
-    other = gradients(add_dropout(copy.deepcopy(model)), input_ids=ids, labels=ids)
-    assert not all(torch.equal(other[name], found[1][name]) for name in other)
-
-
-def test_checkpointing_keeps_less(build, tokens):
-    """Bytes that the graph saves for the backward pass."""
-    model, ids = build(), tokens(1, 256)
-
-    def saved_bytes(model) -> int:
-        sizes = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model.train()(ids, labels=ids).loss
-        assert loss.requires_grad
-        return sum(sizes.values())
-
-    assert saved_bytes(checkpointed(model)) < 0.4 * saved_bytes(model)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from bkcore.errors import InputError
 from bkcore.model import (
     LanguageModel,
     ResNetBKConfig,
@@ -112,39 +111,3 @@ def test_the_cores_are_certified(build, tokens, mode):
     for certificate in core_certificates(model, tokens(2, 40)):
         assert certificate.error.shape == (2, 40, 2, 36)
         assert (certificate.error <= certificate.bound).all()
-
-
-def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(InputError, match="num_heads=5 must divide d_model=24, unless value_size"):
-        ResNetBKConfig(vocab_size=61, d_model=24, num_heads=5)
-    assert ResNetBKConfig(vocab_size=61, d_model=24, num_heads=5, value_size=6).value_width == 30
-    with pytest.raises(InputError, match="value_size must be None or a positive integer, not 0"):
-        ResNetBKConfig(vocab_size=61, value_size=0)
-    with pytest.raises(InputError, match="key_groups=3 must divide num_heads=4"):
-        ResNetBKConfig(vocab_size=61, num_heads=4, key_groups=3)
-
-
-@pytest.mark.parametrize("mode", [None, "ptq_int4", "qat_int8"])
-def test_the_multiplier_is_of_what_enters_the_residual_stream(build, tokens, mode):
-    """Tables of embeddings twice as large behind half of it enter alike, in codes, too."""
-    ids = tokens(2, 20)
-    entered = []
-    for multiplier, size in ((5.0, 1.0), (2.5, 2.0)):
-        model = build(embedding_multiplier=multiplier)
-        with torch.no_grad():
-            model.embedding.weight *= size
-        if mode is not None:
-            model.configure_quantization(mode)
-            model.calibrate_quantization([ids])
-        norm = model.layers[0].mixer_norm
-        hook = norm.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
-        model(ids)
-        hook.remove()
-    assert torch.equal(entered[-1], entered[len(entered) // 2 - 1])
-    assert 0.5 < entered[-1].square().mean().sqrt() < 2
-
-
-@pytest.mark.parametrize("multiplier", [0.0, -1.0, float("inf"), float("nan")])
-def test_multipliers_that_are_not_positive_are_refused(multiplier):
-    with pytest.raises(InputError, match="embedding_multiplier must be positive"):
-        ResNetBKConfig(vocab_size=61, embedding_multiplier=multiplier)
