@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,3 +120,17 @@ def _quantize(model: ResNetBKForCausalLM, mode: str, state: str, vocabulary: int
             if state == "quantized":
                 model.convert()
     assert model.quantization_state == state
+
+
+@pytest.fixture
+def folder(build: Any, tmp_path: Path) -> Path:
+    """A float model, whole."""
+    build().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def quantized(build: Any, tmp_path: Path) -> Path:
+    """A quantized model, whole."""
+    build("ptq_int4", "quantized").save_pretrained(tmp_path / "quantized")
+    return tmp_path / "quantized"

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
+import time
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bkcore.model import StreamState
+from bkcore.errors import CheckpointError
+from bkcore.manifest import MANIFEST
+from bkcore.model import ResNetBKForCausalLM, StreamState
 
 TRAINABLE = [(None, "float"), ("qat_int8", "training"), ("qat_int4", "training")]
 
@@ -46,3 +53,27 @@ def expected_bits(mode: str, part: str) -> int:
     if mode == "mixed_precision":
         return {"core": 8, "expert": 4, "head": 16}[part]
     return 4 if mode.endswith("int4") else 8
+
+
+def sign(folder: Path, **more: str) -> None:
+    """Make the manifest right again, and have it list what else is named."""
+    content = json.loads((folder / MANIFEST).read_text())
+    for name in content["sha256"]:
+        content["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    content["sha256"].update(more)
+    (folder / MANIFEST).write_text(json.dumps(content))
+
+
+def edit(folder: Path, file: str = "config.json", **fields: Any) -> None:
+    """Change fields of a JSON file, and have the manifest list what is there."""
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, **fields}))
+    sign(folder)
+
+
+def refused(folder: Path, match: str, **options: Any) -> None:
+    """Loading fails in words, and at once."""
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=match):
+        ResNetBKForCausalLM.from_pretrained(folder, **options)
+    assert time.process_time() - start < 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from bkcore.errors import InputError
@@ -59,3 +61,16 @@ def test_impossible_configurations_are_named():
         ResNetBKConfig(d_model=128, num_heads=3)
     with pytest.raises(InputError, match="key_size"):
         ResNetBKConfig(key_size=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("quantization_config", {}), ("text_config", {}), ("to_dict", 1), ("_x", 1)],
+        *[("note", float("nan")), ("note", object()), ("note", "x" * (1 << 20))],
+        *[("note", "\ud800"), ("sep_token_id", "x"), ("max_position_embeddings", "x")],
+    ],
+)
+def test_what_is_no_note(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"{name}.*cannot be|cannot have '{name}'"):
+        ResNetBKConfig(**{name: value})

@@ -6,7 +6,6 @@ means harm would. `BKCORE_ATTACK_ROUNDS` sets the rounds for each file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -30,6 +29,7 @@ from bkcore.report.receipt import size, tables, training
 from bkcore.report.recipe import read_recipe
 from bkcore.text import encode, train_tokenizer
 from bkcore.training import checkpoints
+from tests.model.helpers import sign
 
 ROUNDS = int(os.environ.get("BKCORE_ATTACK_ROUNDS", "25"))
 SECONDS = 2.0
@@ -116,14 +116,6 @@ def edit_json(content: bytes, chance: random.Random) -> bytes:
     if chance.random() < 0.3:
         return edit_bytes(content, chance)
     return json.dumps(edit_value(json.loads(content), chance)).encode(errors="surrogatepass")
-
-
-def sign(folder: Path) -> None:
-    """Make the manifest right again."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for name in manifest["sha256"]:
-        manifest["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.fixture(autouse=True)

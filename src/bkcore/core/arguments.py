@@ -172,7 +172,7 @@ def require_range(
             f"{remedy}"
         )
     for name, x in {eta_name: max(high, 0.0), **added}.items():
-        if not _is_within(x, largest) and (found := modulus(x)) > largest:
+        if not _is_within(x, largest) and (found := largest_modulus(x)) > largest:
             raise InputError(f"{name} reaches {found:.3g}, and may reach {largest:.0e} {remedy}")
     found = _largest_ratio(hopping, eta)
     if found > math.sqrt(largest):
@@ -264,7 +264,7 @@ def _extremes(x: float | Tensor) -> tuple[float, float]:
     return found, high.item()
 
 
-def modulus(x: float | Tensor) -> float:
+def largest_modulus(x: float | Tensor) -> float:
     """The largest modulus that is no NaN; 0 of a tensor that is not looked at."""
     low, high = _extremes(x)
     return max(-low, high, 0.0)
@@ -282,7 +282,7 @@ def _is_within(x: float | Tensor, largest: float) -> bool:
 def _largest_ratio(hopping: float | Tensor, eta: float | Tensor) -> float:
     """The largest |t| / sqrt(eta) of any chain, with the smallest eta of its sites."""
     if not isinstance(hopping, Tensor) or not isinstance(eta, Tensor):
-        return modulus(hopping) / math.sqrt(_extremes(eta)[0])
+        return largest_modulus(hopping) / math.sqrt(_extremes(eta)[0])
     if not (_is_readable(hopping) and _is_readable(eta)):
         return 0.0
     t, width = hopping.detach(), eta.detach()

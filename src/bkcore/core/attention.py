@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bkcore.core.arguments import (
     computing_dtype,
-    modulus,
+    largest_modulus,
     real,
     require_device,
     require_positive,
@@ -81,7 +81,7 @@ def resolvent_attention(
     eta = _check(query, key, value, hopping, potential, eta)
     dtype = computing_dtype(value)
     # One bond for all: the on-site energies are of order 1, whatever the chain.
-    bond = modulus(hopping)
+    bond = largest_modulus(hopping)
     added: dict[str, float | Tensor] = {"potential": potential, "hopping^2": bond * bond}
     require_range(dtype, added, eta, bond, eta_name="eta", tensor="value")
     return attend(query, key, value, hopping, potential, eta, state)

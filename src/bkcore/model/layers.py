@@ -1,4 +1,4 @@
-"""What a language model is stacked of: the token embedding, the layers, and how they start."""
+"""The parts of a language model: the token embedding, the layers, and their initial values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TokenEmbedding(nn.Embedding):
 class ResNetBKLayer(GradientCheckpointingLayer):
     """Mixer and experts, each behind a norm and around a residual.
 
-    With activation checkpointing, training keeps the layer's input only and computes the rest
+    With activation checkpointing, training keeps only the layer's input and computes the rest
     again in the backward pass.
     """
 
@@ -40,11 +40,16 @@ class ResNetBKLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden: Tensor, state: LayerState | None = None, real: Tensor | None = None
     ) -> tuple[Tensor, Tensor, LayerState | None]:
-        """hidden (B, N, D), which goes on where `state` ended; bool (B, N), where it is no padding.
+        """Pass hidden states through the mixer and the experts.
+
+        Args:
+            hidden: (B, N, D).
+            state: the layer's memory of what came before; None begins anew.
+            real: bool (B, N), False for padding; None if there is none.
 
         Returns:
-            (B, N, D), the load-balancing loss of this layer, and the state behind `hidden`, which
-            mixers other than `ResolventMixer` do not have.
+            (B, N, D), the load-balancing loss of this layer, and its state after `hidden`, None for
+            a mixer that keeps none.
         """
         mixed, state = self.mixer(self.mixer_norm(hidden), state)
         hidden = hidden + self.dropout(mixed)

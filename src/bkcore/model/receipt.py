@@ -141,9 +141,9 @@ def of_cores(certificates: Sequence[CoreCertificate]) -> Receipt:
 def problems(receipt: Receipt) -> list[str]:
     """What in a receipt is not as its mode promises, a sentence for each tensor.
 
-    That is a weight that is not in the bits that the mode names, be it that it was small, or whose
-    product runs in float though it has codes; a tensor that stayed float without a reason that is
-    documented; and an expert or a quantizer that no calibration data reached.
+    A weight is one if it has other bits than the mode names, for whatever reason, or if it has
+    codes but its product runs in float. So is a tensor that stayed float without a documented
+    reason, and an expert or a quantizer that no calibration data reached.
     """
     config = QuantizationConfig.from_dict(receipt["quantization"])
     found = []
@@ -166,7 +166,7 @@ def problems(receipt: Receipt) -> list[str]:
 def problems_of_calibration(seen: dict[str, int | None]) -> list[str]:
     """Those of `problems` that are known after calibration, from its tokens by tensor."""
     return [
-        f"{name} was reached by no calibration data that is known of"
+        f"{name} was reached by no calibration data, or by none on record"
         for name, tokens in seen.items()
         if not tokens
     ]
