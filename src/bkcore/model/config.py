@@ -132,33 +132,8 @@ class ResNetBKConfig(PreTrainedConfig):
         _check_inherited(self, kwargs)
         super().__post_init__(**kwargs)
         _check_kinds(self)
-        if self.experts_per_token > self.num_experts:
-            raise InputError(
-                f"experts_per_token={self.experts_per_token} exceeds num_experts={self.num_experts}"
-            )
-        if not self.embedding_multiplier > 0:
-            raise InputError(
-                f"embedding_multiplier must be positive, not {self.embedding_multiplier!r}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
-        for name in ("load_balancing", "norm_eps", "initializer_range"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, not {getattr(self, name)!r}")
-        if not isinstance(self.mixer, str) or self.mixer not in MIXER_TRAITS:
-            known = ", ".join(MIXER_TRAITS)
-            raise InputError(f"mixer must be one of {known}, not {shown(self.mixer)}")
-        divided = self.mixer_traits.has_heads and self.value_size is None
-        if divided and self.d_model % self.num_heads:
-            raise InputError(
-                f"num_heads={self.num_heads} must divide d_model={self.d_model}, unless value_size "
-                "gives the size of a head's values"
-            )
-        if self.key_groups is not None and self.num_heads % self.key_groups:
-            raise InputError(
-                f"key_groups={self.key_groups} must divide num_heads={self.num_heads}: groups are "
-                "of one size"
-            )
+        _check_values(self)
+        _check_mixer(self)
         if self.quantization is not None:
             if not self.mixer_traits.quantizes:
                 raise InputError(f'a model with mixer="{self.mixer}" cannot be quantized')
@@ -215,6 +190,39 @@ def _check_kinds(config: ResNetBKConfig) -> None:
     for name in _FLAGS:
         if not isinstance(getattr(config, name), bool):
             raise InputError(f"{name} must be True or False, not {shown(getattr(config, name))}")
+
+
+def _check_values(config: ResNetBKConfig) -> None:
+    if config.experts_per_token > config.num_experts:
+        raise InputError(
+            f"experts_per_token={config.experts_per_token} exceeds num_experts={config.num_experts}"
+        )
+    if not config.embedding_multiplier > 0:
+        raise InputError(
+            f"embedding_multiplier must be positive, not {config.embedding_multiplier!r}"
+        )
+    if not 0 <= config.dropout < 1:
+        raise InputError(f"dropout must be at least 0 and below 1, not {config.dropout!r}")
+    for name in ("load_balancing", "norm_eps", "initializer_range"):
+        if getattr(config, name) < 0:
+            raise InputError(f"{name} must not be negative, not {getattr(config, name)!r}")
+
+
+def _check_mixer(config: ResNetBKConfig) -> None:
+    if not isinstance(config.mixer, str) or config.mixer not in MIXER_TRAITS:
+        known = ", ".join(MIXER_TRAITS)
+        raise InputError(f"mixer must be one of {known}, not {shown(config.mixer)}")
+    divided = config.mixer_traits.has_heads and config.value_size is None
+    if divided and config.d_model % config.num_heads:
+        raise InputError(
+            f"num_heads={config.num_heads} must divide d_model={config.d_model}, unless value_size "
+            "gives the size of a head's values"
+        )
+    if config.key_groups is not None and config.num_heads % config.key_groups:
+        raise InputError(
+            f"key_groups={config.key_groups} must divide num_heads={config.num_heads}: groups are "
+            "of one size"
+        )
 
 
 def _check_inherited(config: ResNetBKConfig, others: Mapping[str, Any]) -> None:

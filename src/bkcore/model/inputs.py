@@ -62,16 +62,7 @@ def real_tokens(mask: Any, ids: Tensor, labels: Tensor | None) -> Tensor | None:
     """
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.is_complex():
-        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise DTypeError(
-            f"attention_mask must be a tensor, 1 for tokens and 0 for padding, not {given}"
-        )
-    if mask.shape != ids.shape:
-        raise ShapeError(
-            f"attention_mask must be {tuple(ids.shape)} like input_ids, not {tuple(mask.shape)}"
-        )
-    mask = mask.to(ids.device)
+    mask = _mask_like(mask, ids)
     real = mask != 0
     if torch.compiler.is_compiling():
         return real
@@ -100,6 +91,19 @@ def real_tokens(mask: Any, ids: Tensor, labels: Tensor | None) -> Tensor | None:
             "loss leaves out"
         )
     return real
+
+
+def _mask_like(mask: Any, ids: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.is_complex():
+        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise DTypeError(
+            f"attention_mask must be a tensor, 1 for tokens and 0 for padding, not {given}"
+        )
+    if mask.shape != ids.shape:
+        raise ShapeError(
+            f"attention_mask must be {tuple(ids.shape)} like input_ids, not {tuple(mask.shape)}"
+        )
+    return mask.to(ids.device)
 
 
 def calibration_batch(batch: Any) -> tuple[Tensor, Tensor | None]:

@@ -23,9 +23,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from bkcore import manifest
-from bkcore.errors import CheckpointError, InputError
+from bkcore.errors import CheckpointError
 from bkcore.model import receipt
 from bkcore.model.config import ResNetBKConfig
+from bkcore.model.request import ADAPTERS, Request, refuse_adapters
 from bkcore.quantization.storage import StoredDtypes
 from bkcore.reading import foreign, parse_json, shown
 
@@ -38,23 +39,6 @@ _DTYPES = {
     **{"U8": torch.uint8, "BOOL": torch.bool},
 }
 """By the names that safetensors gives them; others are in no model."""
-
-_PASSED_ON = {"device_map", "max_memory"}
-
-_CHANGEABLE = {
-    *ResNetBKConfig.__dataclass_fields__,
-    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "output_attentions"),
-}
-"""Fields of a configuration, which `from_pretrained` takes, too."""
-
-_ADAPTERS = "adapter_config.json"
-
-_WITHOUT_EFFECT = {
-    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token"),
-    *("trust_remote_code", "code_revision", "low_cpu_mem_usage", "weights_only"),
-    *("adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"),
-}
-"""Arguments of `from_pretrained` about downloads, pickles and code, of which there are none."""
 
 
 def load(
@@ -96,96 +80,6 @@ def load(
     if generation is not None:
         model.generation_config = copy.deepcopy(generation)
     return (model, info) if request.wants_info else model
-
-
-@dataclass(frozen=True)
-class Request:
-    """What `from_pretrained` was asked for.
-
-    Attributes:
-        folder: where the checkpoint is.
-        variant: which variant of the weights must be there; None takes any.
-        config: to use instead of the one in the folder; None takes that.
-        changes: fields of the configuration to change.
-        generation: to use instead of what the folder holds; None takes that.
-        dtype: of the parameters; None takes the configuration's, or that of the weights.
-        wants_info: whether the loading info is to be returned, too.
-        passed_on: arguments that transformers handles.
-        digests: what the manifest lists, if it was read already; None reads it.
-    """
-
-    folder: Path
-    variant: str | None
-    config: ResNetBKConfig | None
-    changes: dict[str, Any]
-    generation: GenerationConfig | None
-    dtype: torch.dtype | None
-    wants_info: bool
-    passed_on: dict[str, Any]
-    digests: manifest.Digests | None
-
-    @staticmethod
-    def of(path: object, arguments: tuple[Any, ...], options: dict[str, Any]) -> Request:
-        """What the arguments of `from_pretrained` ask for.
-
-        Raises:
-            InputError: for what cannot be had.
-            CheckpointError: if transformers took the path from that of adapters.
-        """
-        if not isinstance(path, str | os.PathLike):
-            raise InputError(f"from_pretrained takes the path of a folder, not {shown(path)}")
-        if arguments:
-            raise InputError(f"from_pretrained takes names with arguments, not {shown(arguments)}")
-        if "_adapter_model_path" in (options.get("adapter_kwargs") or {}):
-            _refuse_adapters(options["adapter_kwargs"]["_adapter_model_path"])
-        options = {
-            name: each
-            for name, each in options.items()
-            # Wrappers give None for what nobody asked for; of a field it is a value.
-            if name not in _WITHOUT_EFFECT and (each is not None or name in _CHANGEABLE)
-        }
-        for name, only in (("use_safetensors", True), ("ignore_mismatched_sizes", False)):
-            if options.pop(name, None) not in (None, only):
-                raise InputError(f"from_pretrained can only do what {name}={only} asks for")
-        for name in ("attn_implementation", "experts_implementation"):
-            if options.pop(name, None) not in (None, "eager"):
-                raise InputError(f"this model has no {name}; leave it out")
-        config = options.pop("config", None)
-        if config is not None and not isinstance(config, ResNetBKConfig):
-            raise InputError(f"config must be a ResNetBKConfig, not {shown(config)}")
-        generation = options.pop("generation_config", None)
-        if generation is not None and not isinstance(generation, GenerationConfig):
-            raise InputError(f"generation_config must be such an object, not {shown(generation)}")
-        older = options.pop("torch_dtype", None)
-        request = Request(
-            folder=Path(path) / (options.pop("subfolder", None) or ""),
-            variant=options.pop("variant", None),
-            config=config,
-            dtype=_dtype(options.pop("dtype", older)),
-            generation=generation,
-            digests=options.pop("digests", None),
-            wants_info=options.pop("output_loading_info", False),
-            passed_on={name: options.pop(name) for name in _PASSED_ON & options.keys()},
-            changes=options,
-        )
-        unknown = sorted(options.keys() - _CHANGEABLE)
-        if unknown or (config is not None and options):
-            given = unknown or sorted(options)
-            raise InputError(
-                f"from_pretrained cannot take {given}; it takes config or fields of one, dtype, "
-                "device_map, max_memory, generation_config, subfolder, variant and "
-                "output_loading_info"
-            )
-        return request
-
-
-def _dtype(asked: object) -> torch.dtype | None:
-    dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked
-    if asked is None or asked == "auto":
-        return None
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f'dtype must be "auto" or a floating-point dtype, not {shown(asked)}')
-    return dtype
 
 
 @dataclass(frozen=True)
@@ -367,20 +261,11 @@ def check_fit(
 def _check_no_adapters(folder: Path) -> None:
     """Adapters change what a model computes, so the model without them is not what was saved."""
     try:
-        present = os.path.lexists(folder / _ADAPTERS)
+        present = os.path.lexists(folder / ADAPTERS)
     except ValueError:  # a name that no system takes: there is nothing
         return
     if present:
-        _refuse_adapters(folder)
-
-
-def _refuse_adapters(folder: object) -> None:
-    raise CheckpointError(
-        f"{shown(str(folder))} holds adapters ({_ADAPTERS}), without which the model is not what "
-        "was saved there: keep the adapter's files in a folder without a model, load the model "
-        "from its own, then call model.load_adapter() with the adapter's; or delete them if they "
-        "are of no use"
-    )
+        refuse_adapters(folder)
 
 
 def _exact(model: nn.Module, own: Mapping[str, Tensor]) -> set[str]:
