@@ -16,13 +16,15 @@ import torch
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
+import bkcore
 from bkcore import cli
+from bkcore.commands import export, generate
+from bkcore.commands.process import publish
 from bkcore.errors import OutputError
-from bkcore.evaluation import checkpoints
+from bkcore.evaluation import judging
 from bkcore.model import LanguageModel
-from bkcore.report import evaluate, export, generate, train
-from bkcore.report.command import publish
 from bkcore.text import train_tokenizer
+from bkcore.training import trainer
 
 TEXT = "the slow fox sees the quick dog and the dog sees the fox. " * 600
 LINE = "".join(chr(0x4E00 + n * 7 % 2000) for n in range(400)) + "\n"
@@ -62,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a command in an empty folder and gives its exit code; models are judged in here."""
     monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(evaluate, "evaluate_in_new_process", checkpoints.evaluate_checkpoint)
+    monkeypatch.setattr(judging, "evaluate_in_new_process", judging.evaluate_checkpoint)
     monkeypatch.chdir(tmp_path)
     for name in ("float", "other", "int8", "text", "cjk", "recipe.yaml"):
         (tmp_path / name).symlink_to(folder / name)
@@ -181,15 +183,15 @@ def test_streams_that_are_closed(folder: Path, tmp_path: Path, closed: str) -> N
 @pytest.mark.parametrize(
     ("where", "name", "arguments", "kept"),
     [
-        (checkpoints, "score", EVALUATE, "kept keeps what was scored"),
+        (judging, "score", EVALUATE, "kept keeps what was scored"),
         (
-            train,
+            trainer,
             "train",
             ("train", "--config", "recipe.yaml", "--data", "text", "--output", "runs"),
             "runs keeps the checkpoints",
         ),
-        (generate, "load_checkpoint", ("generate", "float"), ""),
-        (export, "load_checkpoint", ("export", "float", "half"), ""),
+        (judging, "load_checkpoint", ("generate", "float"), ""),
+        (judging, "load_checkpoint", ("export", "float", "half"), ""),
     ],
 )
 def test_an_interruption_is_a_sentence(
@@ -266,7 +268,7 @@ def test_refused_before_the_work(
     complaint: str,
 ) -> None:
     """Nothing is scored, calibrated or trained, and nothing is left."""
-    for name in ("evaluation.checkpoints.score", "report.train.train", "report.demo.train"):
+    for name in ("evaluation.judging.score", "training.trainer.train", "comparison.modes.train"):
         monkeypatch.setattr(f"bkcore.{name}", None)
     monkeypatch.setattr(LanguageModel, "calibrate_quantization", None, raising=False)
     before = sorted(tmp_path.rglob("*"))
@@ -391,4 +393,16 @@ def test_library_functions_leave_the_logging_of_transformers_alone() -> None:
         for path in sorted(source.rglob("*.py"))
         if any(name in path.read_text(encoding="utf-8") for name in names)
     ]
-    assert found == ["evaluation/checkpoints.py", "report/command.py", "text/hub.py"]
+    assert found == ["commands/process.py", "evaluation/judging.py", "text/hub.py"]
+
+
+# ---- the program itself ------------------------------------------------------------------------
+
+
+def test_command_line_lists_its_commands() -> None:
+    output = CliRunner().invoke(cli.app, ["--help"]).output
+    assert all(command in output for command in ("demo", "evaluate", "generate"))
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(cli.app, ["--version"]).output == f"bkcore {bkcore.__version__}\n"

@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "bkcore"
 
 # Each package may import itself and what stands to its right; these are open to all.
-OPEN = {"deprecated", "errors", "host", "manifest", "outputs", "processes", "products", "reading"}
+OPEN = {"deprecated", "errors", "host", "manifest", "outputs", "processes", "reading"}
 ALLOWED: dict[str, set[str]] = {
     "deprecated": set(),
     "errors": set(),
@@ -20,7 +20,6 @@ ALLOWED: dict[str, set[str]] = {
     "host": set(),
     "outputs": set(),
     "processes": set(),
-    "products": set(),
     "reading": set(),
     "kernels": set(),
     "core": {"kernels"},
@@ -29,10 +28,17 @@ ALLOWED: dict[str, set[str]] = {
     "text": set(),
     "evaluation": {"model", "quantization", "text"},
     "training": {"model", "text"},
-    "report": {"evaluation", "training", "model", "text", "quantization"},
-    "bench": {"report", "evaluation", "model", "text", "quantization", "core", "kernels"},
-    "comparison": {"report", "evaluation", "training", "model", "text"},
-    "cli": {"report", "bench", "comparison"},
+    "display": set(),
+    "bench": {
+        *("display", "training", "evaluation", "model", "text"),
+        *("quantization", "core", "kernels"),
+    },
+    "comparison": {"display", "evaluation", "training", "model", "text", "quantization"},
+    "commands": {
+        *("bench", "comparison", "display", "evaluation", "training", "model", "text"),
+        "quantization",
+    },
+    "cli": {"commands"},
 }
 
 

@@ -7,10 +7,9 @@ import torch
 from typer.testing import CliRunner
 
 from bkcore.cli import app
-from bkcore.evaluation.checkpoints import load_checkpoint
+from bkcore.evaluation.judging import load_checkpoint
 from bkcore.evaluation.perplexity import perplexity_per_word, score
 from bkcore.evaluation.samples import load_samples, samples_of
-from bkcore.report.recipe import read_recipe
 from bkcore.text import (
     TokenWindows,
     count_words,
@@ -19,6 +18,7 @@ from bkcore.text import (
     origin_of,
     tokenizer_hash,
 )
+from bkcore.training.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "wikitext2"

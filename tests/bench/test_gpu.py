@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from bkcore import cli
-from bkcore.bench import gpu, rivals
+from bkcore.bench import gpu, rival_models
 from bkcore.errors import BenchmarkError
 from bkcore.kernels.backends import selection, triton
 from bkcore.model import LanguageModel
@@ -50,9 +50,9 @@ def test_the_models_that_are_timed_are_of_one_size():
         model = LanguageModel(
             scale.vocabulary, scale.width, scale.layers, 4096, expert_size=2 * scale.width
         )
-    count = rivals.count_parameters(model)
+    count = rival_models.count_parameters(model)
     assert 0.9e8 < count < 1.2e8
-    assert abs(rivals.count_parameters(gpu._gpt2(scale, count)) / count - 1) < 0.04
+    assert abs(rival_models.count_parameters(gpu._gpt2(scale, count)) / count - 1) < 0.04
 
 
 def test_a_model_that_computes_nonsense_gets_no_speed(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bkcore.bench import inference, rivals
+from bkcore.bench import inference, rival_models
 from bkcore.bench.result import report
 from bkcore.errors import BenchmarkError, InputError
 from bkcore.kernels.backends import cpu, selection
@@ -38,7 +38,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "_LAYERS", 1)
     monkeypatch.setattr(inference, "_WINDOW", 32)
     monkeypatch.setattr(inference, "_CALIBRATION", (2, 40))
-    monkeypatch.setattr(rivals, "_WIDTH", 64)
+    monkeypatch.setattr(rival_models, "_WIDTH", 64)
     monkeypatch.setattr("bkcore.bench.timing.SECONDS", 1e-3)
 
 
@@ -103,18 +103,18 @@ def test_a_forgetful_stream_is_not_timed() -> None:
 
 
 def test_rivals_have_as_many_parameters() -> None:
-    for rival in rivals.build(2_000_000, 64, 16):
+    for rival in rival_models.build(2_000_000, 64, 16):
         assert abs(rival.parameters / 2_000_000 - 1) < 0.05
 
 
 def test_dynamic_int8_reaches_the_layers_of_gpt2() -> None:
     text = torch.randint(0, 64, (1, 12))
-    gpt2 = rivals.build(400_000, 64, 16)[0]
+    gpt2 = rival_models.build(400_000, 64, 16)[0]
     linear = [m for m in gpt2.models["INT8"].modules() if "quantized" in type(m).__module__]
     assert len(linear) >= 4
     exact, coded = (gpt2.models[name](text).logits for name in ("float32", "INT8"))
     assert 0 < (exact - coded).abs().max() / exact.abs().max() < 0.2
-    decode = rivals.decoder(gpt2.models["float32"], text[:, :11], text[:, 11:])
+    decode = rival_models.decoder(gpt2.models["float32"], text[:, :11], text[:, 11:])
     for _ in range(2):  # the second call comes behind the same text as the first
         assert torch.allclose(decode().logits[0, 0], exact[0, 11], atol=1e-5)
 

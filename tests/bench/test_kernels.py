@@ -11,16 +11,16 @@ import torch
 from rich.console import Console
 
 from bkcore import cli
-from bkcore.bench import comparison, kernels, timing
+from bkcore.bench import kernels, rival_solvers, timing
 from bkcore.bench.kernels import CASES, run_kernels
 from bkcore.bench.machine import machine
 from bkcore.bench.result import Result, markdown_table, report, table
+from bkcore.display import plots
 from bkcore.errors import BackendError, BenchmarkError, InputError
 from bkcore.host import last_level_cache
 from bkcore.kernels import use_backend
 from bkcore.kernels.backends import cpu, selection
 from bkcore.kernels.backends.interface import Sweep, SweepBackward, SweepCodes, SweepStep
-from bkcore.report import files
 
 FIELDS = {
     *("name", "shape", "threads", "seconds", "baseline", "baseline_seconds"),
@@ -39,8 +39,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     layouts = {"LAYOUT_ELEMENTS": 2**10, "LAYOUT_LANES": (1, 3, 17), "LAYOUT_BATCHES": (16,)}
     for name, value in {**shapes, **lengths, **layouts}.items():
         monkeypatch.setattr(kernels, name, value)
-    monkeypatch.setattr(comparison, "SITES", (8, 16))
-    monkeypatch.setattr(comparison, "SCAN_SITES", ())
+    monkeypatch.setattr(rival_solvers, "SITES", (8, 16))
+    monkeypatch.setattr(rival_solvers, "SCAN_SITES", ())
 
 
 def quiet() -> Console:
@@ -160,11 +160,11 @@ def test_command_writes_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'bkcore\[plot\]'"):
-        files.prepare_plot(Path("plot.svg"))
+        plots.prepare_plot(Path("plot.svg"))
     with pytest.raises(InputError, match=r"\.png or \.svg"):
-        files.prepare_plot(Path("plot.jpg"))
+        plots.prepare_plot(Path("plot.jpg"))
 
 
 def test_unknown_case_raises() -> None:

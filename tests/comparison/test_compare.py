@@ -17,9 +17,9 @@ from bkcore.cli import app
 from bkcore.comparison import compare, language, synthetic
 from bkcore.comparison.compare import Comparison, run_comparison
 from bkcore.comparison.contestants import CONVOLUTION, GPT2, MAMBA, RESNET_BK
-from bkcore.comparison.language import LanguageSettings
 from bkcore.comparison.runs import Run
-from bkcore.comparison.synthetic import SyntheticSettings, by_distance, correct
+from bkcore.comparison.settings import LanguageSettings, SyntheticSettings
+from bkcore.comparison.synthetic import by_distance, correct
 from bkcore.comparison.tasks import TASKS, Examples
 from bkcore.errors import InputError
 from bkcore.model import LanguageModel

@@ -20,8 +20,8 @@ from bkcore.comparison.contestants import (
     open_size,
     total_parameters,
 )
-from bkcore.comparison.language import LanguageComparison, LanguageSettings
-from bkcore.comparison.synthetic import SyntheticSettings
+from bkcore.comparison.language import LanguageComparison
+from bkcore.comparison.settings import LanguageSettings, SyntheticSettings
 from bkcore.comparison.tasks import TASKS
 from bkcore.errors import InputError
 from bkcore.model import LanguageModel

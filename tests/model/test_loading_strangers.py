@@ -19,16 +19,16 @@ from typing import Any
 import pytest
 import torch
 
+from bkcore.commands.receipt import size, tables, training
 from bkcore.errors import BKCoreError
-from bkcore.evaluation.checkpoints import load_checkpoint
+from bkcore.evaluation.judging import load_checkpoint
 from bkcore.evaluation.unfinished import Unfinished
 from bkcore.manifest import MANIFEST
 from bkcore.model import LanguageModel, StreamState
 from bkcore.model import receipt as receipts
-from bkcore.report.receipt import size, tables, training
-from bkcore.report.recipe import read_recipe
 from bkcore.text import encode, train_tokenizer
-from bkcore.training import checkpoints
+from bkcore.training import resuming
+from bkcore.training.recipe import read_recipe
 from tests.model.helpers import sign
 
 ROUNDS = int(os.environ.get("BKCORE_ATTACK_ROUNDS", "25"))
@@ -246,15 +246,15 @@ def test_an_edited_unfinished_evaluation(tmp_path: Path) -> None:
 
 def test_an_edited_marker(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-3"
-    checkpoints.begin(checkpoint)
+    resuming.begin(checkpoint)
     run = {"steps": 3, "rate": 0.1, "name": "x"}
-    checkpoints.mark_complete(checkpoint, run, 1.5)
-    original = (checkpoint / checkpoints.MARKER).read_bytes()
+    resuming.mark_complete(checkpoint, run, 1.5)
+    original = (checkpoint / resuming.MARKER).read_bytes()
 
     def one(chance: random.Random) -> None:
-        (checkpoint / checkpoints.MARKER).write_bytes(edit_json(original, chance))
-        assert checkpoints.minutes_of(checkpoint) >= 0
-        checkpoints.check_same_run(checkpoint, run)
+        (checkpoint / resuming.MARKER).write_bytes(edit_json(original, chance))
+        assert resuming.minutes_of(checkpoint) >= 0
+        resuming.check_same_run(checkpoint, run)
 
     assert attack(one, "marker")
 

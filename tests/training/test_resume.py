@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from bkcore.errors import CheckpointError, DataError, InputError
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
-from bkcore.products import onednn_products
 from bkcore.text import TokenWindows
 from bkcore.training import Schedule, best_checkpoint, save_whole, shard, train
+from bkcore.training.onednn import onednn_products
 
 SCHEDULE: dict[str, Any] = {"steps": 6, "batch_size": 4, "learning_rate": 5e-3, "save_every": 2}
 TOKENS = torch.randint(0, 50, (30 * 16,), generator=torch.Generator().manual_seed(0))

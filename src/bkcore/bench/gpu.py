@@ -19,15 +19,15 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from bkcore.bench import rivals
+from bkcore.bench import rival_models
 from bkcore.bench.kernels import CodedSweep, Gradient
 from bkcore.bench.problem import FORMS, Problem, check_parts, random_problem, true_parts
 from bkcore.bench.result import Result
+from bkcore.display.console import say
 from bkcore.errors import BackendError, BenchmarkError
 from bkcore.kernels import describe_backends, use_backend
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
 from bkcore.quantization import QuantizationConfig
-from bkcore.report.console import say
 
 SHAPES = ((8, 4096, 1024), (1, 1_048_576, 64))
 COPY_FRACTION = 0.5
@@ -146,9 +146,9 @@ def _model_rows(scale: Scale, device: str, seconds: Timer) -> Iterator[Result]:
         expert_size=2 * scale.width,
         chunked_loss=True,
     )
-    ours = rivals.count_parameters(model)
+    ours = rival_models.count_parameters(model)
     rival = _gpt2(scale, ours)
-    theirs = rivals.count_parameters(rival)
+    theirs = rival_models.count_parameters(rival)
     millions = f"{ours / 1e6:.0f} M parameters, GPT-2 {theirs / 1e6:.0f}"
     coded = {bits: _quantized(model, bits) for bits in (8, 4)}
     for module in (model, rival, *coded.values()):
@@ -170,7 +170,7 @@ def _model_rows(scale: Scale, device: str, seconds: Timer) -> Iterator[Result]:
         tokens = torch.randint(scale.vocabulary, (scale.sequences, 1), device=device)
         text = tokens.expand(-1, scale.window)
         behind = rival.eval().bfloat16()
-        baseline_seconds = seconds(rivals.decoder(behind, text, tokens))
+        baseline_seconds = seconds(rival_models.decoder(behind, text, tokens))
         for bits, each in coded.items():
             # Its state has one size, whatever it has read.
             state = each(text[:, : min(64, scale.window)], use_cache=True).cache_params
@@ -229,4 +229,4 @@ def _gpt2(scale: Scale, parameters: int) -> PreTrainedModel:
             )
         )
 
-    return rivals.of_size(make, parameters)
+    return rival_models.of_size(make, parameters)

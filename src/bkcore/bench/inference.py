@@ -18,17 +18,17 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bkcore.bench import rivals
+from bkcore.bench import rival_models
 from bkcore.bench.result import Result
 from bkcore.bench.timing import Call, interleaved, torch_threads
+from bkcore.display.progress import Plan
 from bkcore.errors import BenchmarkError, InputError
 from bkcore.kernels import use_backend
 from bkcore.model import LanguageModel, ResNetBKForCausalLM, StreamState
-from bkcore.products import onednn_products
 from bkcore.quantization import QuantizationConfig
 from bkcore.quantization.linear import QuantizedLinear
 from bkcore.quantization.weights import PackedWeight, pack_weight
-from bkcore.report.progress import Plan
+from bkcore.training.onednn import onednn_products
 
 LAYERS = ((16, 16), (32, 32), (64, 32), (64, 64), (128, 128), (256, 256), (512, 512))
 ROWS = (1, 64, 1024)
@@ -202,14 +202,14 @@ def against_rivals(contexts: Sequence[int], threads: int) -> Iterator[Result]:
     for before, context in zip((0, *contexts), contexts, strict=False):
         text, token = _tokens(1, context), _tokens(1, 1)
         decoders = _decoders(ours, text, [context])
-        for rival in rivals.build(parameters, _VOCABULARY, context):
+        for rival in rival_models.build(parameters, _VOCABULARY, context):
             expected = slowest.get(rival.name, 0.0) * (context / max(before, 1)) ** rival.order
             note = f"{rival.parameters / 1e6:.1f} M parameters, here {parameters / 1e6:.1f} M"
             for mine, theirs in (("float32", "float32"), ("INT8", "INT8"), ("INT4", "INT8")):
                 model = rival.models[theirs]
-                calls = {"decode": (decoders[mine], rivals.decoder(model, text, token))}
+                calls = {"decode": (decoders[mine], rival_models.decoder(model, text, token))}
                 if expected < _MOST_SECONDS:
-                    calls["prefill"] = partial(ours[mine], text), rivals.prefill(model, text)
+                    calls["prefill"] = partial(ours[mine], text), rival_models.prefill(model, text)
                 for kind, pair in calls.items():
                     seconds, baseline = interleaved(*pair)
                     if kind == "prefill":

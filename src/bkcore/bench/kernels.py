@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bkcore.bench.comparison import comparison, missing_rivals
 from bkcore.bench.problem import (
     FORMS,
     Problem,
@@ -31,16 +30,17 @@ from bkcore.bench.problem import (
     true_parts,
 )
 from bkcore.bench.result import Result
+from bkcore.bench.rival_solvers import comparison, missing_rivals
 from bkcore.bench.timing import Call, interleaved, torch_threads
 from bkcore.core.resolvent import resolvent_diagonal_parts
+from bkcore.display.console import say
+from bkcore.display.progress import Plan
 from bkcore.errors import BackendError, BenchmarkError, InputError
 from bkcore.host import last_level_cache, usable_cores
 from bkcore.kernels import describe_backends, sweep_codes, sweep_step
 from bkcore.kernels.backends.cpu import native
 from bkcore.quantization import affine
 from bkcore.quantization.packing import pack_int4
-from bkcore.report.console import say
-from bkcore.report.progress import Plan
 
 Shape = tuple[int, int, int]
 

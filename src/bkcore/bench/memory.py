@@ -22,12 +22,12 @@ from torch import Tensor
 
 from bkcore.bench.machine import machine
 from bkcore.bench.process import peak_bytes, require_counts
+from bkcore.display.progress import Plan
 from bkcore.errors import InputError
 from bkcore.evaluation.perplexity import score
 from bkcore.host import keep_freed_memory
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
 from bkcore.processes import ProcessDiedError, call_in_new_process
-from bkcore.report.progress import Plan
 
 MODEL: dict[str, Any] = {
     "vocab_size": 4096,
@@ -40,7 +40,6 @@ MODEL: dict[str, Any] = {
 }
 KINDS = ("training", "training, checkpointed", "evaluation")
 SHORTEST = 1024
-LONGEST = 65_536
 FIT_FROM = 4096  # below, what does not grow weighs too much
 
 _WARM_UP_LENGTH = 64
@@ -65,7 +64,7 @@ class Point:
     seconds: float
 
 
-def run_memory(console: Console, longest: int = LONGEST) -> list[Point]:
+def run_memory(console: Console, longest: int) -> list[Point]:
     """Measure every kind at N = 1,024, 2,048, ... up to `longest`.
 
     Raises:

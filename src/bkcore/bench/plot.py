@@ -9,7 +9,7 @@ from typing import Any
 
 from bkcore.bench.memory import Point
 from bkcore.bench.result import Result
-from bkcore.report.files import write_plot
+from bkcore.display.plots import write_plot
 
 
 def draw(results: Sequence[Result], path: Path) -> None:

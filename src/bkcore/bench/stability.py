@@ -22,12 +22,12 @@ from transformers import PreTrainedTokenizerFast
 
 from bkcore.bench.machine import machine
 from bkcore.bench.process import require_counts, resident_bytes
+from bkcore.display.console import warn
+from bkcore.display.progress import Plan
 from bkcore.errors import InputError
-from bkcore.evaluation.checkpoints import check_tokenizers, load_checkpoint
+from bkcore.evaluation.judging import check_tokenizers, load_checkpoint
 from bkcore.model import ResNetBKForCausalLM, StreamState, core_certificates
 from bkcore.quantization.lifecycle import QuantizationState
-from bkcore.report.console import warn
-from bkcore.report.progress import Plan
 from bkcore.text import encode, load_split, warning_of_other_text
 
 FIRST = 1_000

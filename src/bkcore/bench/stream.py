@@ -18,9 +18,9 @@ from torch import Tensor
 from bkcore.bench.machine import machine
 from bkcore.bench.memory import MODEL
 from bkcore.bench.process import require_counts, resident_bytes
+from bkcore.display.progress import Plan
 from bkcore.errors import BenchmarkError, InputError
 from bkcore.model import LanguageModel, ResNetBKForCausalLM, StreamState
-from bkcore.report.progress import Plan
 
 YOUNG = 1_000
 _CHUNK = 8_192

@@ -11,14 +11,14 @@ from rich.console import Console
 
 from bkcore.comparison import language, synthetic
 from bkcore.comparison.contestants import CONVOLUTION
-from bkcore.comparison.language import LanguageComparison, LanguageSettings
+from bkcore.comparison.language import LanguageComparison
 from bkcore.comparison.runs import Run, finished
-from bkcore.comparison.synthetic import SyntheticSettings
+from bkcore.comparison.settings import LanguageSettings, SyntheticSettings
+from bkcore.display.console import say
+from bkcore.display.progress import Plan
 from bkcore.errors import InputError
 from bkcore.evaluation.perplexity import Scores, paired_change, perplexity_per_byte
 from bkcore.outputs import prepare_folder
-from bkcore.report.console import say
-from bkcore.report.progress import Plan
 from bkcore.text import load_corpus
 
 

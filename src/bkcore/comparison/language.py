@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from bkcore.comparison.contestants import (
 )
 from bkcore.comparison.runs import Advance, Run, StepTimes
 from bkcore.comparison.selective_scan import fast_selective_scan
-from bkcore.evaluation.checkpoints import check_length
+from bkcore.comparison.settings import LanguageSettings
+from bkcore.evaluation.judging import check_length
 from bkcore.evaluation.perplexity import (
     Protocol,
     Scores,
@@ -55,29 +55,6 @@ CONTESTANTS: dict[Contestant, tuple[int, ...]] = {
     contestants.MAMBA: (0,),
 }
 """Who takes part, and with which seeds."""
-
-
-@dataclass(frozen=True)
-class LanguageSettings:
-    """What all contestants share.
-
-    Attributes:
-        training_tokens: at least so many are trained on, in whole steps.
-        parameters: active parameters of each model.
-    """
-
-    training_tokens: int = 6_000_000
-    vocab_size: int = 4096
-    window: int = 256
-    batch_size: int = 16
-    width: int = 192
-    layers: int = 3
-    parameters: int = 2_050_000
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps."""
-        return math.ceil(self.training_tokens / (self.window * self.batch_size))
 
 
 class LanguageComparison:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from bkcore.comparison.contestants import (
 )
 from bkcore.comparison.runs import Advance, Run, StepTimes
 from bkcore.comparison.selective_scan import fast_selective_scan
+from bkcore.comparison.settings import SyntheticSettings
 from bkcore.comparison.tasks import TASKS, Examples, ExampleWindows, Task
 from bkcore.training import Schedule, train
 
@@ -39,26 +40,6 @@ BUCKETS = ((7, 16), (16, 32), (32, 64), (64, 128))
 
 _TEST_SEED = 1 << 40
 """Added to the seed of the training sequences, so that those of the test are others."""
-
-
-@dataclass(frozen=True)
-class SyntheticSettings:
-    """What all runs share.
-
-    Attributes:
-        steps, batch_size: no sequence is seen twice.
-        test_sequences: accuracy is measured on so many others.
-        learning_rate: peak rate, the same for all.
-        parameters: active parameters of each model.
-    """
-
-    steps: int = 1500
-    batch_size: int = 32
-    test_sequences: int = 1000
-    learning_rate: float = 3e-3
-    width: int = 64
-    layers: int = 2
-    parameters: int = 120_000
 
 
 def runs(settings: SyntheticSettings, seeds: Sequence[int] = (0,)) -> list[Run]:

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from bkcore.comparison.synthetic import BUCKETS
-from bkcore.report.console import bits_per_byte, number
+from bkcore.display.console import bits_per_byte, number
 
 
 def language_table(report: dict[str, Any]) -> Table:

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from bkcore import manifest
 from bkcore.errors import CheckpointError
+from bkcore.quantization.config import CALIBRATION_TOKENS
 from bkcore.reading import foreign, shown
 from bkcore.text import TokenWindows, spread
-
-SAMPLE_TOKENS = 32_768
-"""Tokens that calibration takes unless it is told otherwise, and as many are kept."""
 
 _NAME = "input_ids"
 _DTYPES = {"I16": torch.int16, "I32": torch.int32}
@@ -23,10 +21,15 @@ _MOST = 1 << 24
 """More tokens than anybody calibrates on."""
 
 
+def windows_for(tokens: int, length: int) -> int:
+    """How many windows of a length hold about so many tokens, at least one."""
+    return max(1, tokens // length)
+
+
 def samples_of(windows: TokenWindows) -> Tensor:
     """The windows that `bkcore quantize` calibrates on by default: int64 (windows, length)."""
     length = windows[0][_NAME].numel()
-    return spread(windows, max(1, SAMPLE_TOKENS // length))
+    return spread(windows, windows_for(CALIBRATION_TOKENS, length))
 
 
 def write_samples(samples: Tensor, folder: Path) -> None:

@@ -20,10 +20,7 @@ from torch import Tensor
 from bkcore.errors import LifecycleError
 from bkcore.model import ResNetBKForCausalLM
 from bkcore.model.conversion import packed_alone, quantizable, storage_bytes
-from bkcore.quantization.budget import Choice
 from bkcore.quantization.config import QuantizationConfig
-
-HALF = 16
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,6 @@ def units(model: ResNetBKForCausalLM) -> dict[str, list[str]]:
         unit = slot.name.rpartition(".")[0] if slot.part == "expert" else slot.name
         found.setdefault(unit, []).append(slot.name)
     return found
-
-
-def tensor_bits(model: ResNetBKForCausalLM, unit_bits: dict[str, int]) -> dict[str, int]:
-    """Bits of units as bits of their weights, for `QuantizationConfig.tensor_bits`."""
-    return {name: unit_bits[unit] for unit, names in units(model).items() for name in names}
 
 
 def measure(
@@ -96,18 +88,6 @@ def measure(
                 found.append(Sensitivity(unit, width, size, *_change(model, batches, reference)))
             on_progress(len(found) / len(cases))
     return found
-
-
-def choices(model: ResNetBKForCausalLM, found: Sequence[Sensitivity]) -> dict[str, list[Choice]]:
-    """Widths of each unit with their bytes and divergences; float16, which is taken as exact."""
-    sizes = {slot.name: slot.layer.weight.numel() for slot in quantizable(model)}
-    widths = {
-        unit: [Choice(HALF, 2 * sum(sizes[name] for name in names), 0.0)]
-        for unit, names in units(model).items()
-    }
-    for entry in found:
-        widths[entry.unit].append(Choice(entry.bits, entry.bytes, entry.divergence))
-    return widths
 
 
 def _log_probabilities(model: ResNetBKForCausalLM, batch: Tensor) -> Tensor:

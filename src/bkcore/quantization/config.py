@@ -19,6 +19,9 @@ WEIGHT_ROUNDINGS = ("gptq", "nearest")
 
 MODES = ("ptq_int8", "qat_int8", "ptq_int4", "qat_int4", "mixed_precision")
 
+CALIBRATION_TOKENS = 32_768
+"""Tokens that commands calibrate on unless they are told otherwise; a checkpoint keeps as many."""
+
 
 @dataclass(frozen=True)
 class QuantizationConfig:

@@ -1,9 +1,9 @@
 """Training with transformers' `Trainer`, so that a killed run continues to the very same weights.
 
 What is added to the Trainer: an order of the windows that can begin at any step (`WindowOrder`),
-resume checkpoints that are known to be whole (`checkpoints`), evaluation by a function, Muon
-(`optimizer`), a teacher (`distillation`), weight decay of matrices only, a limit of time, an end to
-what diverges, and the faster products of `bkcore.products`.
+resume checkpoints that are known to be whole (`resuming`), evaluation by a function, Muon
+(`optimizer`), a teacher (`distillation`), weight decay of matrices only, a limit of time
+(`callbacks`), an end to what diverges, and the faster products of `onednn`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,29 +18,17 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, broadcast_object_list
-from safetensors.torch import load_file
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import IntervalStrategy
-from transformers.utils import SAFE_WEIGHTS_NAME
 
-from bkcore.errors import CheckpointError, DivergenceError, InputError, LifecycleError
-from bkcore.products import onednn_products
-from bkcore.reading import foreign, read_json
-from bkcore.training import checkpoints
+from bkcore.errors import DivergenceError, InputError, LifecycleError
+from bkcore.training import resuming
+from bkcore.training.callbacks import Clock, callbacks, curve
 from bkcore.training.distillation import (
     Teacher,
     check_teacher,
@@ -49,6 +36,7 @@ from bkcore.training.distillation import (
     fingerprint,
     without_dropout,
 )
+from bkcore.training.onednn import onednn_products
 from bkcore.training.optimizer import ADAMW_BETAS, MuonWithAdamW
 from bkcore.training.order import WindowOrder
 from bkcore.training.schedule import Schedule
@@ -138,12 +126,16 @@ def train(
     if hasattr(model.config, "training_text"):
         model.config.training_text = None  # it is the caller who knows what the windows are of
     run = _description(model, dataset, order, schedule, teacher)
-    start = None if output is None else _start(output, resume, run, schedule.steps, processes)
-    if start is not None and _is_over(start, schedule):
-        state = _state(start)
+    start = (
+        None
+        if output is None
+        else resuming.start_of(output, resume, run, schedule.steps, processes)
+    )
+    if start is not None and resuming.is_over(start, schedule):
+        state = resuming.state_of(start)
     else:
-        order.start = 0 if start is None else checkpoints.step_of(start)
-        clock = _Clock(0.0 if start is None else checkpoints.minutes_of(start))
+        order.start = 0 if start is None else resuming.step_of(start)
+        clock = Clock(0.0 if start is None else resuming.minutes_of(start))
         with tempfile.TemporaryDirectory() as unused:
             trainer = _Trainer(
                 model=model,
@@ -151,7 +143,7 @@ def train(
                 train_dataset=dataset,
                 # The Trainer wants a data set before it evaluates; ours has a function.
                 eval_dataset=None if evaluation is None else dataset,
-                callbacks=_callbacks(schedule, clock, on_step, on_log),
+                callbacks=callbacks(schedule, clock, on_step, on_log),
                 optimizers=(_muon(model, schedule), None),
             )
             repeated = schedule.steps * schedule.batch_size > order.windows
@@ -162,21 +154,8 @@ def train(
             trainer.check_weights()
         state = trainer.state
     if output is not None:
-        _load_weights(model, best_checkpoint(output))
-    return _curve(state.log_history)
-
-
-def best_checkpoint(output: Path) -> Path:
-    """The checkpoint of a training folder that evaluated best, or the last if none was evaluated.
-
-    Raises:
-        CheckpointError: if there is no whole checkpoint.
-    """
-    last = checkpoints.newest(output)
-    if last is None:
-        raise CheckpointError(f"{output} holds no checkpoint of a training")
-    best = _state(last).best_global_step
-    return last if best is None else output / f"checkpoint-{best}"
+        resuming.load_weights(model, resuming.best_checkpoint(output))
+    return curve(state.log_history)
 
 
 class _Trainer(Trainer):
@@ -184,7 +163,7 @@ class _Trainer(Trainer):
         self,
         order: WindowOrder,
         run: dict[str, Any],
-        clock: _Clock,
+        clock: Clock,
         evaluation: Evaluation | None,
         teacher: Teacher | None,
     ) -> None:
@@ -290,29 +269,29 @@ class _Trainer(Trainer):
         self.check_weights()
         output = Path(str(self.args.output_dir))
         checkpoint = output / f"checkpoint-{self.state.global_step}"
-        with checkpoints.writing(checkpoint) if self.args.should_save else nullcontext():
+        with resuming.writing(checkpoint) if self.args.should_save else nullcontext():
             if self.args.should_save:
-                checkpoints.begin(checkpoint)
+                resuming.begin(checkpoint)
             self.accelerator.wait_for_everyone()  # each process writes its random state
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if not self.args.should_save:
                 return
             (checkpoint / TRAINING_ARGS_NAME).unlink()  # a pickle that nothing reads
-            checkpoints.mark_complete(checkpoint, self._run, self._clock.minutes)
+            resuming.mark_complete(checkpoint, self._run, self._clock.minutes)
         best = self.state.best_global_step
-        checkpoints.remove_all_but(output, {self.state.global_step, best or 0}, self._run)
+        resuming.remove_all_but(output, {self.state.global_step, best or 0}, self._run)
 
     def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
-        with checkpoints.reading(Path(checkpoint)):
+        with resuming.reading(Path(checkpoint)):
             super()._load_from_checkpoint(checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with nullcontext() if checkpoint is None else checkpoints.reading(Path(checkpoint)):
+        with nullcontext() if checkpoint is None else resuming.reading(Path(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with nullcontext() if checkpoint is None else checkpoints.reading(Path(checkpoint)):
+        with nullcontext() if checkpoint is None else resuming.reading(Path(checkpoint)):
             super()._load_rng_state(checkpoint)
 
 
@@ -335,72 +314,6 @@ def _muon(model: PreTrainedModel, schedule: Schedule) -> MuonWithAdamW | None:
         )
     decayed = _decayed(model)
     return MuonWithAdamW(model, decayed, schedule.learning_rate, schedule.weight_decay)
-
-
-class _Clock:
-    """Minutes of training, those before an interruption included."""
-
-    def __init__(self, before: float) -> None:
-        self._before = before
-        self._start = time.monotonic()
-
-    @property
-    def minutes(self) -> float:
-        return self._before + (time.monotonic() - self._start) / 60
-
-
-class _TimeLimit(TrainerCallback):
-    def __init__(self, clock: _Clock, max_minutes: float) -> None:
-        self.clock = clock
-        self.max_minutes = max_minutes
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # Processes that stopped at different steps would wait for each other for ever.
-        over = torch.tensor(int(self.clock.minutes >= self.max_minutes))
-        if int(broadcast(over)):
-            control.should_training_stop = control.should_save = True
-            control.should_evaluate = args.eval_strategy != IntervalStrategy.NO
-
-
-class _OnStep(TrainerCallback):
-    def __init__(self, on_step: Callable[[int], None]) -> None:
-        self.on_step = on_step
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.on_step(state.global_step)
-
-
-class _OnLog(TrainerCallback):
-    def __init__(self, on_entry: Callable[[dict[str, float]], None]) -> None:
-        self.on_entry = on_entry
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for entry in _curve(state.log_history[-1:]):
-            self.on_entry(entry)
-
-
-def _callbacks(
-    schedule: Schedule,
-    clock: _Clock,
-    on_step: Callable[[int], None] | None,
-    on_log: Callable[[dict[str, float]], None] | None,
-) -> list[TrainerCallback]:
-    callbacks: list[TrainerCallback] = []
-    if schedule.patience is not None:
-        callbacks.append(EarlyStoppingCallback(schedule.patience))
-    if schedule.max_minutes is not None:
-        callbacks.append(_TimeLimit(clock, schedule.max_minutes))
-    if on_step is not None:
-        callbacks.append(_OnStep(on_step))
-    if on_log is not None:
-        callbacks.append(_OnLog(on_log))
-    return callbacks
 
 
 def _arguments(
@@ -476,66 +389,6 @@ def _check_divides(schedule: Schedule, processes: int) -> None:
             f"batch_size {schedule.batch_size} does not divide among {processes} processes and "
             f"{schedule.gradient_accumulation} parts; change one of them"
         )
-
-
-def _start(
-    output: Path, resume: bool, run: dict[str, Any], steps: int, processes: PartialState
-) -> Path | None:
-    """The checkpoint to continue from; what must not be there is deleted."""
-    start = checkpoints.newest(output) if resume else None
-    if start is not None:
-        checkpoints.check_same_run(start, run)
-    checkpoints.prepare(output, 0 if start is None else checkpoints.step_of(start), steps)
-    processes.wait_for_everyone()  # before anything is deleted, all have looked
-    if processes.is_main_process:
-        if resume:
-            checkpoints.remove_incomplete(output)
-        else:
-            checkpoints.remove_all_but(output, set())
-    processes.wait_for_everyone()
-    return start
-
-
-def _state(checkpoint: Path) -> TrainerState:
-    path = checkpoint / TRAINER_STATE_NAME
-    with foreign(str(path)):
-        read_json(path)  # bounded, which transformers is not
-        state = TrainerState.load_from_json(str(path))
-    best = state.best_global_step
-    if not (best is None or type(best) is int) or not isinstance(state.log_history, list):
-        raise CheckpointError(f"{path} is damaged: it is no state of a training")
-    return state
-
-
-def _is_over(checkpoint: Path, schedule: Schedule) -> bool:
-    """Whether a training ended there, not merely stopped."""
-    out_of_time = (
-        schedule.max_minutes is not None
-        and checkpoints.minutes_of(checkpoint) >= schedule.max_minutes
-    )
-    states: Any = _state(checkpoint).stateful_callbacks  # the annotation is of a run's beginning
-    out_of_patience = (
-        "EarlyStoppingCallback" in states
-        and states["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"]
-        >= schedule.patience
-    )
-    return checkpoints.step_of(checkpoint) >= schedule.steps or out_of_time or out_of_patience
-
-
-def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
-    # Not strict: of weights that are tied, a file holds one.
-    with checkpoints.reading(checkpoint):
-        weights = load_file(checkpoint / SAFE_WEIGHTS_NAME)
-    model.load_state_dict(weights, strict=False)
-
-
-def _curve(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The entries of the Trainer's log that make a curve, without its notion of an epoch."""
-    return [
-        {name: value for name, value in entry.items() if name != "epoch"}
-        for entry in log_history
-        if "loss" in entry or "eval_loss" in entry
-    ]
 
 
 def _description(

@@ -1,0 +1,140 @@
+"""`bkcore bench`: speed and memory on this machine, a case a command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bkcore.commands.files import Files
+from bkcore.commands.options import SHIPPED, DataOption, JsonOption, PlotOption
+from bkcore.commands.process import Command
+from bkcore.display.console import Console
+
+if TYPE_CHECKING:
+    from bkcore.bench.result import Result
+
+app = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
+command = partial(app.command, cls=Command)
+
+MarkdownOption = Annotated[Path | None, typer.Option(help="Write a Markdown table here, too.")]
+OnlyOption = Annotated[
+    str, typer.Option(help="Only cases whose names begin so; a wrong name lists them.")
+]
+
+_MOST_A_CALL = 4_096
+
+
+def _publish(files: Files, console: Console, results: Sequence[Result]) -> None:
+    from bkcore.bench.plot import draw
+    from bkcore.bench.result import markdown_table, report, table
+
+    files.publish(
+        lambda: console.print(table(results)),
+        report(results),
+        markdown_table(results),
+        partial(draw, results),
+    )
+
+
+@command()
+def kernels(
+    json_file: JsonOption = None,
+    markdown: MarkdownOption = None,
+    plot: PlotOption = None,
+    only: OnlyOption = "",
+) -> None:
+    """Time the kernels against copies, limits and other ways to the same result."""
+    from bkcore.bench.kernels import run_kernels
+
+    console, files = Console(), Files(json_file, markdown, plot)
+    files.prepare()
+    _publish(files, console, run_kernels(console, only))
+
+
+@command()
+def gpu(json_file: JsonOption = None, markdown: MarkdownOption = None) -> None:
+    """Time the Triton kernels against a copy in the memory of this GPU."""
+    from bkcore.bench.gpu import run_gpu
+
+    console, files = Console(), Files(json_file, markdown)
+    files.prepare()
+    _publish(files, console, run_gpu(console))
+
+
+@command()
+def inference(
+    json_file: JsonOption = None, markdown: MarkdownOption = None, only: OnlyOption = ""
+) -> None:
+    """Time quantized models against float32, and against GPT-2 and Mamba of transformers."""
+    from bkcore.bench.inference import run_inference
+
+    console, files = Console(), Files(json_file, markdown)
+    files.prepare()
+    _publish(files, console, run_inference(console, only))
+
+
+@command()
+def memory(
+    json_file: JsonOption = None,
+    markdown: MarkdownOption = None,
+    plot: PlotOption = None,
+    longest: Annotated[int, typer.Option(help="Most tokens of a sequence.")] = 65_536,
+) -> None:
+    """Measure the peak memory and the time of long sequences, in training and evaluation."""
+    from bkcore.bench.memory import markdown_table, report, run_memory, table
+    from bkcore.bench.plot import draw_memory
+
+    console, files = Console(), Files(json_file, markdown, plot)
+    files.prepare()
+    points = run_memory(console, longest)
+    files.publish(
+        lambda: console.print(table(points)),
+        report(points),
+        markdown_table(points),
+        partial(draw_memory, points),
+    )
+
+
+@command()
+def stream(
+    json_file: JsonOption = None,
+    length: Annotated[int, typer.Option(help="Tokens to read before the timed ones.")] = 1_000_000,
+) -> None:
+    """Time single tokens early and late in a text."""
+    from bkcore.bench.stream import report, run_stream, summary
+
+    console, files = Console(), Files(json_file)
+    files.prepare()
+    result = run_stream(console, length)
+    files.publish(lambda: console.print(summary(result)), report(result))
+
+
+@command()
+def stability(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a quantized model.")],
+    reference: Annotated[
+        Path, typer.Option(help="Folder of the float model that it was made of.")
+    ] = SHIPPED,
+    data: DataOption = None,
+    json_file: JsonOption = None,
+    length: Annotated[int, typer.Option(min=1_000, help="Tokens to read.")] = 1_000_000,
+    step: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=_MOST_A_CALL,
+            help=f"Tokens a call, at most {_MOST_A_CALL:,}; 1 reads as decoding does.",
+        ),
+    ] = _MOST_A_CALL,
+) -> None:
+    """Read a text over and over: does a quantized model stay as near to float as it was?"""
+    from bkcore.bench.stability import report, run_stability, table
+
+    console, files = Console(), Files(json_file)
+    files.prepare(read=[checkpoint, reference, data])
+    result = run_stability(console, checkpoint, reference, data, length, step)
+    files.publish(lambda: console.print(table(result.ages)), report(result))

@@ -1,0 +1,73 @@
+"""`bkcore demo`: a language model in every mode of quantization."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+
+from bkcore.commands.files import Files
+from bkcore.commands.options import DataOption, JsonOption
+from bkcore.display.console import Console, bits_per_byte, number, say
+
+
+def demo(
+    data: DataOption = None,
+    json_file: JsonOption = None,
+    output: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("runs/demo"),
+) -> None:
+    """Train a language model, quantize it in five modes, and judge what was saved."""
+    from bkcore.comparison.modes import run_demo
+
+    console, files = Console(), Files(json_file)
+    files.prepare({"--output": output}, [data])
+    result = run_demo(data, output, console)
+
+    def show() -> None:
+        console.print(table(result))
+        say(console, f"Checkpoints: {output}")
+
+    files.publish(show, result)
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The rows of a demo's report for a terminal of 80 columns."""
+    protocol, control = report["protocol"], report["control"]
+    result = Table(
+        title=f"{protocol['corpus']}, {protocol['split']}: {protocol['tokens']:,} tokens scored",
+        caption=f"{control['mode']}: float32 after the extra training that the QAT modes had",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+    )
+    result.add_column("mode")
+    for heading in ("ppl\ntoken", "ppl\nword", "bits\nbyte", "change\n%", "95 %\ninterval"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("size\nMB", "size\nratio", "tokens\nper s", "speed\nratio"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for entry in [*report["rows"], control]:
+        is_float = entry["mode"] == "float32"
+        low, high = (number(entry[f"ci_{end}_pct"], "+.2f") for end in ("low", "high"))
+        result.add_row(
+            entry["mode"],
+            number(entry["ppl_token"], ".2f"),
+            number(entry["ppl_word"], ".1f"),
+            bits_per_byte(entry["ppl_byte"], ".2f"),
+            "" if is_float else number(entry["delta_pct"], "+.2f"),
+            "" if is_float else f"{low} to {high}",
+            f"{entry['bytes'] / 1e6:.2f}",
+            f"{entry['size_ratio']:.2f}",
+            _speed(entry["tokens_per_second"]),
+            f"{entry['speedup']:.2f}",
+        )
+    return result
+
+
+def _speed(tokens_per_second: float) -> str:
+    """At most six letters, so that the table has room."""
+    if tokens_per_second < 1e5:
+        return f"{tokens_per_second:,.0f}"
+    return f"{tokens_per_second / 1e3:,.0f}k"

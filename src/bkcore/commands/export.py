@@ -1,0 +1,53 @@
+"""`bkcore export`: a trained model small enough to hand on, without quantizing it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bkcore.commands.files import refuse_model
+from bkcore.display.console import Console, say
+from bkcore.errors import InputError
+from bkcore.outputs import prepare_folder
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a float model.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """Save a float checkpoint in float16, at half the size; bkcore's commands widen it again."""
+    export_half(checkpoint, output)
+    say(Console(), f"Checkpoint: {output}")
+
+
+def export_half(checkpoint: Path, output: Path) -> None:
+    """Save a float checkpoint and its tokenizer in float16.
+
+    Args:
+        checkpoint: folder with a float model and its tokenizer.
+        output: folder to write, another one.
+
+    Raises:
+        InputError: if the model is quantized, whose weights float16 would not make smaller, or
+            both folders are the same, or `output` holds a float model or cannot be written in.
+        CheckpointError: if the checkpoint cannot be loaded, or the folder not written.
+    """
+    from bkcore.evaluation.judging import load_checkpoint, save_checkpoint
+    from bkcore.evaluation.samples import load_samples
+
+    if output.resolve() == checkpoint.resolve():
+        raise InputError(f"{output} is the checkpoint itself; name another folder")
+    refuse_model(output)
+    prepare_folder(output)
+    model, tokenizer = load_checkpoint(checkpoint)
+    state = (model.config.quantization or {}).get("state", "float")
+    if state != "float":
+        raise InputError(
+            f"{checkpoint} is {state}, and only float models are exported in float16; "
+            "export the float checkpoint it was made from"
+        )
+    save_checkpoint(
+        output, model.half(), tokenizer, load_samples(checkpoint, model.config.vocab_size)
+    )

@@ -1,0 +1,68 @@
+"""`bkcore generate`: a text continued."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import typer
+
+from bkcore.commands.options import SHIPPED
+from bkcore.errors import InputError
+
+
+def generate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint folder; default: the one in the repository.")
+    ] = SHIPPED,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The ",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 60,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a text with a checkpoint."""
+    print(continue_text(checkpoint, _as_text(prompt), tokens, temperature, seed))
+
+
+def _as_text(argument: str) -> str:
+    """An argument in UTF-8 as text, where the locale took it for something else."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:
+        return argument
+
+
+def continue_text(checkpoint: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
+    """The prompt and up to `tokens` sampled tokens.
+
+    Args:
+        checkpoint: folder with a model and its tokenizer.
+        prompt: at least one character.
+        tokens: how many to add at most, at least 1.
+        temperature: 0 takes the likeliest token each time.
+        seed: of the sampling.
+
+    Raises:
+        InputError: if the prompt is empty, or holds lone surrogates.
+        CheckpointError: if the checkpoint cannot be loaded.
+    """
+    from bkcore.evaluation.judging import load_checkpoint
+
+    if not prompt:
+        raise InputError("the prompt is empty; give at least one character")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise InputError(f"the prompt {prompt!r} is not text in UTF-8")
+    model, tokenizer = load_checkpoint(checkpoint)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    out = cast(Any, model).generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        pad_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))

@@ -1,0 +1,166 @@
+"""`bkcore quantize`: a checkpoint in a mode, or within a budget of bits."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bkcore.commands.bit_budget_tables import draw_frontier, frontier_table, sensitivity_table
+from bkcore.commands.files import Files
+from bkcore.commands.options import JsonOption
+from bkcore.commands.quantize_settings import LEARNING_RATE, QuantizeSettings
+from bkcore.commands.receipt import show
+from bkcore.display.console import Console, say, warn
+from bkcore.quantization.config import QuantizationConfig
+
+if TYPE_CHECKING:
+    from bkcore.evaluation.sensitivity import Sensitivity
+    from bkcore.quantization.budget import Assignment
+
+
+def quantize(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a float model.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="ptq_int8, ptq_int4, mixed_precision, qat_int8 or qat_int4. "
+            f"Default: {QuantizeSettings.mode}, or {QuantizationConfig.MIXED_PRECISION} with a "
+            "bit budget."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|NAME",
+            help="Text to calibrate on, as in bkcore train; default: the samples of its training "
+            "text that the checkpoint holds.",
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Inputs of an INT4 weight that share a scale; default: "
+            f"{QuantizationConfig.group_size}.",
+        ),
+    ] = None,
+    min_size: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Weights with fewer numbers stay in float16, because their products are slower "
+            f"in codes; default: {QuantizationConfig.min_size:,}, and 0 leaves none.",
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Tokens of the training text to calibrate on, in whole windows."),
+    ] = QuantizeSettings.calibration_tokens,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps of the QAT modes.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help=f"Peak rate of the QAT modes; default: {LEARNING_RATE:g}."),
+    ] = None,
+    distill: Annotated[
+        bool | None,
+        typer.Option(
+            "--distill/--no-distill",
+            help="Train a QAT mode towards what the float model predicts, or towards the text. "
+            "Default: the model.",
+        ),
+    ] = None,
+    control: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Train the float model on the text for the same steps, too, and save it here: "
+            "what a QAT model is to be compared with.",
+        ),
+    ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Most bits of a weight on average, scales included: 4, 8 or 16 each."),
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PERCENT",
+            help="The smallest model whose perplexity on held-out training text rises by no more.",
+        ),
+    ] = None,
+    frontier: Annotated[
+        Path | None,
+        typer.Option(help="Measure models of all sizes, and draw them: .png or .svg."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option(help="Write nothing if a tensor is not as its mode promises.")
+    ] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Quantize a checkpoint, and print the receipt that is saved with it."""
+    from bkcore.commands.quantize_steps import run_quantize
+
+    console = Console()
+    has_budget = target_bits is not None or max_ppl_increase is not None
+    settings = QuantizeSettings(
+        mode=mode or (QuantizationConfig.MIXED_PRECISION if has_budget else QuantizeSettings.mode),
+        group_size=group_size,
+        min_size=min_size,
+        calibration_tokens=calibration_tokens,
+        steps=steps,
+        learning_rate=learning_rate,
+        distill=distill,
+        strict=strict,
+        target_bits=target_bits,
+        max_increase=None if max_ppl_increase is None else _percent(max_ppl_increase),
+        frontier=frontier is not None,
+    )
+    files = Files(json_file, plot=frontier, plot_option="--frontier")
+    files.prepare({"OUTPUT": output, "--control": control}, [checkpoint, data])
+    result = run_quantize(checkpoint, output, data, settings, console, control)
+
+    def show_all() -> None:
+        tables = []
+        if has_budget:
+            tables += [sensitivity_table(result["sensitivity"], result["assignment"])]
+            tables += [frontier_table(result["points"])]
+        calibrated = f"{result['calibration_tokens']:,} tokens of {result['corpus']}"
+        show(console, result["receipt"], output, tables, [f"Calibrated on {calibrated}"])
+        say(console, f"Checkpoint: {output}")
+        if control is not None:
+            say(console, f"Control: {control}")
+        if result["warning"] is not None:
+            warn(console, result["warning"])
+
+    draw = partial(draw_frontier, result.get("points", []))
+    files.publish(show_all, _as_json(result), draw=draw)
+
+
+def _percent(text: str) -> float:
+    """The number in "1%" or "1".
+
+    Raises:
+        typer.BadParameter: if there is none.
+    """
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a percentage, such as 1%") from error
+
+
+def _as_json(result: dict[str, Any]) -> dict[str, Any]:
+    """What `run_quantize` returns, ready for JSON."""
+    sensitivity: list[Sensitivity] = result.get("sensitivity", [])
+    assignment: Assignment = result.get("assignment", {})
+    if not sensitivity:
+        return result
+    return result | {
+        "sensitivity": [vars(entry) for entry in sensitivity],
+        "assignment": {unit: vars(choice) for unit, choice in assignment.items()},
+    }

@@ -1,0 +1,282 @@
+"""The steps of `bkcore quantize`, from a float checkpoint to a quantized one.
+
+It calibrates on the training text, never on what models are judged by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bkcore.commands.files import refuse_model
+from bkcore.commands.quantize_settings import QuantizeSettings
+from bkcore.display.console import warn
+from bkcore.display.progress import Plan
+from bkcore.errors import DataError, InputError, ReceiptError
+from bkcore.evaluation.bit_budget import Search, calibrate_for_any_width, check_target
+from bkcore.evaluation.calibration import CalibrationWindows, calibration_text
+from bkcore.evaluation.judging import load_float, save_checkpoint
+from bkcore.evaluation.sensitivity import measure
+from bkcore.model import ResNetBKForCausalLM
+from bkcore.model.receipt import problems, problems_of_calibration, problems_of_size
+from bkcore.outputs import prepare_folder
+from bkcore.quantization.budget import Assignment, total_loss
+from bkcore.quantization.config import QuantizationConfig
+from bkcore.text import TokenWindows
+from bkcore.training import Schedule, train
+
+_READINGS = 10
+"""Of each window that is learned from a teacher, who is asked at the first one only."""
+
+UNIFORM_MODES = ("ptq_int8", "ptq_int4", "mixed_precision")
+"""What the frontier of a bit budget is compared with."""
+
+
+def run_quantize(
+    checkpoint: Path,
+    output: Path,
+    data: str | Path | None,
+    settings: QuantizeSettings,
+    console: Console,
+    control: Path | None = None,
+) -> dict[str, Any]:
+    """Quantize a float checkpoint and save it with its tokenizer and its receipt.
+
+    Args:
+        checkpoint: folder with a float model and its tokenizer.
+        output: folder to write, another one.
+        data: the text to calibrate on, as in `bkcore.text.load_split`. None takes the samples of
+            its training text that the checkpoint holds, or the embedded corpus if it was trained on
+            that.
+        settings: how.
+        console: where progress is drawn.
+        control: folder to save the float model in after as many steps on the text as a QAT mode
+            trained; None does not train it.
+
+    Returns:
+        `receipt`, see `bkcore.model.receipt.of_quantized`; `corpus`, the name of the text;
+        `calibration_tokens`, how many of its tokens calibration saw; and `warning`, None unless the
+        text is not the one that the model was trained on.
+        With a bit budget also `sensitivity`, a list of `Sensitivity`; `assignment`, the `Choice`
+        of each unit; and `points`, rows of `Search.point`: the model that was saved comes first.
+
+    Raises:
+        InputError: if the checkpoint is not float, two folders are the same, one to write holds a
+            float model, no model is within the budget, there is a control in a mode that does not
+            train, or `data` is None and the checkpoint cannot do without.
+        CheckpointError: if it cannot be loaded, or `output` not written.
+        DataError: if the text is missing, unreadable or too small.
+        ReceiptError: if `settings.strict` finds something; nothing is written then.
+    """
+
+    _check_folders(checkpoint, output, control)
+    if control is not None and settings.steps is None:
+        raise InputError(f"mode {settings.mode!r} does not train: there is nothing to control for")
+    model, tokenizer = load_float(checkpoint)
+    text = calibration_text(checkpoint, model, data, settings.needs_text)
+    if text.warning is not None:
+        warn(console, text.warning)
+    found: dict[str, Any] = {}
+    with Plan(_stages(settings, control), console) as plan:
+        with plan.stage("read text"):
+            windows = CalibrationWindows(
+                TokenWindows(text.tokens(tokenizer), model.config.n_seq),
+                settings.calibration_tokens,
+                tokenizer.bos_token_id,
+            )
+        _check_before(model, windows, settings)
+        if settings.has_budget:
+            model, found = _within_budget(checkpoint, model, windows, settings, plan)
+        else:
+            with plan.stage("calibrate"):
+                model.configure_quantization(settings.config)
+                model.calibrate_quantization(windows.batches())
+            if settings.steps is not None:
+                _learn(checkpoint, model, windows, settings, plan)
+        assert model.receipt is not None
+        if settings.strict:
+            _check_strictly(problems(model.receipt))
+        save_checkpoint(output, model, tokenizer)
+        if control is not None:
+            other, _ = load_float(checkpoint)
+            _train(other, windows.all, settings.schedule(windows.length), plan, "train the control")
+            save_checkpoint(control, other, tokenizer)
+    return {
+        "receipt": model.receipt,
+        "corpus": text.name,
+        "calibration_tokens": sum(batch.numel() for batch in windows.batches()),
+        "warning": text.warning,
+        **found,
+    }
+
+
+def _check_folders(checkpoint: Path, output: Path, control: Path | None) -> None:
+    """Raise `InputError` if two of them are one, a float model would be lost, or one to write
+    cannot be written in."""
+    if output.resolve() == checkpoint.resolve():
+        raise InputError(f"{output} is the checkpoint itself; name another folder")
+    if control is not None and control.resolve() in (checkpoint.resolve(), output.resolve()):
+        raise InputError(f"the control needs a folder of its own, not {control}")
+    for folder in (output, control):
+        if folder is not None:
+            refuse_model(folder)
+            prepare_folder(folder)
+
+
+def _check_strictly(found: Sequence[str]) -> None:
+    """Raise `ReceiptError`, which has every problem that was found, unless there is none."""
+    if found:
+        raise ReceiptError("--strict: " + "; ".join(found))
+
+
+def _stages(settings: QuantizeSettings, control: Path | None) -> dict[str, float]:
+    """Stages and about how long each takes."""
+    stages = {"read text": 5.0, "calibrate": 5.0}
+    if settings.steps is not None:
+        stages["train"] = (1.0 if settings.distill is False else 1.1) * settings.steps
+        if control is not None:
+            stages["train the control"] = 1.0 * settings.steps
+    if settings.has_budget:
+        stages |= {"measure sensitivity": 100.0, "spend the budget": 20.0}
+    if settings.frontier:
+        stages["measure the frontier"] = 80.0
+    return stages
+
+
+def _check_before(
+    model: ResNetBKForCausalLM, windows: CalibrationWindows, settings: QuantizeSettings
+) -> None:
+    """Raise an error before the work where it would be raised after it."""
+
+    length, batch_size = windows.length, windows.batch_size
+    if settings.steps is not None and len(windows.all) < batch_size:
+        raise DataError(
+            f"the training text has {len(windows.all)} windows of {length} tokens, and a "
+            f"step of training takes {batch_size}; give more text"
+        )
+    if settings.target_bits is not None:
+        check_target(model, settings.target_bits, settings.config.group_size)
+    if settings.has_budget and len(windows.judge().tokens) < 2 * length:
+        raise InputError(
+            f"a bit budget is judged on as many windows as calibration takes, which is one of "
+            f"{length} tokens, and one tells nothing about the spread: allow more "
+            "--calibration-tokens, or give more text"
+        )
+    if settings.strict and not settings.has_budget:
+        _check_strictly(problems_of_size(model, settings.config))
+
+
+def _check_calibration(model: ResNetBKForCausalLM) -> None:
+    """Raise `ReceiptError` for what calibration did not reach."""
+
+    if model.receipt is not None:
+        _check_strictly(problems_of_calibration(model.receipt["calibration"]))
+
+
+def _learn(
+    checkpoint: Path,
+    model: ResNetBKForCausalLM,
+    windows: CalibrationWindows,
+    settings: QuantizeSettings,
+    plan: Plan,
+) -> None:
+    """Train a calibrated model in its QAT mode, and convert it."""
+
+    if settings.strict:
+        _check_calibration(model)
+    schedule = settings.schedule(windows.length)
+    read, teacher = windows.all, None
+    if settings.distill is not False:
+        few = max(schedule.batch_size, schedule.steps * schedule.batch_size // _READINGS)
+        read, teacher = windows.some(few), load_float(checkpoint)[0]
+    log = _train(model, read, schedule, plan, "train", teacher)
+    model.convert()
+    assert model.receipt is not None
+    model.receipt["training"] = {
+        "steps": schedule.steps,
+        "windows": len(read),
+        "batch_size": schedule.batch_size,
+        "window": windows.length,
+        "learning_rate": schedule.learning_rate,
+        "distilled": settings.distill is not False,
+        "first_loss": log[0]["loss"],
+        "last_loss": log[-1]["loss"],
+    }
+
+
+def _train(
+    model: ResNetBKForCausalLM,
+    windows: TokenWindows,
+    schedule: Schedule,
+    plan: Plan,
+    stage: str,
+    teacher: ResNetBKForCausalLM | None = None,
+) -> list[dict[str, float]]:
+    origin = model.config.training_text
+    with plan.stage(stage) as advance:
+        log = train(
+            model,
+            windows,
+            schedule,
+            teacher=teacher,
+            on_step=lambda step: advance(step / schedule.steps),
+        )
+    model.config.training_text = origin  # a few steps more do not make another model
+    return log
+
+
+def _within_budget(
+    checkpoint: Path,
+    model: ResNetBKForCausalLM,
+    windows: CalibrationWindows,
+    settings: QuantizeSettings,
+    plan: Plan,
+) -> tuple[ResNetBKForCausalLM, dict[str, Any]]:
+    """The model with bits that are within the budget, and what was found on the way."""
+
+    with plan.stage("calibrate"):
+        calibrate_for_any_width(model, settings.config, windows.batches())
+        if settings.strict:
+            _check_calibration(model)
+    with plan.stage("measure sensitivity") as advance:
+        batches = windows.for_sensitivity()
+        found = measure(model, settings.config, batches, on_progress=advance)
+    with plan.stage("spend the budget") as advance:
+        search = Search(model, found, windows.judge())
+        quantized, assignment = _spend(search, settings, advance)
+        points = [search.point("saved", quantized, total_loss(assignment))]
+    if settings.frontier:
+        with plan.stage("measure the frontier") as advance:
+            rivals = [
+                _uniform(checkpoint, mode, windows, settings, search) for mode in UNIFORM_MODES
+            ]
+            points += search.points([row["average_bits"] for row in rivals], advance) + rivals
+    return quantized, {"sensitivity": found, "assignment": assignment, "points": points}
+
+
+def _spend(
+    search: Search, settings: QuantizeSettings, advance: Callable[[float], None]
+) -> tuple[ResNetBKForCausalLM, Assignment]:
+    if settings.target_bits is None:
+        assert settings.max_increase is not None
+        return search.smallest_within(settings.max_increase, advance)
+    assignment = search.within(settings.target_bits)
+    return search.quantize(assignment), assignment
+
+
+def _uniform(
+    checkpoint: Path,
+    mode: str,
+    windows: CalibrationWindows,
+    settings: QuantizeSettings,
+    search: Search,
+) -> dict[str, Any]:
+    """The row of the same checkpoint in a mode that gives a kind of weight the same bits."""
+
+    model, _ = load_float(checkpoint)
+    model.configure_quantization(QuantizationConfig(mode, settings.config.group_size))
+    model.calibrate_quantization(windows.batches())
+    return search.point(mode, model, None)

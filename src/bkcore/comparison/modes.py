@@ -1,0 +1,238 @@
+"""The demo: train a model on text, quantize it in every mode, and judge what was saved."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from bkcore.display.progress import Plan
+from bkcore.errors import DataError
+from bkcore.evaluation.judging import (
+    Evaluation,
+    Setting,
+    check_length,
+    evaluate_in_new_process,
+    save_checkpoint,
+)
+from bkcore.evaluation.rows import parameter_shares, row
+from bkcore.evaluation.samples import samples_of
+from bkcore.model import LanguageModel, ResNetBKForCausalLM
+from bkcore.outputs import prepare_folder
+from bkcore.quantization.config import MODES
+from bkcore.text import (
+    Corpus,
+    TokenWindows,
+    encode,
+    load_corpus,
+    origin_of,
+    spread,
+    train_tokenizer,
+)
+from bkcore.training import Schedule, train
+
+_CALIBRATION_BATCHES = 8
+
+CONTROL = "float32 control"
+"""What QAT has to be compared with: float32 after the same extra training."""
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Sizes and lengths of the demo.
+
+    The vocabulary is small and the experts are many, so that the float16 head of mixed precision
+    stays near a twentieth of the parameters.
+    """
+
+    vocab_size: int = 2048
+    window: int = 256
+    batch_size: int = 16
+    seed: int = 0
+    model: dict[str, Any] = field(
+        default_factory=lambda: {
+            "d_model": 128,
+            "n_layers": 3,
+            "num_experts": 16,
+            "experts_per_token": 2,
+            "expert_size": 384,
+        }
+    )
+    training: Schedule = field(
+        default_factory=lambda: Schedule(
+            steps=450, batch_size=16, optimizer="muon", learning_rate=5e-3
+        )
+    )
+    qat: Schedule = field(
+        default_factory=lambda: Schedule(
+            steps=45, batch_size=16, learning_rate=4e-4, warmup_fraction=0.1, weight_decay=0.0
+        )
+    )
+
+    @property
+    def training_tokens(self) -> int:
+        """Tokens that the float model is trained on."""
+        return self.training.steps * self.training.batch_size * self.window
+
+
+def run_demo(
+    data: str | Path | None,
+    output: Path,
+    console: Console,
+    settings: DemoSettings | None = None,
+) -> dict[str, Any]:
+    """Train, calibrate, quantize, save, load in a new process and judge, in every mode.
+
+    Args:
+        data: as in `bkcore.text.load_corpus`; None takes the embedded corpus.
+        output: folder for the checkpoints, one folder each: float32 and the modes.
+        console: where progress is drawn.
+        settings: sizes and lengths.
+
+    Returns:
+        `rows`, one for float32 and one for each mode; `control`, the float model after the extra
+        training that QAT had; and the `protocol`.
+
+    Raises:
+        DataError: if the text is missing, unreadable or too small; before any training.
+        InputError: if `output` cannot be written, or the validation text is one window; likewise.
+    """
+    settings = settings or DemoSettings()
+    corpus = load_corpus(data)
+    for name in ("float32", *MODES, CONTROL):
+        prepare_folder(_folder(output, name))
+    with Plan(_stages(settings, corpus), console) as plan:
+        return _Demo(settings, corpus, output, plan).run()
+
+
+def _folder(output: Path, name: str) -> Path:
+    return output / name.replace(" ", "-")
+
+
+def _stages(settings: DemoSettings, corpus: Corpus) -> dict[str, float]:
+    """Stages and about how long each takes, in seconds on two cores."""
+    step = 0.26
+    judge = 8 + len(corpus.valid) / 60_000
+    stages = {
+        "train tokenizer": 3 + len(corpus.train) / 2e6,
+        "train float32": step * settings.training.steps,
+        "judge float32": judge,
+    }
+    for mode in MODES:
+        stages[f"quantize {mode}"] = 6.0
+        if mode.startswith("qat"):
+            stages[f"train {mode}"] = 1.1 * step * settings.qat.steps
+        stages[f"judge {mode}"] = judge
+    stages[f"train {CONTROL}"] = step * settings.qat.steps
+    stages[f"judge {CONTROL}"] = judge
+    return stages
+
+
+class _Demo:
+    """The run: what its stages share."""
+
+    def __init__(self, settings: DemoSettings, corpus: Corpus, output: Path, plan: Plan) -> None:
+        self.settings = settings
+        self.corpus = corpus
+        self.output = output
+        self.plan = plan
+        self.setting = Setting(
+            corpus.valid, "valid", settings.window, settings.batch_size, torch.get_num_threads()
+        )
+
+    def run(self) -> dict[str, Any]:
+        with self.plan.stage("train tokenizer"):
+            self.tokenizer = train_tokenizer(self.corpus.train, self.settings.vocab_size)
+            self.windows = self._windows()
+            check_length(encode(self.tokenizer, self.corpus.valid), self.settings.window)
+        self._train_float()
+        reference = self._judge("float32")
+        rows = [row("float32", reference, reference)]
+        for mode in MODES:
+            self._quantize(mode)
+            rows.append(row(mode, self._judge(mode), reference))
+        self._train_control()
+        control = row(CONTROL, self._judge(CONTROL), reference)
+        return {"rows": rows, "control": control, "protocol": self._protocol(reference)}
+
+    def _windows(self) -> TokenWindows:
+        tokens = encode(self.tokenizer, self.corpus.train)
+        needed = self.settings.window * max(self.settings.batch_size, _CALIBRATION_BATCHES)
+        if len(tokens) < needed:
+            raise DataError(
+                f"the training text has {len(tokens)} tokens; the demo needs at least {needed}"
+            )
+        return TokenWindows(tokens, self.settings.window)
+
+    def _train_float(self) -> None:
+        torch.manual_seed(self.settings.seed)
+        model = LanguageModel(
+            vocab_size=len(self.tokenizer), n_seq=self.settings.window, **self.settings.model
+        )
+        self._train(model, self.settings.training, "float32")
+        self._save(model, "float32", samples_of(self.windows))
+
+    def _train(self, model: ResNetBKForCausalLM, schedule: Schedule, name: str) -> None:
+        with self.plan.stage(f"train {name}") as advance:
+            train(
+                model,
+                self.windows,
+                schedule,
+                seed=self.settings.seed,
+                on_step=lambda step: advance(step / schedule.steps),
+            )
+        model.config.training_text = origin_of(self.corpus)
+
+    def _quantize(self, mode: str) -> None:
+        with self.plan.stage(f"quantize {mode}"):
+            model = ResNetBKForCausalLM.from_pretrained(self.output / "float32")
+            model.configure_quantization(mode)
+            batch_size = self.settings.batch_size
+            picks = spread(self.windows, _CALIBRATION_BATCHES * batch_size)
+            model.calibrate_quantization(picks.split(batch_size))
+        if mode.startswith("qat"):
+            self._train(model, self.settings.qat, mode)
+            model.convert()
+        self._save(model, mode)
+
+    def _train_control(self) -> None:
+        model = ResNetBKForCausalLM.from_pretrained(self.output / "float32")
+        self._train(model, self.settings.qat, CONTROL)
+        self._save(model, CONTROL)
+
+    def _save(self, model: ResNetBKForCausalLM, name: str, samples: Tensor | None = None) -> None:
+        save_checkpoint(self._folder(name), model, self.tokenizer, samples)
+
+    def _folder(self, name: str) -> Path:
+        return _folder(self.output, name)
+
+    def _judge(self, name: str) -> Evaluation:
+        reference = None if name == "float32" else self._folder("float32")
+        with self.plan.stage(f"judge {name}") as advance:
+            return evaluate_in_new_process(
+                self._folder(name),
+                self.setting,
+                reference,
+                lambda progress: advance(progress.fraction, progress),
+            )
+
+    def _protocol(self, reference: Evaluation) -> dict[str, Any]:
+        return {
+            **reference.protocol.as_dict(),
+            "corpus": self.corpus.name,
+            "training_tokens": self.settings.training_tokens,
+            "threads": self.setting.threads,
+            "settings": asdict(self.settings),
+            "parameters": parameter_shares(self.output / "float32"),
+            "bytes": "files of the model on disk, tokenizer apart",
+            "speed": "forward passes, batches of batch_size windows; speedup is the median ratio "
+            "of pairs timed in alternation with float32",
+        }
+
+    tokenizer: PreTrainedTokenizerFast
+    windows: TokenWindows

@@ -1,0 +1,1 @@
+"""What a person sees while something runs, and afterwards: lines, progress bars and pictures."""

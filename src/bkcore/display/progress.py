@@ -1,0 +1,97 @@
+"""One progress bar over a plan of stages: what is running, how far, and how long is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from bkcore.display.console import say
+
+_SILENCE = 60.0
+"""Seconds after which a running stage leaves a line where no terminal shows a bar."""
+
+
+class Plan:
+    """Stages with weights, about proportional to the time they take, behind one bar.
+
+    Args:
+        stages: weight of each stage, in order.
+        console: where to draw. Each finished stage leaves a line, and without a terminal a running
+            one every minute, so that a log file tells the story too.
+    """
+
+    def __init__(self, stages: dict[str, float], console: Console) -> None:
+        self._stages = stages
+        self._done = 0.0
+        self._count = 0
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            # The average over minutes: stages differ in speed, and the weights even that out.
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            speed_estimate_period=120,
+            transient=True,
+        )
+        self._task = self._progress.add_task("starting", total=sum(stages.values()))
+
+    def __enter__(self) -> Plan:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._progress.stop()
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            title = self._progress.tasks[0].description
+            say(self._progress.console, f"interrupted in {title}")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[..., None]]:
+        """Run a stage.
+
+        Yields:
+            A function to call with the fraction of the stage that is done, and with what is known
+            by then, if anything: it stands beside the bar, and at the end in the stage's line.
+        """
+        self._count += 1
+        weight = self._stages[name]
+        title = f"[{self._count}/{len(self._stages)}] {name}"
+        self._progress.update(self._task, description=title)
+        start = said = time.perf_counter()
+        line = title
+
+        def leave_line(what: str = "") -> None:
+            separator = ": " if line == title else ", "
+            seconds = f"{time.perf_counter() - start:.0f} s"
+            say(self._progress.console, f"{line}{separator}{what}{seconds}")
+
+        def advance(fraction: float, known: object = "") -> None:
+            nonlocal line, said
+            line = f"{title}: {known}" if known else title
+            done = self._done + fraction * weight
+            self._progress.update(self._task, completed=done, description=line)
+            silent = time.perf_counter() - said
+            if silent >= _SILENCE and not self._progress.console.is_terminal:
+                said += silent
+                leave_line(f"{100 * fraction:.0f} % after ")
+
+        yield advance
+        self._done += weight
+        self._progress.update(self._task, completed=self._done)
+        leave_line()

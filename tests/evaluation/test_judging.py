@@ -1,0 +1,222 @@
+"""Judging a checkpoint: progress with error bars, and no score lost to an interruption."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bkcore import manifest
+from bkcore.errors import CheckpointError, OutputError
+from bkcore.evaluation.judging import (
+    Progress,
+    Setting,
+    evaluate_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from bkcore.evaluation.perplexity import perplexity_per_token, standard_error
+from bkcore.model import LanguageModel
+from bkcore.text import load_tokenizer, tokenizer_hash, train_tokenizer
+
+TEXT = "".join(f"the fox sees {n * n % 17} birds and {n % 5} trees .\n" for n in range(300))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = train_tokenizer(TEXT, 300)
+    torch.manual_seed(0)
+    LanguageModel(
+        len(tokenizer), 16, 1, 32, num_experts=3, experts_per_token=1, expert_size=8
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def setting(folder: Path | None) -> Setting:
+    return Setting(TEXT, "valid", 32, 4, 1, folder)
+
+
+class Interruption(BaseException):
+    """Stands for KeyboardInterrupt, which pytest would take for itself."""
+
+
+def interrupted(checkpoint: Path, folder: Path, batches: int) -> None:
+    """Evaluate until some batches are scored."""
+    seen: list[Progress] = []
+
+    def stop(progress: Progress) -> None:
+        seen.append(progress)
+        if len(seen) == batches:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        evaluate_checkpoint(checkpoint, setting(folder), None, stop)
+
+
+def test_progress_converges_to_the_result(checkpoint: Path) -> None:
+    seen: list[Progress] = []
+    found = evaluate_checkpoint(checkpoint, setting(None), None, seen.append)
+    perplexity = perplexity_per_token(found.scores)
+    assert [each.fraction for each in seen] == sorted({each.fraction for each in seen})
+    assert seen[-1] == Progress(1.0, perplexity, perplexity * standard_error(found.scores))
+    # 4.5 standard errors, and the first estimates are of few windows.
+    for each in seen[2:]:
+        assert each.error is not None
+        assert abs(each.perplexity - perplexity) < 4.5 * each.error
+    assert str(seen[-1]).startswith(f"perplexity {perplexity:.2f} ± ")
+
+
+def test_an_interrupted_evaluation_continues(checkpoint: Path, tmp_path: Path) -> None:
+    batches: list[Progress] = []
+    whole = evaluate_checkpoint(checkpoint, setting(None), None, batches.append)
+    interrupted(checkpoint, tmp_path, batches=3)
+    assert len(list(tmp_path.iterdir())) == 1
+    interrupted(checkpoint, tmp_path, batches=2)
+    seen: list[Progress] = []
+    found = evaluate_checkpoint(checkpoint, setting(tmp_path), None, seen.append)
+    assert torch.equal(found.scores.nll, whole.scores.nll)
+    assert found.expert_load == whole.expert_load
+    assert seen == batches[5:]  # nothing is scored twice
+    # Whoever asked says when the result is safe; until then it costs nothing to have it again.
+    assert list(tmp_path.iterdir()) == [found.kept]
+    again = evaluate_checkpoint(checkpoint, setting(tmp_path), None, seen.append)
+    assert torch.equal(again.scores.nll, whole.scores.nll)
+    assert again.expert_load == whole.expert_load
+    assert seen == batches[5:]
+
+
+def test_other_settings_or_weights_start_afresh(checkpoint: Path, tmp_path: Path) -> None:
+    interrupted(checkpoint, tmp_path, batches=3)
+    other = Setting(TEXT, "valid", 16, 4, 1, tmp_path)
+    found = evaluate_checkpoint(checkpoint, other)
+    assert torch.equal(
+        found.scores.nll,
+        evaluate_checkpoint(checkpoint, Setting(TEXT, "valid", 16, 4, 1)).scores.nll,
+    )
+    assert found.kept is not None
+    found.kept.unlink()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_damaged_file_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    interrupted(checkpoint, tmp_path, batches=3)
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text()[:-10])
+    with pytest.raises(CheckpointError, match=r"unfinished-.*is damaged"):
+        evaluate_checkpoint(checkpoint, setting(tmp_path))
+
+
+def test_a_reference_gives_the_divergence(checkpoint: Path, tmp_path: Path) -> None:
+    same = evaluate_checkpoint(checkpoint, setting(None), checkpoint)
+    assert same.kl_nats == 0
+    assert 0 < same.kl_tokens <= same.scores.total_tokens
+    assert evaluate_checkpoint(checkpoint, setting(None)).kl_nats is None
+
+
+@pytest.mark.parametrize(
+    "load", [[], [[1, 2]], [[1, 2, 3], [4, 5, 6]], [[1, 2, "x"]], [[1, 2, -3]], {"0": 1}, 3]
+)
+def test_a_load_of_other_experts(checkpoint: Path, tmp_path: Path, load: Any) -> None:
+    interrupted(checkpoint, tmp_path, batches=3)
+    (path,) = tmp_path.iterdir()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "expert_load": load}))
+    with pytest.raises(CheckpointError, match="delete it to score from the beginning"):
+        evaluate_checkpoint(checkpoint, setting(tmp_path))
+
+
+def test_a_pipe_is_no_unfinished_evaluation(checkpoint: Path, tmp_path: Path) -> None:
+    interrupted(checkpoint, tmp_path, batches=3)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        evaluate_checkpoint(checkpoint, setting(tmp_path))
+
+
+def full(*args: Any, **kwargs: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_scores_that_cannot_be_kept(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("bkcore.outputs.os.replace", full)
+    with pytest.raises(OutputError, match=r"unfinished-.* could not be written: No space left"):
+        interrupted(checkpoint, tmp_path, batches=3)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- a model and its tokenizer ---------------------------------------------------------------
+
+
+def test_the_tokenizer_must_be_the_listed_one(checkpoint: Path, tmp_path: Path) -> None:
+    """Also one of the same size: every id would mean another word."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    other = train_tokenizer(TEXT[::-1], 300)
+    other.save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "tokenizer.json", folder / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json was truncated or altered"):
+        load_checkpoint(folder)
+
+
+def test_a_folder_of_an_older_version_is_told_what_to_do(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    content = json.loads((folder / manifest.MANIFEST).read_text())
+    for name in manifest.TOKENIZER_FILES:
+        content["sha256"].pop(name, None)
+    (folder / manifest.MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"call bkcore\.text\.list_tokenizer\(folder\)"):
+        load_checkpoint(folder)
+    manifest.list_tokenizer(folder)
+    load_checkpoint(folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
+    LanguageModel(270, 16, 1, 32, num_experts=2, expert_size=8).save_pretrained(tmp_path)
+    train_tokenizer(TEXT, 280).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="it is the tokenizer of another model"):
+        load_checkpoint(tmp_path)
+
+
+def test_both_are_saved_or_none(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    tokenizer = train_tokenizer(TEXT[::-1], 290)
+    model = LanguageModel(len(tokenizer), 16, 1, 32, num_experts=2, expert_size=8)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tokenizer), "_save_pretrained", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            save_checkpoint(folder, model, tokenizer)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    save_checkpoint(folder, model, tokenizer)
+    loaded, again = load_checkpoint(folder)
+    assert torch.equal(loaded.embedding.weight, model.embedding.weight)
+    assert tokenizer_hash(again) == tokenizer_hash(tokenizer)
+    assert manifest.verify(folder).keys() == {path.name for path in folder.iterdir()} - {
+        manifest.MANIFEST
+    }
+
+
+def test_a_save_in_between_mixes_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    tokenizer = train_tokenizer(TEXT[::-1], 290)
+    other = LanguageModel(len(tokenizer), 16, 1, 32, num_experts=2, expert_size=8)
+
+    def load_later(*arguments: Any) -> Any:
+        save_checkpoint(folder, other, tokenizer)
+        return load_tokenizer(*arguments)
+
+    monkeypatch.setattr("bkcore.evaluation.judging.load_tokenizer", load_later)
+    with pytest.raises(CheckpointError, match="was truncated or altered"):
+        load_checkpoint(folder)
