@@ -16,7 +16,7 @@ LOWEST := tests/test_*interface.py tests/test_imports.py tests/test_versions.py 
 	tests/core tests/kernels/ops/test_sweep.py tests/kernels/ops/test_sweep_step.py \
 	tests/kernels/backends/test_triton.py::test_equals_the_cpu_backend_on_any_shape \
 	tests/comparison/test_selective_scan.py tests/model/test_saving_and_loading.py \
-	tests/model/test_language_model.py tests/report/test_train.py tests/text \
+	tests/model/test_language_model.py tests/commands/test_train.py tests/text \
 	tests/training/test_resume.py
 
 ROUNDS ?= 2000

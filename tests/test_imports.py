@@ -109,8 +109,9 @@ def test_names_come_from_where_they_are_defined(path: Path) -> None:
             assert name in defined(PATHS[module]), f"{module} does not define {name}"
 
 
-def test_the_core_does_not_import_transformers() -> None:
-    code = "import sys, bkcore; sys.exit('transformers' in sys.modules)"
+@pytest.mark.parametrize("module", ["bkcore", "bkcore.cli"])
+def test_what_is_to_be_quick_does_not_import_transformers(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

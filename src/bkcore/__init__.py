@@ -7,6 +7,8 @@ time: PyTorch takes a second, transformers some more.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bkcore.deprecated import moved_module
+
 if TYPE_CHECKING:
     from bkcore.core import (
         BirmanSchwingerCore,
@@ -46,6 +48,9 @@ __all__ = [
 
 _PLACES = ("bkcore.core", "bkcore.quantization", "bkcore.model")
 _PACKAGES = ("core", "evaluation", "kernels", "model", "quantization", "text", "training")
+
+moved_module("bkcore.memory", "bkcore.host")
+moved_module("bkcore.products", "bkcore.training.onednn")
 
 
 def __dir__() -> list[str]:

@@ -220,3 +220,10 @@ def test_a_save_in_between_mixes_nothing(
     monkeypatch.setattr("bkcore.evaluation.judging.load_tokenizer", load_later)
     with pytest.raises(CheckpointError, match="was truncated or altered"):
         load_checkpoint(folder)
+
+
+def test_the_old_name_warns() -> None:
+    from bkcore.evaluation import checkpoints
+
+    with pytest.warns(DeprecationWarning, match=r"is bkcore\.evaluation\.judging\.load_check"):
+        assert checkpoints.load_checkpoint is load_checkpoint

@@ -14,7 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from bkcore.errors import DTypeError, InputError, ShapeError
-from bkcore.evaluation import perplexity
+from bkcore.evaluation import logits, perplexity
 from bkcore.evaluation.perplexity import (
     Change,
     Protocol,
@@ -81,7 +81,7 @@ def test_uniform_logits_have_the_perplexity_of_the_vocabulary() -> None:
 def test_a_bigram_is_scored_exactly(count: int, window: int, batch_size: int, chunk: int) -> None:
     model, tokens = random_bigram(), random_tokens(count)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(perplexity, "_CHUNK_ELEMENTS", chunk)
+        patch.setattr(logits, "_CHUNK_ELEMENTS", chunk)
         scores = score(model, tokens, window=window, batch_size=batch_size, bos_id=BOS)
     log_p = model.table.detach().double().log_softmax(-1)
     each = -log_p[torch.cat([torch.tensor([BOS]), tokens[:-1]]), tokens]

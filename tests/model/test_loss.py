@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bkcore.errors import InputError
-from bkcore.evaluation import perplexity
+from bkcore.evaluation import logits
 from bkcore.evaluation.perplexity import kl_divergence, score
 from bkcore.model import loss as loss_module
 from bkcore.model.layers import TokenEmbedding
@@ -162,7 +162,7 @@ def test_scoring_never_holds_the_logits_of_a_long_window(build, tokens, executed
     model, text = build(*executed_form), tokens(150)
     options = {"window": 64, "batch_size": 2, "bos_id": 0}
     whole = score(lambda ids: model(ids).logits, text, **options)
-    monkeypatch.setattr(perplexity, "_CHUNK_ELEMENTS", 10 * 61)
+    monkeypatch.setattr(logits, "_CHUNK_ELEMENTS", 10 * 61)
     rows = []
     model.embedding.logits = lambda hidden: (
         rows.append(len(hidden)) or type(model.embedding).logits(model.embedding, hidden)

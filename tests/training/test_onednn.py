@@ -63,3 +63,12 @@ def test_bfloat16_is_seen() -> None:
     assert onednn._is_exact(64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not onednn._is_exact(64)
+
+
+def test_the_old_name_warns() -> None:
+    from bkcore import products
+
+    with pytest.warns(
+        DeprecationWarning, match=r"is bkcore\.training\.onednn\.onednn_products now"
+    ):
+        assert products.onednn_products is onednn_products

@@ -71,7 +71,6 @@ def run_quantize(
         DataError: if the text is missing, unreadable or too small.
         ReceiptError: if `settings.strict` finds something; nothing is written then.
     """
-
     _check_folders(checkpoint, output, control)
     if control is not None and settings.steps is None:
         raise InputError(f"mode {settings.mode!r} does not train: there is nothing to control for")

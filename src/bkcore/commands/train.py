@@ -145,7 +145,7 @@ def run_training(
             seed=recipe.seed,
             output=output,
             resume=resume,
-            evaluation=lambda model: _evaluation(judge(model), protocol),
+            evaluation=lambda trained: _evaluation(judge(trained), protocol),
             on_step=display.on_step,
             on_log=display.on_log,
         )

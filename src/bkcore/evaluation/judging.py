@@ -16,8 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from bkcore import manifest
 from bkcore.errors import CheckpointError, InputError
+from bkcore.evaluation.logits import LanguageModel
 from bkcore.evaluation.perplexity import (
-    LanguageModel,
     Protocol,
     Scores,
     kl_divergence,

@@ -13,23 +13,24 @@ window by window, which removes what makes a window hard for both.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bkcore.errors import InputError, ShapeError
-from bkcore.model import ResNetBKForCausalLM
+from bkcore.evaluation.logits import (
+    LanguageModel,
+    check_vocabulary,
+    device_of,
+    evaluating,
+    finite_logits,
+)
 from bkcore.text import scored_windows
-
-LanguageModel = Callable[[Tensor], Any]
-"""Called on int64 ids (B, N), gives logits (B, N, V), or an object with them as ``.logits``."""
-
-_CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,8 +176,8 @@ def score(
     windows = list(scored_windows(tokens, window, bos_id))
     known = getattr(getattr(model, "config", None), "vocab_size", None)
     if known is not None:
-        _check_vocabulary(torch.cat([tokens, tokens.new_tensor([bos_id])]), known)
-    device = _device(model, tokens)
+        check_vocabulary(torch.cat([tokens, tokens.new_tensor([bos_id])]), known)
+    device = device_of(model, tokens)
     counts = torch.tensor([len(targets) for _, targets in windows], dtype=torch.int64)
     _check_done(done, counts, batch_size)
     first = 0 if done is None else len(done.nll)
@@ -187,9 +188,9 @@ def score(
         found = torch.cat(nll)
         return Scores(found, counts[: len(found)], time.perf_counter() - start)
 
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for inputs, targets in _batches(windows[first:], batch_size):
-            pieces = _finite_logits(model, inputs.to(device), first_window=first)
+            pieces = finite_logits(model, inputs.to(device), first_window=first)
             nll.append(_token_nll(pieces, targets.to(device)).sum(dim=1).cpu())
             first += len(targets)
             if on_batch is not None:
@@ -316,11 +317,11 @@ def kl_divergence(
     total, positions, windows = 0.0, 0, 0
     with ExitStack() as stack:
         for each in (reference_model, model):
-            stack.enter_context(_evaluating(each))
+            stack.enter_context(evaluating(each))
         stack.enter_context(torch.inference_mode())
         for inputs in batches:
             pieces = [
-                _finite_logits(each, inputs.to(_device(each, inputs)), first_window=windows)
+                finite_logits(each, inputs.to(device_of(each, inputs)), first_window=windows)
                 for each in (reference_model, model)
             ]
             total += _summed_kl(*pieces)
@@ -329,27 +330,6 @@ def kl_divergence(
     if positions == 0:
         raise InputError("There is no batch to compare the models on.")
     return total / positions
-
-
-@contextmanager
-def _evaluating(model: LanguageModel) -> Iterator[None]:
-    """Put a module into evaluation mode, and afterwards each part of it back into its own."""
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(modes[0][1])
-        for module, training in modes:
-            module.training = training
-
-
-def _device(model: LanguageModel, tokens: Tensor) -> torch.device:
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return tokens.device if parameter is None else parameter.device
 
 
 def _batches(
@@ -367,52 +347,13 @@ def _batches(
         yield tail_inputs[None], tail_targets[None]
 
 
-def _logits(model: LanguageModel, inputs: Tensor) -> Iterator[Tensor]:
-    """Give the logits of token ids (B, N), flattened to (B * N, V), in pieces of some rows."""
-    if isinstance(model, ResNetBKForCausalLM):
-        yield from model.iter_logits(inputs, _rows(model.config.vocab_size))
-        return
-    output = model(inputs)
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    if logits.ndim != 3 or logits.shape[:2] != inputs.shape:
-        raise ShapeError(
-            f"The model gave logits of shape {tuple(logits.shape)} for token ids of shape "
-            f"{tuple(inputs.shape)}; it must give (B, N, V)."
-        )
-    yield from logits.flatten(0, 1).split(_rows(logits.shape[-1]))
-
-
-def _finite_logits(model: LanguageModel, inputs: Tensor, first_window: int) -> Iterator[Tensor]:
-    done = 0
-    for logits in _logits(model, inputs):
-        if not torch.stack(torch.aminmax(logits)).isfinite().all():
-            row, entry = (~logits.isfinite()).nonzero()[0].tolist()
-            window, position = divmod(done + row, inputs.shape[1])
-            raise InputError(
-                f"The model gave the logit {float(logits[row, entry])} in window "
-                f"{first_window + window} at position {position} for token {entry}; "
-                "logits must be finite."
-            )
-        done += len(logits)
-        yield logits
-
-
-def _check_vocabulary(ids: Tensor, vocabulary: int) -> None:
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocabulary:
-        raise InputError(
-            f"The token ids reach from {low} to {high}, but the model knows 0 to "
-            f"{vocabulary - 1}. Was the text encoded with the model's tokenizer?"
-        )
-
-
 def _token_nll(pieces: Iterable[Tensor], targets: Tensor) -> Tensor:
     """Give the negative log likelihood of targets (B, N) in float64, a piece at a time."""
     nll: list[Tensor] = []
     rest = targets.flatten()
     for logits in pieces:
         target, rest = rest[: len(logits)], rest[len(logits) :]
-        _check_vocabulary(target, logits.shape[-1])
+        check_vocabulary(target, logits.shape[-1])
         nll.append(F.cross_entropy(logits.float(), target, reduction="none").double())
     return torch.cat(nll).view(targets.shape)
 
@@ -428,11 +369,6 @@ def _summed_kl(reference: Iterable[Tensor], other: Iterable[Tensor]) -> float:
         log_p, log_q = p.double().log_softmax(-1), q.to(p.device).double().log_softmax(-1)
         total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
     return total
-
-
-def _rows(vocabulary: int) -> int:
-    """Positions whose logits (rows, V) stay small in memory."""
-    return max(1, _CHUNK_ELEMENTS // vocabulary)
 
 
 def _mean_per_token(sums: Tensor, tokens: Tensor) -> tuple[float, float]:
