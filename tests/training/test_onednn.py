@@ -69,6 +69,6 @@ def test_the_old_name_warns() -> None:
     from bkcore import products
 
     with pytest.warns(
-        DeprecationWarning, match=r"is bkcore\.training\.onednn\.onednn_products now"
+        DeprecationWarning, match=r"is bkcore\.training\.onednn\.onednn_prod"
     ):
         assert products.onednn_products is onednn_products

@@ -71,7 +71,7 @@ def size(receipt: dict[str, Any], folder: Path) -> str:
 
 
 def training(receipt: dict[str, Any]) -> str | None:
-    """A line on the training in a QAT mode; None where there was none that is known of."""
+    """A line on the training in a QAT mode; None if the receipt knows of none."""
     entry = receipt.get("training")
     if entry is None:
         return None

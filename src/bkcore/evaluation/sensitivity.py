@@ -1,4 +1,4 @@
-r"""How much each weight of a model minds to be quantized: measured one at a time.
+r"""What it costs to quantize each weight of a model, measured one at a time.
 
 Everything stays float but the unit at hand, which is packed as it would be saved and multiplied as
 it would be served, its activations INT8 with it. Two measures come from the same forward passes on

@@ -43,7 +43,7 @@ from bkcore.training.schedule import Schedule
 from bkcore.training.sharding import is_sharded
 
 Evaluation = Callable[[PreTrainedModel], Mapping[str, float]]
-"""Scores a model; among the numbers that it gives is `loss`, which is the better the lower."""
+"""Scores a model; one of its numbers is `loss`, and lower is better."""
 
 
 def train(
