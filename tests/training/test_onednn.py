@@ -68,7 +68,5 @@ def test_bfloat16_is_seen() -> None:
 def test_the_old_name_warns() -> None:
     from bkcore import products
 
-    with pytest.warns(
-        DeprecationWarning, match=r"is bkcore\.training\.onednn\.onednn_prod"
-    ):
+    with pytest.warns(DeprecationWarning, match=r"is bkcore\.training\.onednn\.onednn_prod"):
         assert products.onednn_products is onednn_products
