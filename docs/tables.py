@@ -1,0 +1,372 @@
+"""The tables of measurements on the pages, made from `docs/data`. Nothing here is typed in twice.
+
+    make tables
+
+writes them again, between `<!-- table: NAME -->` and `<!-- end of table -->`. A file of `docs/data`
+holds what a command wrote with `--json`. The ones that are marked `"transcribed": true` were copied
+from older pages, with as many digits as these had; a new run of their `command` replaces them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from bkcore.bench.result import Result, markdown_table
+from docs.pages import ROOT, pages
+
+Rows = list[list[str]]
+MARKED = re.compile(r"(?<=<!-- table: )(\S+) -->\n(.*?)(?=<!-- end of table -->)", re.DOTALL)
+
+
+def data(name: str) -> Any:
+    return json.loads((ROOT / "docs/data" / f"{name}.json").read_text())
+
+
+def with_tables(text: str) -> str:
+    """The text of a page, every marked table made anew."""
+    return MARKED.sub(lambda found: f"{found[1]} -->\n\n{TABLES[found[1]]()}\n", text)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table whose columns after the first `left` are numbers, aligned at the right."""
+    rule = ["---" if column < left else "---:" for column in range(len(header))]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rows)).replace("|  ", "| ")
+
+
+def shown(value: float | None, form: str, scale: float = 1.0) -> str:
+    """A number, or nothing where none was measured."""
+    return "" if value is None else format(value * scale, form)
+
+
+def times(ratio: float) -> str:
+    """How many times: two digits after the point below 1, one above."""
+    return f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}"
+
+
+def code(name: str) -> str:
+    """A mode as code; what is no name of one as it is."""
+    return f"`{name}`" if "_" in name else name
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.2f}" if seconds < 10 else f"{seconds:.1f}"
+
+
+def change(row: dict[str, Any], key: str = "delta_pct", digits: int = 2) -> list[str]:
+    """A change in percent and its interval."""
+    if row.get(key) is None:
+        return ["", ""]
+    form = f"+.{digits}f"
+    return [f"{row[key]:{form}}", f"{row['ci_low_pct']:{form}} to {row['ci_high_pct']:{form}}"]
+
+
+def plain(name: str) -> str:
+    """A table of a script that is not kept, or of a block of code on the page."""
+    table = data(name)
+    return markdown(table["columns"], table["rows"])
+
+
+def kernels() -> str:
+    fields = ("name", "threads", "seconds", "baseline_seconds", "baseline", "target")
+    return markdown_table(
+        Result(shape=tuple(row["shape"]), **{field: row[field] for field in fields})
+        for row in data("kernels")["results"]
+    )
+
+
+def language() -> str:
+    header = ("model", "seed", "per token", "per word", "change, %", "95 % interval")
+    return markdown(
+        (*header, "active, M", "total, M", "tokens a second"),
+        [
+            [
+                f"`{row['contestant']}`",
+                str(row["seed"]),
+                f"{row['ppl_token']:.2f}",
+                f"{row['ppl_word']:.1f}",
+                change(row, "change_pct")[0],
+                change(row, "change_pct", 1)[1],
+                f"{row['active_parameters'] / 1e6:.3f}",
+                f"{row['total_parameters'] / 1e6:.3f}",
+                f"{row['tokens_per_second']:,.0f}",
+            ]
+            for row in data("comparison")["language"]
+        ],
+    )
+
+
+def synthetic() -> str:
+    rows = data("comparison")["synthetic"]
+    buckets = sorted(
+        {(each["from"], each["to"]) for row in rows for each in row["accuracy_by_distance"]}
+    )
+    cells = []
+    for row in rows:
+        found = {each["from"]: each["accuracy"] for each in row["accuracy_by_distance"]}
+        cells.append(
+            [
+                row["task"],
+                f"`{row['contestant']}`",
+                f"{100 * row['chance']:.1f}",
+                f"{100 * row['accuracy']:.1f}",
+                *(shown(found.get(low), ".1f", 100) for low, _ in buckets),
+                f"{1e3 * row['seconds_per_step']:.0f}",
+            ]
+        )
+    distances = [f"{low} to {high - 1}" for low, high in buckets]
+    return markdown(("task", "model", "chance", "all", *distances, "ms a step"), cells, left=2)
+
+
+def inference(wanted: str) -> list[dict[str, Any]]:
+    """The rows of `bkcore bench inference` whose names begin so."""
+    return [row for row in data("inference")["results"] if row["name"].startswith(wanted)]
+
+
+def speed(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int], float]:
+    """Ratios by name and threads."""
+    return {(row["name"], row["threads"]): row["ratio"] for row in rows}
+
+
+def widths() -> str:
+    kinds = [(kind, mode) for kind in ("prefill", "decode") for mode in ("INT8", "INT4")]
+    ratios = speed(inference("prefill") + inference("decode"))
+    sizes = {int(name.split()[1]) for name, _ in ratios if " at " not in name}
+    return markdown(
+        ("width", "threads", *(f"{kind}, {mode}" for kind, mode in kinds)),
+        [
+            [
+                f"{width:,}",
+                str(threads),
+                *(times(ratios[f"{kind} {width} {mode}", threads]) for kind, mode in kinds),
+            ]
+            for width in sorted(sizes)
+            for threads in (1, 2)
+        ],
+        left=0,
+    )
+
+
+def serving() -> str:
+    rows = [row for row in inference("serving") if row["threads"] == 2]
+    modes = ("float32", "INT8", "INT4")
+    rates = {(row["shape"][0], row["name"].split()[1]): row for row in rows}
+    return markdown(
+        ("sequences", *modes),
+        [
+            [str(count), *(f"{count / rates[count, mode]['seconds']:,.0f}" for mode in modes)]
+            for count in sorted({count for count, _ in rates})
+        ],
+        left=0,
+    )
+
+
+def rivals() -> str:
+    rows = [row for row in inference("") if " at " in row["name"]]
+    columns = [f"{model} {mode}" for model in ("GPT-2", "Mamba") for mode in ("float32", "INT8")]
+    ratios = {}
+    for row in rows:
+        kind, _, context, mode = row["name"].split()
+        if row["baseline"].endswith(mode):
+            ratios[kind, int(context), row["baseline"]] = row["ratio"]
+    places = sorted(
+        {place[:2] for place in ratios}, key=lambda place: (place[0] != "prefill", place)
+    )
+    return markdown(
+        ("", *columns),
+        [
+            [f"{kind} at {context:,}", *(f"{ratios[kind, context, name]:.1f}" for name in columns)]
+            for kind, context in places
+        ],
+    )
+
+
+def layers() -> str:
+    ratios = {tuple(row["shape"]): row["ratio"] for row in inference("layer INT8")}
+    counts = sorted({count for count, _, _ in ratios})
+    shapes = sorted({shape[1:] for shape in ratios}, key=lambda shape: shape[0] * shape[1])
+    return markdown(
+        ("weight", "numbers", *(f"{count:,} row{'s' * (count > 1)}" for count in counts)),
+        [
+            [
+                f"{outputs} x {inputs}",
+                f"{outputs * inputs:,}",
+                *(f"{ratios[count, inputs, outputs]:.2f}" for count in counts),
+            ]
+            for inputs, outputs in shapes
+        ],
+    )
+
+
+def stability() -> str:
+    int8, int4 = (data(f"stability-{mode}")["ages"] for mode in ("int8", "int4"))
+    rows = []
+    for pair in zip(int8, int4, strict=True):
+        cells = [f"{pair[0]['position']:,}"]
+        for age, digits in zip(pair, (3, 1), strict=True):
+            kl, error = 1e3 * age["kl"], 1e3 * age["standard_error"]
+            cells += [f"{kl:.{digits}f} ± {error:.{digits}f}", f"{max(age['worst']):.3f}"]
+        rows.append(cells)
+    header = ("tokens read", "INT8: KL, millinats", "error / bound")
+    return markdown((*header, "INT4: KL, millinats", "error / bound"), rows, left=0)
+
+
+def memory() -> str:
+    report = data("memory")
+    points = {(point["kind"], point["length"]): point for point in report["points"]}
+    kinds = list(dict.fromkeys(kind for kind, _ in points))
+    header = [f"{kind}{unit}" for kind in kinds for unit in (", MB", ", s")]
+    rows = [
+        [
+            f"{length:,}",
+            *(
+                cell
+                for kind in kinds
+                for cell in (
+                    f"{points[kind, length]['peak_bytes'] / 1e6:,.0f}",
+                    duration(points[kind, length]["seconds"]),
+                )
+            ),
+        ]
+        for length in sorted({length for _, length in points})
+    ]
+    powers = [[f"{report['growth'][kind]['peak_bytes']:.2f}", ""] for kind in kinds]
+    rows.append(["power of N from 4,096 on", *(cell for pair in powers for cell in pair)])
+    return markdown(("N", *header), rows)
+
+
+def shipped() -> dict[str, Any]:
+    """The report of the shipped model's training."""
+    return json.loads((ROOT / "checkpoints/wikitext2/training.json").read_text())
+
+
+def smaller(row: dict[str, Any]) -> str:
+    """How many times smaller than the shipped model's parameters in float32."""
+    return f"{4 * shipped()['parameters'] / row['bytes']:.1f}x"
+
+
+def training() -> str:
+    curve = [entry for entry in shipped()["curve"] if "eval_ppl_word" in entry]
+    return markdown(
+        ("step", *(f"{entry['step']:,}" for entry in curve)),
+        [["perplexity per word", *(f"{entry['eval_ppl_word']:.1f}" for entry in curve)]],
+    )
+
+
+def after_training() -> str:
+    header = ("mode", "per word", "change, %", "95 % interval", "KL, nats a token", "MB", "smaller")
+    rows = []
+    modes = ("ptq_int8", "mixed_precision", "ptq_int4")
+    for label, mode in (("float16, as shipped", "float16"), *((f"`{m}`", m) for m in modes)):
+        row = data(f"evaluate/{mode}")
+        size = [f"{row['bytes'] / 1e6:.2f}", smaller(row)]
+        kl = shown(row.get("kl_nats"), ".4f")
+        rows.append([label, f"{row['ppl_word']:.1f}", *change(row), kl, *size])
+    return markdown(header, rows)
+
+
+def in_training() -> str:
+    header = ("mode", "per word", "against the checkpoint, %", "95 % interval", "KL, nats a token")
+    rows = []
+    for mode in ("qat_int8", "qat_int4", "qat_int8-no-distill", "qat_int4-no-distill"):
+        row, control = data(f"evaluate/{mode}"), data(f"evaluate/{mode}-control")
+        kl = shown(row.get("kl_nats"), ".4f")
+        name = mode.replace("-", " --", 1)
+        rows.append([f"`{name}`", f"{row['ppl_word']:.1f}", *change(row), kl, *change(control)])
+    return markdown((*header, "against the control, %", "95 % interval"), rows)
+
+
+def frontier() -> str:
+    header = ("model", "bits a weight", "MB", "change, %", "95 % interval", "predicted, %")
+    return markdown(
+        header,
+        [
+            [
+                row.get("note", code(row["name"])),
+                f"{row['average_bits']:.2f}",
+                f"{row['bytes'] / 1e6:.2f}",
+                *change(row),
+                shown(row["predicted_pct"], "+.2f"),
+            ]
+            for row in data("frontier")["points"]
+        ],
+    )
+
+
+SIZES = {
+    "INT8, after training (`ptq_int8`)": "ptq_int8",
+    "INT4 experts, INT8 core, float16 head (`mixed_precision`)": "mixed_precision",
+    "4.5 bits on average, where they count (`--target-bits 4.5`)": "target_bits_4.5",
+    "INT4, after training (`ptq_int4`)": "ptq_int4",
+    "INT4, trained 400 steps to imitate float (`qat_int4`)": "qat_int4",
+}
+
+
+def overview() -> str:
+    rows = [(label, data(f"evaluate/{name}")) for label, name in SIZES.items()]
+    return markdown(
+        ("", "MB", "smaller than float32", "perplexity, change in %", "95 % interval"),
+        [[label, f"{row['bytes'] / 1e6:.2f}", smaller(row), *change(row)] for label, row in rows],
+    )
+
+
+def demo() -> str:
+    report = data("demo")
+    header = ("mode", "per token", "per word", "change, %", "95 % interval", "MB", "smaller")
+    rows = []
+    for row in (*report["rows"], report["control"]):
+        size = [f"{row['bytes'] / 1e6:.2f}", f"{row['size_ratio']:.2f}x"]
+        is_float = row["mode"] == "float32"
+        rows.append(
+            [
+                code(row["mode"]),
+                f"{row['ppl_token']:.2f}",
+                f"{row['ppl_word']:.1f}",
+                *(("", "") if is_float else change(row)),
+                *size,
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['speedup']:.2f}x",
+            ]
+        )
+    return markdown((*header, "tokens a second", "as fast"), rows)
+
+
+def _plain(name: str) -> Callable[[], str]:
+    return lambda: plain(name)
+
+
+PLAIN = ("core-bounds", "core-levels", "core-sizes", "expert-load", "qat-step-times")
+TABLES: dict[str, Callable[[], str]] = {
+    "kernels": kernels,
+    "language": language,
+    "synthetic": synthetic,
+    "widths": widths,
+    "serving": serving,
+    "rivals": rivals,
+    "layers": layers,
+    "stability": stability,
+    "memory": memory,
+    "training": training,
+    "after-training": after_training,
+    "in-training": in_training,
+    "frontier": frontier,
+    "overview": overview,
+    "demo": demo,
+    **{name: _plain(name) for name in PLAIN},
+}
+
+
+def main() -> None:
+    """Write the tables of all pages again."""
+    for page in pages():
+        text = page.read_text()
+        new = with_tables(text)
+        if new != text:
+            page.write_text(new)
+            print(page.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
