@@ -2,6 +2,8 @@
 # make bench        set up .venv and time the kernels
 # make test         set up .venv and run lint, types and all tests
 # make test-cpp     the tests of the kernels in C++, which `make test` runs, too; they need CMake and doctest
+# make docs         set up .venv and build the documentation in build/site, links checked
+# make tables       write the tables of the documentation again, from docs/data
 # make test-lowest  set up .venv-lowest with the lowest versions allowed and run the tests of LOWEST
 # make sanitize     the tests in C++ and ROUNDS rounds of the fuzzer from SEED on, under sanitizers
 # make coverage-cpp what the tests in C++ run through, lines and branches, by gcov
@@ -23,7 +25,7 @@ ROUNDS ?= 2000
 SEED ?= 1
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo bench test test-cpp test-lowest sanitize coverage-cpp setup clean
+.PHONY: demo bench check test test-cpp test-lowest sanitize coverage-cpp docs docs-serve tables setup clean
 
 demo: setup
 	$(BIN)/bkcore demo $(ARGS)
@@ -63,6 +65,17 @@ define build-cpp
 		$(if $(CI),-DCMAKE_REQUIRE_FIND_PACKAGE_doctest=ON)
 	cmake --build build/$(1) --parallel $(JOBS) --target $(2)
 endef
+# Material for MkDocs warns of MkDocs 2, which pyproject.toml excludes.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+
+docs: setup
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: setup
+	$(BIN)/python -m mkdocs serve
+
+tables: setup
+	$(BIN)/python -m docs.tables
 
 test-lowest: .venv-lowest/.installed
 	.venv-lowest/bin/pytest $(LOWEST) $(ARGS)

@@ -48,7 +48,7 @@ def test_the_lowest_versions_are_the_bounds() -> None:
 
 def test_the_versions_to_work_with_are_allowed() -> None:
     versions = pinned("constraints.txt")
-    bounds = allowed("data", "plot", "gpu", "test", "dev")
+    bounds = allowed("data", "plot", "gpu", "test", "docs", "dev")
     assert versions.keys() == bounds.keys()
     for name, requirement in bounds.items():
         assert requirement.specifier.contains(versions[name])
