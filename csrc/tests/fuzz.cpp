@@ -204,7 +204,7 @@ class Fuzzer {
   void sweep_codes() {
     const bool two_sided = chance(0.4);
     SweepCodes s{chains<float>(true), bits()};
-    const auto [batch, sites, lanes] = std::tuple(s.sweep.batch, s.sweep.sites, s.sweep.lanes);
+    const Index batch = s.sweep.batch, sites = s.sweep.sites, lanes = s.sweep.lanes;
     const Index row = (lanes * s.bits + 7) / 8, levels = Index{1} << s.bits;
     s.v = buffer<std::uint8_t>(batch * sites * row);
     const bool source = !two_sided && chance(0.5);
@@ -228,7 +228,7 @@ class Fuzzer {
 
   void sweep_rounded() {
     SweepRounded s{chains<float>(), bits()};
-    const auto [batch, sites, lanes] = std::tuple(s.sweep.batch, s.sweep.sites, s.sweep.lanes);
+    const Index batch = s.sweep.batch, sites = s.sweep.sites, lanes = s.sweep.lanes;
     s.sweep.v = input<float>({batch, sites, 1, lanes});
     s.sweep.parts = output<float>({batch, sites, 2, lanes});
     s.group_size = group_size(sites);
