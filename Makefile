@@ -43,7 +43,7 @@ test-cpp:
 ifneq ($(or $(CI),$(shell command -v cmake)),)
 	$(call build-cpp,cpp,check,-DCMAKE_BUILD_TYPE=Release)
 else
-	@echo "The C++ tests are left out: there is no CMake; install it, such as with 'apt install cmake doctest-dev'"
+	@echo "The C++ tests are left out, as CMake is not installed: apt install cmake doctest-dev"
 endif
 
 sanitize:
