@@ -26,7 +26,9 @@ namespace {
 
 unsigned long current_seed;
 
-void report(int) { std::fprintf(stderr, "\nTo repeat this round alone: fuzz 1 %lu\n", current_seed); }
+void report(int) {
+  std::fprintf(stderr, "\nTo repeat this round alone: fuzz 1 %lu\n", current_seed);
+}
 
 class Fuzzer {
  public:
