@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"quantization", "core", "kernels"},
     "text": set(),
     "evaluation": {"model", "quantization", "text"},
-    "training": {"model", "text"},
+    "training": {"model", "quantization", "text"},
     "display": set(),
     "bench": {
         *("display", "training", "evaluation", "model", "text"),

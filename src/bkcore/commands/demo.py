@@ -10,8 +10,11 @@ from rich import box
 from rich.table import Table
 
 from bkcore.commands.files import Files
-from bkcore.commands.options import DataOption, JsonOption
+from bkcore.commands.options import SHIPPED, DataOption, JsonOption
+from bkcore.commands.process import use_free_cores
 from bkcore.display.console import Console, bits_per_byte, number, say
+
+PROMPT = " The river rises in"
 
 
 def demo(
@@ -24,6 +27,8 @@ def demo(
 
     console, files = Console(), Files(json_file)
     files.prepare({"--output": output}, [data])
+    use_free_cores(console)
+    show_shipped(console)
     result = run_demo(data, output, console)
 
     def show() -> None:
@@ -33,12 +38,40 @@ def demo(
     files.publish(show, result)
 
 
+def show_shipped(console: Console, checkpoint: Path = SHIPPED) -> None:
+    """Have the shipped model continue a sentence, in float and in INT4; nothing if it is not there.
+
+    So there is something to see before the training.
+    """
+    from bkcore.evaluation.judging import load_float
+    from bkcore.evaluation.samples import load_samples
+
+    if not checkpoint.is_dir():
+        say(console, f"{checkpoint} is not here: no model to show before one is trained")
+        return
+    model, tokenizer = load_float(checkpoint)
+    _continue("float32", model, tokenizer, console)
+    samples = load_samples(checkpoint, model.config.vocab_size)
+    assert samples is not None  # the checkpoint in the repository has some
+    model.configure_quantization("ptq_int4")
+    model.calibrate_quantization(samples.split(4))
+    _continue("INT4", model, tokenizer, console)
+
+
+def _continue(name: str, model: Any, tokenizer: Any, console: Console) -> None:
+    from bkcore.commands.generate import sample
+
+    size = sum(x.nbytes for x in model.state_dict().values())
+    text = " ".join(sample(model, tokenizer, PROMPT, 30).split())
+    say(console, f"{name}, {size / 1e6:.1f} MB: {text}")
+
+
 def table(report: dict[str, Any]) -> Table:
     """The rows of a demo's report for a terminal of 80 columns."""
     protocol, control = report["protocol"], report["control"]
     result = Table(
         title=f"{protocol['corpus']}, {protocol['split']}: {protocol['tokens']:,} tokens scored",
-        caption=f"{control['mode']}: float32 after the extra training that the QAT modes had",
+        caption=f"QAT imitates float32; {control['mode']} read the text for as many steps instead",
         box=box.SIMPLE_HEAD,
         padding=0,
         show_edge=False,

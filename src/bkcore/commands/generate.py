@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -55,10 +55,17 @@ def continue_text(checkpoint: Path, prompt: str, tokens: int, temperature: float
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise InputError(f"the prompt {prompt!r} is not text in UTF-8")
     model, tokenizer = load_checkpoint(checkpoint)
+    return sample(model, tokenizer, prompt, tokens, temperature, seed)
+
+
+def sample(
+    model: Any, tokenizer: Any, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0
+) -> str:
+    """The prompt and up to `tokens` sampled tokens of a model; as `continue_text`."""
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
-    out = cast(Any, model).generate(
+    out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens,

@@ -14,8 +14,9 @@ import typer
 from rich.text import Text
 from typer.core import TyperCommand
 
-from bkcore.display.console import Console, LastingStream, visible
+from bkcore.display.console import Console, LastingStream, say, visible
 from bkcore.errors import BenchmarkError, BKCoreError, OutputError
+from bkcore.host import free_cores, usable_cores
 
 
 class Command(TyperCommand):
@@ -51,6 +52,25 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
+
+
+def use_free_cores(console: Console) -> None:
+    """Compute with as many threads as cores are free, and say so if some are not.
+
+    OMP_NUM_THREADS in the environment has its way.
+    """
+    cores, free = usable_cores(), free_cores()
+    if "OMP_NUM_THREADS" in os.environ or free == cores:
+        return
+    import torch
+
+    torch.set_num_threads(free)
+    threads = "1 thread" if free == 1 else f"{free} threads"
+    say(
+        console,
+        f"{cores - free} of {cores} cores are busy: computing with {threads} "
+        "(the environment variable OMP_NUM_THREADS sets another number)",
+    )
 
 
 @contextmanager

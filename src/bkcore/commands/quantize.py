@@ -11,10 +11,10 @@ import typer
 from bkcore.commands.bit_budget_tables import draw_frontier, frontier_table, sensitivity_table
 from bkcore.commands.files import Files
 from bkcore.commands.options import JsonOption
-from bkcore.commands.quantize_settings import LEARNING_RATE, QuantizeSettings
+from bkcore.commands.quantize_settings import QuantizeSettings
 from bkcore.commands.receipt import show
 from bkcore.display.console import Console, say, warn
-from bkcore.quantization.config import QuantizationConfig
+from bkcore.quantization.config import QAT_LEARNING_RATE, QuantizationConfig
 
 if TYPE_CHECKING:
     from bkcore.evaluation.sensitivity import Sensitivity
@@ -65,7 +65,7 @@ def quantize(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help=f"Peak rate of the QAT modes; default: {LEARNING_RATE:g}."),
+        typer.Option(help=f"Peak rate of the QAT modes; default: {QAT_LEARNING_RATE:g}."),
     ] = None,
     distill: Annotated[
         bool | None,

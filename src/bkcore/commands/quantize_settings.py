@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bkcore.errors import InputError
-from bkcore.quantization.config import CALIBRATION_TOKENS, QuantizationConfig
+from bkcore.quantization.config import (
+    CALIBRATION_TOKENS,
+    QAT_LEARNING_RATE,
+    QuantizationConfig,
+)
 
 if TYPE_CHECKING:
     from bkcore.training import Schedule
-
-LEARNING_RATE = 1e-4
-"""Of the QAT modes, unless they are told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class QuantizeSettings:
         calibration_tokens: tokens of the training text to calibrate on, in windows of the length
             of the model's training; at least one window is taken.
         steps: of training, which the QAT modes need and the others do not have.
-        learning_rate: the peak of that training; None is `LEARNING_RATE`.
+        learning_rate: the peak of that training; None is `QAT_LEARNING_RATE`.
         distill: whether that training is towards the next-token distributions of the float
             checkpoint, which None is in a QAT mode, or, if False, towards the text's tokens.
         strict: refuse a model that is not, tensor for tensor, what its mode promises.
@@ -118,13 +119,8 @@ class QuantizeSettings:
     def schedule(self, window: int) -> Schedule:
         """Length and speed of the training in a QAT mode, with windows of so many tokens."""
         from bkcore.evaluation.judging import batch_of
-        from bkcore.training import Schedule
+        from bkcore.training.codes import schedule_for_codes
 
         assert self.steps is not None
-        return Schedule(
-            steps=self.steps,
-            batch_size=batch_of(window),
-            learning_rate=LEARNING_RATE if self.learning_rate is None else self.learning_rate,
-            warmup_fraction=0.1,
-            weight_decay=0.0,
-        )
+        rate = QAT_LEARNING_RATE if self.learning_rate is None else self.learning_rate
+        return schedule_for_codes(self.steps, batch_of(window), rate)

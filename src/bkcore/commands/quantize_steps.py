@@ -26,10 +26,8 @@ from bkcore.outputs import prepare_folder
 from bkcore.quantization.budget import Assignment, total_loss
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.text import TokenWindows
-from bkcore.training import Schedule, train
-
-_READINGS = 10
-"""Of each window that is learned from a teacher, who is asked at the first one only."""
+from bkcore.training import train
+from bkcore.training.codes import train_through_codes
 
 UNIFORM_MODES = ("ptq_int8", "ptq_int4", "mixed_precision")
 """What the frontier of a bit budget is compared with."""
@@ -100,8 +98,7 @@ def run_quantize(
             _check_strictly(problems(model.receipt))
         save_checkpoint(output, model, tokenizer)
         if control is not None:
-            other, _ = load_float(checkpoint)
-            _train(other, windows.all, settings.schedule(windows.length), plan, "train the control")
+            other = _train_control(checkpoint, windows, settings, plan)
             save_checkpoint(control, other, tokenizer)
     return {
         "receipt": model.receipt,
@@ -187,44 +184,33 @@ def _learn(
     if settings.strict:
         _check_calibration(model)
     schedule = settings.schedule(windows.length)
-    read, teacher = windows.all, None
-    if settings.distill is not False:
-        few = max(schedule.batch_size, schedule.steps * schedule.batch_size // _READINGS)
-        read, teacher = windows.some(few), load_float(checkpoint)[0]
-    log = _train(model, read, schedule, plan, "train", teacher)
-    model.convert()
-    assert model.receipt is not None
-    model.receipt["training"] = {
-        "steps": schedule.steps,
-        "windows": len(read),
-        "batch_size": schedule.batch_size,
-        "window": windows.length,
-        "learning_rate": schedule.learning_rate,
-        "distilled": settings.distill is not False,
-        "first_loss": log[0]["loss"],
-        "last_loss": log[-1]["loss"],
-    }
-
-
-def _train(
-    model: ResNetBKForCausalLM,
-    windows: TokenWindows,
-    schedule: Schedule,
-    plan: Plan,
-    stage: str,
-    teacher: ResNetBKForCausalLM | None = None,
-) -> list[dict[str, float]]:
-    origin = model.config.training_text
-    with plan.stage(stage) as advance:
-        log = train(
+    teacher = None if settings.distill is False else load_float(checkpoint)[0]
+    with plan.stage("train") as advance:
+        train_through_codes(
             model,
-            windows,
+            windows.all,
             schedule,
-            teacher=teacher,
+            teacher,
+            on_step=lambda step: advance(step / schedule.steps),
+        )
+
+
+def _train_control(
+    checkpoint: Path, windows: CalibrationWindows, settings: QuantizeSettings, plan: Plan
+) -> ResNetBKForCausalLM:
+    """The float model after as many steps on the text as a QAT mode trained."""
+
+    model, _ = load_float(checkpoint)
+    schedule, origin = settings.schedule(windows.length), model.config.training_text
+    with plan.stage("train the control") as advance:
+        train(
+            model,
+            windows.all,
+            schedule,
             on_step=lambda step: advance(step / schedule.steps),
         )
     model.config.training_text = origin  # a few steps more do not make another model
-    return log
+    return model
 
 
 def _within_budget(

@@ -35,11 +35,12 @@ from bkcore.text import (
     train_tokenizer,
 )
 from bkcore.training import Schedule, train
+from bkcore.training.codes import schedule_for_codes, train_through_codes
 
 _CALIBRATION_BATCHES = 8
 
 CONTROL = "float32 control"
-"""What QAT has to be compared with: float32 after the same extra training."""
+"""What more training on the text would have given: float32 after as many steps as QAT."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,7 @@ class DemoSettings:
             steps=450, batch_size=16, optimizer="muon", learning_rate=5e-3
         )
     )
-    qat: Schedule = field(
-        default_factory=lambda: Schedule(
-            steps=45, batch_size=16, learning_rate=4e-4, warmup_fraction=0.1, weight_decay=0.0
-        )
-    )
+    qat: Schedule = field(default_factory=lambda: schedule_for_codes(steps=45, batch_size=16))
 
     @property
     def training_tokens(self) -> int:
@@ -196,8 +193,17 @@ class _Demo:
             picks = spread(self.windows, _CALIBRATION_BATCHES * batch_size)
             model.calibrate_quantization(picks.split(batch_size))
         if mode.startswith("qat"):
-            self._train(model, self.settings.qat, mode)
-            model.convert()
+            teacher = ResNetBKForCausalLM.from_pretrained(self.output / "float32")
+            schedule = self.settings.qat
+            with self.plan.stage(f"train {mode}") as advance:
+                train_through_codes(
+                    model,
+                    self.windows,
+                    schedule,
+                    teacher,
+                    seed=self.settings.seed,
+                    on_step=lambda step: advance(step / schedule.steps),
+                )
         self._save(model, mode)
 
     def _train_control(self) -> None:

@@ -129,7 +129,3 @@ class CalibrationWindows:
         """Of as many windows as calibration takes, and none of those."""
         held_out = spread(self.all, self._count, self._count)
         return Judge(held_out.flatten(), self.length, self.batch_size, self.bos_id)
-
-    def some(self, count: int) -> TokenWindows:
-        """So many windows, spread over the text."""
-        return TokenWindows(spread(self.all, count).flatten(), self.length)

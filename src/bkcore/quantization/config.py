@@ -22,6 +22,9 @@ MODES = ("ptq_int8", "qat_int8", "ptq_int4", "qat_int4", "mixed_precision")
 CALIBRATION_TOKENS = 32_768
 """Tokens that commands calibrate on unless they are told otherwise; a checkpoint keeps as many."""
 
+QAT_LEARNING_RATE = 1e-4
+"""The peak rate at which commands train through codes, unless they are told otherwise."""
+
 
 @dataclass(frozen=True)
 class QuantizationConfig:

@@ -1,0 +1,70 @@
+"""Training a quantized model through its codes (QAT), the same way for every command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bkcore.model import ResNetBKForCausalLM
+from bkcore.quantization.config import QAT_LEARNING_RATE
+from bkcore.text import TokenWindows, spread
+from bkcore.training.schedule import Schedule
+from bkcore.training.trainer import train
+
+_READINGS = 10
+"""Of each window that is learned from a teacher, who is asked at the first one only."""
+
+
+def schedule_for_codes(
+    steps: int, batch_size: int, learning_rate: float = QAT_LEARNING_RATE
+) -> Schedule:
+    """Length and speed of a training through codes."""
+    return Schedule(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_fraction=0.1,
+        weight_decay=0.0,
+    )
+
+
+def train_through_codes(
+    model: ResNetBKForCausalLM,
+    windows: TokenWindows,
+    schedule: Schedule,
+    teacher: ResNetBKForCausalLM | None,
+    *,
+    seed: int = 0,
+    on_step: Callable[[int], None] | None = None,
+) -> None:
+    """Train a calibrated model in its QAT mode, and convert it; its receipt says how.
+
+    Args:
+        model: calibrated in a QAT mode.
+        windows: of the training text.
+        schedule: how long and how fast.
+        teacher: the float model, whose next-token distributions are learned on a few windows that
+            come again and again; None learns the text, of all windows.
+        seed, on_step: as in `bkcore.training.train`.
+
+    Raises:
+        As `bkcore.training.train` does.
+    """
+    origin = model.config.training_text
+    length = windows[0]["input_ids"].numel()
+    if teacher is not None:
+        few = max(schedule.batch_size, schedule.steps * schedule.batch_size // _READINGS)
+        windows = TokenWindows(spread(windows, few).flatten(), length)
+    log = train(model, windows, schedule, seed=seed, teacher=teacher, on_step=on_step)
+    model.config.training_text = origin  # a few steps more do not make another model
+    model.convert()
+    assert model.receipt is not None
+    model.receipt["training"] = {
+        "steps": schedule.steps,
+        "windows": len(windows),
+        "batch_size": schedule.batch_size,
+        "window": length,
+        "learning_rate": schedule.learning_rate,
+        "distilled": teacher is not None,
+        "first_loss": log[0]["loss"],
+        "last_loss": log[-1]["loss"],
+    }
