@@ -76,6 +76,7 @@ docs-serve: setup
 
 tables: setup
 	$(BIN)/python -m docs.tables
+	$(BIN)/python -m docs.picture
 
 test-lowest: .venv-lowest/.installed
 	.venv-lowest/bin/pytest $(LOWEST) $(ARGS)

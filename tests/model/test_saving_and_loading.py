@@ -272,3 +272,17 @@ def test_saving_during_calibration(build, tmp_path):
     with pytest.raises(LifecycleError, match=r"call end_calibration\(\) first"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_first_call_in_inference_mode_leaves_nothing_that_no_graph_may_hold(
+    build, executed_form, tokens, tmp_path
+):
+    """What is remembered from the first call may be used by later ones that keep a graph."""
+    mode, state = executed_form
+    if state == "training":
+        pytest.skip("trained through codes, it is saved after its conversion")
+    build(mode, state).save_pretrained(tmp_path)
+    model, ids = ResNetBKForCausalLM.from_pretrained(tmp_path).eval(), tokens(2, 9)
+    with torch.inference_mode():
+        first = model(ids).logits
+    assert torch.equal(model(ids).logits, first)

@@ -83,7 +83,9 @@ class LevelTable(StoredDtypes):
         version = 0 if stored.is_inference() else stored._version
         now = (stored.data_ptr(), version)
         if self._known is None or self._known[0] is not stored or self._known[1] != now:
-            self._known = (stored, now, self._from_parts(stored.float()))
+            # An ordinary tensor, whatever mode the first call is in: others may keep a graph.
+            with torch.inference_mode(False):
+                self._known = (stored, now, self._from_parts(stored.float()))
         return self._known[2]
 
     def _from_parts(self, parts: Tensor) -> Tensor:

@@ -94,7 +94,9 @@ class CheckpointTokenizer(PreTrainedTokenizerFast):
         path.write_text(text + "\n", encoding="utf-8")
 
 
-def load_tokenizer(folder: Path, digests: manifest.Digests | None = None) -> CheckpointTokenizer:
+def load_tokenizer(
+    folder: str | Path, digests: manifest.Digests | None = None
+) -> CheckpointTokenizer:
     """Load the tokenizer in a checkpoint folder, checked against the manifest.
 
     Args:
@@ -105,6 +107,7 @@ def load_tokenizer(folder: Path, digests: manifest.Digests | None = None) -> Che
         CheckpointError: if there is none, one of its files is not listed, truncated, altered or
             malformed, or as `manifest.read`.
     """
+    folder = Path(folder)
     listed = manifest.read(folder) if digests is None else digests
     present = [name for name in manifest.TOKENIZER_FILES if os.path.lexists(folder / name)]
     if _TOKENIZER not in {*present, *listed}:

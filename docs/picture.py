@@ -1,0 +1,93 @@
+"""The picture on the first screen of the README, drawn from `docs/data`; `make tables` draws it."""
+
+from __future__ import annotations
+
+import matplotlib as mpl
+
+mpl.use("svg")
+from matplotlib import pyplot as plt
+
+from docs.pages import ROOT
+from docs.tables import data
+
+SIZES = {
+    "ptq_int8": "INT8",
+    "mixed_precision": "mixed",
+    "target_bits_4.5": "4.5 bits",
+    "qat_int4": "INT4, trained to imitate",
+    "ptq_int4": "INT4",
+}
+FLOAT32_MEGABYTES = 19.6
+RIVALS = {"GPT-2 INT8": "#9a9a9a", "Mamba INT8": "#5b5b5b"}
+WORK = {
+    "prefill at 4096 INT8": "read\n4,096 tokens",
+    "decode at 512 INT8": "write, at\ntoken 512",
+    "decode at 4096 INT8": "write, at\ntoken 4,096",
+    "decode at 16384 INT8": "write, at\ntoken 16,384",
+}
+ACCENT = "#1f6f8b"
+
+
+def quality(axes: plt.Axes) -> None:
+    """Perplexity against bytes of the shipped model."""
+    rows = {label: data(f"evaluate/{name}") for name, label in SIZES.items()}
+    float16 = data("evaluate/float16")["bytes"] / 1e6
+    axes.plot([FLOAT32_MEGABYTES, float16], [0, 0], "o", color="#5b5b5b")
+    axes.annotate("float32", (FLOAT32_MEGABYTES, 0), (0, 8), textcoords="offset points", ha="center")
+    axes.annotate("float16", (float16, 0), (0, 8), textcoords="offset points", ha="center")
+    for label, row in rows.items():
+        size, change = row["bytes"] / 1e6, row["delta_pct"]
+        spread = [[change - row["ci_low_pct"]], [row["ci_high_pct"] - change]]
+        axes.errorbar(size, change, spread, fmt="o", color=ACCENT, capsize=2)
+        axes.annotate(label, (size, change), (8, 2), textcoords="offset points")
+    axes.set(
+        xscale="log",
+        xlim=(2.3, 26),
+        ylim=(-0.15, 2.45),
+        xlabel="MB on disk, everything included",
+        ylabel="perplexity, change in %",
+        title="Quality against size",
+    )
+    axes.set_xticks([2.5, 5, 10, 20], ["2.5", "5", "10", "20"])
+    axes.minorticks_off()
+
+
+def speed(axes: plt.Axes) -> None:
+    """How many times as fast as models of equal size that people know, all in INT8."""
+    results = data("inference")["results"]
+    ratios = {(row["name"], row["baseline"]): row["ratio"] for row in results}
+    width = 0.38
+    for index, (rival, color) in enumerate(RIVALS.items()):
+        heights = [ratios[work, rival] for work in WORK]
+        places = [place + (index - 0.5) * width for place in range(len(WORK))]
+        bars = axes.bar(places, heights, width, color=color, label=f"as {rival.split()[0]}")
+        axes.bar_label(bars, [f"{height:.1f}x" for height in heights], padding=2)
+    axes.axhline(1, color=ACCENT, linewidth=1)
+    axes.set_xticks(range(len(WORK)), WORK.values())
+    axes.set(
+        yscale="log",
+        ylim=(0.8, 60),
+        ylabel="times as fast",
+        title="Speed against models of equal size, INT8",
+    )
+    axes.set_yticks([1, 3, 10, 30], ["1", "3", "10", "30"])
+    axes.minorticks_off()
+    axes.legend(frameon=False, loc="upper right")
+
+
+def main() -> None:
+    """Draw `docs/images/front.svg`."""
+    mpl.rcParams["svg.hashsalt"] = "bkcore"
+    mpl.rcParams["font.size"] = 10
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8), layout="constrained")
+    quality(left)
+    speed(right)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    place = ROOT / "docs/images/front.svg"
+    place.parent.mkdir(exist_ok=True)
+    figure.savefig(place, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
