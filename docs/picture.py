@@ -33,7 +33,9 @@ def quality(axes: plt.Axes) -> None:
     rows = {label: data(f"evaluate/{name}") for name, label in SIZES.items()}
     float16 = data("evaluate/float16")["bytes"] / 1e6
     axes.plot([FLOAT32_MEGABYTES, float16], [0, 0], "o", color="#5b5b5b")
-    axes.annotate("float32", (FLOAT32_MEGABYTES, 0), (0, 8), textcoords="offset points", ha="center")
+    axes.annotate(
+        "float32", (FLOAT32_MEGABYTES, 0), (0, 8), textcoords="offset points", ha="center"
+    )
     axes.annotate("float16", (float16, 0), (0, 8), textcoords="offset points", ha="center")
     for label, row in rows.items():
         size, change = row["bytes"] / 1e6, row["delta_pct"]

@@ -69,7 +69,7 @@ def test_a_model_that_computes_nonsense_gets_no_speed(monkeypatch):
 
 
 def test_a_wrong_kernel_gets_no_speed(monkeypatch):
-    wrong = replace(triton.BACKEND, sweep=lambda *args: 1.001 * triton.sweep(*args))
+    wrong = replace(triton.BACKEND, sweep=lambda args: 1.001 * triton.BACKEND.sweep(args))
     monkeypatch.setitem(selection._BACKENDS, "triton", wrong)
     with pytest.raises(BenchmarkError, match="wrong result"):
         gpu.run_gpu(Console(quiet=True), DEVICE, once)

@@ -122,4 +122,4 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         memory.run_memory(Console(quiet=True), 1000)
     monkeypatch.setattr(process, "_STATUS", tmp_path / "status")
     with pytest.raises(InputError, match="only Linux"):
-        memory.run_memory(Console(quiet=True))
+        memory.run_memory(Console(quiet=True), 2048)
