@@ -1,5 +1,6 @@
 # make demo         set up .venv and run the main job
 # make bench        set up .venv and time the kernels
+# make check        set up .venv and run lint, types and the fast tests
 # make test         set up .venv and run lint, types and all tests
 # make test-cpp     the tests of the kernels in C++, which `make test` runs, too; they need CMake and doctest
 # make docs         set up .venv and build the documentation in build/site, links checked
@@ -25,7 +26,7 @@ ROUNDS ?= 2000
 SEED ?= 1
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo bench check test test-cpp test-lowest sanitize coverage-cpp docs docs-serve tables setup clean
+.PHONY: demo bench lint check test test-cpp test-lowest sanitize coverage-cpp docs docs-serve tables setup clean
 
 demo: setup
 	$(BIN)/bkcore demo $(ARGS)
@@ -33,11 +34,21 @@ demo: setup
 bench: setup
 	$(BIN)/bkcore bench kernels $(ARGS)
 
-test: setup test-cpp
+# A process a core, with a thread each.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest --numprocesses $(JOBS) --dist worksteal
+
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/typos
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.h csrc/tests/*.cpp)
+
+check: lint
+	$(subst python,$(BIN)/python,$(PYTEST)) -m fast $(ARGS)
+
+test: lint test-cpp
+	$(subst python,$(BIN)/python,$(PYTEST)) $(ARGS)
 
 test-cpp:
 ifneq ($(or $(CI),$(shell command -v cmake)),)
@@ -79,7 +90,7 @@ tables: setup
 	$(BIN)/python -m docs.picture
 
 test-lowest: .venv-lowest/.installed
-	.venv-lowest/bin/pytest $(LOWEST) $(ARGS)
+	$(subst python,.venv-lowest/bin/python,$(PYTEST)) $(LOWEST) $(ARGS)
 
 setup: .venv/.installed
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 # As the command `bkcore` does (bkcore/__main__.py), before PyTorch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
 import torch
@@ -25,7 +25,26 @@ settings.register_profile(
 )
 settings.load_profile("bkcore")
 
+FAST = (
+    *("core", "kernels/ops", "kernels/test_checks.py", "kernels/backends/test_cpu.py"),
+    *("kernels/backends/test_native.py", "kernels/backends/test_selection.py", "quantization"),
+    *("text/test_windows.py", "text/test_saved.py", "text/test_shards.py", "display"),
+    *("model/test_language_model.py", "model/test_mixer.py", "training/test_schedule.py"),
+    *("training/test_optimizer.py", "training/test_divergence.py", "evaluation/test_perplexity.py"),
+    *("test_imports.py", "test_arguments.py", "test_deprecated.py", "test_reading.py"),
+    *("test_host.py", "test_versions.py", "test_first_interface.py"),
+)
+"""Files and folders whose tests `make check` runs."""
+
 WIKITEXT = Path(__file__).resolve().parents[2] / "shared" / "wikitext-2"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of `FAST`."""
+    folders = [Path(__file__).parent / name for name in FAST]
+    for item in items:
+        if any(item.path == folder or folder in item.path.parents for folder in folders):
+            item.add_marker(pytest.mark.fast)
 
 
 @pytest.fixture(scope="session")
