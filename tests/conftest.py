@@ -42,6 +42,8 @@ WIKITEXT = Path(__file__).resolve().parents[2] / "shared" / "wikitext-2"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of `FAST`."""
     folders = [Path(__file__).parent / name for name in FAST]
+    missing = [str(folder) for folder in folders if not folder.exists()]
+    assert not missing, f"FAST names what is not there: {missing}"
     for item in items:
         if any(item.path == folder or folder in item.path.parents for folder in folders):
             item.add_marker(pytest.mark.fast)

@@ -9,7 +9,7 @@ import typer
 
 from bkcore.commands.files import Files
 from bkcore.commands.options import DataOption, JsonOption
-from bkcore.commands.process import keeping
+from bkcore.commands.process import keeping, use_free_cores
 from bkcore.comparison.settings import LanguageSettings, SyntheticSettings
 from bkcore.display.console import Console, say
 
@@ -33,7 +33,7 @@ def compare(
         int, typer.Option(min=1, help="Training steps of each run of a synthetic task.")
     ] = SyntheticSettings.steps,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; default: as PyTorch chooses.")
+        int | None, typer.Option(min=1, help="CPU threads; default: as many as cores are free.")
     ] = None,
 ) -> None:
     """Train ResNet-BK, its ablations, GPT-2, Llama and Mamba alike, and compare them.
@@ -47,7 +47,9 @@ def compare(
 
     console, files = Console(), Files(json_file)
     files.prepare({"--output": output}, [data])
-    if threads is not None:
+    if threads is None:
+        use_free_cores()
+    else:
         torch.set_num_threads(threads)
     comparison = Comparison(
         LanguageSettings(training_tokens=tokens), SyntheticSettings(steps=steps)

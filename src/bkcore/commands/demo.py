@@ -13,6 +13,7 @@ from bkcore.commands.files import Files
 from bkcore.commands.options import SHIPPED, DataOption, JsonOption
 from bkcore.commands.process import use_free_cores
 from bkcore.display.console import Console, bits_per_byte, number, say
+from bkcore.errors import BKCoreError, InputError
 
 PROMPT = " The river rises in"
 
@@ -27,7 +28,7 @@ def demo(
 
     console, files = Console(), Files(json_file)
     files.prepare({"--output": output}, [data])
-    use_free_cores(console)
+    use_free_cores()
     show_shipped(console)
     result = run_demo(data, output, console)
 
@@ -39,20 +40,25 @@ def demo(
 
 
 def show_shipped(console: Console, checkpoint: Path = SHIPPED) -> None:
-    """Have the shipped model continue a sentence, in float and in INT4; nothing if it is not there.
+    """Have the shipped model continue a sentence, in float and in INT4, before anything is trained.
 
-    So there is something to see before the training.
+    Where it cannot, it says why, and the demo goes on.
     """
+    try:
+        _show(console, checkpoint)
+    except BKCoreError as error:
+        say(console, f"no model to show before one is trained: {error}")
+
+
+def _show(console: Console, checkpoint: Path) -> None:
     from bkcore.evaluation.judging import load_float
     from bkcore.evaluation.samples import load_samples
 
-    if not checkpoint.is_dir():
-        say(console, f"{checkpoint} is not here: no model to show before one is trained")
-        return
     model, tokenizer = load_float(checkpoint)
     _continue("float32", model, tokenizer, console)
     samples = load_samples(checkpoint, model.config.vocab_size)
-    assert samples is not None  # the checkpoint in the repository has some
+    if samples is None:
+        raise InputError(f"{checkpoint} holds no samples of its text to calibrate on")
     model.configure_quantization("ptq_int4")
     model.calibrate_quantization(samples.split(4))
     _continue("INT4", model, tokenizer, console)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from bkcore.commands.files import Files
 from bkcore.commands.options import DataOption, JsonOption
-from bkcore.commands.process import keeping
+from bkcore.commands.process import keeping, use_free_cores
 from bkcore.display.console import Console, bits_per_byte, number, warn
 from bkcore.display.progress import Plan
 from bkcore.outputs import prepare_folder
@@ -43,6 +43,7 @@ def evaluate(
     """
     console, files = Console(), Files(json_file)
     files.prepare({"--output": output}, [checkpoint, reference, data])
+    use_free_cores()
 
     def finish(result: dict[str, Any]) -> None:
         def show() -> None:

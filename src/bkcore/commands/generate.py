@@ -10,6 +10,7 @@ import torch
 import typer
 
 from bkcore.commands.options import SHIPPED
+from bkcore.commands.process import use_free_cores
 from bkcore.errors import InputError
 
 
@@ -23,6 +24,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Continue a text with a checkpoint."""
+    use_free_cores()
     print(continue_text(checkpoint, _as_text(prompt), tokens, temperature, seed))
 
 

@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 
 from bkcore.display.console import Console, LastingStream, say, visible
 from bkcore.errors import BenchmarkError, BKCoreError, OutputError
-from bkcore.host import free_cores, usable_cores
+from bkcore.host import free_cores
 
 
 class Command(TyperCommand):
@@ -54,21 +54,21 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def use_free_cores(console: Console) -> None:
-    """Compute with as many threads as cores are free, and say so if some are not.
+def use_free_cores() -> None:
+    """Compute with no more threads than cores are free, and say so if that takes some away.
 
     OMP_NUM_THREADS in the environment has its way.
     """
-    cores, free = usable_cores(), free_cores()
-    if "OMP_NUM_THREADS" in os.environ or free == cores:
-        return
     import torch
 
+    free = free_cores()
+    if "OMP_NUM_THREADS" in os.environ or free >= torch.get_num_threads():
+        return
     torch.set_num_threads(free)
     threads = "1 thread" if free == 1 else f"{free} threads"
     say(
-        console,
-        f"{cores - free} of {cores} cores are busy: computing with {threads} "
+        Console(stderr=True),
+        f"other processes keep cores busy: computing with {threads} "
         "(the environment variable OMP_NUM_THREADS sets another number)",
     )
 

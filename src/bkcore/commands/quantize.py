@@ -11,6 +11,7 @@ import typer
 from bkcore.commands.bit_budget_tables import draw_frontier, frontier_table, sensitivity_table
 from bkcore.commands.files import Files
 from bkcore.commands.options import JsonOption
+from bkcore.commands.process import use_free_cores
 from bkcore.commands.quantize_settings import QuantizeSettings
 from bkcore.commands.receipt import show
 from bkcore.display.console import Console, say, warn
@@ -123,6 +124,7 @@ def quantize(
     )
     files = Files(json_file, plot=frontier, plot_option="--frontier")
     files.prepare({"OUTPUT": output, "--control": control}, [checkpoint, data])
+    use_free_cores()
     result = run_quantize(checkpoint, output, data, settings, console, control)
 
     def show_all() -> None:

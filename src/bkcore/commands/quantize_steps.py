@@ -146,7 +146,6 @@ def _check_before(
     model: ResNetBKForCausalLM, windows: CalibrationWindows, settings: QuantizeSettings
 ) -> None:
     """Raise an error before the work where it would be raised after it."""
-
     length, batch_size = windows.length, windows.batch_size
     if settings.steps is not None and len(windows.all) < batch_size:
         raise DataError(
@@ -167,7 +166,6 @@ def _check_before(
 
 def _check_calibration(model: ResNetBKForCausalLM) -> None:
     """Raise `ReceiptError` for what calibration did not reach."""
-
     if model.receipt is not None:
         _check_strictly(problems_of_calibration(model.receipt["calibration"]))
 
@@ -180,7 +178,6 @@ def _learn(
     plan: Plan,
 ) -> None:
     """Train a calibrated model in its QAT mode, and convert it."""
-
     if settings.strict:
         _check_calibration(model)
     schedule = settings.schedule(windows.length)
@@ -199,7 +196,6 @@ def _train_control(
     checkpoint: Path, windows: CalibrationWindows, settings: QuantizeSettings, plan: Plan
 ) -> ResNetBKForCausalLM:
     """The float model after as many steps on the text as a QAT mode trained."""
-
     model, _ = load_float(checkpoint)
     schedule, origin = settings.schedule(windows.length), model.config.training_text
     with plan.stage("train the control") as advance:
@@ -221,7 +217,6 @@ def _within_budget(
     plan: Plan,
 ) -> tuple[ResNetBKForCausalLM, dict[str, Any]]:
     """The model with bits that are within the budget, and what was found on the way."""
-
     with plan.stage("calibrate"):
         calibrate_for_any_width(model, settings.config, windows.batches())
         if settings.strict:
@@ -260,7 +255,6 @@ def _uniform(
     search: Search,
 ) -> dict[str, Any]:
     """The row of the same checkpoint in a mode that gives a kind of weight the same bits."""
-
     model, _ = load_float(checkpoint)
     model.configure_quantization(QuantizationConfig(mode, settings.config.group_size))
     model.calibrate_quantization(windows.batches())

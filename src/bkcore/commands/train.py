@@ -22,7 +22,7 @@ from rich.progress import (
 
 from bkcore.commands.files import Files
 from bkcore.commands.options import DataOption, PlotOption
-from bkcore.commands.process import keeping
+from bkcore.commands.process import keeping, use_free_cores
 from bkcore.display.console import Console, bits_per_byte, number, say
 from bkcore.display.plots import write_plot
 from bkcore.outputs import prepare_file, prepare_folder, write_json
@@ -51,9 +51,11 @@ def train(
     from bkcore.training.recipe import read_recipe
 
     folder = output or Path("runs") / config.stem
+    console = Console()
     Files(plot=plot).prepare({"--output": folder}, [config, data])
+    use_free_cores()
     with keeping(f"{folder} keeps the checkpoints, and the same command continues from the last"):
-        report = run_training(read_recipe(config), data, folder, resume, Console())
+        report = run_training(read_recipe(config), data, folder, resume, console)
     if plot is not None:
         draw_curve(report, plot)
 
