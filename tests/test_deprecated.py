@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 
@@ -29,6 +31,18 @@ def test_a_moved_module_is_imported_by_its_old_name() -> None:
 def test_a_function_that_became_a_package_is_still_called() -> None:
     with pytest.warns(DeprecationWarning, match="describe_backends"):
         assert bkcore.kernels.backends() == bkcore.kernels.describe_backends()
+
+
+def test_a_moved_module_is_found_by_its_path() -> None:
+    with pytest.warns(DeprecationWarning, match="bkcore.host.usable_cores now"):
+        assert bkcore.memory.usable_cores() >= 1
+    with pytest.warns(DeprecationWarning, match="backends.cpu.native.isa now"):
+        assert bkcore.kernels.cpu.isa() == native.isa()
+
+
+def test_all_that_the_reference_names_is_there_at_once() -> None:
+    code = "import bkcore; bkcore.errors, bkcore.core, bkcore.kernels, bkcore.text, bkcore.training"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_other_names_are_missed_as_ever() -> None:

@@ -70,3 +70,21 @@ def test_looking_takes_no_longer_than_asked() -> None:
     start = time.monotonic()
     assert 1 <= host.free_cores(0.05) <= host.usable_cores()
     assert time.monotonic() - start < 5
+
+
+def test_cores_that_the_system_numbers_otherwise_are_free(tmp_path: Path, monkeypatch: Any) -> None:
+    statistics = tmp_path / "stat"
+    statistics.write_text(core(0, 50, 1000))
+    monkeypatch.setattr(host, "_STATISTICS", statistics)
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda process: {6, 7}, raising=False)
+    assert host.free_cores(0) == 2
+
+
+def test_a_cache_that_says_nothing_is_left_out(tmp_path: Path, monkeypatch: Any) -> None:
+    for index, text in enumerate(("", "32K", "1M\n", "huge", "\xff")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(text)
+    monkeypatch.setattr(host, "_CACHES", tmp_path)
+    assert host.last_level_cache() == 1 << 20
+    monkeypatch.setattr(host, "_CACHES", tmp_path / "none")
+    assert host.last_level_cache() is None

@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _PLACES = ("bkcore.core", "bkcore.quantization", "bkcore.model")
-_PACKAGES = ("core", "evaluation", "kernels", "model", "quantization", "text", "training")
+_PACKAGES = ("core", "errors", "evaluation", "kernels", "model", "quantization", "text", "training")
 
 moved_module("bkcore.memory", "bkcore.host")
 moved_module("bkcore.products", "bkcore.training.onednn")

@@ -9,7 +9,8 @@ def main() -> None:
     # Threads that wait for each other spin for a tenth of a millisecond and then sleep. By default
     # they go on spinning, and where another process has a core, they keep the one that all wait for
     # from running: then two threads take ten times as long as one.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         from bkcore.cli import main as run
     except KeyboardInterrupt:  # imports take a second or two

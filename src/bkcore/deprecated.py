@@ -29,8 +29,10 @@ def moved_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
 
 def moved_module(old: str, new: str) -> None:
-    """Let a module be imported by its old name, too."""
-    sys.modules[old] = _MovedModule(old, new)
+    """Let a module be imported by its old name, too, and found as an attribute of its package."""
+    module = sys.modules[old] = _MovedModule(old, new)
+    package, _, name = old.rpartition(".")
+    setattr(sys.modules[package], name, module)
 
 
 def called_module(name: str, new: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -15,6 +16,7 @@ _M_TOP_PAD = -2
 _M_MMAP_THRESHOLD = -3
 _UNLIMITED = 2**31 - 1
 
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _STATISTICS = Path("/proc/stat")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -36,11 +38,13 @@ def free_cores(seconds: float = 0.2) -> int:
         return usable_cores()
     time.sleep(seconds)
     after = _core_times()
-    idle = sum(
-        (after[core][0] - before[core][0]) / max(after[core][1] - before[core][1], 1)
-        for core in os.sched_getaffinity(0)
-        if core in before and core in after
-    )
+    idle = 0.0
+    for core in os.sched_getaffinity(0):
+        if core not in before or core not in after:  # containers may number them otherwise
+            idle += 1
+            continue
+        (idle_then, all_then), (idle_now, all_now) = before[core], after[core]
+        idle += (idle_now - idle_then) / max(all_now - all_then, 1)
     return max(1, min(usable_cores(), round(idle)))
 
 
@@ -60,9 +64,13 @@ def _core_times() -> dict[int, tuple[int, int]]:
 
 def last_level_cache() -> int | None:
     """Bytes of the largest cache; None where the system (Linux) does not say."""
-    folder = Path("/sys/devices/system/cpu/cpu0/cache")
-    sizes = [path.read_text(encoding="utf-8").strip() for path in folder.glob("index*/size")]
-    return max((int(size[:-1]) * _UNITS[size[-1]] for size in sizes), default=None)
+    sizes = []
+    for path in _CACHES.glob("index*/size"):
+        with contextlib.suppress(OSError, UnicodeError):
+            found = re.fullmatch(r"(\d+)([KMG])\s*", path.read_text(encoding="ascii"))
+            if found:
+                sizes.append(int(found[1]) * _UNITS[found[2]])
+    return max(sizes, default=None)
 
 
 def keep_freed_memory() -> None:
