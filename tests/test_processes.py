@@ -102,3 +102,42 @@ def test_an_interruption_ends_the_other_process_in_silence(
     assert time.monotonic() - start < 50
     assert (tmp_path / "file").exists() is (when == "late")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_a_process_has_started(work, number, monkeypatch, capfd) -> None:
+    """Another thread may take it, so that blocking it in this one would not do."""
+    process = multiprocessing.get_context("spawn").Process
+    start, began, starting, sent = process.start, [], threading.Event(), threading.Event()
+
+    def send() -> None:
+        starting.wait()
+        os.kill(os.getpid(), number)
+        sent.set()
+
+    other = threading.Thread(target=send)  # before anything is blocked, which it would inherit
+    other.start()
+
+    def slow_start(self) -> None:
+        starting.set()
+        sent.wait()
+        time.sleep(0.2)  # a handler would run here
+        start(self)
+        began.append(self.pid)
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(got, frame) -> None:
+        raise Stopped
+
+    before = signal.signal(number, stop)
+    monkeypatch.setattr(process, "start", slow_start)
+    try:
+        with pytest.raises(Stopped):
+            call_in_new_process(work.add, 1, 2)
+    finally:
+        signal.signal(number, before)
+        other.join()
+    assert began
+    assert capfd.readouterr().err == ""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
@@ -77,12 +78,36 @@ def _start_uninterrupted(process: Any) -> None:
     It inherits which signals are blocked here. Nothing may end this process halfway, either: the
     other one would miss what it is to read, and print that.
     """
-    resource_tracker.ensure_running()  # a process, too, whose start would unblock the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    resource_tracker.ensure_running()  # a process, too, whose start would unblock the signal
+    with _deferred(signal.SIGINT, signal.SIGTERM):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _deferred(*numbers: signal.Signals) -> Iterator[None]:
+    """Have signals wait for the end of a with block.
+
+    Blocking them would not do: another thread takes a signal that this one blocks, and Python runs
+    its handler here nevertheless.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread only
+        return
+    arrived: list[int] = []
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, lambda got, frame: arrived.append(got))
     try:
-        process.start()
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for got in arrived:
+            signal.raise_signal(got)
 
 
 def _work(connection: Connection) -> None:
@@ -93,7 +118,6 @@ def _work(connection: Connection) -> None:
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         function, arguments = pickle.loads(connection.recv_bytes())
         send("result", function(lambda value: send("message", value), *arguments))
     except BKCoreError as error:
