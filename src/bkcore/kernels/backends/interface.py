@@ -218,3 +218,16 @@ def ordered_sum(terms: Tensor) -> Tensor:
             folded[0] += terms[-1]
         terms = folded
     return terms[0] if terms.shape[0] else terms.new_zeros(terms.shape[1:])
+
+
+def attention_shapes(args: Attention) -> list[tuple[int, ...]]:
+    """Shapes of g, out, psi and the checkpoints."""
+    batch, sites, heads, keys = args.query.shape
+    values = args.value.shape[3]
+    chunks = -(-sites // ATTENTION_CHUNK) if args.keep else 0
+    return [
+        (batch, sites, heads, 2),
+        (batch, sites, heads, 2, values),
+        (batch, heads, 2, keys, values),
+        (batch, heads, chunks, 2, keys, values),
+    ]

@@ -48,11 +48,11 @@ from torch import Tensor
 
 from bkcore.errors import DTypeError, ShapeError
 from bkcore.kernels.backends.interface import (
-    ATTENTION_CHUNK,
     Attention,
     AttentionBackward,
     AttentionResults,
     Backend,
+    attention_shapes,
 )
 from bkcore.kernels.checks import check_tensors
 from bkcore.kernels.ops.contract import define, define_derivative
@@ -140,19 +140,6 @@ def _check_backward(args: AttentionBackward) -> AttentionBackward:
         lambda: f"for v of {v.dtype} and shape {tuple(v.shape)} in a forward pass with keep=True",
     )
     return args
-
-
-def attention_shapes(args: Attention) -> list[tuple[int, ...]]:
-    """Shapes of g, out, psi and the checkpoints."""
-    batch, sites, heads, keys = args.query.shape
-    values = args.value.shape[3]
-    chunks = -(-sites // ATTENTION_CHUNK) if args.keep else 0
-    return [
-        (batch, sites, heads, 2),
-        (batch, sites, heads, 2, values),
-        (batch, heads, 2, keys, values),
-        (batch, heads, chunks, 2, keys, values),
-    ]
 
 
 def _plain(x: Any) -> Any:

@@ -15,6 +15,7 @@ from bkcore.kernels.backends.interface import (
     AttentionBackward,
     AttentionResults,
     RecallStep,
+    attention_shapes,
     ordered_sum,
 )
 from bkcore.kernels.checks import ChannelRounding, not_positive
@@ -34,14 +35,7 @@ def _sizes(args: Attention | AttentionBackward) -> dict[str, Any]:
 
 
 def attention(args: Attention) -> AttentionResults:
-    v = args.v
-    batch, sites, heads, keys = args.query.shape
-    values = args.value.shape[3]
-    g = v.new_empty(batch, sites, heads, 2)
-    out = v.new_empty(batch, sites, heads, 2, values)
-    psi = v.new_empty(batch, heads, 2, keys, values)
-    chunks = -(-sites // ATTENTION_CHUNK) if args.keep else 0
-    checkpoints = v.new_empty(batch, heads, chunks, 2, keys, values)
+    g, out, psi, checkpoints = (args.v.new_empty(shape) for shape in attention_shapes(args))
     results = {"g": g, "out": out, "psi": psi, "checkpoints": checkpoints}
     buffers = {name: native.buffer(x) for name, x in results.items()}
     native.call("attention", **native.named(args), **_sizes(args), **buffers)
