@@ -268,7 +268,7 @@ def test_refused_before_the_work(
     complaint: str,
 ) -> None:
     """Nothing is scored, calibrated or trained, and nothing is left."""
-    for name in ("evaluation.judging.score", "training.trainer.train", "comparison.modes.train"):
+    for name in ("evaluation.judging.score", "training.trainer.train", "comparison.demo.train"):
         monkeypatch.setattr(f"bkcore.{name}", None)
     monkeypatch.setattr(LanguageModel, "calibrate_quantization", None, raising=False)
     before = sorted(tmp_path.rglob("*"))

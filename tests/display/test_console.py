@@ -12,7 +12,7 @@ import rich.console
 from rich.table import Table
 
 from bkcore.commands import demo, evaluate
-from bkcore.comparison.modes import CONTROL
+from bkcore.comparison.demo import CONTROL
 from bkcore.display.console import Console, LastingStream, bits_per_byte, number, say, visible
 from bkcore.display.progress import Plan
 

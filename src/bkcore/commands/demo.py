@@ -17,6 +17,9 @@ from bkcore.errors import BKCoreError, InputError
 
 PROMPT = " The river rises in"
 
+_CALIBRATION_WINDOWS = 8
+"""A first look; `bkcore quantize` takes all that the checkpoint keeps."""
+
 
 def demo(
     data: DataOption = None,
@@ -24,7 +27,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("runs/demo"),
 ) -> None:
     """Train a language model, quantize it in five modes, and judge what was saved."""
-    from bkcore.comparison.modes import run_demo
+    from bkcore.comparison.demo import run_demo
 
     console, files = Console(), Files(json_file)
     files.prepare({"--output": output}, [data])
@@ -60,7 +63,7 @@ def _show(console: Console, checkpoint: Path) -> None:
     if samples is None:
         raise InputError(f"{checkpoint} holds no samples of its text to calibrate on")
     model.configure_quantization("ptq_int4")
-    model.calibrate_quantization(samples.split(4))
+    model.calibrate_quantization(samples[:_CALIBRATION_WINDOWS].split(4))
     _continue("INT4", model, tokenizer, console)
 
 

@@ -35,6 +35,10 @@ from bkcore.quantization.weights import (
 DAMPING = 0.01
 """lambda over the mean of M's diagonal, as in the paper."""
 
+_ROWS_AT_ONCE = 256
+"""A layer that is called with few rows at a time keeps them until there are so many: adding to M
+takes K^2 steps, whatever their number."""
+
 
 class InputMoments(StoredDtypes):
     """Second moments M of the inputs of a linear layer with K of them, summed over tokens.
@@ -58,6 +62,7 @@ class InputMoments(StoredDtypes):
         self.second: Tensor
         self.tokens: Tensor
         self._hook: RemovableHandle | None = None
+        self._waiting: tuple[Tensor, ...] = ()
 
     @property
     def hook_id(self) -> int | None:
@@ -65,11 +70,12 @@ class InputMoments(StoredDtypes):
         return None if self._hook is None else self._hook.id
 
     def watch(self, layer: nn.Module) -> None:
-        """Observe whatever enters `layer` from now on."""
-        self._hook = layer.register_forward_pre_hook(lambda _, inputs: self.observe(inputs[0]))
+        """Observe whatever enters `layer` from now on; `second` is complete after `unwatch`."""
+        self._hook = layer.register_forward_pre_hook(lambda _, inputs: self._take(inputs[0]))
 
     def unwatch(self) -> None:
         """Observe no longer."""
+        self._add_waiting()
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -82,13 +88,17 @@ class InputMoments(StoredDtypes):
             dist.all_reduce(tokens)
             self.second, self.tokens = second, tokens
 
-    @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Add the tokens of x (..., K).
 
         Raises:
             CalibrationError: if x is not finite; nothing of it is counted then.
         """
+        self._take(x)
+        self._add_waiting()
+
+    @torch.no_grad()
+    def _take(self, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]).double()
         largest = rows.abs().amax(-1, keepdim=True)
         if not bool(torch.isfinite(largest).all()):
@@ -98,8 +108,16 @@ class InputMoments(StoredDtypes):
         step = torch.exp2(torch.frexp(largest).exponent.double() - 7)
         rows = (rows / step).round() * step
         # Replaced, not written to: what was there comes back if the forward pass fails later.
-        self.second = self.second + rows.t() @ rows
+        self._waiting = (*self._waiting, rows)
         self.tokens = self.tokens + (largest > 0).sum()
+        if sum(map(len, self._waiting)) >= _ROWS_AT_ONCE:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        if self._waiting:
+            rows = torch.cat(self._waiting)
+            self.second = self.second + rows.t() @ rows
+            self._waiting = ()
 
 
 def gptq(

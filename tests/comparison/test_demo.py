@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from bkcore import outputs as files
 from bkcore.cli import app
-from bkcore.comparison import modes
-from bkcore.comparison.modes import DemoSettings, run_demo
+from bkcore.comparison import demo
+from bkcore.comparison.demo import DemoSettings, run_demo
 from bkcore.errors import CheckpointError, DataError, InputError
 from bkcore.evaluation import judging, rows
 from bkcore.model import LanguageModel
@@ -48,7 +48,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new interpreter for each checkpoint takes seconds; one test of it is enough."""
-    monkeypatch.setattr(modes, "evaluate_in_new_process", judging.evaluate_checkpoint)
+    monkeypatch.setattr(demo, "evaluate_in_new_process", judging.evaluate_checkpoint)
 
 
 def run(text: Path, output: Path) -> dict[str, Any]:
@@ -61,9 +61,20 @@ def without_times(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
+@pytest.fixture(scope="module")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Folder and report of a demo."""
+    folder = tmp_path_factory.mktemp("demo") / "one"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "evaluate_in_new_process", judging.evaluate_checkpoint)
+        return folder, run(text, folder)
+
+
 @pytest.mark.usefixtures("in_this_process")
-def test_report_has_every_mode_and_repeats(text: Path, tmp_path: Path) -> None:
-    report = run(text, tmp_path / "one")
+def test_report_has_every_mode_and_repeats(
+    text: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    output, report = finished
     rows = report["rows"]
 
     assert [row["mode"] for row in rows] == MODES
@@ -76,18 +87,17 @@ def test_report_has_every_mode_and_repeats(text: Path, tmp_path: Path) -> None:
         assert row["ci_low_pct"] <= row["delta_pct"] <= row["ci_high_pct"]
         assert row["size_ratio"] > 1
         files = ("model.safetensors", "config.json", "generation_config.json")
-        folder = tmp_path / "one" / row["mode"]
+        folder = output / row["mode"]
         assert row["bytes"] == sum((folder / file).stat().st_size for file in files)
 
     assert without_times(run(text, tmp_path / "two")) == without_times(report)
     json.dumps(report)
 
 
-@pytest.mark.usefixtures("in_this_process")
-def test_evaluate_agrees_with_the_demo(text: Path, tmp_path: Path) -> None:
-    report = run(text, tmp_path / "demo")
+def test_evaluate_agrees_with_the_demo(text: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    output, report = finished
     setting = judging.Setting((text / "valid.txt").read_text(), "valid", 32, 4, 1)
-    found = judging.evaluate_in_new_process(tmp_path / "demo" / "ptq_int8", setting)
+    found = judging.evaluate_in_new_process(output / "ptq_int8", setting)
     row = rows.row("ptq_int8", found, found)
     assert row["ppl_token"] == report["rows"][1]["ppl_token"]
 
@@ -112,7 +122,7 @@ def test_a_text_of_one_window_stops_before_training(
     lines = (text / "train.txt").read_text().splitlines(keepends=True)
     (tmp_path / "train.txt").write_text("".join(lines))
     (tmp_path / "valid.txt").write_text("".join(lines[:50]))
-    monkeypatch.setattr(modes, "train", None)
+    monkeypatch.setattr(demo, "train", None)
     long = replace(SMALL, window=1000, batch_size=1)
     with pytest.raises(InputError, match="the text is one window"):
         run_demo(tmp_path, tmp_path / "out", Console(quiet=True), long)
@@ -140,13 +150,11 @@ def test_command_line_says_what_is_wrong(
     assert "There is no folder" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.usefixtures("in_this_process")
-def test_generate_continues_a_text(text: Path, tmp_path: Path) -> None:
-    run(text, tmp_path / "demo")
+def test_generate_continues_a_text(finished: tuple[Path, dict[str, Any]]) -> None:
+    output, _ = finished
     for mode in ("float32", "qat_int4"):
         result = CliRunner().invoke(
-            app,
-            ["generate", str(tmp_path / "demo" / mode), "--prompt", "the slow", "--tokens=8"],
+            app, ["generate", str(output / mode), "--prompt", "the slow", "--tokens=8"]
         )
         assert result.exit_code == 0, result.output
         assert result.output.startswith("the slow")

@@ -1,0 +1,47 @@
+"""What `bkcore demo` shows before it trains: the shipped model, as it is and in INT4."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from bkcore.commands.demo import PROMPT, show_shipped
+from bkcore.display.console import Console
+from bkcore.evaluation.judging import load_checkpoint, save_checkpoint
+from bkcore.evaluation.samples import samples_of
+from bkcore.text import TokenWindows, encode, load_corpus
+
+
+def shown(checkpoint: Path) -> list[str]:
+    console = Console(file=io.StringIO())
+    show_shipped(console, checkpoint)
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.fixture
+def with_samples(fox_checkpoint: Path, fox_text: Path) -> Path:
+    model, tokenizer = load_checkpoint(fox_checkpoint)
+    windows = TokenWindows(encode(tokenizer, load_corpus(fox_text).train), 32)
+    save_checkpoint(fox_checkpoint, model, tokenizer, samples_of(windows))
+    return fox_checkpoint
+
+
+def test_continues_a_sentence_in_float_and_in_int4(with_samples: Path) -> None:
+    first, second = shown(with_samples)
+    for line, name in ((first, "float32"), (second, "INT4")):
+        assert re.match(rf"{name}, \d+\.\d MB: {re.escape(PROMPT.strip())} \S+", line)
+    tensors = load_file(with_samples / "model.safetensors").values()
+    assert f"{sum(x.numel() * 4 for x in tensors) / 1e6:.1f} MB" in first
+    assert second.split(",")[1] != first.split(",")[1]
+
+
+def test_says_why_there_is_nothing_to_show(tmp_path: Path, fox_checkpoint: Path) -> None:
+    (line,) = shown(tmp_path / "nothing")
+    assert "no model to show before one is trained: there is no checkpoint folder" in line
+    first, line = shown(fox_checkpoint)
+    assert first.startswith("float32")
+    assert "no samples of its text to calibrate on" in line
