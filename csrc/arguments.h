@@ -1,5 +1,5 @@
-// Arguments as Python hands them over, by name. A tensor comes with how much memory there is, so
-// that nothing is read or written beyond its end, whatever Python and a kernel disagree about.
+// Arguments as Python passes them, by name. A tensor comes with the size of its memory, so that
+// nothing is read or written beyond its end, even if Python and a kernel disagree.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -26,7 +26,7 @@ namespace bkcore {
 namespace {
 
 using Address = std::uintptr_t;
-// Of batch, sites, parts and lanes.
+// Batch, sites, parts and lanes.
 using Sizes = std::array<Index, 4>;
 
 [[noreturn]] inline void refuse(const std::string &what) {
@@ -46,14 +46,14 @@ inline Index count(std::initializer_list<Index> sizes) {
   return all;
 }
 
-// Groups of `size` channels or sites, a smaller last one included.
+// How many groups `size` channels or sites make; the last one may be smaller.
 inline Index groups_of(Index size, Index group_size) {
   if (group_size < 1) refuse("a group size is " + std::to_string(group_size));
   return ceil_divide(size, group_size);
 }
 
-// The arguments of one call. Every one has to be read, and every one that is read has to be
-// there; a tensor that was not given is None.
+// The arguments of one call. Each must be read, and each that is read must be there; a tensor that
+// was not given is None.
 class Arguments {
  public:
   explicit Arguments(const nanobind::dict &given) : given_(given) {}
@@ -80,7 +80,7 @@ class Arguments {
     return bits;
   }
 
-  // A contiguous tensor, (address, bytes), that has to have these sizes, to the byte.
+  // A contiguous tensor, (address, bytes), which must have exactly these sizes.
   template <class T>
   T *numbers(const char *name, std::initializer_list<Index> sizes) {
     const auto [address, bytes] = take<std::tuple<Address, Index>>(name);
@@ -97,9 +97,9 @@ class Arguments {
     return has(name) ? numbers<T>(name, sizes) : missing<T *>();
   }
 
-  // Any tensor, (address, bytes of a number, sizes, strides), that has to reach as far as these
-  // sizes. A stride of 0 is an axis that it lacks, which one that is written to cannot; along an
-  // axis of one there is nowhere to go, and the stride becomes 0, too.
+  // Any tensor, (address, bytes of a number, sizes, strides), which must be at least as large as
+  // these sizes. A stride of 0 stands for an axis that the tensor lacks; outputs may lack none.
+  // Along an axis of size 1 the stride is set to 0 too.
   template <class T>
   Strided<T> strided(const char *name, const Sizes &wanted) {
     const auto [address, bytes, sizes, strides] =
@@ -124,7 +124,7 @@ class Arguments {
     return {reinterpret_cast<T *>(address), steps[0], steps[1], steps[2], steps[3]};
   }
 
-  // One whose lanes lie side by side.
+  // A tensor whose lanes are contiguous.
   template <class T>
   Strided<T> rows(const char *name, const Sizes &wanted) {
     const Strided<T> x = strided<T>(name, wanted);
@@ -138,7 +138,7 @@ class Arguments {
     return has(name) ? strided<T>(name, wanted) : missing<Strided<T>>();
   }
 
-  // To be called when all that is known has been read.
+  // Call this after reading all known arguments.
   void finish() const {
     if (read_ != given_.size())
       refuse("there are " + std::to_string(given_.size()) + " arguments, of which " +
@@ -152,8 +152,8 @@ class Arguments {
     return nanobind::borrow(found);
   }
 
-  // A name as Python's string, made once for every place that has it: making and hashing one takes
-  // longer than looking it up. Under Python's lock.
+  // A name as a Python string, made once for each place in the code that uses it: making and
+  // hashing a string takes longer than looking it up. Needs Python's lock.
   static PyObject *key(const char *name) {
     static std::unordered_map<const char *, PyObject *> known;
     PyObject *&found = known[name];

@@ -1,9 +1,9 @@
 // Resolvent attention: a source with a matrix for every site, read by a query. Formulas, layout and
 // derivation: src/bkcore/kernels/ops/attention.py.
 //
-// One unit of work is one chain (batch, head). Its state psi (2, keys, values), the real parts
-// before the imaginary ones, stays in the first-level cache; vectors go along the values. The rows
-// of a chain lie a row of every other head apart, too far for a processor to guess: they are
+// One unit of work is one chain (batch, head). Its state psi (2, keys, values), real parts before
+// imaginary ones, stays in the first-level cache; vectors go along the values. The rows of all
+// other heads lie between two rows of a chain. Processors do not predict such strides, so rows are
 // prefetched.
 #pragma once
 
@@ -59,8 +59,8 @@ BKCORE_INLINE void prefetch_inputs(const ChainRows<T> &rows, Index i) {
   prefetch<0>(rows.a.hopping + rows.site(i), 1);
 }
 
-// psi := g (key value^T + t psi), from one array to another or in place, and query^T psi into `out`
-// unless that is null.
+// psi := g (key value^T + t psi), from one array to another or in place. Writes query^T psi to
+// `out` unless that is null.
 template <class T>
 BKCORE_INLINE void propagate_site(const ChainRows<T> &rows, Index i, const T *from, T *to, T *out) {
   using S = Simd<T>;
@@ -138,15 +138,15 @@ BKCORE_INLINE void prefetch_outputs(const ChainRows<T> &rows, const AttentionBac
   prefetch<1>(d.dvalue + site * values, values);
 }
 
-// The part of the adjoint of one site that goes over the matrix: from M' = t' g' M of the site
-// above, in `m`, to M = query c^T + M' and then t g M, again in `m`.
+// The part of the adjoint of one site that loops over the matrix. `m` holds M' = t' g' M of the
+// site above; this site adds query c^T to get its own M, and leaves t g M in `m`.
 template <class T>
 struct SiteSums {
   Pair<T> before;  // <M, psi of the site before>
   Pair<T> source;  // key^T M value
 };
 
-// `partial` has two vectors for every key: what is still to be summed over lanes.
+// `partial` has two vectors for every key, which still have to be summed over lanes.
 template <class T>
 BKCORE_INLINE SiteSums<T> adjoint_site(const ChainRows<T> &rows, const AttentionBackward<T> &d,
                                        Index i, const T *before, const T *now, T *m, T *partial) {
@@ -160,7 +160,7 @@ BKCORE_INLINE SiteSums<T> adjoint_site(const ChainRows<T> &rows, const Attention
   const auto g_re = S::set(g.re), g_im = S::set(g.im);
   const auto p_re = S::set(g.re * t), p_im = S::set(g.im * t), none = S::set(0);
   auto source_re = none, source_im = none;
-  // Two sums each, so that no product waits for the one before it.
+  // Two sums each, so that no product waits for the previous one.
   auto re_re = none, im_im = none, re_im = none, im_re = none;
   for_vectors<T>(values, [&](Index u, auto place) {
     const auto c_re = load<T>(grad + u, place), c_im = -load<T>(grad + values + u, place);
@@ -200,7 +200,7 @@ BKCORE_INLINE SiteSums<T> adjoint_site(const ChainRows<T> &rows, const Attention
           {S::sum(source_re), S::sum(source_im)}};
 }
 
-// The states of a chunk, and the one before it.
+// The states of a chunk, plus the one before it.
 template <class T>
 BKCORE_INLINE Index kept_states(const Attention<T> &a) {
   return least(a.chunk, a.sites) + 1;
@@ -219,7 +219,7 @@ void attention_adjoint(const Attention<T> &a, const AttentionBackward<T> &d, Ind
   const Index chain = rows.chain(), size = rows.state(), plane = size / 2;
   const Index chunks = chunks_of(a);
   T *states = memory, *m = memory + kept_states(a) * size, *partial = m + size;
-  // Without values nobody writes to the sums, and they are 0.
+  // If there are no values, nothing writes to the sums, and they are 0.
   std::memset(partial, 0, 2 * a.keys * Simd<T>::width * sizeof(T));
   copy_row(m, d.dpsi + chain * size, size);
   for (Index j = plane; j < size; ++j) m[j] = -m[j];  // a cotangent is dL/dRe - i dL/dIm

@@ -1,23 +1,20 @@
-// Few, long chains: a chain is cut into blocks of sites, and the blocks are swept side by side.
-//
-// What a block does to what enters it is known from the block alone. Let G be the resolvent of the
-// isolated block with first site s and last site e, and g, psi enter over a bond t. Cutting that
-// bond out and putting it back (Dyson's equation; the self-energy of the chain to the left is t^2
+// For few, long chains: a chain is cut into blocks of sites, and all blocks are swept in parallel.
+// How a block changes what enters it depends on the block alone. Let G be the resolvent of the
+// isolated block with first site s and last site e, and let g and psi enter over a bond t. Cutting
+// this bond and putting it back (Dyson's equation; the self-energy of the chain to the left is t^2
 // g) gives, with D = 1 - t^2 g G_ss,
-//
 //     g_e   = G_ee + t^2 g G_se^2 / D
 //     psi_e = psi'_e + G_se (t^2 g sigma + t psi) / D,       sigma = sum_j G_sj b_j
 //
-// where psi' is the isolated block's own. From the right, the same with s and e exchanged. All of
-// it is bounded by powers of 1/eta, so nothing needs rescaling. One sweep finds G_ee, G_ss, G_se
-// and sigma, as site i is added to those before it, with q_i = G_si:
-//
+// where psi' is that of the isolated block. From the right it is the same with s and e exchanged.
+// Everything is bounded by powers of 1/eta, so nothing needs rescaling. One sweep computes G_ee,
+// G_ss, G_se and sigma by adding one site i at a time, with q_i = G_si:
 //     q_i = t q_{i-1} g_i,   G_ss += t q_{i-1} q_i,   sigma += q_i (b_i + t psi_{i-1})
 //
-// Then the blocks' maps are composed one after the other, and a second sweep starts every block
-// from what enters it. All of this is done in float64: a block's end then agrees with the next
-// block's beginning far below the round-off of float32, and the result is as backward stable as one
-// sweep's.
+// Then the maps of the blocks are composed one after the other, and a second sweep starts each
+// block from what enters it. All this is done in float64. The end of a block then agrees with the
+// beginning of the next to far below the round-off of float32, and the result is as backward stable
+// as that of a single sweep.
 #pragma once
 
 #include "gather.h"
@@ -92,7 +89,7 @@ BKCORE_INLINE Scalar divide(Scalar a, Scalar b) {
 }
 BKCORE_INLINE Scalar at(const double *pair) { return {pair[0], pair[1]}; }
 
-// G + t^2 g G_se^2 / (1 - t^2 g G_near): what leaves a block that g enters.
+// G + t^2 g G_se^2 / (1 - t^2 g G_near): what leaves a block if g enters it.
 BKCORE_INLINE Scalar passed(Scalar g, double t, Scalar near, Scalar far, Scalar across) {
   const Scalar self_energy = t * t * g;
   return far + divide(self_energy * across * across, Scalar{1, 0} + -1 * (self_energy * near));
@@ -105,7 +102,7 @@ double bond_before(const Sweep<S> &sweep, const Chain &chain) {
   return static_cast<double>(t.data[bond * t.site + chain.lane * t.lane]);
 }
 
-// Fills in what enters each of a chain's blocks.
+// Computes what enters each block of a chain.
 template <class S>
 void compose_blocks(const Sweep<S> &sweep, bool two_sided, const Chain *blocks, Index count,
                     BlockEnds *ends) {

@@ -6,7 +6,7 @@
 namespace bkcore {
 namespace {
 
-// Re g, Im g, Re psi, Im psi of the site before.
+// Re g, Im g, Re psi, Im psi of the previous site.
 template <class T>
 using CausalState = State<T, 4>;
 
@@ -20,8 +20,8 @@ BKCORE_INLINE typename Lanes<T>::Complex next_g(typename Lanes<T>::V v, typename
   return L::invert(L::madd(-hop, before.re, v - energy), L::madd(hop, before.im, eta));
 }
 
-// Where a row of the sweep goes. Streamed rows leave the caches, so that the state is kept apart;
-// otherwise the row just written is the state of the next.
+// Where a row of the sweep is written. Streamed rows bypass the caches, so the state is kept
+// separately; otherwise the row just written is the state for the next one.
 enum class Output { kKept, kStreamed, kNone };
 
 template <class T, Output kOutput>
@@ -39,9 +39,9 @@ BKCORE_INLINE void write(T *out, T *state, typename Simd<T>::V x, At place) {
   if constexpr (kOutput != Output::kKept) store(state, x, place);
 }
 
-// What is too large for the caches is asked for a few hundred nanoseconds before it is needed, and
-// in ascending order: the processor's own prefetching follows neither rows of a few lines nor rows
-// taken backwards. A sweep to the left asks for the tile before while it passes this one.
+// Data too large for the caches is prefetched a few hundred nanoseconds before it is needed, in
+// ascending order: the hardware prefetcher follows neither rows of a few cache lines nor rows read
+// backwards. While a sweep to the left works on a tile, it prefetches the one before it.
 BKCORE_INLINE Index rows_ahead(Index width) { return 1 + 768 / width; }
 constexpr Index kMirror = 32;
 BKCORE_INLINE Index mirrored(Index k) { return k / kMirror * kMirror - 1 - k % kMirror; }
@@ -131,8 +131,8 @@ void causal(Tiles &tiles, CausalState<T> &state) {
   }
 }
 
-// Gradients of parameters that all sites share, summed in blocks of sites: the round-off then grows
-// with the block and the number of blocks, not with N.
+// Gradients of parameters that all sites share, summed in blocks of sites. The round-off then grows
+// with the size and the number of the blocks, not with N.
 template <class T>
 class SharedSums {
  public:
@@ -167,7 +167,7 @@ class SharedSums {
   State<T, 3> block_, total_;
 };
 
-// Gradients of the parameters at one vector of lanes, while kSites sites pass by.
+// Gradients of the parameters for one vector of lanes, over kSites sites.
 template <class T, class At>
 class LaneSums {
  public:
@@ -178,7 +178,7 @@ class LaneSums {
   BKCORE_INLINE void energy(V x) {
     sum_[SharedSums<T>::kEnergy] = sum_[SharedSums<T>::kEnergy] + x;
   }
-  // `own` is the row of a site (or bond) that has a parameter of its own, or null.
+  // `own` is the row of the site (or bond) if it has a parameter of its own, else null.
   BKCORE_INLINE void eta(V x, T *own) { add(SharedSums<T>::kEta, x, own); }
   BKCORE_INLINE void hopping(V x, T *own) { add(SharedSums<T>::kHopping, x, own); }
   BKCORE_INLINE void finish() {
@@ -200,8 +200,8 @@ class LaneSums {
   V sum_[3];
 };
 
-// How many sites a vector of lanes passes before its state goes back to memory. More of them would
-// leave too few vectors in flight to hide the latency of the recurrence.
+// How many sites a vector of lanes processes before its state is written back to memory. With more
+// of them, too few vectors would be in flight to hide the latency of the recurrence.
 constexpr Index kSitesAtOnce = 2;
 
 // P_{i+1} and Q_{i+1}.

@@ -1,4 +1,4 @@
-// Sums of products of codes in int32: what each instruction set offers for them.
+// Sums of products of codes in int32, with the instructions that each instruction set offers.
 #pragma once
 
 #include <cstring>
@@ -10,8 +10,8 @@ namespace {
 
 using Word = std::uint32_t;
 
-// `Dot` is what the instruction set offers: vectors of `lanes` int32 sums, to which products of
-// `depth` neighbouring codes are added at once. Weights have `offset` added to them first.
+// `Dot` wraps these instructions: vectors of `lanes` int32 sums, to each of which the products of
+// `depth` neighbouring codes are added at once. `offset` is added to the weights beforehand.
 #if defined(__AVX512VNNI__)
 
 struct Dot {
@@ -23,7 +23,7 @@ struct Dot {
   static BKCORE_INLINE void store(void *p, V x) { _mm512_storeu_si512(p, x); }
   static BKCORE_INLINE V everywhere(Word x) { return _mm512_set1_epi32(static_cast<int>(x)); }
   static BKCORE_INLINE V add(V sum, V weight, V x) { return _mm512_dpbusd_epi32(sum, weight, x); }
-  // Exchanges the lanes of a that have `bit` in their number with those of b that do not.
+  // Exchanges the lanes of a whose index has `bit` set with the lanes of b whose index has not.
   template <int bit>
   static BKCORE_INLINE void exchange(V &a, V &b) {
     const V lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);

@@ -1,5 +1,5 @@
-// Tiles whose lanes lie apart in memory: sequences along the last axis, or few or ragged channels.
-// A tile is copied so that its lanes are contiguous, swept, and copied back.
+// Tiles whose lanes are not contiguous in memory: sequences along the last axis, or few or ragged
+// channels. A tile is copied so that its lanes are contiguous, swept, and copied back.
 #pragma once
 
 #include "tile.h"
@@ -51,7 +51,7 @@ struct Transfer {
   T *rows;
   Index pitch, lanes, sites;
 
-  // Lane by lane with vectors where the sites are contiguous, else row by row.
+  // If the sites are contiguous, it goes lane by lane with vectors, otherwise row by row.
   void gather(const S *const *from, Index step) const {
     Index l = 0;
     if (step == 1) {
@@ -96,7 +96,7 @@ struct Transfer {
   }
 };
 
-// S is what the tensors hold, T what the sweep computes in.
+// S is the type of the tensors, T the type that the sweep computes in.
 template <class S, class T>
 class GatheredTiles {
  public:
@@ -159,7 +159,8 @@ class GatheredTiles {
   }
 
  private:
-  // A potential whose square overflows decouples what lies beyond a chain's end: g = r = 0 there.
+  // A potential whose square overflows decouples everything beyond the end of a chain: g = r = 0
+  // there.
   static constexpr T kGhost = static_cast<T>(sizeof(T) == 8 ? 1e200 : 1e30);
 
   GatheredTiles(const Sweep<S> &sweep, const SweepBackward<S> *adjoint, const Chain *chains,
@@ -200,7 +201,7 @@ class GatheredTiles {
     return x.data + chain.batch * x.batch + chain.lane * x.lane + chain.start * x.site;
   }
 
-  // Rows [from, to) of one part; `beyond` stands for sites after a chain's end.
+  // Rows [from, to) of one part; `beyond` fills sites after the end of a chain.
   template <class U>
   Rows<const T> gathered(const Strided<U> &x, Index part, T *rows, Index from, Index to,
                          T beyond = 0, Index row_step = 1) {
@@ -264,7 +265,7 @@ class GatheredTiles {
     tile.dhopping = {dhopping_, kGatheredLanes};
   }
 
-  // Complex numbers side by side are one lane of twice as many sites.
+  // Complex numbers with adjacent parts are treated as one lane of twice as many sites.
   void scatter_parts(const Tile<T> &tile, Index from) {
     const Strided<S> &x = sweep_.parts;
     if (x.part == 1 && x.site == parts()) {

@@ -1,5 +1,5 @@
-// The Python module bkcore.kernels.backends.cpu._native: reads the arguments of a call by name,
-// checks that memory is as long as they say, and has the kernels run without Python's lock.
+// The Python module bkcore.kernels.backends.cpu._native. It reads the arguments of a call by name,
+// checks that memory is as large as they say, and runs the kernels without Python's lock.
 
 #include "arguments.h"
 #include "recall_step.h"
@@ -14,17 +14,17 @@ namespace {
 
 using Unlocked = nb::gil_scoped_release;
 
-// One more with every change of what a function here takes or gives, as in
-// src/bkcore/kernels/backends/cpu/native.py, which refuses an extension of another one.
+// Add one whenever the arguments or results of a function here change, also in
+// src/bkcore/kernels/backends/cpu/native.py, which refuses an extension with another number.
 constexpr int kInterface = 1;
 
-// Calls a function with a number of the type that the argument "double" says.
+// Calls a function with a number of the type that the argument "double" selects.
 template <class Call>
 void with_float_type(Arguments &in, const Call &call) {
   in.flag("double") ? call(double()) : call(float());
 }
 
-// How a function of Arguments reads a tensor of any strides, or one whose lanes lie side by side.
+// How a function of Arguments reads a tensor of any strides, or one with contiguous lanes.
 template <class T>
 using Read = Strided<T> (Arguments::*)(const char *name, const Sizes &wanted);
 
@@ -34,7 +34,7 @@ Sweep<T> read_chains(Arguments &in, Read<const T> read = &Arguments::strided<con
   if (s.sites < 1) refuse("there are " + std::to_string(s.sites) + " sites");
   s.energy = (in.*read)("energy", {s.batch, 1, 1, s.lanes});
   s.eta = (in.*read)("eta", {s.batch, s.sites, 1, s.lanes});
-  // Kernels read the first bond of a chain of one site, too, and multiply it by nothing.
+  // Even for a chain of one site, kernels read the first bond, and multiply it by zero.
   s.hopping = (in.*read)("hopping", {s.batch, std::max<Index>(s.sites - 1, 1), 1, s.lanes});
   return s;
 }
@@ -139,7 +139,7 @@ void sweep_rounded(const nb::dict &given) {
   run_sweep_rounded(isa, threads, two_sided, s);
 }
 
-// Keeps Python's lock: the step is shorter than letting go of it.
+// Keeps Python's lock: the step takes less time than releasing it.
 void sweep_step(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
@@ -227,7 +227,7 @@ void attention_backward(const nb::dict &given) {
   });
 }
 
-// Scale, zero point and levels of rows of channels; what is rounded comes from elsewhere.
+// Scale, zero point and levels for rows of channels; the caller sets the numbers to round.
 RoundChannels read_rounding(Arguments &in, Index rows, Index channels, Index bits) {
   RoundChannels r{rows, channels, bits, in.number("group_size")};
   const Index groups = groups_of(channels, r.group_size);
@@ -252,7 +252,7 @@ std::vector<RoundChannels> read_roundings(const nb::list &given, const RecallSte
   return all;
 }
 
-// Returns false, and gives no result, if an eta is not positive.
+// Returns false, without a result, if an eta is not positive.
 bool recall_step(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();

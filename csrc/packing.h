@@ -1,5 +1,5 @@
-// What all kernels of codes share: how numbers are rounded to them, and two INT4 codes a byte, the
-// even one in the low half.
+// What all kernels on codes share: rounding numbers to codes, and packing two INT4 codes into a
+// byte, the even one in the low half.
 #pragma once
 
 #include "simd.h"
@@ -11,8 +11,8 @@ namespace {
 #define BKCORE_VECTOR_CODES 1
 #endif
 
-// 1.5 * 2^23: adding it to a small number rounds that to an integer, ties to even, which then
-// stands in the low bits of the sum.
+// 1.5 * 2^23: adding it to a small number rounds the number to an integer, ties to even, which is
+// then in the low bits of the sum.
 constexpr float kRound = 12582912.0f;
 
 BKCORE_INLINE void unpack(const std::uint8_t *packed, Index count, std::int8_t *codes) {

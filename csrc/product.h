@@ -7,7 +7,7 @@
 
 namespace bkcore {
 
-// Rows of activations times the rows of a weight in codes; all contiguous.
+// Rows of activations times the rows of a quantized weight; all contiguous.
 struct Product {
   std::int64_t rows, outputs, inputs, bits, groups, group_size;
   const float *x;               // (rows, inputs)
@@ -16,7 +16,7 @@ struct Product {
   float *out;                   // (rows, outputs)
 };
 
-// Activations as codes: in every row the groups one after the other, each filled up with zeros to
+// Activations as codes. Each row has its groups one after the other, each padded with zeros to
 // whole words of `depth` codes.
 struct EncodedRows {
   float *scale;          // (rows)
@@ -29,7 +29,7 @@ struct ProductKernels {
   std::int64_t panel;  // outputs that are computed together
   std::int64_t depth;  // codes in a word
   void (*encode)(const Product &, std::int64_t row, const EncodedRows &);
-  // The panel of outputs that begins at `output`, for `count` rows from `first` on.
+  // Computes the panel of outputs that starts at `output`, for `count` rows starting at `first`.
   void (*multiply)(const Product &, const EncodedRows &, std::int64_t output, std::int64_t first,
                    std::int64_t count, Scratch);
 };

@@ -1,12 +1,12 @@
 // Products of activations and weights in codes: int8 x int8 or int8 x int4, summed in int32.
 //
-// Compiled once per instruction set, with BKCORE_ISA naming it; see sweep_kernel.cpp for why all of
-// it is unnamed and includes no header with inline functions.
-//
+// Compiled once per instruction set, which BKCORE_ISA names. sweep_kernel.cpp says why everything
+// is in an unnamed namespace and no header with inline functions is included.
 // A panel of outputs is unpacked and transposed once, so that a vector holds a word of codes (2 or
-// 4 neighbouring inputs) of `lanes` outputs; then a few rows at a time run over it, one word of
-// theirs in all lanes. For very few rows that would cost more than it saves: with AVX-512 they are
-// multiplied with the weight as it lies in memory, vectors along the inputs.
+// 4 neighbouring inputs) of each of `lanes` outputs. Then a few rows at a time are multiplied with
+// it, one word of theirs in all lanes. For very few rows that would cost more than it saves. So
+// with AVX-512 they are multiplied with the weight as it is in memory, with vectors along the
+// inputs.
 
 #include <cstring>
 
@@ -37,8 +37,8 @@ BKCORE_INLINE void for_groups(const Product &p, const Work &work) {
   }
 }
 
-// The codes of one row of activations and their scale, as `quantize_rows` in
-// src/bkcore/kernels/backends/reference/codes.py has them.
+// The codes of one row of activations and their scale, as computed by `quantize_rows` in
+// src/bkcore/kernels/backends/reference/codes.py.
 void encode(const Product &p, Index row, const EncodedRows &rows) {
   const float *x = p.x + row * p.inputs;
   std::uint32_t bits;
@@ -91,7 +91,7 @@ BKCORE_INLINE void exchange_all(V *row) {
   if constexpr (2 * bit < Dot::lanes) exchange_all<2 * bit>(row);
 }
 
-// Transposes words of `lanes` outputs, a row each, into every `vectors`-th vector of a panel.
+// Transposes words of `lanes` outputs, one row each, into every `vectors`-th vector of a panel.
 void transpose(const Word *rows, Index pitch, Index words, Word *panel) {
   for (Index first = 0; first < words; first += Dot::lanes) {
     V block[Dot::lanes];
@@ -127,14 +127,14 @@ BKCORE_INLINE void add_up(const Word *x, Index pitch, const Word *panel, Index w
       Dot::store(sums + r * kPanel + j * Dot::lanes, sum[r][j]);
 }
 
-// A panel of outputs, ready for any row: its words, and for every group the scales of its outputs.
+// A panel of outputs, ready for any row: its words, and the scales of its outputs for every group.
 struct Panel {
   const Word *words;
   const float *scales;
   Index first, count;
 };
 
-// R rows from `row` on, in the order of roundings that product.py gives.
+// Multiplies R rows from `row` on, with roundings in the order of product.py.
 template <int R>
 void multiply_rows(const Product &p, const EncodedRows &rows, const Panel &panel, Index row) {
   const Index pitch = words_of(p, Dot::depth);
@@ -146,7 +146,7 @@ void multiply_rows(const Product &p, const EncodedRows &rows, const Panel &panel
     for (int r = 0; r < R; ++r) {
       const std::int32_t offset = rows.sums[(row + r) * p.groups + group];
       for (Index o = 0; o < kPanel; ++o) {
-        // Sums of weights made unsigned may have gone round 2^32; their difference has not.
+        // Sums with unsigned weights may wrap around at 2^32; their difference is exact.
         const Word exact = static_cast<Word>(sums[r * kPanel + o]) - static_cast<Word>(offset);
         const float term = static_cast<float>(static_cast<std::int32_t>(exact)) * scales[o];
         total[r * kPanel + o] = group ? total[r * kPanel + o] + term : term;
@@ -195,15 +195,15 @@ BKCORE_INLINE V lane_sums(V (&sum)[16]) {
   return halved(halved(sum[0], sum[1]), halved(sum[2], sum[3]));
 }
 
-// Levels with 128 added, by the code as 4 bits without a sign: 0 to 7, then -8 to -1.
+// Levels plus 128, indexed by the code as an unsigned 4-bit number: 0 to 7, then -8 to -1.
 BKCORE_INLINE V unsigned_levels() {
   const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i *>(kLevel));
   const __m128i rotated = _mm_shuffle_epi32(table, 0x4E);
   return _mm512_broadcast_i32x4(_mm_xor_si128(rotated, _mm_set1_epi8(-128)));
 }
 
-// `bytes` bytes of the weights of 16 outputs against one row of codes. At 4 bits a byte holds an
-// even and an odd input, which `x` has in two halves of 64 for every 64 bytes.
+// Multiplies `bytes` bytes of the weights of 16 outputs with one row of codes. At 4 bits a byte
+// holds an even and an odd input; for every 64 bytes, `x` has them in two halves of 64.
 template <int bits>
 BKCORE_INLINE V add_up_inputs(const std::uint8_t *const (&weight)[16], Index bytes,
                               const std::int8_t *x) {
@@ -236,7 +236,7 @@ BKCORE_INLINE V add_up_inputs(const std::uint8_t *const (&weight)[16], Index byt
   return lane_sums(sum);
 }
 
-// The codes of a row with even and odd inputs apart, as `add_up_inputs` wants them at 4 bits.
+// The codes of a row with even and odd inputs separated, as `add_up_inputs` needs them at 4 bits.
 void split_codes(const Product &p, const Word *words, std::int8_t *out) {
   for_groups(p, [&](Index, Index, Index count, Index word, Index) {
     const auto *codes = reinterpret_cast<const std::int8_t *>(words + word);
@@ -260,7 +260,7 @@ void multiply_inputs(const Product &p, const EncodedRows &rows, const Panel &pan
   if (bits == 4) split_codes(p, words, split);
   for (Index o = 0; o < panel.count; o += 16) {
     const Index outputs = least(16, panel.count - o);
-    // Sixteen rows side by side are more streams than the hardware looks ahead in.
+    // Sixteen rows at a time are more streams than the hardware prefetcher follows.
     const std::uint8_t *next = p.weight + (panel.first + o + 16) * width;
     const Index ahead = least(16, p.outputs - panel.first - o - 16) * width;
     for (Index b = 0; b < ahead; b += 64) _mm_prefetch(next + b, _MM_HINT_T0);

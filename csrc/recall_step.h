@@ -1,6 +1,6 @@
-// One site of resolvent attention with all that the language model does around it; formulas and
-// layout: src/bkcore/kernels/recall.py and ops/recall_step.py. Threads share the chains; the rest
-// is too little to share.
+// One site of resolvent attention with everything that the language model does around it. Formulas
+// and layout: src/bkcore/kernels/recall.py and ops/recall_step.py. Threads share the chains; the
+// rest is too little work to share.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ struct RecallStep {
   const float *rate, *height, *eta;  // (heads)
   const float *weight;               // (3, heads, values)
   const float *g, *psi;              // (batch, heads, 2), (batch, heads, 2, keys, values)
-  // Of gate, barrier, query, key, value, and Re and Im of what is found; or none.
+  // For gate, barrier, query, key, value, and Re and Im of the output of the attention; or none.
   std::vector<RoundChannels> rounding;
   float *features;           // (batch, heads, values)
   float *next_g, *next_psi;  // as g and psi
@@ -64,7 +64,7 @@ class RecallStepRun {
   }
 
  private:
-  // What enters the attention, rounded.
+  // Rounds the inputs of the attention.
   void prepare() {
     const float *gate = rounded(0, step_.gate), *barrier = rounded(1, step_.barrier);
     attention_.query = for_every_head(rounded(2, step_.query));
@@ -96,7 +96,7 @@ class RecallStepRun {
     return r.out;
   }
 
-  // What groups of heads share, (batch, groups, keys) -> (batch, heads, keys).
+  // Copies what groups of heads share to every head: (batch, groups, keys) -> (batch, heads, keys).
   const float *for_every_head(const float *x) {
     if (step_.groups == step_.heads) return x;
     const Index heads_of_a_group = step_.heads / step_.groups, keys = step_.keys;
@@ -134,7 +134,7 @@ class RecallStepRun {
   float *free_, *real_, *imag_;
 };
 
-// Returns false, and gives no result, if an eta is not positive. NaN goes through.
+// Returns false, without a result, if an eta is not positive. NaN is passed on.
 inline bool run_recall_step(const Isa &isa, Index threads, const RecallStep &step) {
   if (std::any_of(step.eta, step.eta + step.heads, [](float x) { return x <= 0; })) return false;
   RecallStepRun(isa, step).run(threads);

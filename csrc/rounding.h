@@ -1,4 +1,4 @@
-// What the roundings and their caller agree on.
+// The interface between the roundings and their caller.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,7 @@
 
 namespace bkcore {
 
-// Rows of channels, rounded to what their codes stand for
+// Rows of channels, rounded to the values of their codes
 // (src/bkcore/kernels/ops/round_activations.py).
 struct RoundChannels {
   std::int64_t rows, channels, bits, group_size;
@@ -17,7 +17,7 @@ struct RoundChannels {
   float *out;                  // (rows, channels)
 };
 
-// The derivative of that rounding, straight through.
+// The straight-through derivative of that rounding.
 struct RoundChannelsBackward {
   RoundChannels forward;  // `out` is not used
   const float *grad;      // (rows, channels)
@@ -29,7 +29,7 @@ struct RoundChannelsBackward {
 
 constexpr std::int64_t kRowsPerShare = 64;
 
-// A weight as codes and as what they stand for (src/bkcore/kernels/ops/round_weight.py).
+// A weight, rounded to the values of its codes (src/bkcore/kernels/ops/round_weight.py).
 struct RoundWeight {
   std::int64_t rows, columns, bits, groups, group_size;
   const float *weight;         // (rows, columns)
@@ -40,9 +40,9 @@ struct RoundingKernels {
   using Scratch = void *(*)(std::size_t bytes);
   void (*round_channels)(const RoundChannels &, std::int64_t first, std::int64_t count, Scratch);
   void (*round_channels_backward)(const RoundChannelsBackward &, std::int64_t share, Scratch);
-  // A row of activations (count), rounded to what `encode` makes of it.
+  // Rounds a row of activations (count) to the values of its INT8 codes.
   void (*round_row)(const float *x, std::int64_t count, float *out);
-  // A row of a weight, and the derivative of its values, straight through.
+  // Rounds a row of a weight; and the straight-through derivative of its values.
   void (*round_weight)(const RoundWeight &, std::int64_t row, std::int8_t *codes, float *values);
   void (*round_weight_backward)(const RoundWeight &, std::int64_t row, const float *grad,
                                 float *dweight, float *dscale);

@@ -1,7 +1,6 @@
-// Rounding to what codes stand for, and its derivatives.
-//
-// Compiled once per instruction set, with BKCORE_ISA naming it; see sweep_kernel.cpp for why all of
-// it is unnamed and includes no header with inline functions.
+// Rounding to the values of codes, and its derivatives.
+// Compiled once per instruction set, which BKCORE_ISA names. sweep_kernel.cpp says why everything
+// is in an unnamed namespace and no header with inline functions is included.
 
 #include <cstring>
 
@@ -14,7 +13,7 @@
 namespace bkcore {
 namespace {
 
-// Scales and zero points of groups, written out for their channels.
+// Copies the scales and zero points of groups to each of their channels.
 void each_channel(const RoundChannels &r, float *scale, float *zero) {
   for (Index group = 0, c = 0; c < r.channels; ++group) {
     const float s = from_bfloat16(r.scale[group]), z = r.zero[group];
@@ -26,8 +25,8 @@ void each_channel(const RoundChannels &r, float *scale, float *zero) {
 using Floats = Simd<float>::V;
 using Mask = decltype(Floats{} > Floats{});  // lanes of 0 or -1
 
-// The nearest of a table of levels, for a vector of channels at a time. Every level is tried: no
-// gathers, and vectors of any width.
+// Finds the nearest level in a table, for a vector of channels at a time. It tries every level, so
+// it needs no gathers and works with vectors of any width.
 struct LevelSearch {
   using S = Simd<float>;
   using V = S::V;
@@ -37,7 +36,7 @@ struct LevelSearch {
   const float *levels;
   float *scale, *zero, *halfway;
 
-  // Numbers of scratch memory that one needs.
+  // How many numbers of scratch memory a search needs.
   static Index size(const RoundChannels &r) {
     return 2 * round_up(r.channels, S::width) + (1 << r.bits);
   }
@@ -57,7 +56,8 @@ struct LevelSearch {
   BKCORE_INLINE V place(V x, Index channel) const {
     return x / S::load(scale + channel) + S::load(zero + channel);
   }
-  // The level nearest to a place, the lower one halfway, and how many lie below it.
+  // The level nearest to a place (the lower one if it is halfway), and how many levels are below
+  // it.
   BKCORE_INLINE V nearest(V place, Mask &number) const {
     V level = S::set(levels[0]);
     number = Mask{};
@@ -89,7 +89,7 @@ void round_channels_to_levels(const RoundChannels &r, Index first, Index count,
   }
 }
 
-// Within a share the sums over rows are taken in their order, whatever the threads.
+// Within a share, rows are summed in order, however many threads there are.
 void adjoint_to_levels(const RoundChannelsBackward &a, Index share,
                        RoundingKernels::Scratch scratch) {
   using S = LevelSearch::S;
@@ -99,7 +99,7 @@ void adjoint_to_levels(const RoundChannelsBackward &a, Index share,
   const Index first = share * kRowsPerShare, end = least(r.rows, first + kRowsPerShare);
   float *memory = static_cast<float *>(
       scratch((LevelSearch::size(r) + channels + S::width * count) * sizeof(float)));
-  // Neighbouring channels often have one level: each lane adds up by itself.
+  // Neighbouring channels often have the same level, so each lane has its own sums.
   float *dscale = memory + LevelSearch::size(r), *dlevels = dscale + channels;
   std::memset(dscale, 0, (channels + S::width * count) * sizeof(float));
   const LevelSearch search(r, memory);
@@ -174,7 +174,8 @@ void round_channels(const RoundChannels &r, Index first, Index count,
     const float *x = r.x + row * r.channels;
     float *out = r.out + row * r.channels;
     for (Index c = 0; c < r.channels; ++c) {
-      // Clamping first changes nothing, as the bounds are whole; then rounding cannot overflow.
+      // Clamping first changes nothing, because the bounds are integers; and then rounding cannot
+      // overflow.
       float q = x[c] / scale[c];
       q = q > low[c] ? q : low[c];
       q = q < high[c] ? q : high[c];
@@ -203,7 +204,7 @@ BKCORE_INLINE void each_group(const RoundWeight &w, Index row, Visit visit) {
   }
 }
 
-// The number of a code that is nearest to each ratio, and which ratios lie beyond all codes.
+// The value of the code nearest to each ratio, and which ratios are outside the range of the codes.
 template <int bits>
 BKCORE_INLINE Floats nearest_code(Floats ratio, Mask &outside) {
   using S = Simd<float>;

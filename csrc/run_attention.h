@@ -1,4 +1,4 @@
-// Resolvent attention, spread over threads: one chain a piece.
+// Resolvent attention, spread over threads, one chain per piece of work.
 #pragma once
 
 #include "isa.h"

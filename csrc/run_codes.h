@@ -13,7 +13,7 @@
 namespace bkcore {
 namespace {
 
-// Rows that share a panel, and the fewest products of codes that are worth a thread.
+// How many rows share a panel, and how many products of codes make a thread worthwhile.
 constexpr Index kRowsPerPanel = 384, kProductsPerThread = Index{1} << 18;
 // Rows that a thread rounds at a time.
 constexpr Index kRowsAtOnce = 64;
@@ -27,7 +27,7 @@ inline EncodedRows encoded_rows(const Product &p, Index words) {
 }
 
 inline void run_product(const Isa &isa, Index allowed, const Product &p) {
-  if (p.inputs == 0) {  // no group begins the sums
+  if (p.inputs == 0) {  // there is no group to start the sums
     std::fill_n(p.out, p.rows * p.outputs, 0.0F);
     return;
   }
@@ -66,7 +66,7 @@ inline void run_round_channels_backward(const Isa &isa, Index threads,
                [&](Index share) { kernel(a, share, scratch); });
 }
 
-// Calls a function with every row, the threads taking some at a time.
+// Calls a function for every row; each thread takes a few rows at a time.
 template <class Work>
 void each_row(Index rows, Index columns, Index threads, const Work &work) {
   threads = worthwhile_threads(rows * columns, threads);

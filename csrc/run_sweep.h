@@ -12,9 +12,10 @@
 namespace bkcore {
 namespace {
 
-// Lanes of one unit of work are whole cache lines, so that no two threads write to the same one.
+// The lanes of a unit of work fill whole cache lines, so that no two threads write to the same one.
 constexpr Index kLaneStep = 16;
-// Chains are cut into blocks if there are at most so many, and blocks have at least so many sites.
+// Chains are cut into blocks if there are at most kFewChains; blocks have at least kSitesPerBlock
+// sites.
 constexpr Index kFewChains = 8, kSitesPerBlock = 64, kBlocks = 1024;
 
 // Units of work. How they are cut changes no result: lanes do not depend on each other.
@@ -51,7 +52,7 @@ bool contiguous_lanes(const SweepBackward<T> &a) {
          a.denergy.lane == 1 && a.deta.lane == 1 && a.dhopping.lane == 1;
 }
 
-// Equal blocks of every chain but for the last, chosen from the shape alone.
+// The blocks of a chain, all equal except the last; they depend only on the shape.
 inline std::vector<Chain> blocks(Index batch, Index sites, Index lanes) {
   const Index wanted = std::min(kBlocks / (batch * lanes), sites / kSitesPerBlock);
   const Index length = ceil_divide(sites, wanted);
@@ -82,7 +83,8 @@ void sweep_in_blocks(const Kernels<T> &kernels, const Sweep<T> &s, bool two_side
   });
 }
 
-// An output that the caches cannot hold anyway is written past them. Aligned, whole lines only.
+// An output that does not fit into the caches is written past them, if it consists of whole,
+// aligned cache lines.
 template <class T>
 bool should_stream(const Strided<T> &out, Index numbers, Index cache_bytes) {
   constexpr Index kLine = 64 / sizeof(T);
@@ -91,7 +93,7 @@ bool should_stream(const Strided<T> &out, Index numbers, Index cache_bytes) {
   return out.lane == 1 && aligned && numbers * Index{sizeof(T)} > cache_bytes;
 }
 
-// Numbers that a sweep gives.
+// How many numbers a sweep returns.
 template <class T>
 Index numbers_of(const Sweep<T> &s) {
   return s.batch * s.sites * s.lanes * (s.source.data ? 4 : 2);

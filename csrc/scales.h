@@ -1,4 +1,4 @@
-// Scales and levels, which products of codes and roundings have in common.
+// Scales and levels, shared by products of codes and roundings.
 #pragma once
 
 #include <cstring>
@@ -10,12 +10,12 @@ namespace {
 
 constexpr float kSmallest = 1.17549435e-38f;  // normal number
 
-// What the codes -8 to 7 of a weight of 4 bits stand for (src/bkcore/kernels/int4_levels.py).
+// The values of the codes -8 to 7 of a 4-bit weight (src/bkcore/kernels/int4_levels.py).
 constexpr int kLevels = 16;
 alignas(16) constexpr std::int8_t kLevel[kLevels] = {-127, -102, -81, -63, -47, -34, -22, -11,
                                                      0,    12,   25,  40,  56,  75,  99,  127};
 
-// Codes of 4 bits to what they stand for.
+// Converts 4-bit codes to their values.
 BKCORE_INLINE void look_up(std::int8_t *codes, Index count) {
   Index k = 0;
 #ifdef BKCORE_VECTOR_CODES
@@ -40,7 +40,7 @@ Index round_up(Index a, Index b) { return (a + b - 1) / b * b; }
 
 // The scale of a row of activations, and the bits of its largest absolute value.
 BKCORE_INLINE float row_scale(const float *x, Index count, std::uint32_t &bits) {
-  // As integers absolute values have the order of the numbers, and NaN comes after infinity.
+  // Read as integers, absolute values keep their order, and NaN comes after infinity.
   bits = 0;
   for (Index i = 0; i < count; ++i) {
     std::uint32_t one;

@@ -1,9 +1,9 @@
 // One vector of lanes, for the instruction set that this file is compiled for.
 //
-// Simd<T>::V is a vector of `width` numbers; GCC and Clang give it the operators + - * / by
-// themselves. Every fused multiply-add is written down (contraction by the compiler is off), so
-// that a lane's result depends neither on its place in a vector nor on how lanes are split among
-// threads. Partial loads fill the missing lanes with zeros; what is computed there is never stored.
+// Simd<T>::V is a vector of `width` numbers; GCC and Clang provide the operators + - * / for it.
+// Every fused multiply-add is explicit (contraction by the compiler is off), so that the result of
+// a lane depends neither on its place in a vector nor on how lanes are split among threads. Partial
+// loads fill the missing lanes with zeros; what is computed there is never stored.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,7 @@ struct Simd<float> {
   static BKCORE_INLINE void stream(float *p, V x) { _mm512_stream_ps(p, x); }
   static BKCORE_INLINE V madd(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static BKCORE_INLINE float sum(V x) { return _mm512_reduce_add_ps(x); }
-  // Into [low, high]; NaN becomes low.
+  // Clamps to [low, high]; NaN becomes low.
   static BKCORE_INLINE V clamp(V x, V low, V high) {
     return _mm512_min_ps(_mm512_max_ps(x, low), high);
   }
@@ -58,15 +58,14 @@ struct Simd<float> {
     const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
   }
-  // Rounds x to the nearest integer, ties to even, and adds the whole number `zero`.
   // table[code + half] for codes from -half to half - 1.
   static BKCORE_INLINE V look_up(const float *table, const std::int8_t *p, int half) {
     const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
     const __m512i place = _mm512_add_epi32(_mm512_cvtepi8_epi32(codes), _mm512_set1_epi32(half));
     return at(table, place, half);
   }
-  // The 2 half bounds of a search, ascending and the last of them infinity. Of 256 every eighth is
-  // kept in registers, so that five of eight steps need no gather.
+  // The 2 * half bounds of a search, in ascending order, the last one infinity. If there are 256,
+  // every eighth is kept in registers, so that five of eight steps need no gather.
   struct Bounds {
     const float *table;
     int half;
@@ -82,7 +81,7 @@ struct Simd<float> {
     }
     return all;
   }
-  // How many of the bounds x is above; less half.
+  // How many of the bounds are below x, minus half.
   static BKCORE_INLINE void search(std::int8_t *p, V x, const Bounds &bounds) {
     const __m512i one = _mm512_set1_epi32(1);
     __m512i count = _mm512_setzero_si512();
@@ -109,6 +108,7 @@ struct Simd<float> {
     return half == 8 ? _mm512_permutexvar_ps(place, load(table))
                      : _mm512_i32gather_ps(place, table, sizeof(float));
   }
+  // Rounds x to the nearest integer, ties to even, and adds the integer `zero`.
   static BKCORE_INLINE void narrow(std::int8_t *p, V x, V zero) {
     const __m512i codes = _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_cvtps_epi32(zero));
     _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtepi32_epi8(codes));
@@ -136,7 +136,7 @@ struct Simd<double> {
 
 #else
 
-// Partial loads and stores by way of memory: one a row, at its ragged end.
+// Partial loads and stores through memory: one per row, at its ragged end.
 template <class T, class Vector, Index kWidth>
 struct SimdBase {
   using V = Vector;
@@ -307,7 +307,7 @@ struct Lanes {
   static BKCORE_INLINE V real_product(Complex a, Complex b) {
     return madd(a.re, b.re, -(a.im * b.im));
   }
-  // 1 / (x - i y), in the two real numbers that the recurrences are written in.
+  // 1 / (x - i y), in terms of the two real numbers that the recurrences use.
   static BKCORE_INLINE Complex invert(V x, V y) {
     const V inverse = set(1) / madd(x, x, y * y);
     return {x * inverse, y * inverse};

@@ -1,4 +1,4 @@
-// What the kernels and their caller agree on. Formulas, layout and derivation:
+// The interface between the kernels and their caller. Formulas, layout and derivation:
 // src/bkcore/kernels/ops/sweep.py.
 #pragma once
 
@@ -7,8 +7,8 @@
 
 namespace bkcore {
 
-// The most lanes of one unit: contiguous ones, whose state has to stay in the innermost caches, and
-// gathered ones.
+// The largest number of lanes of one unit of work: contiguous lanes, whose state has to stay in the
+// innermost caches, and gathered lanes.
 constexpr std::int64_t kMaxLanes = 1024, kGatheredLanes = 64;
 
 // A tensor (batch, sites, parts, lanes) by the address of its first element and its strides in
@@ -44,12 +44,12 @@ struct SweepCodes {
   std::uint8_t *out;                       // contiguous (batch, sites, parts, lanes)
   Strided<const float> in_scale, in_zero;  // part 0: v, part 1: source
   Strided<const float> out_scale, out_zero;
-  // Null, or 2^bits numbers a part that the codes stand for in place of -2^(bits-1), ...,
-  // ascending; and the numbers from which on the next code is nearer, the last of them infinity.
+  // Null, or 2^bits ascending levels for each part, the values of the codes -2^(bits-1), ...; and
+  // the bounds above which the next code is nearer, the last of them infinity.
   const float *in_levels, *out_bounds;
 };
 
-// A sweep without source whose potentials and outputs are rounded to what codes stand for.
+// A sweep without source whose potentials and outputs are rounded to the values of codes.
 struct SweepRounded {
   Sweep<float> sweep;
   std::int64_t bits, groups, group_size;  // neighbouring sites that share a scale
@@ -87,8 +87,8 @@ struct AttentionBackward {
   // denergy and deta: one partial sum a chain, (batch, heads).
 };
 
-// A piece of work: lanes of one batch element that are contiguous in memory, or some of all chains
-// (b, h), counted in that order, which are gathered.
+// A piece of work: contiguous lanes of one batch element, or gathered chains out of all chains (b,
+// h), numbered in that order.
 struct Unit {
   std::int64_t batch, first, count;
   bool gathered;
@@ -99,20 +99,21 @@ struct Chain {
   std::int64_t batch, lane, start, sites;
 };
 
-// What a block of a chain does to what enters it, and what does enter it (blocks.h).
+// How a block of a chain changes what enters it, and what does enter it (blocks.h).
 struct BlockEnds {
   double map[10], left[4], right[2];
 };
 
 template <class T>
 struct Kernels {
-  // Moves `state` (parts, lanes) of one batch element a site ahead in place; sweep.sites is 1.
+  // Advances `state` (parts, lanes) of one batch element by one site, in place; sweep.sites is 1.
   void (*sweep_step)(const Sweep<T> &, std::int64_t batch, T *state);
-  // Returns memory, aligned to cache lines, that is the calling thread's own until its next call.
+  // Returns memory, aligned to cache lines, that belongs to the calling thread until its next call.
   using Scratch = void *(*)(std::size_t bytes);
   void (*sweep)(const Sweep<T> &, bool two_sided, Unit, Scratch);
   void (*sweep_backward)(const SweepBackward<T> &, bool two_sided, Unit, Scratch);
-  // The three steps of a sweep over blocks: all blocks, then each chain's, then all again.
+  // The three steps of a sweep over blocks: every block, then the blocks of each chain, then every
+  // block again.
   void (*block_maps)(const Sweep<T> &, const Chain *blocks, std::int64_t count, BlockEnds *,
                      Scratch);
   void (*compose_blocks)(const Sweep<T> &, bool two_sided, const Chain *blocks, std::int64_t count,

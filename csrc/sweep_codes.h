@@ -1,5 +1,4 @@
-// Tiles whose potentials and sources come as integer codes and whose output leaves as such.
-//
+// Tiles whose potentials, sources and outputs are integer codes.
 // A code q stands for scale * (q - zero); a number x becomes clamp(round(x / scale) + zero), ties
 // to even, as in src/bkcore/quantization/affine.py. With levels, q stands for scale * (level of q -
 // zero), and x becomes the code of the level next to x / scale + zero. A tile is decoded, swept by
@@ -18,7 +17,7 @@ namespace bkcore {
 namespace {
 
 // round(x / scale) + zero within the range of codes, as an integer in float. low and high are the
-// range less the zero point, so that clamping comes first and rounding cannot leave the range.
+// range minus the zero point, so that it can clamp first, and rounding cannot leave the range.
 BKCORE_INLINE float code_of(float x, float scale, float low, float high, float zero) {
   float q = x / scale;
   q = q > low ? q : low;
@@ -26,13 +25,13 @@ BKCORE_INLINE float code_of(float x, float scale, float low, float high, float z
   return ((q + kRound) - kRound) + zero;
 }
 
-// How a row of output lanes is encoded; low and high are the range of codes less the zero point.
+// How a row of output lanes is encoded; low and high are the range of codes minus the zero point.
 struct EncoderRows {
   float *scale, *inverse, *zero, *low, *high;
 };
 
-// What codes stand for, or the bounds between them: 2 half numbers, or null for the codes
-// themselves.
+// The values of the codes, or the bounds between them: 2 * half numbers, or null if the codes
+// themselves are the values.
 struct Levels {
   const float *table;
   int half;
@@ -45,8 +44,9 @@ struct Levels {
   }
 };
 
-// `sites` rows of codes, one a byte, that share a row of scales and one of zero points. Lanes
-// outside, sites inside, so that a vector of lanes loads its scales once.
+// `sites` rows of codes, one per byte, that share a row of scales and a row of zero points. The
+// outer loop is over lanes and the inner one over sites, so that a vector of lanes loads its scales
+// once.
 BKCORE_INLINE void decode_bytes(Rows<const std::int8_t> codes, Index sites, Index count,
                                 const float *scale, const float *zero, const Levels &levels,
                                 Rows<float> out) {

@@ -1,11 +1,9 @@
-// The sweeps. This file is compiled once per instruction set, with BKCORE_ISA naming it.
-//
-// Everything but the table at the end lives in an unnamed namespace, and no header with inline
-// functions is included: the linker merges inline functions of equal name, and might keep a copy
-// with AVX-512 instructions for a processor that has none.
-//
-// A sweep goes along the sites, and at every site over a contiguous row of lanes: memory is read
-// and written in order, and a row of lanes is independent arithmetic in vectors.
+// The sweeps. This file is compiled once per instruction set, which BKCORE_ISA names.
+// Everything but the table at the end is in an unnamed namespace, and no header with inline
+// functions is included. The linker merges inline functions of the same name, and might keep a copy
+// with AVX-512 instructions for a processor that does not have them.
+// A sweep loops over the sites, and at every site over a contiguous row of lanes. So memory is read
+// and written in order, and the lanes of a row are independent, which suits vectors.
 
 #include "attention.h"
 #include "blocks.h"
@@ -25,7 +23,7 @@ namespace {
 template <class T>
 using Scratch = typename Kernels<T>::Scratch;
 
-// The chains first, first + 1, ... of all, counted through batch and lanes.
+// The chains first, first + 1, ... of all chains, numbered by batch and lane.
 template <class T>
 void list_chains(const Sweep<T> &s, Unit unit, Chain *chains) {
   for (Index l = 0; l < unit.count; ++l) {

@@ -1,11 +1,10 @@
-// Gathered tiles whose potentials and outputs are rounded to what their codes stand for.
-//
-// Float tensors in and out, as a simulation of integer storage wants them: a number x becomes
-// scale * (round(x / scale) clamped to the range of codes less the zero point), or with levels
-// scale * (level - zero) of the level next to x / scale + zero; NaN stays NaN. Potentials are
-// rounded after they are gathered and outputs before they are scattered, both within the caches:
-// bit for bit what rounding, sweeping and rounding whole tensors give, without going through memory
-// three times.
+// Gathered tiles whose potentials and outputs are rounded to the values of their codes.
+// Float tensors go in and out, to simulate integer storage. A number x becomes scale * (round(x /
+// scale) clamped to the range of codes minus the zero point). With levels it becomes scale * (level
+// - zero), where level is the one nearest to x / scale + zero. NaN stays NaN. Potentials are
+// rounded after they are gathered and outputs before they are scattered, both within the caches.
+// The result equals, bit for bit, that of rounding, sweeping and rounding whole tensors, without
+// going through memory three times.
 #pragma once
 
 #include "gather.h"
@@ -26,7 +25,7 @@ BKCORE_INLINE float rounded(float x, const Grid &grid) {
   return grid.scale * (grid.levels.of(grid.bounds.nearest(x / grid.scale + grid.zero)) - grid.zero);
 }
 
-// Lanes outside, rows inside, so that nothing is set up again for each row.
+// The outer loop is over lanes, so that nothing is set up again for each row.
 BKCORE_INLINE void round_rows(Rows<float> rows, Index sites, Index count, const Grid &grid) {
   Index h = 0;
 #ifdef BKCORE_VECTOR_CODES

@@ -1,4 +1,4 @@
-// Work spread over threads, and memory that belongs to one.
+// Work spread over threads, and memory that belongs to one thread.
 #pragma once
 
 #include <algorithm>
@@ -30,8 +30,8 @@ inline Index worthwhile_threads(Index elements, Index allowed, Index each = kEle
 #endif
 }
 
-// Calls work(i) for i in [0, count), the threads taking turns. What one of them throws, such as for
-// want of memory, is thrown here: no exception may leave a parallel region.
+// Calls work(i) for i in [0, count); the threads take turns. If a call throws, for example because
+// memory runs out, the exception is thrown again here: none may leave a parallel region.
 template <class Work>
 void parallel_for(Index count, Index threads, const Work &work) {
 #ifdef _OPENMP
@@ -64,13 +64,13 @@ inline void *aligned(std::vector<std::byte> &memory, std::size_t bytes) {
   const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
   std::byte *const start = memory.data() + (kLine - address % kLine) % kLine;
 #if defined(__SANITIZE_ADDRESS__)
-  // What a larger call before this one left behind it may not touch.
+  // This call may not touch what an earlier, larger call left behind.
   ASAN_POISON_MEMORY_REGION(start + bytes, memory.data() + memory.size() - (start + bytes));
 #endif
   return start;
 }
 
-// Memory of the calling thread, its own until its next call.
+// Memory that belongs to the calling thread until its next call.
 inline void *scratch(std::size_t bytes) {
   static thread_local std::vector<std::byte> memory;
   return aligned(memory, bytes);

@@ -1,7 +1,6 @@
-// A tile: some consecutive sites of some lanes, all its rows contiguous over the lanes.
-//
-// The sweeps go tile by tile and know nothing of where the rows come from: from the tensors
-// themselves (DirectTiles), or from a copy with the lanes moved last (gather.h).
+// A tile: some consecutive sites of some lanes; each of its rows is contiguous over the lanes.
+// The sweeps go tile by tile and do not know where the rows come from: from the tensors themselves
+// (DirectTiles), or from a copy with the lanes moved last (gather.h).
 #pragma once
 
 #include "simd.h"
@@ -24,7 +23,7 @@ struct Rows {
 template <class T>
 struct Tile {
   Index sites, width;
-  bool starts, ends;  // is the first (last) site the chain's own?
+  bool starts, ends;  // is the first (last) site that of the chain?
   bool stream;
   Rows<const T> v, source, energy, eta;
   Rows<const T> hopping;  // row k couples site k - 1 of this tile with site k
@@ -46,9 +45,9 @@ struct Tile {
   }
 };
 
-// From one row of scratch memory to the next. Processors compare addresses modulo 4 KiB first: at
-// powers of two a row's vectors meet those of the other rows at the same lanes or not at all, and
-// no load waits for a store of the vector before.
+// The distance from one row of scratch memory to the next. Processors first compare addresses
+// modulo 4 KiB. With a power of two, a vector can only collide with vectors of other rows at the
+// same lanes, so no load waits for a store of the previous vector.
 BKCORE_INLINE Index row_pitch(Index width) {
   Index pitch = 16;
   while (pitch < width) pitch *= 2;
@@ -80,7 +79,7 @@ class DirectTiles {
 
   Index sites() const { return sweep_.sites; }
   Index width() const { return unit_.count; }
-  // How many sites a tile should have, if as many as `preferred` suit the sweep.
+  // How many sites a tile should have, if the sweep prefers `preferred`.
   Index length(Index preferred) const { return preferred; }
 
   Tile<T> load(Index from, Index to) const {
@@ -108,10 +107,10 @@ class DirectTiles {
     }
     return tile;
   }
-  // The tile was computed, and its rows are where they belong.
+  // Called when a tile is computed; here its rows are already where they belong.
   void done(const Tile<T> &, Index) const {}
 
-  // Adds a chunk's sum of a parameter that all sites share.
+  // Adds the sum over a chunk to the gradient of a parameter that all sites share.
   void add(const Strided<T> &total, const T *sum) const {
     T *row = total.data + unit_.batch * total.batch + unit_.first;
     for (Index h = 0; h < unit_.count; ++h) row[h] += sum[h];

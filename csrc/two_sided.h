@@ -1,8 +1,9 @@
 // The two-sided diagonal G_ii = 1 / (A_i - t_{i-1}^2 g_{i-1} - t_i^2 r_{i+1}) and its adjoint.
 //
-// Both need what a sweep to the right leaves at every site while they sweep to the left. All of it
-// would be twice the size of the output and go through memory, so the sweep to the right keeps its
-// state at the start of each tile only, and is repeated tile by tile in the cache.
+// While they sweep to the left, both need the results of a sweep to the right at every site.
+// Keeping all of them would take twice the size of the output and go through memory. So the sweep
+// to the right keeps only its state at the start of each tile, and is repeated tile by tile in the
+// cache.
 #pragma once
 
 #include "causal.h"
@@ -61,7 +62,8 @@ void meet_tile(const Tile<T> &tile, const RowStore<T> &left, RightState<T> &stat
   }
 }
 
-// The tile with its output turned to the store's rows 2, 3, 4, ...; rows 0, 1 are the state before.
+// The tile with its output redirected to rows 2, 3, 4, ... of the store; rows 0 and 1 are the state
+// before it.
 template <class T>
 Tile<T> into_store(Tile<T> tile, const RowStore<T> &left) {
   tile.parts = {left[2], left[2] - left[0]};
@@ -70,8 +72,8 @@ Tile<T> into_store(Tile<T> tile, const RowStore<T> &left) {
   return tile;
 }
 
-// The sweep to the right over every tile but the last, which nobody will repeat; what it holds at
-// the start of each tile goes to `checkpoints`, kRows rows a tile.
+// The sweep to the right over every tile but the last, whose end is not needed. Its state at the
+// start of each tile goes to `checkpoints`, kRows rows per tile.
 template <class T, int kRows, class Tiles, class Advance>
 void checkpoint(Tiles &tiles, Index length, State<T, kRows> &state, const RowStore<T> &checkpoints,
                 const Advance &advance) {
@@ -98,7 +100,7 @@ void two_sided(Tiles &tiles, State<T, 2> &state, RightState<T> &right, Index len
       std::memcpy(left[r], state[r], width * sizeof(T));
     }
     Tile<T> repeated = into_store(tile, left);
-    repeated.sites -= 1;  // the last site's own g meets nothing
+    repeated.sites -= 1;  // the g of the last site is not needed
     repeated.ends = false;
     if (repeated.sites)
       tile.stream ? sweep_tile<T, Output::kKept, true>(repeated, state[0], state[1])
@@ -121,7 +123,7 @@ std::size_t two_sided_bytes(Index sites, Index width, Index length) {
 template <class T>
 using ReachState = State<T, 4>;
 
-// Before a site: rows 0, 1 hold g_{i-1}, rows 2, 3 hold S_i. Moves to the site after it.
+// At site i, rows 0 and 1 hold g_{i-1}, and rows 2 and 3 hold S_i. Moves on to the next site.
 template <class T, bool kPrefetch>
 BKCORE_INLINE void reach_row(const Tile<T> &tile, Index k, const T *const from[4], T *const to[4]) {
   using L = Lanes<T>;

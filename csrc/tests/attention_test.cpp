@@ -13,13 +13,13 @@ struct Shape {
   Index batch, sites, heads, keys, values;
 };
 
-// What one chain reads and gives, in the order of the operator's tensors.
+// The inputs and outputs of one chain, in the order of the operator's tensors.
 struct ChainOfMatrices {
   Index keys, values;
   std::vector<Dual> v, hopping, query, key, value, first_psi;
   Dual energy, eta, first_g;
 
-  // g and the read values of every site, then the last psi.
+  // g and the output of every site, then the last psi.
   std::vector<Dual> outputs() const {
     std::vector<Dual> out, psi = first_psi;
     Dual g = first_g;
@@ -166,11 +166,11 @@ struct AttentionResults {
   }
 };
 
-// What the results should be, in their places.
+// The expected results, each in its place.
 template <class T>
 struct ExpectedAttention {
   std::vector<double> forward, backward;
-  // The largest of what is given, and of the states on the way.
+  // The largest inputs and intermediate states.
   double largest = 1, cotangent = 1, input = 1, hop = 1;
 
   explicit ExpectedAttention(const AttentionProblem<T> &p) {

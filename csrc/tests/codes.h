@@ -21,7 +21,7 @@ struct Codes {
     return levels.empty() ? static_cast<float>(code) : levels[code + half()];
   }
   float decode(int code) const { return scale * (level(code) - zero); }
-  // Ties go to even codes, or to the lower level; NaN has the lowest code.
+  // Ties go to even codes, or to the lower level; NaN gets the lowest code.
   int encode(float x) const {
     if (x != x) return -half();
     if (levels.empty()) {
@@ -37,7 +37,7 @@ struct Codes {
   float round(float x) const { return x == x ? decode(encode(x)) : x; }
 };
 
-// Ascending levels, uneven, for each of so many parts; all of them in one row.
+// Ascending, unevenly spaced levels for each of several parts, all in one row.
 inline std::vector<float> uneven_levels(Random &random, Index parts, Index bits) {
   std::vector<float> all;
   for (Index part = 0; part < parts; ++part) {

@@ -1,10 +1,9 @@
-// Calls random operators with random sizes, strides and numbers, within what arguments.h lets pass.
-// What counts is that nothing is read or written beyond a tensor: every one lies in memory of its
-// own size, and AddressSanitizer or a page that nobody may touch ends the program.
-//
+// Calls random operators with random sizes, strides and numbers that arguments.h accepts. Nothing
+// may be read or written beyond a tensor. Every tensor is in memory of exactly its size, and if a
+// kernel goes beyond it, AddressSanitizer or a guard page ends the program.
 //     fuzz [rounds [seed]]
 //
-// Round r of seed s is round 0 of seed s + r, so that what failed can be repeated alone.
+// Round r of seed s is round 0 of seed s + r, so that a round that failed can be repeated alone.
 
 #include <csignal>
 #include <cstdio>
@@ -55,7 +54,7 @@ class Fuzzer {
     return options[integer(0, static_cast<Index>(std::size(options)) - 1)];
   }
 
-  // Around the widths of vectors and what is done at once, often; 0 now and then.
+  // Often near the width of a vector or of a block; sometimes 0.
   Index size(Index most) {
     static constexpr Index kEdges[] = {0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 130};
     const Index edge = one_of(kEdges);
@@ -96,7 +95,7 @@ class Fuzzer {
       return static_cast<T>(integer(std::numeric_limits<T>::min(), std::numeric_limits<T>::max()));
   }
 
-  // Address of a contiguous tensor; of random numbers, which outputs overwrite.
+  // The address of a contiguous tensor of random numbers; outputs overwrite them.
   template <class T>
   T *buffer(Index count) {
     const auto x = Buffer<T>::of(count, [&] { return any<T>(); }, place());
@@ -114,7 +113,7 @@ class Fuzzer {
         all[i] = 0.01F + std::min(1.0F, std::abs(i % 2 ? all[i] : 0.1F));
     return all;
   }
-  // Whole numbers that are codes of so many bits.
+  // Integers that are codes of this many bits.
   float *zeros(Index count, Index bits) {
     const Index half = Index{1} << (bits - 1);
     return keep(Buffer<float>::of(count, [&] { return integer(-half, half - 1); }, place()));
@@ -367,7 +366,7 @@ class Fuzzer {
 }  // namespace
 }  // namespace bkcore
 
-// So that whatever ends the program does it by SIGABRT.
+// So that every failure ends the program with SIGABRT.
 extern "C" const char *__asan_default_options() { return "abort_on_error=1"; }
 extern "C" const char *__ubsan_default_options() { return "abort_on_error=1:print_stacktrace=1"; }
 

@@ -1,4 +1,5 @@
-// Memory of exactly its size for the tensors of tests, where reading or writing beyond is noticed.
+// Memory of exactly the right size for the tensors of tests, in which access beyond a tensor is
+// noticed.
 #pragma once
 
 #include <sys/mman.h>
@@ -17,12 +18,11 @@ namespace bkcore {
 namespace {
 
 using Index = std::int64_t;
-// Of batch, sites, parts and lanes.
+// Batch, sites, parts and lanes.
 using Sizes = std::array<Index, 4>;
 
-// The first three rely on AddressSanitizer, which does not see what masked loads and gathers touch:
-// kLine begins a cache line, kOffLine does not. The others lie against a page that nobody may
-// touch.
+// The first three rely on AddressSanitizer, which does not check masked loads and gathers; kLine
+// starts at a cache line, kOffLine does not. The others are next to a guard page.
 enum class Place { kHeap, kLine, kOffLine, kBeforePage, kAfterPage };
 
 inline std::shared_ptr<void> allocate(std::size_t bytes, Place place) {

@@ -1,5 +1,5 @@
-// Products of codes against sums in int64, in the order of roundings that product.h names: the same
-// bits on every instruction set.
+// Products of codes against sums in int64, with roundings in the order that product.h names. All
+// instruction sets must give the same bits.
 
 #include "codes.h"
 #include "run_codes.h"
@@ -99,7 +99,7 @@ TEST_CASE("threads and many rows change no bit of a product") {
   }
 }
 
-// A group of as many inputs as bkcore.kernels.product lets one have, of the largest codes.
+// A group with the most inputs that bkcore.kernels.product allows, all with the largest codes.
 TEST_CASE("the largest sums are exact") {
   const Index inputs = ((Index{1} << 31) - 1) / (128 * 127);
   for (const Index rows : {1, 5})

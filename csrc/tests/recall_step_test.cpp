@@ -1,4 +1,4 @@
-// One site of resolvent attention with what goes around it, against the formulas in double.
+// One site of resolvent attention with everything around it, against the formulas in double.
 
 #include "recall_step.h"
 
@@ -21,7 +21,7 @@ struct RecallProblem {
   Index bits;
   Rounding rounding;
   Buffer<float> gate, barrier, query, key, value, rate, height, eta, weight, g, psi;
-  // Of the seven parts: groups of two channels.
+  // For the seven parts: groups of two channels.
   std::vector<Buffer<std::uint16_t>> scale;
   std::vector<Buffer<std::int8_t>> zero;
   std::vector<std::vector<float>> levels;
@@ -69,7 +69,7 @@ struct RecallProblem {
                      data_or_null(levels[n]), nullptr});
     return all;
   }
-  // What a part becomes, one number at a time.
+  // Rounds a part, one number at a time.
   Buffer<float> rounded(std::size_t part, const Buffer<float> &x) const {
     const Buffer<float> out(x.size());
     for (Index i = 0; i < x.size(); ++i) {
@@ -174,7 +174,7 @@ TEST_CASE("a rounded recall step is one of rounded inputs, its outputs rounded")
         q.value = p.rounded(4, p.value);
         const Index width = shape.heads * shape.values;
         for_isas([&](const Isa &isa) {
-          // One of the three that features are made of at a time.
+          // One of the three terms of the features at a time.
           for (Index part = 0; part < 3; ++part) {
             for (Index i = 0; i < 3 * width; ++i) p.weight[i] = i / width == part ? 1 : 0;
             q.weight = p.weight;

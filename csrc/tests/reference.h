@@ -1,5 +1,5 @@
-// The operators in plain complex numbers, as a textbook writes them down, and their derivatives
-// by dual numbers: every number carries its derivative along one direction.
+// The operators in plain complex numbers, as in a textbook, and their derivatives by dual numbers:
+// every number carries its derivative along one direction.
 #pragma once
 
 #include <complex>
@@ -63,7 +63,7 @@ inline std::vector<Dual> two_sided_chain(const ChainInput &in) {
   return out;
 }
 
-// The derivative of sum_i Re(conj(cotangent_i) output_i) along the direction that the slopes say.
+// The derivative of sum_i Re(conj(cotangent_i) output_i) along the direction given by the slopes.
 inline double slope_of_loss(const std::vector<Dual> &outputs,
                             const std::vector<Complex> &cotangents) {
   double sum = 0;
@@ -72,7 +72,7 @@ inline double slope_of_loss(const std::vector<Dual> &outputs,
   return sum;
 }
 
-// The derivative of the loss by one number, which is put back.
+// The derivative of the loss with respect to one number, which is restored afterwards.
 template <class Outputs>
 double derivative(Dual &by, const std::vector<Complex> &cotangents, const Outputs &outputs) {
   by.slope = 1;

@@ -1,5 +1,5 @@
-// Rounding of channels and its derivative against one number at a time in plain float: the same
-// bits on every instruction set.
+// Rounding of channels and its derivative, against plain float arithmetic one number at a time. All
+// instruction sets must give the same bits.
 
 #include "codes.h"
 #include "run_codes.h"
@@ -24,7 +24,7 @@ struct ChannelsProblem {
     Random random(7);
     const double half = 1 << (bits - 1);
     const Place place = Place::kBeforePage;
-    // Now and then beyond all codes.
+    // Sometimes outside the range of the codes.
     x = Buffer<float>::of(rows * channels, [&] { return 1.5 * random.normal(); }, place);
     grad = Buffer<float>::of(rows * channels, [&] { return random.normal(); }, place);
     scale = Buffer<std::uint16_t>::of(
@@ -66,8 +66,8 @@ struct ChannelGradients {
 
   static Index shares(const ChannelsProblem &p) { return groups_of(p.rows, kRowsPerShare); }
 
-  // One row after the other; `terms` gets the sum of the sizes of what a number of dlevels adds up,
-  // the largest of these.
+  // One row after the other. Every element of dlevels is a sum; `terms` gets the largest sum of the
+  // absolute values of its terms.
   static ChannelGradients expected(const ChannelsProblem &p, double &terms) {
     ChannelGradients d(p);
     std::vector<double> dlevels(d.dlevels.size()), sizes(d.dlevels.size());
@@ -82,7 +82,7 @@ struct ChannelGradients {
         const bool outside = place < low || place > high;
         const int code = codes.encode(p.x[at]);
         const float level = place != place && p.levels.empty() ? place : codes.level(code);
-        // With levels the zero point is in the place already.
+        // With levels the place already includes the zero point.
         const float inside = p.levels.empty() ? ratio : place - codes.zero;
         d.dx[at] = outside ? 0 : grad;
         d.dscale[share * p.channels + c] += grad * (level - codes.zero - (outside ? 0 : inside));
@@ -120,7 +120,8 @@ TEST_CASE("channels of all sizes and groups") {
               const ChannelGradients got(isa, p, 1);
               CHECK(distance(got.dx, d.dx) == 0);
               CHECK(distance(got.dscale, d.dscale) == 0);
-              // A sum of n terms in any order: n u times their sizes (Higham 2002, 4.4).
+              // A sum of n terms in any order has an error of n u times their absolute sum (Higham
+              // 2002, 4.4).
               const double count = static_cast<double>(kRowsPerShare * channels);
               CHECK(distance(got.dlevels, d.dlevels) <= count * kUnit<float> * terms);
             });

@@ -1,4 +1,5 @@
-// Rounding of rows to INT8 and back against plain float: the same bits on every instruction set.
+// Rounding of rows to INT8 and back, against plain float. All instruction sets must give the same
+// bits.
 
 #include "run_codes.h"
 #include "support.h"

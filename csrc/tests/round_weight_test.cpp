@@ -1,5 +1,5 @@
-// Rounding of a weight and its derivative against one number at a time in plain float: the same
-// bits on every instruction set.
+// Rounding of a weight and its derivative, against plain float arithmetic one number at a time. All
+// instruction sets must give the same bits.
 
 #include "run_codes.h"
 #include "support.h"
@@ -23,7 +23,7 @@ struct WeightProblem {
         groups(groups_of(columns, group_size)) {
     Random random(9);
     const Place place = Place::kBeforePage;
-    // Now and then beyond all codes.
+    // Sometimes outside the range of the codes.
     weight = Buffer<float>::of(rows * columns, [&] { return random.normal(); }, place);
     grad = Buffer<float>::of(rows * columns, [&] { return random.normal(); }, place);
     scale = Buffer<std::uint16_t>::of(
@@ -36,7 +36,7 @@ struct WeightProblem {
     return from_bits(scale[at / columns * groups + at % columns / group_size]);
   }
 
-  // What stands for a ratio, and whether it lies beyond all of that.
+  // The value to which a ratio is rounded, and whether the ratio is outside the range of the codes.
   float nearest(float ratio, bool &outside) const {
     if (bits == 8) {
       const float code = std::nearbyint(ratio);
@@ -65,7 +65,8 @@ struct WeightResults {
                               dscale.data());
   }
 
-  // `terms` gets the sum of the sizes of what dscale adds up, at most.
+  // Every element of dscale is a sum; `terms` gets the largest sum of the absolute values of its
+  // terms.
   static WeightResults expected(const WeightProblem &p, double &terms) {
     WeightResults r(p);
     std::vector<double> sums(r.dscale.size()), sizes(r.dscale.size());
@@ -106,7 +107,8 @@ TEST_CASE("weights of all sizes and groups") {
             CHECK(same_bits(got.codes, want.codes));
             CHECK(distance(got.values, want.values) == 0);
             CHECK(distance(got.dweight, want.dweight) == 0);
-            // A sum of n terms in any order: n u times their sizes (Higham 2002, 4.4).
+            // A sum of n terms in any order has an error of n u times their absolute sum (Higham
+            // 2002, 4.4).
             const double count = static_cast<double>(p.group_size);
             CHECK(distance(got.dscale, want.dscale) <= count * kUnit<float> * terms);
           });

@@ -52,8 +52,8 @@ void for_isas(const Work &work) {
 // has none to fuse.
 inline bool fuses(const Isa &isa) { return isa.name != "baseline"; }
 
-// The largest distance of two rows of numbers; infinite unless NaN meets NaN and equals meet where
-// one is infinite.
+// The largest difference between two rows of numbers. It is infinite if NaN or infinity is in one
+// row and not in the same place of the other.
 template <class Got, class Want>
 double distance(const Got &got, const Want &want) {
   REQUIRE(got.size() == want.size());
@@ -68,7 +68,7 @@ double distance(const Got &got, const Want &want) {
   return worst;
 }
 
-// Whether two rows of numbers are equal to the bit, but for which NaN a NaN is.
+// Whether two rows of numbers are equal to the bit; any NaN equals any NaN.
 template <class T>
 bool same_bits(const Buffer<T> &a, const Buffer<T> &b) {
   if (a.size() != b.size()) return false;
@@ -77,7 +77,7 @@ bool same_bits(const Buffer<T> &a, const Buffer<T> &b) {
   return true;
 }
 
-// The 16 bits of the bfloat16 next to x, towards 0.
+// The 16 bits of x as bfloat16, rounded towards 0.
 inline std::uint16_t bfloat16(float x) {
   std::uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -94,7 +94,7 @@ inline Index groups_of(Index size, Index group_size) {
   return (size + group_size - 1) / group_size;
 }
 
-// Codes of one row, which are one or two a byte, the even one low.
+// Codes of one row, one or two per byte, the even one in the low half.
 inline int code_at(const std::uint8_t *row, Index i, Index bits) {
   if (bits == 8) return static_cast<std::int8_t>(row[i]);
   const int nibble = row[i / 2] >> (i % 2 * 4) & 0xF;

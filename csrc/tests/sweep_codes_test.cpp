@@ -1,4 +1,4 @@
-// The sweep from codes to codes is, bit for bit, decoding, the float sweep and encoding.
+// The sweep from codes to codes equals, bit for bit, decoding, the float sweep and encoding.
 
 #include "codes.h"
 #include "run_sweep.h"

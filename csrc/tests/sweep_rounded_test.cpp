@@ -1,4 +1,4 @@
-// The rounded sweep is, bit for bit, rounding, the float sweep and rounding.
+// The rounded sweep equals, bit for bit, rounding, the float sweep and rounding.
 
 #include "codes.h"
 #include "run_sweep.h"

@@ -1,4 +1,4 @@
-// One site at a time gives what the textbook recurrence and the sweep give.
+// One site at a time gives the same as the textbook recurrence and the sweep.
 
 #include "reference.h"
 #include "run_sweep.h"

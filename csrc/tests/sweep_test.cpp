@@ -140,13 +140,12 @@ Results<T> run(const Isa &isa, const Problem<T> &p, const Layout &layout, Index 
   return to;
 }
 
-// What `Results::all` should be, and how far from it round-off may take each.
-//
-// Rounding in a site is a change of its diagonal by at most 8 u A, with A = |v| + |E| + eta + 2 t^2
-// / eta the size of what is added up there. By Ward's identity such a change moves an entry of the
-// resolvent by at most A / eta^2 times 8 u, and psi by that times |b|. Each derivative is a sum of
-// at most N terms, products of the cotangent and at most four such entries (1 / eta each) and a
-// hopping.
+// The expected `Results::all`, and how far round-off may take each number from it.
+// The roundings at a site amount to a change of its diagonal by at most 8 u A, where A = |v| + |E|
+// + eta + 2 t^2 / eta is the size of what is added up there. By Ward's identity such a change moves
+// an entry of the resolvent by at most A / eta^2 times 8 u, and psi by that times |b|. Each
+// derivative is a sum of at most N terms. A term is the product of the cotangent, at most four such
+// entries (1 / eta each) and a hopping.
 template <class T>
 struct Expected {
   std::vector<double> forward, backward;
@@ -177,7 +176,7 @@ struct Expected {
           const std::size_t before = into->size();
           const double sum = each(*inputs, *into);
           if (p.per_site) {
-            if (inputs->empty()) into->push_back(0);  // one site has no bond, and dhopping one row
+            if (inputs->empty()) into->push_back(0);  // no bond, but dhopping has a row
           } else {
             into->resize(before);
             into->push_back(sum);
@@ -250,7 +249,7 @@ TEST_CASE_TEMPLATE("sums over sites may lie apart, whatever the rest does", T, f
       for_isas([&](const Isa &isa) {
         const Results<T> apart(p, kLayouts[0], kLayouts[3], Place::kHeap);
         run(isa, p, apart, 1, kNoStream);
-        // Gathered or not, the same numbers are added up, but not by the same vectors.
+        // Gathered or not, the same numbers are added, but in different vectors.
         const double size = static_cast<double>(9 * p.parts());
         CHECK(distance(apart.all(), run(isa, p, kLayouts[0]).all()) <= 1e3 * kUnit<T> * size);
       });
@@ -293,7 +292,7 @@ TEST_CASE_TEMPLATE("threads and streaming change no bit", T, float, double) {
     }
 }
 
-// Memory that is streamed to has to be aligned, that of every output.
+// For streaming, the memory of every output has to be aligned.
 TEST_CASE_TEMPLATE("a gradient that is not aligned is not streamed to", T, float, double) {
   const Problem<T> p({1, 40, 64}, Form::kSource, false, kLayouts[0]);
   for_isas([&](const Isa &isa) {

@@ -1,4 +1,4 @@
-// What a thread throws arrives at the caller.
+// An exception in a thread reaches the caller.
 
 #include "threads.h"
 
