@@ -21,7 +21,7 @@ FIGURES = {"tutorials/disordered-chain.md": ("disordered-chain.svg",)}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what is made at build time and lies in no folder."""
+    """Add the files that are generated at build time."""
     for uri, content in {"reference/commands.md": commands(), **figures()}.items():
         files.append(File.generated(config, uri, content=content))
     for uri, path in mathjax().items():
@@ -39,7 +39,7 @@ def commands() -> str:
 
 
 def figures() -> dict[str, bytes]:
-    """The figures that the code blocks of tutorials draw, by where they belong."""
+    """The figures that the code blocks of tutorials draw, by their path in the site."""
     drawn = {}
     for page, names in FIGURES.items():
         with tempfile.TemporaryDirectory() as folder:

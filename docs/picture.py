@@ -1,4 +1,4 @@
-"""The picture on the first screen of the README, drawn from `docs/data`; `make tables` draws it."""
+"""The figure at the top of the README; `make tables` draws it from `docs/data`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ACCENT = "#1f6f8b"
 
 
 def quality(axes: plt.Axes) -> None:
-    """Perplexity against bytes of the shipped model."""
+    """Perplexity of the shipped model against its size in bytes."""
     rows = {label: data(f"evaluate/{name}") for name, label in SIZES.items()}
     float16 = data("evaluate/float16")["bytes"] / 1e6
     axes.plot([FLOAT32_MEGABYTES, float16], [0, 0], "o", color="#5b5b5b")
@@ -55,7 +55,7 @@ def quality(axes: plt.Axes) -> None:
 
 
 def speed(axes: plt.Axes) -> None:
-    """How many times as fast as models of equal size that people know, all in INT8."""
+    """Speed relative to well-known models of equal size, all in INT8."""
     results = data("inference")["results"]
     ratios = {(row["name"], row["baseline"]): row["ratio"] for row in results}
     width = 0.38

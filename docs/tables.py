@@ -1,10 +1,12 @@
-"""The tables of measurements on the pages, made from `docs/data`. Nothing here is typed in twice.
+"""The tables of measurements on the pages, made from `docs/data`, so that no figure is typed twice.
+
+This command writes them again, between `<!-- table: NAME -->` and `<!-- end of table -->`:
 
     make tables
 
-writes them again, between `<!-- table: NAME -->` and `<!-- end of table -->`. A file of `docs/data`
-holds what a command wrote with `--json`. The ones that are marked `"transcribed": true` were copied
-from older pages, with as many digits as these had; a new run of their `command` replaces them.
+A file in `docs/data` holds what a command wrote with `--json`. Files with `"transcribed": true`
+were copied from older pages, with as many digits as those had. A new run of their `command`
+replaces them.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def data(name: str) -> Any:
 
 
 def with_tables(text: str) -> str:
-    """The text of a page, every marked table made anew."""
+    """The text of a page, with every marked table generated again."""
     return MARKED.sub(lambda found: f"{found[1]} -->\n\n{TABLES[found[1]]()}\n", text)
 
 
@@ -37,17 +39,17 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1
 
 
 def shown(value: float | None, form: str, scale: float = 1.0) -> str:
-    """A number, or nothing where none was measured."""
+    """A number, or nothing if none was measured."""
     return "" if value is None else format(value * scale, form)
 
 
 def times(ratio: float) -> str:
-    """How many times: two digits after the point below 1, one above."""
+    """A ratio: with two decimals below 1, with one from 1 on."""
     return f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}"
 
 
 def code(name: str) -> str:
-    """A mode as code; what is no name of one as it is."""
+    """The name of a mode as code; any other text unchanged."""
     return f"`{name}`" if "_" in name else name
 
 
@@ -64,7 +66,7 @@ def change(row: dict[str, Any], key: str = "delta_pct", digits: int = 2) -> list
 
 
 def plain(name: str) -> str:
-    """A table of a script that is not kept, or of a block of code on the page."""
+    """A table from a script that was not kept, or from a code block on the page."""
     table = data(name)
     return markdown(table["columns"], table["rows"])
 
@@ -121,7 +123,7 @@ def synthetic() -> str:
 
 
 def inference(wanted: str) -> list[dict[str, Any]]:
-    """The rows of `bkcore bench inference` whose names begin so."""
+    """The rows of `bkcore bench inference` whose names begin with `wanted`."""
     return [row for row in data("inference")["results"] if row["name"].startswith(wanted)]
 
 
@@ -243,7 +245,7 @@ def shipped() -> dict[str, Any]:
 
 
 def smaller(row: dict[str, Any]) -> str:
-    """How many times smaller than the shipped model's parameters in float32."""
+    """How many times smaller than the parameters of the shipped model in float32."""
     return f"{4 * shipped()['parameters'] / row['bytes']:.1f}x"
 
 
@@ -359,7 +361,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def main() -> None:
-    """Write the tables of all pages again."""
+    """Update the tables of all pages."""
     for page in pages():
         text = page.read_text()
         new = with_tables(text)

@@ -2,8 +2,9 @@
 
 Run:  python examples/quantized_birman_schwinger_demo.py
 
-The core maps N potentials v to the diagonal of (H - z)^-1, H the discrete Laplacian plus diag(v).
-Calibration and test potentials are drawn apart; errors are mean |error| over mean |value|.
+The core maps N potentials v to the diagonal of (H - z)^-1, where H is the discrete Laplacian plus
+diag(v). Calibration and test potentials are drawn separately. Errors are mean |error| over mean
+|value|.
 """
 
 import torch
@@ -35,7 +36,7 @@ def train_step_sizes(model, batches: list[torch.Tensor]) -> None:
 
 
 def main() -> None:
-    """Print a table, a line per mode."""
+    """Print a table with a line for each mode."""
     table = Table("mode", "bits", "Re G error", "Im G error", "SNR", "smaller", "state")
     for mode in MODES:
         model = create_quantized_birman_schwinger(n_seq=N_SEQ, mode=mode, group_size=128)

@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests share."""
+"""Fixtures and settings that several folders of tests share."""
 
 import os
 from pathlib import Path
@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Triton's kernels are tested in its interpreter where there is no GPU. It has to know before
-# anything imports it.
+# Without a GPU, the Triton kernels are tested in Triton's interpreter. This must be set before
+# anything imports Triton.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # How long an example takes says more about the machine than about the code. In CI the examples are
-# the same every time, so that a change is judged by what it changes.
+# always the same, so that a failure comes from a change and not from other examples.
 settings.register_profile(
     "bkcore",
     deadline=None,
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def wikitext_dir() -> Path:
-    """Return the folder with WikiText-2; skip where it is absent, fail where CI lacks it."""
+    """Return the folder with WikiText-2. If it is missing, skip the test, or in CI fail."""
     if not WIKITEXT.is_dir():
         reason = "WikiText-2 is not beside the repository (../shared/wikitext-2)"
         if os.environ.get("CI"):
