@@ -145,7 +145,8 @@ class GatheredTiles {
     if (sweep_.source.data) scatter(adjoint_->dsource, dsource_, kGatheredLanes, from, tile.sites);
     if (sweep_.eta.site) scatter(adjoint_->deta, deta_, kGatheredLanes, from, tile.sites);
     if (!sweep_.hopping.site) return;
-    // The causal adjoint gives the bond to the left of a site, the two-sided one to its right.
+    // With a site, the causal adjoint gives the derivative of the bond to its left, the two-sided
+    // one that to its right.
     const Index first = two_sided_ ? from : least_bond(from);
     const Index last = two_sided_ ? least(from + tile.sites, sites_ - 1) : from + tile.sites - 1;
     scatter(adjoint_->dhopping, dhopping_ + (first - from + 1) * kGatheredLanes, kGatheredLanes,

@@ -17,7 +17,8 @@
 namespace bkcore {
 namespace {
 
-// All contiguous. `groups` of neighbouring heads share query and key.
+// All tensors are contiguous. `groups` counts groups of neighbouring heads, which share query and
+// key.
 struct RecallStep {
   Index batch, heads, groups, keys, values;
   const float *gate, *barrier;       // (batch, heads)

@@ -13,7 +13,7 @@ struct RoundChannels {
   const float *x;              // (rows, channels)
   const std::uint16_t *scale;  // bfloat16 (groups)
   const std::int8_t *zero;     // (groups)
-  const float *levels;         // (2^bits), ascending: what the codes stand for; or null
+  const float *levels;         // (2^bits), ascending: the values of the codes; or null
   float *out;                  // (rows, channels)
 };
 

@@ -39,7 +39,7 @@ struct SweepBackward {
 // A sweep from integer codes to integer codes; sweep.v, .source and .parts are not used.
 struct SweepCodes {
   Sweep<float> sweep;
-  std::int64_t bits;                       // 8, or 4: two codes a byte, the even lane low
+  std::int64_t bits;                       // 8, or 4: two codes per byte, the even lane low
   const std::uint8_t *v, *source;          // contiguous (batch, sites, lanes); source may be null
   std::uint8_t *out;                       // contiguous (batch, sites, parts, lanes)
   Strided<const float> in_scale, in_zero;  // part 0: v, part 1: source

@@ -117,9 +117,7 @@ std::size_t two_sided_bytes(Index sites, Index width, Index length) {
   return rows * row_pitch(width) * sizeof(T);
 }
 
-// Re g, Im g, Re S, Im S of site i - 1 become those of site i, written to `out`'s four rows:
-// S_i = t^2 g_{i-1}^2 (S_{i-1} + c_{i-1}), so that the row holds g_{i-1} and S_i when site i is
-// met.
+// Re g, Im g, Re S, Im S: before site i, g_{i-1} and S_i = t^2 g_{i-1}^2 (S_{i-1} + c_{i-1}).
 template <class T>
 using ReachState = State<T, 4>;
 

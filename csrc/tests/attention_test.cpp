@@ -250,9 +250,10 @@ TEST_CASE_TEMPLATE("attention and adjoint, all sizes", T, float, double) {
       CAPTURE(first);
       const AttentionProblem<T> p(shape, first);
       const ExpectedAttention<T> want(p);
-      // A site's roundings change its diagonal by at most 8 u A, A = |v| + |E| + eta + 2 t^2 / eta,
-      // hence an entry of the resolvent by A / eta times itself; results are sums of `keys` of
-      // these with what is read, and gradients of N such sums, each of two of them.
+      // The roundings at a site change its diagonal by at most 8 u A, with A = |v| + |E| + eta + 2
+      // t^2 / eta, and so an entry of the resolvent by A / eta times itself. A result is a sum over
+      // `keys` of such entries times what is read. A gradient is a sum of N such sums, each with
+      // two entries.
       const double a = 2 * want.input + 1.5 + 2 * want.input * want.input / kEta;
       const double relative = 8 * kUnit<T> * a / kEta * static_cast<double>(shape.keys + 1);
       const double forward = relative * want.largest * want.input;

@@ -142,8 +142,8 @@ void check_formulas(const RecallProblem &p, const RecallResults &got) {
       }
       for (const Complex &x : psi) size = std::max(size, std::abs(x));
     }
-  // Everything is a product of a few factors, each rounded, and a sum of `keys` such; g has the
-  // condition |1 / g| |g| (1 + t^2 |g|) <= 8 at eta >= 0.5, and enters at the power 5/2 at most.
+  // Every result is a sum of `keys` products of a few factors, each rounded. g has the condition
+  // number |1 / g| |g| (1 + t^2 |g|) <= 8 at eta >= 0.5, and enters with a power of at most 5/2.
   const double bound = 100 * kUnit<float> * static_cast<double>(keys + 1) * size;
   CHECK(distance(got.next_g, next_g) <= 100 * kUnit<float>);
   CHECK(distance(got.next_psi, next_psi) <= bound);

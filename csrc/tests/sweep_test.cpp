@@ -16,7 +16,8 @@ struct Shape {
   Index batch, sites, lanes;
 };
 
-// Lanes last; sites last; complex numbers side by side; a lane in two, so that none is contiguous.
+// Lanes last; sites last; the parts of a complex number adjacent; gaps, so that nothing is
+// contiguous.
 const Layout kLayouts[] = {{}, {{0, 3, 2, 1}}, {{0, 3, 1, 2}}, {{1, 0, 3, 2}, 1}};
 
 template <class T>
