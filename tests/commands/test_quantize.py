@@ -283,7 +283,7 @@ def test_strict_names_what_is_amiss_and_writes_nothing(
     model.config.experts_per_token = 1
     model.save_pretrained(tmp_path / "deaf")
     tokenizer.save_pretrained(tmp_path / "deaf")
-    with pytest.raises(ReceiptError, match=r"experts\.1\.up was reached by no calibration data"):
+    with pytest.raises(ReceiptError, match=r"no calibration data reached .*experts\.1\.up"):
         run_quantize(tmp_path / "deaf", tmp_path / "out", text, settings(strict=True), QUIET)
     assert not (tmp_path / "out").exists()
     (tmp_path / "mine").mkdir()
@@ -309,9 +309,7 @@ def test_what_calibration_missed_is_refused_before_training(
     qat = settings(mode="qat_int8", steps=3, strict=True)
     budget = settings(mode="mixed_precision", target_bits=9.0, strict=True)
     for how in (qat, budget):
-        with pytest.raises(
-            ReceiptError, match=r"experts\.1\.up was reached by no calibration data"
-        ):
+        with pytest.raises(ReceiptError, match=r"no calibration data reached .*experts\.1\.up"):
             run_quantize(tmp_path / "deaf", tmp_path / "out", text, how, QUIET)
     assert not (tmp_path / "out").exists()
 

@@ -100,7 +100,7 @@ def test_masks_of_ones_and_zeros_may_be_floats(build, padded, dtype):
     assert torch.equal(found.logits, expected.logits)
     assert torch.equal(found.loss, expected.loss)
     assert torch.equal(model(ids, attention_mask=torch.ones(3, 12)).logits, model(ids).logits)
-    with pytest.raises(InputError, match="masks that are added to scores do not fit"):
+    with pytest.raises(InputError, match="no attention scores that a mask could be added to"):
         model(ids, attention_mask=torch.log(mask.to(dtype)))
 
 
@@ -125,7 +125,7 @@ def test_a_mask_is_looked_at_once(build, padded, monkeypatch):
 @torch.no_grad()
 def test_padding_has_no_labels(build, padded):
     model, (ids, mask) = build(), padded
-    with pytest.raises(InputError, match="labels where attention_mask has padding; make them -100"):
+    with pytest.raises(InputError, match="labels must be -100 where attention_mask has padding"):
         model(ids, attention_mask=mask, labels=ids)
     labels = ids.masked_fill(mask == 0, -100)
     loss = model(ids, attention_mask=mask.bool(), labels=labels).loss

@@ -145,7 +145,7 @@ def test_when_logits_are_returned(build, tokens):
     assert model(ids, labels=ids).logits is None
     assert model(ids).logits is not None
     assert model.eval()(ids, labels=ids).logits is not None
-    with pytest.raises(InputError, match="nothing to return without labels"):
+    with pytest.raises(InputError, match="without labels leaves nothing to return"):
         model(ids, return_logits=False)
 
 

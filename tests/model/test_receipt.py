@@ -182,7 +182,7 @@ def test_what_stays_float_is_a_problem(build, monkeypatch):
     model.configure_quantization(QuantizationConfig("ptq_int8", min_size=0))
     model.calibrate_quantization([torch.randint(61, (2, 20))])
     found = receipt.problems(model.receipt)
-    assert found == ["layers.1.mixer.in_proj.weight stayed float, which no mode provides for"]
+    assert found == ["layers.1.mixer.in_proj.weight stayed float, which no mode intends"]
 
 
 def test_the_wrong_bits_are_a_problem(build):
@@ -303,7 +303,7 @@ def test_bits_that_cannot_be_are_refused(build):
     model = build()
     with pytest.raises(LifecycleError, match="needs a quantization mode"):
         model.assign_bits({"embedding": 8})
-    with pytest.raises(InputError, match="are no weights that are quantized"):
+    with pytest.raises(InputError, match="no quantizable weight of that name"):
         model.configure_quantization(QuantizationConfig(tensor_bits={"layers.7.up": 8}))
     quantized_model = build("ptq_int8", "quantized")
     with pytest.raises(LifecycleError, match="assign_bits"):

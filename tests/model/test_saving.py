@@ -214,8 +214,8 @@ def test_what_could_not_be_loaded_is_not_saved(build: Any, tmp_path: Path) -> No
     [
         ({"push_to_hub": True}, "upload_folder"),
         ({"distributed_checkpoint": True}, "save_whole"),
-        ({"variant": "../x"}, "variant must be made of"),
-        ({"max_shard_size": "much"}, "nothing is saved to"),
+        ({"variant": "../x"}, "variant must consist of"),
+        ({"max_shard_size": "much"}, "nothing was saved to"),
     ],
 )
 def test_arguments_that_cannot_be_honoured(

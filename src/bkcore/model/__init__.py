@@ -11,7 +11,7 @@ from bkcore.model.state import StreamState
 
 AutoConfig.register(ResNetBKConfig.model_type, ResNetBKConfig, exist_ok=True)
 AutoModelForCausalLM.register(ResNetBKConfig, ResNetBKForCausalLM, exist_ok=True)
-# By these names the Trainer's label smoothing knows that labels are those of the next position.
+# The Trainer's label smoothing looks a model up by these names to see that it must shift labels.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ResNetBKConfig.model_type] = ResNetBKForCausalLM.__name__
 
 __all__ = [

@@ -26,10 +26,10 @@ class CoreCertificate:
 
     Attributes:
         layer: from 0.
-        error: float64 (B, N, 2, D): how far Re and Im of what the core found (over what is
-            remembered, decoded) are from what it finds, without codes, for the same inputs.
-        bound: float64 (B, N, 2, D): what `error` cannot exceed.
-        clipped: how many numbers lay beyond the codes, by the name of the quantizer.
+        error: float64 (B, N, 2, D): the distance between Re and Im of the core's decoded output
+            (divided by what is remembered) and the same output without codes, for the same inputs.
+        bound: float64 (B, N, 2, D): a proved upper bound of `error`.
+        clipped: how many numbers lay outside the range of the codes, by quantizer name.
     """
 
     layer: int
@@ -42,19 +42,21 @@ class CoreCertificate:
 def core_certificates(model: QuantizationLifecycle, input_ids: Tensor) -> list[CoreCertificate]:
     """Measure and bound the error of the quantized core of every layer on some text.
 
-    The float inputs of a layer are queries, keys, values, gates and barriers as they come to the
-    quantizers in the quantized model, hence behind the quantized layers before: the certificate
-    says what one core adds, not how far the logits are off. Both the error and the bound compare
-    with exact arithmetic on those inputs (the error to the round-off of float64); the hoppings and
-    potentials that float64 makes of gates and barriers, and the core's parameters, are taken
-    for exact. Codes, clipping and the float32 of the core are included.
+    The float inputs of a layer are the queries, keys, values, gates and barriers that reach its
+    quantizers in the quantized model. They have passed through the quantized layers before it, so
+    the certificate says what one core adds, not how far off the logits are.
+
+    Both error and bound compare with exact arithmetic on these inputs (the error up to float64
+    round-off). The core's parameters count as exact, and so do the hoppings and potentials that
+    float64 computes from gates and barriers. Codes, clipping and the core's float32 arithmetic are
+    all included.
 
     Args:
         model: a `ResNetBKForCausalLM`, quantized or in quantization-aware training.
         input_ids: integers in [0, vocab_size), (B, N); texts that begin with their first token.
 
     Returns:
-        A certificate a layer, first layer first.
+        One certificate per layer, first layer first.
 
     Raises:
         LifecycleError: the model's core does not run quantized.
@@ -62,8 +64,8 @@ def core_certificates(model: QuantizationLifecycle, input_ids: Tensor) -> list[C
     """
     if model.quantization_state not in (QuantizationState.TRAINING, QuantizationState.QUANTIZED):
         raise LifecycleError(
-            f"the core runs in float, the model is {model.quantization_state.value}: there is no "
-            "error of quantization to certify; calibrate and quantize it first"
+            f"the core runs in float (the model's state is {model.quantization_state.value}), so "
+            "it has no quantization error to certify; calibrate and quantize the model first"
         )
     return certify(model, input_ids)
 
@@ -121,10 +123,11 @@ def _certify(layer: int, mixer: ResolventMixer, x: Tensor) -> CoreCertificate:
 
 
 def _over_power(ball: Enclosure, memory: Enclosure, power: float) -> Enclosure:
-    """The ball around x / w^power, of balls around x (B, N, H, U) and w > 0 (B, N, H).
+    """A ball around x / w^power, from balls around x (B, N, H, U) and w > 0 (B, N, H).
 
-    With m the centre of w's ball, s its radius and f = (m / (m - s))^power, `|w^-power - m^-power|`
-    is at most `(f - 1) m^-power`: the power is convex, so that the smaller w moves it further.
+    Let m be the centre of w's ball, s its radius and f = (m / (m - s))^power. Then
+    `|w^-power - m^-power|` is at most `(f - 1) m^-power`: w^-power is convex and decreasing, so the
+    smallest w moves it furthest.
     """
     scale = memory.centre[..., None] ** -power
     least = (memory.centre - memory.radius).clamp(min=0)[..., None]

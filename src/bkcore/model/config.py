@@ -32,7 +32,7 @@ _ELSEWHERE = {
     *("num_labels", "output_attentions", "attn_implementation", "experts_implementation"),
     *("hidden_size", "num_hidden_layers"),
 }
-"""Names of transformers' own that are no fields here, and that a configuration may hold."""
+"""Names that transformers uses: a configuration may hold them, but they are not fields here."""
 
 _REFUSED = {
     *("quantization_config", "compression_config", "transformers_weights", "distributed_config"),
@@ -41,7 +41,7 @@ _REFUSED = {
     *("mlp_layer_types", "mtp_layer_types", "mtp_mlp_layer_types", "mtp_per_layer_config"),
     *("num_mtp_layers", "first_k_dense_replace", "gguf_file"),
 }
-"""What would have transformers treat this as another kind of model, or look for files."""
+"""Names that make transformers treat this as another kind of model, or look for files."""
 
 _NOTE_BYTES = 1 << 20
 
@@ -51,8 +51,8 @@ class MixerTraits(NamedTuple):
 
     Attributes:
         has_heads: the mixer divides its channels among heads.
-        streams: it keeps a state of one size, from which the model reads on.
-        quantizes: modes quantize it, and certificates bound what that costs.
+        streams: it keeps a state of fixed size, from which the model can continue.
+        quantizes: modes can quantize it, and certificates bound the error.
     """
 
     has_heads: bool
@@ -65,39 +65,39 @@ MIXER_TRAITS = {
     "convolution": MixerTraits(has_heads=False, streams=False, quantizes=False),
     "green": MixerTraits(has_heads=False, streams=False, quantizes=False),
 }
-"""By the names that `ResNetBKConfig.mixer` takes; `bkcore.model.mixer.MIXERS` has the classes."""
+"""Traits by the value of `ResNetBKConfig.mixer`; `bkcore.model.mixer.MIXERS` has the classes."""
 
 
 class ResNetBKConfig(PreTrainedConfig):
     """Sizes of a `ResNetBKForCausalLM` and, if it has one, the state of its quantization.
 
     Attributes:
-        vocab_size: tokens; the embedding is tied to the output head.
+        vocab_size: number of tokens; the output head shares the embedding's weights.
         d_model: width D of the residual stream.
         n_layers: layers, each a mixer (the core) and a mixture of experts.
         n_seq: length of the training windows. The model takes any length.
-        num_experts, experts_per_token: experts E of a layer and how many serve a token; 1 and 1
-            is a plain perceptron without a router.
+        num_experts, experts_per_token: experts E of a layer, and how many serve each token. With 1
+            and 1 the layer is a plain perceptron without a router.
         expert_size: hidden units of one expert.
-        mixer: "resolvent", or for comparison "convolution" (no core at all) or "green" (the Green's
-            function g alone), which cannot be quantized.
+        mixer: "resolvent"; or, for comparison only, "convolution" (no core at all) or "green" (the
+            Green's function g alone). Those two cannot be quantized.
         num_heads, key_size: heads H of the core, and the size K of their keys.
-        key_groups: groups of heads that share queries and keys, which divide num_heads; None gives
-            each head its own.
-        value_size: the size of their values; None is D / H, which H then has to divide.
-        embedding_multiplier: what embedded tokens are multiplied by on their way into the residual
-            stream. They begin at a root mean square of `initializer_range`, which the default
-            brings to a third of the size of what layers add.
+        key_groups: number of groups of heads that share queries and keys; must divide num_heads.
+            None gives each head its own.
+        value_size: size of a head's values. None means D / H, and then H must divide D.
+        embedding_multiplier: factor on the embedded tokens before they enter the residual stream.
+            Embeddings start with a root mean square of `initializer_range`; the default factor
+            brings them to a third of the size of what the layers add.
         conv_width: taps of the causal depthwise convolution.
-        dropout: probability with which training drops an embedded feature, and one of what a mixer
-            or a mixture of experts adds.
+        dropout: dropout probability in training, for the embedded tokens and for the outputs of
+            mixers and mixtures of experts.
         load_balancing: weight of the auxiliary loss that spreads tokens over experts.
-        chunked_loss: train without the logits of all positions in memory; see `forward`.
-        quantization: None, or the fields of a `QuantizationConfig` and its `state`.
-        training_text: what it was trained on: the `name` of a corpus, and the SHA-256 of its
-            `train` and its `valid` part in UTF-8. None if nobody said.
+        chunked_loss: train without holding the logits of all positions in memory; see `forward`.
+        quantization: None, or the fields of a `QuantizationConfig` plus its `state`.
+        training_text: what the model was trained on: the `name` of a corpus, and the SHA-256 of
+            its `train` and `valid` parts in UTF-8. None if unknown.
 
-    Other names with plain values, as in JSON, are kept and mean nothing to the model.
+    Other names with plain JSON values are kept; the model ignores them.
     """
 
     model_type = "resnet_bk"
@@ -154,10 +154,10 @@ class ResNetBKConfig(PreTrainedConfig):
 
 
 def form_of(fields: object) -> tuple[QuantizationConfig, QuantizationState]:
-    """What `ResNetBKConfig.quantization` says: how a model is quantized, and how far.
+    """Read `ResNetBKConfig.quantization`: how a model is quantized, and which state it is in.
 
     Raises:
-        InputError: if it says no such thing.
+        InputError: if `fields` is not valid.
     """
     if not isinstance(fields, dict):
         raise InputError(f"quantization must be None or a dictionary, not {shown(fields)}")
@@ -220,8 +220,8 @@ def _check_mixer(config: ResNetBKConfig) -> None:
         )
     if config.key_groups is not None and config.num_heads % config.key_groups:
         raise InputError(
-            f"key_groups={config.key_groups} must divide num_heads={config.num_heads}: groups are "
-            "of one size"
+            f"key_groups={config.key_groups} must divide num_heads={config.num_heads}: all groups "
+            "have the same size"
         )
 
 
@@ -232,13 +232,13 @@ def _check_inherited(config: ResNetBKConfig, others: Mapping[str, Any]) -> None:
     ):
         if not name or name in _REFUSED or name.startswith("_") or hasattr(ResNetBKConfig, name):
             raise InputError(
-                f"a ResNetBKConfig cannot have {shown(name)}, which means something else to "
-                "transformers: is it of another model? Give what you note another name"
+                f"a ResNetBKConfig cannot have {shown(name)}, which transformers gives a meaning "
+                "of its own; if it is not from another model's configuration, rename it"
             )
         if not _is_plain({name: others[name]}):
             raise InputError(
-                f"{shown(name)} of a ResNetBKConfig cannot be {shown(others[name])}: what it is to "
-                "keep must be plain JSON, finite and below a mebibyte"
+                f"{shown(name)} of a ResNetBKConfig cannot be {shown(others[name])}; extra fields "
+                "must be plain JSON, finite and at most one mebibyte"
             )
     values = {**vars(config), **others}
     for name, kind in _KINDS.items():
@@ -252,10 +252,11 @@ def _check_training_text(value: object) -> None:
         return
     if not isinstance(value, dict) or value.keys() != {"name", "train", "valid"}:
         raise InputError(
-            f"training_text must be None, or have name, train and valid, not {shown(value)}"
+            "training_text must be None or a dictionary with the keys name, train and valid, not "
+            f"{shown(value)}"
         )
     if not all(map(_is_text, value.values())):
-        raise InputError(f"training_text must be made of strings, not {shown(value)}")
+        raise InputError(f"the values of training_text must be strings, not {shown(value)}")
 
 
 def _is_number(value: object) -> bool:
@@ -269,7 +270,7 @@ def _is_text(value: object) -> bool:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value is of what JSON has, and of a size that everybody can read again."""
+    """Whether a value can be written as JSON, and is small enough to be read back."""
     try:
         content = json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
         parse_json(content)
@@ -293,14 +294,14 @@ def _are_tokens(value: object) -> bool:
 
 
 def _are_labels(value: object) -> bool:
-    """Whether these are names by number."""
+    """Whether this is a dictionary from numbers to names."""
     if not isinstance(value, dict):
         return False
     return all(str(k).isdecimal() and len(str(k)) < 10 and _is_text(v) for k, v in value.items())
 
 
 def _are_numbers(value: object) -> bool:
-    """Whether these are numbers by name."""
+    """Whether this is a dictionary of integers."""
     return isinstance(value, dict) and all(type(each) is int for each in value.values())
 
 
@@ -320,11 +321,11 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "problem_type": lambda value: False,
     "num_labels": lambda value: type(value) is int and 0 <= value <= _LARGEST >> 16,
     "auto_map": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
-    # There is no other; and a name of transformers' may be one of code on a hub.
+    # The model has no other implementation, and transformers may take a name for code on a hub.
     "attn_implementation": lambda value: value == "eager",
     "experts_implementation": lambda value: value == "eager",
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"), _are_tokens),
     "max_position_embeddings": lambda value: type(value) is int and 0 < value <= _LARGEST,
     **dict.fromkeys(("name_or_path", "_name_or_path", "_commit_hash"), _is_path),
 }
-"""Of what is not None, whether transformers can take it."""
+"""For each field: whether transformers can take a value that is not None."""

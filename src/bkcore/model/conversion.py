@@ -1,4 +1,4 @@
-"""Which weights of the language model are quantized, and their passage from form to form."""
+"""Which weights of the language model are quantized, and how they change from form to form."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Slot(NamedTuple):
     Attributes:
         owner, attribute: the module that holds the layer, and its name there.
         part: where in the model it is.
-        name: the layer's name in the model, which `QuantizationConfig.tensor_bits` goes by.
+        name: the layer's name in the model, the key in `QuantizationConfig.tensor_bits`.
     """
 
     owner: nn.Module
@@ -45,12 +45,12 @@ class Slot(NamedTuple):
 
     @property
     def layer(self) -> Any:
-        """The layer that is there now."""
+        """The layer that is currently there."""
         return getattr(self.owner, self.attribute)
 
     @property
     def size(self) -> int:
-        """Numbers of its weight, whatever they are stored as."""
+        """How many numbers its weight has, however they are stored."""
         rows, columns = self.layer.weight.shape
         return int(rows * columns)
 
@@ -70,12 +70,12 @@ def quantizable(model: nn.Module) -> Iterator[Slot]:
 
 
 def check_tensor_bits(model: nn.Module, config: QuantizationConfig) -> None:
-    """Raise `InputError` if `config` gives bits to a weight that the model has not."""
+    """Raise `InputError` if `config` gives bits to a weight that the model does not have."""
     unknown = set(config.tensor_bits or ()) - {slot.name for slot in quantizable(model)}
     if unknown:
         raise InputError(
-            f"tensor_bits names {shown(sorted(unknown))}, which are no weights that are quantized; "
-            "bkcore.model.conversion.quantizable(model) gives their names"
+            f"tensor_bits names {shown(sorted(unknown))}, but the model has no quantizable weight "
+            "of that name; bkcore.model.conversion.quantizable(model) lists the names"
         )
 
 
@@ -103,9 +103,9 @@ def core_quantizers(model: nn.Module) -> list[CoreQuantizers]:
 def attach_moments(
     model: nn.Module, config: QuantizationConfig
 ) -> list[tuple[nn.Module, InputMoments]]:
-    """Give every layer whose weights will compensate for their errors empty `moments`.
+    """Give empty `moments` to every layer whose weight rounding compensates for its errors.
 
-    They are part of the layer, and go with it when it is quantized.
+    They belong to the layer, and disappear with it when it is quantized.
 
     Returns:
         The layers with their moments.
@@ -120,10 +120,10 @@ def attach_moments(
 
 
 def keep_moments(model: nn.Module, config: QuantizationConfig) -> None:
-    """Of a calibrated model, forget the moments that a change of bits has made useless.
+    """Drop the moments of a calibrated model that a change of bits has made useless.
 
     Raises:
-        CalibrationError: if the change needs some that are not there.
+        CalibrationError: if the change needs moments that were not collected.
     """
     for slot in quantizable(model):
         if config.compensates(slot.part, slot.name, slot.size):
@@ -138,7 +138,7 @@ def input_moments(model: nn.Module) -> list[InputMoments]:
 
 
 def make_trainable(model: nn.Module, config: QuantizationConfig) -> None:
-    """Replace float layers by layers that train through their codes."""
+    """Replace float layers by trainable ones, which compute with the values of their codes."""
     for slot in list(quantizable(model)):
         weight = slot.layer.weight.detach()
         bits, group_size = _format(config, slot, weight.shape[1])
@@ -169,7 +169,7 @@ def packed_alone(
 
 
 def make_empty(model: nn.Module, config: QuantizationConfig, *, trainable: bool) -> None:
-    """Give a freshly built float model the layers of a trainable or packed one, to load into."""
+    """Replace a new float model's layers by empty trainable or packed ones, to load into."""
     for slot in list(quantizable(model)):
         rows, columns = slot.layer.weight.shape
         bits, group_size = _format(config, slot, columns)
@@ -198,14 +198,14 @@ def _moments(slot: Slot) -> InputMoments:
     moments = getattr(slot.layer, "moments", None)
     if not isinstance(moments, InputMoments):
         raise CalibrationError(
-            f"{slot.name} was not calibrated for INT4 weights: say that it has 4 bits before the "
-            'calibration, or choose weight_rounding="nearest"'
+            f"{slot.name} was not calibrated for INT4 weights; give it 4 bits before calibration, "
+            'or choose weight_rounding="nearest"'
         )
     return moments
 
 
 def _format(config: QuantizationConfig, slot: Slot, columns: int) -> tuple[int, int]:
-    """Bits and group size of a weight with this many columns: INT8 has a scale per row."""
+    """Bits and group size of a weight with this many columns; INT8 has one scale per row."""
     bits = config.weight_bits(slot.part, slot.name, slot.size)
     return bits, min(config.group_size, columns) if bits == 4 else columns
 

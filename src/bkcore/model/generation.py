@@ -1,4 +1,4 @@
-"""Generation by a language model that keeps a state: a token at a time, in constant memory."""
+"""Generation with a recurrent state: one token at a time, in constant memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bkcore.model.state import StreamState
 def first_state(
     model: nn.Module, config: ResNetBKConfig, batch: int, device: torch.device
 ) -> StreamState:
-    """`ResNetBKForCausalLM.first_state`, which counts tokens on a device."""
+    """`ResNetBKForCausalLM.first_state`, with its token counts on a given device."""
     check_streams(config)
     mixers = (module for module in model.modules() if isinstance(module, ResolventMixer))
     layers = tuple(mixer.first_state(batch) for mixer in mixers)

@@ -1,4 +1,4 @@
-"""What the language model takes: every argument is honoured, or refused by name."""
+"""Checks of the language model's arguments: each is honoured, or refused by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def token_ids(input_ids: Any) -> Tensor:
     """Token ids as int64 (B, N), B, N >= 1.
 
     Raises:
-        DTypeError, ShapeError: if they are no integers, or not (B, N).
+        DTypeError, ShapeError: if they are not integers, or not (B, N).
     """
     ids = _integers("input_ids", input_ids)
     if ids.dim() != 2 or ids.numel() == 0:
@@ -30,21 +30,21 @@ def next_labels(labels: Any, ids: Tensor, vocab_size: int) -> Tensor:
     """Labels as int64 of the shape of the ids.
 
     Raises:
-        DTypeError, ShapeError: if they are no integers, or of another shape.
+        DTypeError, ShapeError: if they are not integers, or have another shape.
         InputError: if one is neither in the vocabulary nor `IGNORED`.
     """
     labels = _integers("labels", labels)
     if labels.shape != ids.shape:
         raise ShapeError(
-            f"labels must be {tuple(ids.shape)} like input_ids, not {tuple(labels.shape)}: "
-            "they are shifted by the model"
+            f"labels must be {tuple(ids.shape)} like input_ids, not {tuple(labels.shape)}; "
+            "the model shifts them itself"
         )
     if not torch.compiler.is_compiling():  # a graph cannot look at values
         wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= vocab_size))]
         if len(wrong):
             raise InputError(
                 f"labels hold {int(wrong[0])}, but must be in [0, {vocab_size}), or {IGNORED} "
-                "where there is none"
+                "at positions without a label"
             )
     return labels
 
@@ -52,13 +52,14 @@ def next_labels(labels: Any, ids: Tensor, vocab_size: int) -> Tensor:
 def real_tokens(mask: Any, ids: Tensor, labels: Tensor | None) -> Tensor | None:
     """Where the ids are tokens and not padding, bool (B, N); None if they are all tokens.
 
-    A graph cannot look at values: compiled, the mask is taken as it is, and never None.
+    A compiled graph cannot look at values: there the mask is used unchecked, and a mask never
+    becomes None.
 
     Raises:
-        DTypeError, ShapeError: if the mask is not of real numbers or bool, or not of the ids'
-            shape.
-        InputError: if it holds other numbers than 0 and 1, a token follows padding, a row is
-            nothing but padding, or padding has labels.
+        DTypeError, ShapeError: if the mask is neither real nor bool, or its shape is not that of
+            the ids.
+        InputError: if it holds anything but 0 and 1, a token follows padding, a row is all
+            padding, or padding has labels.
     """
     if mask is None:
         return None
@@ -68,27 +69,27 @@ def real_tokens(mask: Any, ids: Tensor, labels: Tensor | None) -> Tensor | None:
         return real
     padding = ~real
     labelled = padding if labels is None else padding & (labels != IGNORED)
-    # One look, for which a GPU is waited for once.
+    # One transfer of all answers, so that a GPU synchronizes only once.
     looks = [mask != real, padding, real[:, 1:] & padding[:, :-1], padding[:, 0], labelled]
     odd, padded, split, empty, labelled_padding = torch.stack([x.any() for x in looks]).tolist()
     if odd:
         raise InputError(
-            "attention_mask must hold 1 for tokens, 0 for padding, and nothing else; masks that "
-            "are added to scores do not fit a model without attention"
+            "attention_mask must hold only 1 for tokens and 0 for padding; this model has no "
+            "attention scores that a mask could be added to"
         )
     if not padded:
         return None
     if split:
         raise InputError(
-            "a token follows padding in attention_mask, and padding enters the state of what "
-            "follows; pad on the right (tokenizer.padding_side = 'right')"
+            "a token follows padding in attention_mask, and would read a state that has seen the "
+            "padding; pad on the right (tokenizer.padding_side = 'right')"
         )
     if empty:
-        raise InputError("a row of attention_mask is nothing but padding; leave it out")
+        raise InputError("a row of attention_mask is all padding; leave the row out")
     if labels is not None and labelled_padding:
         raise InputError(
-            f"there are labels where attention_mask has padding; make them {IGNORED}, which the "
-            "loss leaves out"
+            f"labels must be {IGNORED} where attention_mask has padding, so that the loss leaves "
+            "them out"
         )
     return real
 
@@ -97,7 +98,7 @@ def _mask_like(mask: Any, ids: Tensor) -> Tensor:
     if not isinstance(mask, Tensor) or mask.is_complex():
         given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise DTypeError(
-            f"attention_mask must be a tensor, 1 for tokens and 0 for padding, not {given}"
+            f"attention_mask must be a tensor with 1 for tokens and 0 for padding, not {given}"
         )
     if mask.shape != ids.shape:
         raise ShapeError(
@@ -107,14 +108,15 @@ def _mask_like(mask: Any, ids: Tensor) -> Tensor:
 
 
 def calibration_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """The ids of a batch and where they are tokens, as `token_ids` and `real_tokens` give them.
+    """The ids of a batch, as `token_ids` returns them, and its mask, as `real_tokens` does.
 
     Args:
-        batch: a tensor of ids, or a mapping with `input_ids`, maybe `attention_mask`, and whatever
-            tokenizers and collators add, which does not matter to calibration.
+        batch: a tensor of ids, or a mapping with `input_ids` and perhaps `attention_mask`. What
+            else tokenizers and collators add is ignored.
 
     Raises:
-        InputError: if it is something else; or as they do.
+        InputError: if the batch is something else.
+        DTypeError, ShapeError, InputError: as `token_ids` and `real_tokens`.
     """
     if isinstance(batch, Tensor):
         batch = {"input_ids": batch}
@@ -131,28 +133,29 @@ def calibration_batch(batch: Any) -> tuple[Tensor, Tensor | None]:
     return ids, real_tokens(batch.get("attention_mask"), ids, None)
 
 
-# What raises while a graph is traced would be run again without one.
+# An exception while tracing would make torch.compile run the code again eagerly.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def refuse_loss_outside() -> None:
-    """Raise `InputError`: the Trainer smooths labels of a compiled model without shifting them.
+    """Raise `InputError`: the Trainer would not shift the labels of a compiled model.
 
-    It knows by a model's name that they are to be shifted, and a compiled one has another.
+    When the Trainer computes the loss itself, it decides by the model's class name whether to shift
+    labels, and a compiled model has another name.
     """
     raise InputError(
-        "the Trainer would not shift the labels of a compiled model where it computes the loss "
-        "itself: leave out torch_compile, or label_smoothing_factor and compute_loss_func"
+        "the Trainer does not shift the labels of a compiled model when it computes the loss "
+        "itself; leave out torch_compile, or label_smoothing_factor and compute_loss_func"
     )
 
 
 def check_options(
     num_items_in_batch: Any, cache_params: Any, flags: dict[str, Any], others: dict[str, Any]
 ) -> None:
-    """Raise `DTypeError` or `InputError` if an option of `forward` is of another kind.
+    """Raise `DTypeError` or `InputError` if an option of `forward` is not valid.
 
     Args:
         num_items_in_batch, cache_params: the options of these names.
-        flags: what is True, False or None, by name.
-        others: what the model does not have; to be refused unless it is None or False.
+        flags: by name, the options that must be True, False or None.
+        others: options that the model does not have, refused unless None or False.
     """
     for name, value in others.items():
         if not (value is None or value is False):
@@ -162,8 +165,8 @@ def check_options(
             raise DTypeError(f"{name} must be True, False or None, not {value!r}")
     if not (cache_params is None or isinstance(cache_params, StreamState)):
         raise DTypeError(
-            f"cache_params must be a StreamState, not {type(cache_params).__name__}: there are no "
-            "keys and values to keep"
+            f"cache_params must be a StreamState, not {type(cache_params).__name__}; this model "
+            "keeps a recurrent state, not keys and values"
         )
     count = num_items_in_batch
     if isinstance(count, Tensor):
@@ -190,24 +193,34 @@ def check_stream(
     real: Tensor | None,
     state: StreamState | None,
 ) -> None:
-    """Check that a model with so many layers can go on from a state, or give the one behind ids.
+    """Check that a model can continue from `state`, and that it has a state after `input_ids`.
+
+    Args:
+        config: of the model.
+        layers: how many the model has.
+        input_ids: (B, N), what it is about to read.
+        real: from `real_tokens`.
+        state: to continue from, or None.
 
     Raises:
-        ShapeError: if the state is that of another model.
-        InputError: if the model keeps none, it is of other sequences, or padding would be read.
+        ShapeError: if the state belongs to another model.
+        InputError: if the model keeps no state, the state has another number of sequences, or the
+            state would read padding.
     """
     check_streams(config)
     if real is not None and not bool(real.all()):  # a compiled graph ends here, to look
         raise InputError(
-            "a state would have read the padding too; read texts of different lengths one "
-            "after the other, and put their states together with StreamState.batch()"
+            "the state would include the padding; read texts of different lengths one at a time "
+            "and join their states with StreamState.batch()"
         )
     if state is not None and len(state) != len(input_ids):
-        raise InputError(f"cache_params has {len(state)} sequences, input_ids {len(input_ids)}")
+        raise InputError(
+            f"cache_params has {len(state)} sequences, but input_ids has {len(input_ids)}"
+        )
     if state is not None and len(state.layers) != layers:
         raise ShapeError(
-            f"cache_params has {len(state.layers)} layers, the model {layers}: it is "
-            "the state of another model"
+            f"cache_params has {len(state.layers)} layers, but the model has {layers}; it is the "
+            "state of another model"
         )
 
 

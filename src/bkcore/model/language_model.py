@@ -32,10 +32,10 @@ class ResNetBKOutput(ModelOutput):
     """What the language model returns.
 
     Attributes:
-        loss: scalar, if there are labels.
+        loss: scalar, if labels were given.
         logits: (B, N, vocab_size), unless `return_logits` is False.
-        cache_params: the state after the last token, if it is asked for.
-        aux_loss: scalar, while training: the weighted load-balancing loss, which `loss` has in it.
+        cache_params: the state after the last token, if requested.
+        aux_loss: scalar, in training: the weighted load-balancing loss, already part of `loss`.
     """
 
     loss: Tensor | None = None
@@ -45,14 +45,14 @@ class ResNetBKOutput(ModelOutput):
 
 
 class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
-    """Causal language model; position i of the logits depends on tokens up to i only.
+    """Causal language model: position i of the logits depends only on tokens up to i.
 
-    It takes any sequence length. `config.quantization` says how far it is quantized;
-    `save_pretrained` and `from_pretrained` keep that state and every bit of the logits.
+    It takes sequences of any length. `config.quantization` says how far it is quantized;
+    `save_pretrained` and `from_pretrained` preserve that state and every bit of the logits.
 
     Attributes:
-        receipt: what was done to every tensor, see `bkcore.model.receipt.of_quantized`; after
-            calibration only `calibration`, and None before.
+        receipt: what quantization did to every tensor, see `bkcore.model.receipt.of_quantized`.
+            None before calibration; only its `calibration` part until the model is quantized.
     """
 
     base_model_prefix = ""
@@ -90,37 +90,37 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
 
         Args:
             input_ids: integers in [0, vocab_size), (B, N), any B, N >= 1.
-            attention_mask: (B, N), any real dtype or bool, 1 for tokens and 0 for padding, which
-                must come last in its row: what comes first enters the state of all that follows
-                (under torch.compile that is not checked). The logits of padding mean nothing; it
-                takes no part in calibration, in the counts of the experts' tokens and in their
-                balance.
-            labels: integers (B, N), usually the same ids; they are shifted here, -100 is ignored,
-                which padding has to have. With labels the output's `loss` is the mean negative log
-                likelihood in nats, plus the weighted load-balancing loss while training.
-            num_items_in_batch: divide the summed loss by this instead of the number of labels;
-                given by `Trainer` when it accumulates gradients. The load-balancing loss then
-                weighs as much as the labels that are here, so that the parts of a batch add up.
-            cache_params: the state to go on from, one sequence a row; None begins anew.
-            use_cache: whether to return the state after the last token; if not given, it is if
-                there was one to go on from.
-            return_logits: False computes the loss a chunk of positions at a time and leaves
-                `logits` None, so that memory does not grow as N * vocab_size. If not given, they
-                are left out while training with labels if `config.chunked_loss` says so.
-            return_dict: False gives a tuple, without what is None.
-            others: what wrappers ask other models for; None or False, for it is not here.
+            attention_mask: (B, N), any real dtype or bool; 1 for tokens, 0 for padding. Padding
+                must end its row, since every token enters the state that later ones read (not
+                checked under torch.compile). The logits at padding are meaningless. Padding is
+                excluded from calibration, and from the experts' token counts and load balance.
+            labels: integers (B, N), usually the same ids. The model shifts them, and ignores -100,
+                which padding must have. With labels, the output's `loss` is the mean negative log
+                likelihood in nats, plus the weighted load-balancing loss in training.
+            num_items_in_batch: divide the summed loss by this instead of the number of labels.
+                `Trainer` passes it when it accumulates gradients. The load-balancing loss is then
+                weighted by this call's share of the labels, so that the parts of a batch add up.
+            cache_params: the state to continue from, one sequence per row; None starts afresh.
+            use_cache: whether to return the state after the last token. By default it is returned
+                if `cache_params` was given.
+            return_logits: False computes the loss chunk by chunk and leaves `logits` None, so that
+                memory does not grow with N * vocab_size. By default logits are left out only in
+                training with labels if `config.chunked_loss` is set.
+            return_dict: False returns a tuple without the entries that are None.
+            others: options that wrappers pass to other models; must be None or False here.
 
         Returns:
             `ResNetBKOutput`.
 
         Raises:
             ShapeError, DTypeError: if `input_ids`, `attention_mask` or `labels` is not a tensor as
-                above, an option is of another type or not known, or `cache_params` is the state of
+                above, an option is unknown or of the wrong type, or `cache_params` is the state of
                 another model.
-            InputError: if an id or a label is not in the vocabulary, a token follows padding,
-                neither logits nor a loss are wanted, or a state is asked for that does not fit, is
-                not there, or would have read padding.
-            LifecycleError: if the Trainer is to train a quantized model: its loss has no gradient.
+            InputError: if an id or a label is outside the vocabulary, a token follows padding,
+                neither logits nor a loss is requested, the mixer keeps no state, `cache_params`
+                has another number of sequences, or the state would read padding.
+            LifecycleError: if the Trainer tries to train a quantized model, whose loss has no
+                gradient.
         """
         flags = {"use_cache": use_cache, "return_logits": return_logits, "return_dict": return_dict}
         inputs.check_options(num_items_in_batch, cache_params, flags, others)
@@ -130,12 +130,12 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
         if labels is not None:
             labels = inputs.next_labels(labels, input_ids, self.config.vocab_size)
         real = inputs.real_tokens(attention_mask, input_ids, labels)
-        if self.training and num_items_in_batch is not None:  # the Trainer; a loss may be looked at
+        if self.training and num_items_in_batch is not None:  # the Trainer, not a look at the loss
             self._check_trainable()
         if return_logits is None:
             return_logits = labels is None or not (self.training and self.config.chunked_loss)
         if labels is None and not return_logits:
-            raise InputError("return_logits=False leaves nothing to return without labels")
+            raise InputError("return_logits=False without labels leaves nothing to return")
         use_cache = cache_params is not None if use_cache is None else use_cache
         if use_cache or cache_params is not None:
             inputs.check_stream(self.config, len(self.layers), input_ids, real, cache_params)
@@ -148,15 +148,15 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def iter_logits(self, input_ids: Tensor, positions: int) -> Iterator[Tensor]:
-        """The logits of long sequences a piece at a time, in bounded memory.
+        """Yield the logits of long sequences piece by piece, so that never all are in memory.
 
         Args:
             input_ids: integers in [0, vocab_size), (B, N), any B, N >= 1.
-            positions: rows of a piece, at least 1.
+            positions: rows per piece, at least 1.
 
         Yields:
-            (at most `positions`, vocab_size): the logits of `forward`, to rounding, flattened to
-            (B * N, vocab_size).
+            (at most `positions`, vocab_size): the next rows of `forward`'s logits, flattened to
+            (B * N, vocab_size) and equal up to rounding.
 
         Raises:
             ShapeError, DTypeError: if `input_ids` is not an integer tensor (B, N).
@@ -172,7 +172,7 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
         real: Tensor | None = None,
         state: StreamState | None = None,
     ) -> tuple[Tensor, Tensor, StreamState | None]:
-        """What the head takes, (B, N, D); the load-balancing loss summed over layers; the state."""
+        """The head's input (B, N, D), the load-balancing loss summed over layers, and the state."""
         if real is not None and self._state is QuantizationState.CALIBRATING:
             return self._hidden_by_rows(input_ids, real.sum(1).tolist())
         hidden = self.dropout(self._embedded(input_ids).to(self.final_norm.weight.dtype))
@@ -189,12 +189,12 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
         seen = seen if state is None else state.seen + seen
         hidden = self.final_norm(hidden)
         if self._state is QuantizationState.QUANTIZED:
-            # Only norms and routers would get a gradient, and train alone without a word.
+            # Otherwise only norms and routers would get a gradient, and silently train alone.
             hidden, balance = hidden.detach(), balance.detach()
         return hidden, balance, StreamState(tuple(afters), seen)
 
     def _hidden_by_rows(self, input_ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, None]:
-        """`_hidden` of the first tokens of each row alone, so that nothing observes padding."""
+        """`_hidden` of each row's real tokens, one row at a time, so that nothing sees padding."""
         rows, balances = [], []
         for row, length in zip(input_ids, lengths, strict=True):
             hidden, balance, _ = self._hidden(row[None, :length])
@@ -208,7 +208,7 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
         except IndexError as error:
             raise InputError(
                 f"input_ids go from {int(input_ids.min())} to {int(input_ids.max())}, but must be "
-                f"in [0, {self.config.vocab_size}): were they made by another model's tokenizer?"
+                f"in [0, {self.config.vocab_size}); are they from another model's tokenizer?"
             ) from error
         return embedded * self.config.embedding_multiplier
 
@@ -220,7 +220,7 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
         labels: Tensor | None,
         num_items_in_batch: Tensor | int | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The loss, if there are labels; in training, the part of it that balances the experts."""
+        """The loss, if labels are given; and in training its load-balancing part."""
         loss = aux_loss = None
         if self.training:
             aux_loss = self.config.load_balancing / len(self.layers) * balance
@@ -238,9 +238,9 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
         labels: Tensor,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
-        """Mean negative log likelihood, from the logits if they are there already."""
+        """Mean negative log likelihood, computed from the logits if they exist."""
         if logits is None and torch.compiler.is_compiling():
-            # A graph cannot hold gradients that are made in the forward pass.
+            # A compiled graph cannot compute gradients in the forward pass.
             logits = self.embedding.logits(hidden)
         if logits is None:
             return next_token_loss(
@@ -259,20 +259,19 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Save the model, its quantization state and its receipt: safetensors, JSON, checksums.
 
-        The folder holds this model afterwards and nothing of one that was there before, or, if
-        saving fails or is killed, the old one or what `from_pretrained` refuses. A tokenizer in it
-        stays and is listed with the model.
+        Afterwards the folder holds this model and nothing of an earlier one. If saving fails or is
+        killed, it holds the old model, or something that `from_pretrained` refuses. A tokenizer in
+        the folder stays and is listed in the new manifest.
 
         Args:
-            save_directory: the folder; made if it is not there.
-            kwargs: of transformers: `state_dict`, `max_shard_size`, `variant`, `is_main_process`
-                (only the main process writes), `save_original_format`.
+            save_directory: the folder, created if missing.
+            kwargs: as in transformers: `state_dict`, `max_shard_size`, `variant`,
+                `is_main_process` (only the main process writes), `save_original_format`.
 
         Raises:
             InputError: for arguments that cannot be honoured, such as `push_to_hub`.
-            LifecycleError: during calibration, whose histograms are not saved.
-            CheckpointError: if the folder cannot be written, or what is saved could not be loaded
-                again.
+            LifecycleError: during calibration, since its histograms are not saved.
+            CheckpointError: if the folder cannot be written, or the result could not be loaded.
         """
         saving.save(self, super().save_pretrained, save_directory, kwargs)
 
@@ -280,40 +279,40 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Load what `save_pretrained` wrote, bit for bit.
 
-        Only files that the manifest lists are read. Everything is compared with the configuration
-        before it takes memory, and nothing in the folder is ever run.
+        Only files that the manifest lists are read. Everything is checked against the
+        configuration before any memory is allocated, and no code in the folder is ever run.
 
         Args:
             path: the folder.
             args: none.
-            kwargs: of transformers: `config`, or fields of one; `dtype`, `device_map`,
+            kwargs: as in transformers: `config`, or fields of one; `dtype`, `device_map`,
                 `max_memory`, `generation_config`, `subfolder`, `variant`, `output_loading_info`.
-                Those about downloads mean nothing for a folder, and are left aside. And `digests`,
-                what `bkcore.manifest.read(path)` gave, to load exactly that or nothing.
+                Options about downloads have no effect and are ignored. Also `digests`, the result
+                of `bkcore.manifest.read(path)`, to load exactly those files or fail.
 
         Raises:
             InputError: for other arguments.
             CheckpointError: if the checkpoint is missing, truncated, altered, incomplete or
-                malformed, or its folder holds adapters, too.
+                malformed, or the folder also holds adapters.
         """
         return loading.load(cls, super().from_pretrained, path, args, kwargs)
 
     # ---- what transformers asks for --------------------------------------------------------
 
     def _get_name(self) -> str:
-        # The Trainer asks for it to know whose labels to shift where it computes a loss of its own:
-        # the same for subclasses, one of which `fully_shard` makes.
+        # When the Trainer computes the loss itself, this name tells it to shift labels. Subclasses
+        # keep it, such as the one that `fully_shard` makes.
         return ResNetBKForCausalLM.__name__
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embedding, which also is the output head."""
+        """The token embedding, which is also the output head."""
         return self.embedding
 
     def first_state(self, batch: int = 1) -> StreamState:
-        """The state of `batch` sequences that nothing has been read of.
+        """The state of `batch` sequences before their first token.
 
         Raises:
-            InputError: for a mixer that keeps none.
+            InputError: if the mixer keeps no state.
         """
         return generation.first_state(self, self.config, batch, self.final_norm.weight.device)
 
@@ -325,17 +324,17 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
         state: StreamState | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[tuple[Tensor, StreamState]]:
-        """Generate without end, a token at a time, in constant memory.
+        """Generate endlessly, one token at a time, in constant memory.
 
         Args:
-            input_ids: (B, N), what to continue; B sequences of one length.
-            temperature: 0 takes the likeliest token each time; else what logits are divided by.
-            state: what went before `input_ids`, if anything did.
-            generator: of the sampling.
+            input_ids: (B, N), what to continue; B sequences of equal length.
+            temperature: 0 always takes the likeliest token; otherwise logits are divided by it.
+            state: the state before `input_ids`; None if they are the beginning.
+            generator: random numbers for sampling.
 
         Yields:
-            The next token of each sequence, int64 (B,), and the state before it: give both back,
-            `stream(token[:, None], state=state)`, to go on from there.
+            The next token of each sequence, int64 (B,), and the state before that token. To
+            continue from there, pass both back: `stream(token[:, None], state=state)`.
 
         Raises:
             InputError: if the temperature is negative.
@@ -351,12 +350,12 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The prompt, then the last token and the state before it.
+        """Inputs of the next step: first the prompt, then the last token and the state before it.
 
-        With `cache_params` given to `generate()`, the prompt is what comes after that state.
+        If `generate()` gets `cache_params`, the prompt is what follows that state.
 
         Raises:
-            InputError: if the prompts are padded: each row has to end in its last token.
+            InputError: if the prompts are padded: each row must end in its last token.
         """
         return generation.next_inputs(
             self.config, input_ids, attention_mask, cache_params, use_cache, is_first_iteration
@@ -367,7 +366,7 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the state is no cache of keys and values
+        return False  # the state is not a cache of keys and values
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize(module, self.config)
@@ -386,7 +385,7 @@ def LanguageModel(
 
     Args:
         vocab_size, d_model, n_layers, n_seq: as in `ResNetBKConfig`.
-        use_quantized_bk_core: make ready to quantize; the model is float until
+        use_quantized_bk_core: prepare for quantization; the model stays float until
             `calibrate_quantization`.
         quantization_mode: a mode or a `QuantizationConfig`; "ptq_int8" if not given.
         options: other fields of `ResNetBKConfig`.

@@ -15,7 +15,7 @@ from bkcore.model.state import LayerState
 
 
 class TokenEmbedding(nn.Embedding):
-    """Token embedding (V, D) whose rows also are the output head."""
+    """Token embedding (V, D), which is also the output head."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores (..., V) of hidden states (..., D)."""
@@ -23,10 +23,10 @@ class TokenEmbedding(nn.Embedding):
 
 
 class ResNetBKLayer(GradientCheckpointingLayer):
-    """Mixer and experts, each behind a norm and around a residual.
+    """Mixer, then experts; each has a norm before it and a residual connection around it.
 
-    With activation checkpointing, training keeps only the layer's input and computes the rest
-    again in the backward pass.
+    With activation checkpointing, training keeps only the layer's input and recomputes the rest in
+    the backward pass.
     """
 
     def __init__(self, config: ResNetBKConfig) -> None:
@@ -44,8 +44,8 @@ class ResNetBKLayer(GradientCheckpointingLayer):
 
         Args:
             hidden: (B, N, D).
-            state: the layer's memory of what came before; None begins anew.
-            real: bool (B, N), False for padding; None if there is none.
+            state: the layer's memory of what came before; None starts afresh.
+            real: bool (B, N), False for padding; None if nothing is padded.
 
         Returns:
             (B, N, D), the load-balancing loss of this layer, and its state after `hidden`, None for
@@ -59,9 +59,9 @@ class ResNetBKLayer(GradientCheckpointingLayer):
 
 @torch.no_grad()
 def initialize(module: nn.Module, config: ResNetBKConfig) -> None:
-    """Give the parameters of one module, not of those in it, the values that training starts from.
+    """Initialize the parameters of one module, without its submodules.
 
-    A layer starts as the identity: what its mixer and its experts add is projected by zeros.
+    A layer starts as the identity: the output projections of its mixer and experts are zero.
     """
     if isinstance(module, nn.Linear):
         init.normal_(module.weight, std=module.in_features**-0.5)

@@ -1,8 +1,8 @@
-"""Loading a model: what a folder holds is compared with its configuration before it takes memory.
+"""Loading a model: a folder is checked against its configuration before memory is allocated.
 
-Nothing but the files of the manifest is read, and no library goes looking for more: transformers is
-given a configuration and tensors, no folder. So a file that a stranger put there is never run,
-followed or taken for weights.
+Only the files in the manifest are read. transformers gets a configuration and tensors but never the
+folder, so no library looks for more files there. A file that a stranger put into the folder is
+never run, followed or taken for weights.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DTYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
     **{"U8": torch.uint8, "BOOL": torch.bool},
 }
-"""By the names that safetensors gives them; others are in no model."""
+"""The dtypes a model can have, by their names in safetensors."""
 
 
 def load(
@@ -56,7 +56,7 @@ def load(
         path, arguments, options: what the caller gave.
 
     Returns:
-        The model; and what transformers says of the loading, if that was asked for.
+        The model; and transformers' loading info, if requested.
 
     Raises:
         As `from_pretrained`.
@@ -88,9 +88,9 @@ class Source:
 
     Attributes:
         config: checked.
-        tensors: by name, read when they are indexed.
-        generation: what the folder says, or None.
-        receipt: likewise.
+        tensors: by name; each is read when indexed.
+        generation: the folder's generation configuration, or None.
+        receipt: the folder's receipt, or None.
     """
 
     config: ResNetBKConfig
@@ -100,7 +100,7 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of parameters if nobody asks for another."""
+        """The dtype of the parameters unless the caller asks for another."""
         if isinstance(self.config.dtype, torch.dtype):
             return self.config.dtype
         floats = (_DTYPES[each.get_dtype()] for each in self.tensors.values())
@@ -109,11 +109,11 @@ class Source:
 
 @contextmanager
 def opened(request: Request, kind: type[PreTrainedModel]) -> Iterator[Source]:
-    """What a model of a kind is made of, whole and fitting together; open inside a with block.
+    """The parts of a model of class `kind`, checked and complete; open inside a with block.
 
     Raises:
         CheckpointError: if the checkpoint is missing, truncated, altered, incomplete or malformed,
-            or has adapters.
+            or holds adapters.
     """
     folder = request.folder
     _check_no_adapters(folder)
@@ -136,18 +136,20 @@ def opened(request: Request, kind: type[PreTrainedModel]) -> Iterator[Source]:
             path, status = manifest.check(folder, name, digests)
             files.append(_open(path, folder / name, stack))
             if not _is_same(path, status):
-                raise CheckpointError(f"{folder / name} changed while it was read; load it again")
+                raise CheckpointError(
+                    f"{folder / name} changed while it was being read; load it again"
+                )
         tensors = together(files, folder)
         check_fit(kind, config, tensors, folder)
         yield Source(config, tensors, generation, found)
 
 
 def check_saved(kind: type[PreTrainedModel], staged: Path, folder: Path) -> None:
-    """Check that what was written to `staged`, to be moved to `folder`, can be loaded again.
+    """Check that the checkpoint in `staged` can be loaded, before it moves to `folder`.
 
     Raises:
-        CheckpointError: if the configuration or the tensors are of another model, as those of
-            adapters, or hold what no checkpoint keeps; or if there are adapters in `folder`.
+        CheckpointError: if the configuration or the tensors are of another model (such as one with
+            adapters) or cannot be in a checkpoint, or if `folder` holds adapters.
     """
     try:
         _check_no_adapters(folder)
@@ -161,7 +163,7 @@ def check_saved(kind: type[PreTrainedModel], staged: Path, folder: Path) -> None
             files = [_open(staged / name, folder / name, stack) for name in names]
             check_fit(kind, config, together(files, folder), folder)
     except CheckpointError as error:
-        raise CheckpointError(f"what was to be saved could not be loaded again: {error}") from error
+        raise CheckpointError(f"the saved model could not be loaded again: {error}") from error
 
 
 def config_from(
@@ -170,12 +172,12 @@ def config_from(
     """The configuration in a JSON file, with some fields changed.
 
     Raises:
-        CheckpointError: if it is none.
+        CheckpointError: if the file does not hold one.
     """
     fields = _object(content, path)
     with foreign(str(path)):
         config = ResNetBKConfig(**fields)
-    # What the caller asks for is no fault of the file: it raises InputError.
+    # The caller's changes are not the file's fault: they raise InputError.
     return ResNetBKConfig(**{**fields, **changes}) if changes else config
 
 
@@ -183,7 +185,7 @@ def generation_from(content: bytes, path: Path) -> GenerationConfig:
     """The generation configuration in a JSON file.
 
     Raises:
-        CheckpointError: if it is none.
+        CheckpointError: if the file does not hold one.
     """
     fields = _object(content, path)
     defaults = vars(GenerationConfig())
@@ -191,21 +193,21 @@ def generation_from(content: bytes, path: Path) -> GenerationConfig:
     usual["early_stopping"] = None  # True, False or "never"
     for name, value in fields.items():
         if name not in defaults and (name.startswith("_") or hasattr(GenerationConfig, name)):
-            raise CheckpointError(f"{path} has the field {shown(name)}, which is no setting")
+            raise CheckpointError(f"{path} has the unknown field {shown(name)}")
         if value is not None and not _is_like(value, usual.get(name)):
             raise CheckpointError(f"{name} in {path} cannot be {shown(value)}")
     with foreign(str(path)):
         config = GenerationConfig.from_dict(fields)
-        # As transformers does, which lets an odd one be saved again as long as it is the same.
+        # Like transformers, which can save an odd configuration again as long as it is unchanged.
         config._original_object_hash = hash(config)
         return config
 
 
 def together(files: Iterable[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
-    """The tensors of all files.
+    """The tensors of all files together.
 
     Raises:
-        CheckpointError: if two hold the same.
+        CheckpointError: if two files hold a tensor of the same name.
     """
     tensors: dict[str, Any] = {}
     for file in files:
@@ -219,10 +221,10 @@ def together(files: Iterable[Mapping[str, Any]], folder: Path) -> dict[str, Any]
 def check_fit(
     kind: type[PreTrainedModel], config: ResNetBKConfig, tensors: Mapping[str, Any], folder: Path
 ) -> None:
-    """Compare the names, shapes and dtypes of tensors with those of a model, without any memory.
+    """Check names, shapes and dtypes of tensors against a model's, without allocating memory.
 
     Raises:
-        CheckpointError: naming what is missing, or is not as the configuration asks for.
+        CheckpointError: naming what is missing or differs from the configuration.
     """
     for pattern, name in ((_LAYER, "n_layers"), (_EXPERT, "num_experts")):
         count = len({match[1] for match in map(pattern.match, tensors) if match})
@@ -239,7 +241,7 @@ def check_fit(
     for name, tensor in tensors.items():
         shape, dtype = tuple(tensor.get_shape()), _DTYPES.get(tensor.get_dtype())
         if name not in own:
-            amiss.append(f"{shown(name)} is of another model")
+            amiss.append(f"{shown(name)} belongs to another model")
         elif shape != own[name].shape:
             amiss.append(f"{name} is {shape} instead of {tuple(own[name].shape)}")
         elif dtype != own[name].dtype and (
@@ -250,8 +252,8 @@ def check_fit(
         more = f"; and {len(amiss) - 5} more" if len(amiss) > 5 else ""
         if any(".base_layer." in name for name in tensors):
             more += (
-                ". Its layers are wrapped by adapters, which deleting an adapter does not undo: "
-                "save what PEFT's merge_and_unload() or unload() returns"
+                "; its layers are wrapped by adapters, and deleting an adapter does not unwrap "
+                "them; save what PEFT's merge_and_unload() or unload() returns"
             )
         raise CheckpointError(
             f"the checkpoint {folder} does not fit its configuration: {'; '.join(amiss[:5])}{more}"
@@ -259,17 +261,17 @@ def check_fit(
 
 
 def _check_no_adapters(folder: Path) -> None:
-    """Adapters change what a model computes, so the model without them is not what was saved."""
+    """Refuse a folder with adapters: without them the model would not compute what was saved."""
     try:
         present = os.path.lexists(folder / ADAPTERS)
-    except ValueError:  # a name that no system takes: there is nothing
+    except ValueError:  # no system allows such a name, so nothing is there
         return
     if present:
         refuse_adapters(folder)
 
 
 def _exact(model: nn.Module, own: Mapping[str, Tensor]) -> set[str]:
-    """Names of the tensors whose dtype is part of the format; others may be in any floating one."""
+    """Names of the tensors with a fixed dtype; the others may have any floating dtype."""
     names = {name for name, x in own.items() if not x.is_floating_point()}
     for path, module in model.named_modules():
         if isinstance(module, StoredDtypes):
@@ -288,7 +290,7 @@ def _object(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def _is_like(value: object, usual: object) -> bool:
-    """Whether a value can stand where the usual one is of the kind that it is."""
+    """Whether a value is of a type that may replace the usual one."""
     if isinstance(usual, bool) or isinstance(value, bool):
         return isinstance(value, bool) and isinstance(usual, bool | None)
     if isinstance(usual, int | float):
@@ -311,5 +313,5 @@ def _is_same(path: Path, before: os.stat_result) -> bool:
 def _check_variant(variant: object, weights: list[str], folder: Path) -> None:
     if not all(name.startswith((f"model.{variant}.", f"model.{variant}-")) for name in weights):
         raise CheckpointError(
-            f"{folder} holds {', '.join(weights)}, not the variant {shown(variant)}; leave it out"
+            f"{folder} holds {', '.join(weights)}, not variant {shown(variant)}; leave variant out"
         )

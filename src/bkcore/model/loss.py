@@ -1,9 +1,9 @@
-"""Cross entropy of next tokens without the logits of all positions in memory at once.
+"""Next-token cross entropy without holding the logits of all positions in memory.
 
-Positions are taken a chunk at a time. The gradient of a chunk is computed right behind its loss,
-while its logits are there, and only the gradients of the hidden states and of the head are kept:
-no product is computed twice, and memory is O(chunk * V) beside them. (The idea is that of the fused
-linear cross entropy in Hsu et al., "Liger Kernel", 2024; here the head may be any module.)
+Positions are processed in chunks. The gradient of a chunk is computed right after its loss, while
+its logits are still in memory, and only the gradients of the hidden states and of the head are
+kept. So no product is computed twice, and the extra memory is O(chunk * V). (The idea is the fused
+linear cross entropy of Hsu et al., "Liger Kernel", 2024; here the head may be any module.)
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 IGNORED = -100
-"""Label of a position that has none."""
+"""Label of a position without a label."""
 
 _CHUNK_ELEMENTS = 1 << 22
 _LEAST_ROWS = 256
 
 
 class Head(Protocol):
-    """What makes logits (T, V) of hidden states (T, D)."""
+    """A module that computes logits (T, V) from hidden states (T, D)."""
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -37,15 +37,15 @@ def next_token_loss(
 ) -> Tensor:
     """Mean negative log likelihood of the next tokens in nats.
 
-    Equal to rounding to the loss that transformers computes from all logits. It has first
-    derivatives only.
+    Equal, up to rounding, to the loss that transformers computes from all logits. Only first
+    derivatives are available.
 
     Args:
-        head: the module that makes logits; gradients reach its parameters.
-        hidden: (B, N, D), what the head takes.
+        head: the module that computes logits; gradients reach its parameters.
+        hidden: (B, N, D), the head's input.
         labels: integers (B, N), shifted here: position i predicts label i + 1; `IGNORED` is
             left out.
-        vocab_size: V, which says how many positions make a chunk.
+        vocab_size: V, which determines the chunk size.
         num_items_in_batch: divide the sum by this instead of the number of labels.
 
     Returns:
@@ -59,7 +59,7 @@ def next_token_loss(
 
 
 def share_of_batch(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-    """The share of a whole batch's labels that labels (B, N) are; 1 if they are all there is."""
+    """The fraction of a whole batch's labels that `labels` (B, N) hold; 1 if they are all."""
     if num_items_in_batch is None:
         return 1.0
     here = (labels[:, 1:] != IGNORED).sum()
@@ -83,7 +83,7 @@ def _chunk_loss(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The summed loss; its gradients are made in the forward pass, and only scaled behind."""
+    """The summed loss. The forward pass computes its gradients; the backward pass scales them."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Sequence mixers: resolvent attention behind short convolutions, and what is left without it."""
+"""Sequence mixers: resolvent attention after short convolutions, and ablations without it."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from bkcore.quantization.quantizers import GroupWiseQuantizer
 Phase = Literal["idle", "observe", "quantize"]
 
 _SHORTEST, _LONGEST = 8.0, 500.0
-"""Sites after which the heads have forgotten 1 - 1/e at the start, log-spaced."""
+"""Initial memory lengths of the heads, log-spaced: sites until 1 - 1/e is forgotten."""
 
 _BARRIER = math.exp(-6)
-"""Height of the potential at the start, in units of the hopping 1: far below what localizes."""
+"""Initial height of the potential, in units of the hopping 1: far too low to localize."""
 
 _ETA = 1e-4
-"""Broadening at the start: a chain without loss forgets after about sqrt(2 / eta) = 140 sites."""
+"""Initial broadening: a lossless chain forgets after about sqrt(2 / eta) = 140 sites."""
 
 
 class CoreQuantizers(nn.Module):
-    """Quantizers of what enters and leaves the resolvent attention, never a scale per position.
+    """Quantizers of the inputs and outputs of resolvent attention; none has scales per position.
 
-    Gates and barriers have a scale per head; queries, keys, values and what the attention found
-    one per channel. `phase` says what a call does: nothing, observe, or fake-quantize.
+    Gates and barriers have one scale per head. Queries, keys, values and the attention's output
+    have one per channel. `phase` says what a call does: nothing, observe, or fake-quantize.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class CoreQuantizers(nn.Module):
             size = 1 if config.per_channel else channels
             return GroupWiseQuantizer(channels, size, symmetric=symmetric, **common)
 
-        # What comes out of SiLU is never below -0.28: symmetric codes would waste half.
+        # SiLU never goes below -0.28, so symmetric codes would waste half their range.
         skewed = config.symmetric is True
         self.gate = real(heads, skewed)
         self.barrier = real(heads, skewed)
         self.query = real(keys, skewed)
         self.key = real(keys, skewed)
         self.value = real(width, skewed)
-        # Unlike Im g, neither part of what is found has a sign.
+        # Unlike Im g, both parts of the output take either sign.
         self.found = ComplexQuantizer(
             width, config.per_channel, symmetric=config.symmetric is not False, **common
         )
@@ -78,12 +78,12 @@ class CoreQuantizers(nn.Module):
 
     @property
     def rounds_only(self) -> bool:
-        """Whether a call rounds to stored codes: nothing to observe or to learn."""
+        """Whether a call only rounds to stored codes, with nothing to observe or learn."""
         return self.phase == "quantize" and not self._parts[0].learnable
 
     def rounding(self) -> list[ChannelRounding]:
         """How `recall_step` is to round the seven parts."""
-        # Decoding asks at every token; to see that these are the same tensors is quicker.
+        # Decoding asks for this at every token; checking that no tensor was replaced is quicker.
         now = [tensor for held in self._held for tensor in held.values()]
         now += [table.values for table in self._tables]
         if self._known is None or not all(map(operator.is_, self._known[0], now)):
@@ -98,9 +98,9 @@ class CoreQuantizers(nn.Module):
 
 
 class CoreInputs(NamedTuple):
-    """What enters the core.
+    """The inputs of the core.
 
-    query, key (B, N, G K), of unit length in each group of heads, value (B, N, W), gate and
+    query and key (B, N, G K), of unit length in each group of heads; value (B, N, W); gate and
     barrier (B, N, H).
     """
 
@@ -114,11 +114,11 @@ class CoreInputs(NamedTuple):
 class ResolventMixer(nn.Module):
     """Mix a sequence by resolvent attention: a memory of fixed size that can recall.
 
-    H heads, each a chain of its own, in G groups that share queries and keys. The input gives
-    queries, keys and values through short causal convolutions, queries and keys brought to unit
-    length, and for every site and head a forget gate and a barrier. What is read out, all gated,
-    are the value itself and Re and Im of what the query finds: `bkcore.kernels.recall` has the
-    formulas.
+    Each of the H heads is a chain of its own; G groups of heads share queries and keys. Short
+    causal convolutions turn the input into queries, keys and values, with queries and keys
+    normalized to unit length. The input also gives every site and head a forget gate and a barrier.
+    The output combines the value itself with Re and Im of what the query finds, all gated.
+    `bkcore.kernels.recall` has the formulas.
     """
 
     def __init__(self, config: ResNetBKConfig) -> None:
@@ -144,11 +144,11 @@ class ResolventMixer(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Start as a layer that recalls: it looks for what followed earlier copies of a token.
+        """Initialize as a layer that looks for what followed earlier copies of a token.
 
-        Queries and keys start equal, the queries' taps at the present site and the keys' at the
-        one before (an induction head: Olsson et al., "In-context Learning and Induction Heads",
-        2022).
+        Queries and keys start with equal projections; the queries' convolution takes the current
+        site, the keys' the previous one. This is an induction head (Olsson et al., "In-context
+        Learning and Induction Heads", 2022).
         """
         width, taps = self.width, self.conv.kernel_size[0]
         query, key = (slice(width + n * self.keys, width + (n + 1) * self.keys) for n in (0, 1))
@@ -164,7 +164,7 @@ class ResolventMixer(nn.Module):
         self.log_eta.fill_(math.log(_ETA))
 
     def first_state(self, batch: int) -> LayerState:
-        """The memory of `batch` sequences that nothing has been read of."""
+        """The memory of `batch` sequences before their first token."""
         shapes = self._state_shapes()
         like = self.log_eta.new_zeros
         core = torch.promote_types(self.log_eta.dtype, torch.float32)
@@ -175,7 +175,7 @@ class ResolventMixer(nn.Module):
         )
 
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the fields of a `LayerState`, for each sequence."""
+        """Shapes of the fields of a `LayerState`, without the batch dimension."""
         return {
             "taps": (self.conv.kernel_size[0] - 1, self.sizes[0]),
             "g": (self.heads, 2),
@@ -183,14 +183,14 @@ class ResolventMixer(nn.Module):
         }
 
     def forward(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
-        """Mix x (B, N, D), which goes on where `state` ended.
+        """Mix x (B, N, D), which continues after `state`.
 
         Returns:
-            (B, N, D), position i of which depends on x up to i and on `state` only; and the state
+            (B, N, D), whose position i depends only on `state` and on x up to i; and the state
             after the last position.
 
         Raises:
-            ShapeError: if the state is that of a layer of other sizes.
+            ShapeError: if the state is from a layer of other sizes.
         """
         if state is None:
             state = self.first_state(len(x))
@@ -210,12 +210,12 @@ class ResolventMixer(nn.Module):
             found = tuple(getattr(state, name).shape[1:])
             if found != own:
                 raise ShapeError(
-                    f"{name} of a layer's state is {found} for each sequence, but {own} here: it "
-                    "is the state of another model"
+                    f"{name} of a layer's state is {found} per sequence, but this layer needs "
+                    f"{own}; it is the state of another model"
                 )
 
     def core_inputs(self, x: Tensor, state: LayerState) -> tuple[CoreInputs, Tensor, Tensor]:
-        """The inputs of the core, not quantized; what opens the features; and the new taps."""
+        """The unquantized inputs of the core, the gate of the features, and the new taps."""
         mixed, opening, dynamics = self.in_proj(x).split(self.sizes, dim=-1)
         mixed = torch.cat((state.taps.to(mixed.dtype), mixed), 1)
         taps = mixed[:, mixed.shape[1] - state.taps.shape[1] :]
@@ -227,16 +227,16 @@ class ResolventMixer(nn.Module):
         return CoreInputs(query, key, value, gate, barrier), opening, taps
 
     def quantized_inputs(self, inputs: CoreInputs) -> CoreInputs:
-        """The inputs as their quantizers leave them, if there are any."""
+        """The inputs after their quantizers, if there are any."""
         return CoreInputs(*(self._quantized(name, x) for name, x in inputs._asdict().items()))
 
     def quantized_found(self, parts: tuple[Tensor, Tensor]) -> Tensor:
-        """Re and Im of what was found, as their quantizers leave them, (B, N, 2, D)."""
+        """Re and Im of what was found after their quantizers, (B, N, 2, W)."""
         names = ("found.real", "found.imag")
         return torch.stack([self._quantized(*x) for x in zip(names, parts, strict=True)], 2)
 
     def attention_inputs(self, inputs: CoreInputs, dtype: torch.dtype) -> AttentionInputs:
-        """What resolvent attention takes, hoppings and potentials rounded from float64 to dtype."""
+        """The inputs of resolvent attention; float64 hoppings and potentials rounded to `dtype`."""
         query, key = (
             for_every_head(x, self.heads, self.groups) for x in (inputs.query, inputs.key)
         )
@@ -248,7 +248,7 @@ class ResolventMixer(nn.Module):
     def recall(
         self, inputs: CoreInputs, state: tuple[Tensor, Tensor]
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Re and Im of what was found, (B, N, D) each; and the state of the core."""
+        """Re and Im of what was found, (B, N, W) each; and the state of the core."""
         eta = self.log_eta.exp()
         attended = self.attention_inputs(inputs, inputs.value.dtype)
         out, g, state = attend(*attended, eta, state)
@@ -256,12 +256,12 @@ class ResolventMixer(nn.Module):
         return (real.flatten(2), imag.flatten(2)), state
 
     def _steps(self, inputs: CoreInputs) -> bool:
-        """Whether there is one site to read, and a kernel for all that is done with it."""
+        """Whether there is one site to read, and one kernel can do the whole step."""
         ready = self.quantizers is None or self.quantizers.rounds_only
         return ready and inputs.value.shape[1] == 1 and has_recall_step(inputs.value)
 
     def _step(self, inputs: CoreInputs, state: LayerState) -> tuple[Tensor, Tensor, Tensor]:
-        """The features of one site and the core's new state: the bits of the pieces, but faster."""
+        """Features of one site and the new state: the same bits as the pieces, but faster."""
         rounding = [] if self.quantizers is None else self.quantizers.rounding()
         return recall_step(
             inputs.gate,
@@ -287,9 +287,9 @@ class ResolventMixer(nn.Module):
 
 
 class Features(nn.Module):
-    """What a mixer reads out: the value and two parts of what the past made of it.
+    """The mixer's output: a sum of the value, and of Re and Im of what was found in the past.
 
-    They are added with learned weights for each channel.
+    Each channel has three learned weights.
     """
 
     def __init__(self, width: int) -> None:
@@ -298,7 +298,7 @@ class Features(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Begin with the value and Re alike, and little of Im, which is larger."""
+        """Start with equal weights for the value and Re, and less for Im, which is larger."""
         self.weight.copy_(torch.tensor([[1.0], [1.0], [0.1]]))
 
     def forward(self, value: Tensor, parts: Tensor) -> Tensor:
@@ -308,7 +308,7 @@ class Features(nn.Module):
 
 
 class ConvolutionMixer(nn.Module):
-    """A `ResolventMixer` without its core: the value, gated. The ablation of what it gains."""
+    """A `ResolventMixer` without its core: the gated value alone. Ablates what the core gains."""
 
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__()
@@ -325,9 +325,9 @@ class ConvolutionMixer(nn.Module):
 
 
 class GreenMixer(nn.Module):
-    """A mixer whose memory is g alone, nothing propagated: D chains with a learned potential.
+    """A mixer whose only memory is g, without a propagated source: D chains, learned potentials.
 
-    The ablation of the propagated source: g depends on the whole past, but cannot carry content.
+    Ablates the propagated source: g depends on the whole past, but cannot carry content.
     """
 
     def __init__(self, config: ResNetBKConfig) -> None:
@@ -343,7 +343,7 @@ class GreenMixer(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Spread energies over the band of the free chain and eta over 0.005 to 0.5."""
+        """Spread the energies over the free chain's band, and eta over 0.005 to 0.5."""
         channels = torch.arange(self.energy.numel())
         # The golden ratio decorrelates a channel's energy from its eta.
         self.energy.copy_(2 * torch.cos(math.pi * ((channels * 0.6180339887) % 1)))
@@ -371,22 +371,22 @@ MIXERS: dict[str, type[nn.Module]] = {
     "convolution": ConvolutionMixer,
     "green": GreenMixer,
 }
-"""By the name that `ResNetBKConfig.mixer` gives them."""
+"""Mixer classes by the value of `ResNetBKConfig.mixer`."""
 
 
 def unit_length(x: Tensor, eps: float) -> Tensor:
-    """x (..., K) over its length, the root of its sum of squares and eps along the last axis."""
+    """x / sqrt(sum(x^2) + eps) for x (..., K), summed over the last axis."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
 
 
 def gated(features: Tensor, opening: Tensor) -> Tensor:
-    """Features (B, N, W) as far as their gate is open, in the dtype of `opening` (B, N, W)."""
-    # The core and the quantizers work in float32 at least, whatever the model is cast to.
+    """Features (B, N, W) times their gate, in the dtype of `opening` (B, N, W)."""
+    # The core and the quantizers work in at least float32, whatever the model is cast to.
     return features.to(opening.dtype) * F.silu(opening)
 
 
 def depthwise(channels: int, taps: int) -> nn.Conv1d:
-    """A convolution of every channel with taps of its own."""
+    """A convolution with separate taps for every channel."""
     return nn.Conv1d(channels, channels, taps, groups=channels, bias=False)
 
 
@@ -394,7 +394,7 @@ def convolution(conv: nn.Conv1d, x: Tensor) -> Tensor:
     """Convolve x (B, N + taps - 1, C) over time: (B, N, C)."""
     if torch.is_grad_enabled():
         return conv(x.transpose(1, 2)).transpose(1, 2)
-    # Without a derivative to take, tap by tap: for one token that is several times faster.
+    # Without gradients, add tap by tap: for one token that is several times faster.
     first, *others = conv.weight[:, 0].unbind(1)
     sites = x.shape[1] - len(others)
     out = x[:, :sites] * first
@@ -404,5 +404,5 @@ def convolution(conv: nn.Conv1d, x: Tensor) -> Tensor:
 
 
 def causal_convolution(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """Convolve x (B, N, C) over time; position i of the result depends on x up to i only."""
+    """Convolve x (B, N, C) over time; position i of the result depends only on x up to i."""
     return convolution(conv, F.pad(x, (0, 0, conv.kernel_size[0] - 1, 0)))

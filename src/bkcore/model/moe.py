@@ -1,4 +1,4 @@
-"""Mixture of experts: every token is served by its top-k experts, none is dropped.
+"""Mixture of experts: its top-k experts serve every token, and no token is dropped.
 
 Routing and the load-balancing loss follow Fedus et al., "Switch Transformers", JMLR 2022, eqs. 4-6,
 with the top-k weights normalized to sum to one.
@@ -21,14 +21,15 @@ from bkcore.quantization.linear import QuantizedLinear
 _BLOCK = 32
 
 _VECTORS = 32
-"""Numbers that PyTorch's functions take at a time: two vectors of AVX-512, or several of others."""
+"""PyTorch's elementwise functions take this many numbers at a time: two AVX-512 vectors, or more
+vectors of a narrower kind."""
 
 _UNSHARED = 32_768
-"""Numbers that PyTorch does not cut into shares for threads, at any place: its grain size."""
+"""Up to this many numbers PyTorch does not split among threads (its grain size)."""
 
 _TRAINED_ROWS = 64
-"""Experts train on multiples of so many rows, for whose shapes oneDNN keeps its kernels: one made
-for the rows of a step would cost as much as the product."""
+"""In training, experts round their number of rows up to a multiple of this, so that oneDNN reuses
+its kernels: making one for the exact number of each step would cost as much as the product."""
 
 
 class Expert(nn.Module):
@@ -61,21 +62,21 @@ def _is_exact(layer: nn.Module) -> bool:
 
 
 def _silu(x: Tensor) -> Tensor:
-    """SiLU of rows (M, F), each of which gets the same bits whatever M is: see `_in_blocks`."""
+    """SiLU of rows (M, F), with the same bits in each row whatever M is; see `_in_blocks`."""
     count = x.numel()
-    if count % _VECTORS == 0 and count <= _UNSHARED:  # nothing left over, and nothing cut
+    if count % _VECTORS == 0 and count <= _UNSHARED:  # no incomplete vector, no split
         return F.silu(x)
     return _in_blocks(F.silu, x)
 
 
 def _in_blocks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A function of rows (M, D), each of which gets the same bits whatever M is.
+    """Apply a function to rows (M, D), with the same bits in each row whatever M is.
 
-    A float product may round a row differently when the number of rows changes, and PyTorch's
-    exponential does so at the end of a tensor, where no whole vector is left. How many tokens an
-    expert serves depends on tokens to come, and a stream has one token where a whole text has
-    many: blocks of one size keep causality, and streams, bit for bit. (Products of codes are exact,
-    so they need none of this.)
+    A float product may round a row differently when the number of rows changes. So may PyTorch's
+    exponential at the end of a tensor, where the last vector is incomplete. But the number of
+    tokens an expert serves depends on later tokens, and a stream has one token where a whole text
+    has many. Blocks of a fixed size keep the model causal, and streams equal to whole texts, bit
+    for bit. (Products of codes are exact and do not need this.)
     """
     if x.shape[0] <= _BLOCK:
         return _padded(function, x, _BLOCK)
@@ -83,7 +84,7 @@ def _in_blocks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _padded(function: Callable[[Tensor], Tensor], x: Tensor, rows: int) -> Tensor:
-    """A function of rows (M, D), called with so many of them."""
+    """Apply a function to rows (M, D), padded to `rows` rows for the call."""
     count = x.shape[0]  # len() takes longer than a small sum
     if count == rows:
         return function(x)
@@ -96,8 +97,8 @@ class MixtureOfExperts(nn.Module):
     A single expert has nothing to route: it is a plain perceptron, without a router.
 
     Attributes:
-        load: None, or int64 (E,), where `counting_load` counts the tokens that each expert serves.
-        calibration_load: the same of the calibration of a model that is going to be quantized.
+        load: None, or int64 (E,): the tokens of each expert, counted inside `counting_load`.
+        calibration_load: None, or int64 (E,): the same, counted during calibration.
     """
 
     def __init__(self, config: ResNetBKConfig) -> None:
@@ -113,15 +114,17 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, N, D) -> (B, N, D), and the load-balancing loss.
 
-        That loss is 1 when the load is even, and `num_experts` when one expert serves all; it is 0
-        outside training, and where there is no router. In data-parallel training the load is that
-        of all processes, but each takes the mean probabilities of its own tokens: the mean of their
-        losses is that of one process with the whole batch if all have equally many tokens that are
-        no padding, and near to it otherwise.
+        This loss is 1 when the load is even and `num_experts` when one expert serves all tokens.
+        Outside training, or without a router, it is 0.
+
+        In data-parallel training each process combines the load of all processes with the mean
+        probabilities of its own tokens. If all processes have equally many real tokens, the mean of
+        their losses is the loss of the whole batch in one process; otherwise it is close to it.
 
         Args:
-            real: bool (B, N), False for padding, which is served but counts in no load and in no
-                loss; None if there is none.
+            x: (B, N, D).
+            real: bool (B, N), False for padding, which is served but counts neither in the load nor
+                in the loss; None if nothing is padded.
         """
         if self.router is None:
             return cast(Expert, self.experts[0]).perceptron(x), x.new_zeros(())
@@ -134,7 +137,7 @@ class MixtureOfExperts(nn.Module):
         out = (served * weights[..., None].to(served.dtype)).sum(1).view_as(x)
         if self.load is not None:
             self.load += self._load_of(chosen, real)
-        if self.calibration_load is not None:  # replaced, so that a pass that fails is not counted
+        if self.calibration_load is not None:  # replaced, so that a failed pass can be undone
             self.calibration_load = self.calibration_load + self._load_of(chosen, real)
         if not self.training:
             return out, x.new_zeros(())
@@ -148,7 +151,7 @@ class MixtureOfExperts(nn.Module):
         return out, balance
 
     def _load_of(self, chosen: Tensor, real: Tensor | None = None) -> Tensor:
-        """Tokens of each expert, int64 (E,), of the experts that were chosen (T, k)."""
+        """Tokens per expert, int64 (E,), from the chosen experts (T, k)."""
         experts = torch.arange(len(self.experts), device=chosen.device)
         served = chosen[..., None] == experts
         if real is not None:
@@ -156,15 +159,15 @@ class MixtureOfExperts(nn.Module):
         return served.sum((0, 1))
 
     def new_count(self) -> Tensor:
-        """Zeros int64 (E,) to count in."""
+        """Zeros, int64 (E,), to count in."""
         device = next(self.parameters()).device
         return torch.zeros(len(self.experts), dtype=torch.int64, device=device)
 
     def _serve(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         """Outputs of the chosen experts: tokens (T, D), chosen (T, k) -> (T, k, D).
 
-        In training idle experts serve no rows instead of nothing, so that every parameter has a
-        gradient, if of zeros: processes that share their gradients wait for each.
+        In training, an idle expert still runs, on zero rows. This gives every parameter a gradient,
+        if only zeros: processes that share gradients wait for each one.
         """
         if torch.compiler.is_compiling():
             return self._serve_densely(tokens, chosen)
@@ -181,8 +184,8 @@ class MixtureOfExperts(nn.Module):
         return served.view(*chosen.shape, -1)
 
     def _serve_densely(self, tokens: Tensor, chosen: Tensor) -> Tensor:
-        # How many tokens an expert gets depends on their values, and a compiled graph cannot: there
-        # every expert serves every token, num_experts / experts_per_token times the work.
+        # How many tokens an expert gets depends on values, and a compiled graph has fixed shapes.
+        # So every expert serves every token, num_experts / experts_per_token times the work.
         outputs = torch.stack([expert(tokens) for expert in self.experts], 1)
         return outputs.gather(1, chosen[..., None].expand(-1, -1, tokens.shape[-1]))
 
@@ -201,8 +204,8 @@ def counting_load(model: nn.Module) -> Iterator[list[Tensor]]:
     """Count the tokens that every expert serves inside a with block, exactly.
 
     Yields:
-        int64 (E,) of each mixture of experts that has a router, first layer first. They grow with
-        every forward pass, one that activation checkpointing computes again included.
+        Counts, int64 (E,), of each mixture of experts that has a router, first layer first. They
+        grow with every forward pass, including those that activation checkpointing repeats.
     """
     layers = [
         module
@@ -222,7 +225,7 @@ def counting_load(model: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def uncounted(model: nn.Module) -> Iterator[None]:
-    """Hide a with block from `counting_load`."""
+    """Exclude a with block from `counting_load`."""
     layers = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
     counts = [layer.load for layer in layers]
     for layer in layers:

@@ -24,10 +24,10 @@ from bkcore.quantization.lifecycle import QuantizationLifecycle, QuantizationSta
 from bkcore.quantization.transaction import all_or_nothing
 
 _SAMPLE = 128
-"""Tokens of the calibration data that the receipt certifies the cores on."""
+"""How many tokens of the calibration data the receipt certifies the cores on."""
 
 _REPLACING = {"start_calibration", "apply_ptq", "enable_qat", "convert"}
-"""Steps that replace layers, and the first on the way there, so that no work is done in vain."""
+"""Steps that replace layers, and the first step towards them, so that a refusal comes early."""
 
 _QUANTIZED_TENSORS = {"packed", "stored_scales", "log_scales", "zero_points", "second"}
 """Names of the tensors that a float model does not have."""
@@ -36,11 +36,11 @@ _QUANTIZED_TENSORS = {"packed", "stored_scales", "log_scales", "zero_points", "s
 class QuantizableModel(QuantizationLifecycle, PreTrainedModel):
     """A language model's lifecycle from float to quantized. `ResNetBKForCausalLM` is the model.
 
-    A subclass adds the model, as `_hidden` and `_as_built`.
+    A subclass adds the model by defining `_hidden` and `_as_built`.
 
     Attributes:
-        receipt: what was done to every tensor, see `bkcore.model.receipt.of_quantized`; after
-            calibration only `calibration`, and None before.
+        receipt: what quantization did to every tensor, see `bkcore.model.receipt.of_quantized`.
+            None before calibration; only its `calibration` part until the model is quantized.
     """
 
     config_class = ResNetBKConfig
@@ -54,24 +54,25 @@ class QuantizableModel(QuantizationLifecycle, PreTrainedModel):
     def _hidden(
         self, input_ids: Tensor, real: Tensor | None = None, state: StreamState | None = None
     ) -> tuple[Tensor, Tensor, StreamState | None]:
-        """Run the layers on ids (B, N), of which bool (B, N) says where they are no padding."""
+        """Run the layers on ids (B, N); bool (B, N) is False at padding."""
         raise NotImplementedError
 
     def _as_built(self, config: ResNetBKConfig) -> nn.Module:
-        """The model of a configuration, without what a subclass adds, on the meta device."""
+        """A configuration's model on the meta device, without what a subclass adds."""
         raise NotImplementedError
 
     def configure_quantization(self, config: QuantizationConfig | str) -> None:
-        """Choose how a float model is going to be quantized.
+        """Choose how a float model will be quantized.
 
         Raises:
             InputError: for an unknown mode.
-            LifecycleError: if the model is past the float state, or its mixer cannot be quantized.
+            LifecycleError: if the model is no longer in the float state, or its mixer cannot be
+                quantized.
         """
         self._require("configure_quantization", {QuantizationState.FLOAT})
         if not self.config.mixer_traits.quantizes:
             raise LifecycleError(
-                f'a model with mixer="{self.config.mixer}" is there to compare with and cannot be '
+                f'a model with mixer="{self.config.mixer}" is for comparison only and cannot be '
                 'quantized; build one with mixer="resolvent"'
             )
         config = QuantizationConfig(config) if isinstance(config, str) else config
@@ -81,14 +82,14 @@ class QuantizableModel(QuantizationLifecycle, PreTrainedModel):
             self._set_state(QuantizationState.FLOAT)
 
     def assign_bits(self, tensor_bits: dict[str, int]) -> None:
-        """Choose the bits of single weights, before or after calibration.
+        """Choose the bits of individual weights, before or after calibration.
 
         Args:
-            tensor_bits: as in `QuantizationConfig`; it takes the place of the one before.
+            tensor_bits: as in `QuantizationConfig`; replaces the earlier choice.
 
         Raises:
             InputError: for an unknown name, or bits that a weight cannot have.
-            CalibrationError: after calibration, for INT4 weights that were not calibrated as such.
+            CalibrationError: after calibration, for INT4 weights that were not calibrated for it.
             LifecycleError: if the weights are quantized already, or the model has no mode.
         """
         config = self._require_config("assign_bits")
@@ -102,19 +103,20 @@ class QuantizableModel(QuantizationLifecycle, PreTrainedModel):
             self._set_state(self._state)
 
     def calibrate_quantization(self, batches: Iterable[Tensor | Mapping[str, Any]]) -> None:
-        """Calibrate on token ids, then quantize (PTQ modes) or make ready to train (QAT modes).
+        """Calibrate on token ids, then quantize (PTQ modes) or prepare to train (QAT modes).
+
+        If anything is raised, the model is left as it was.
 
         Args:
             batches: token ids (B, N), or mappings with `input_ids` and, if there is padding,
-                `attention_mask`, both as in `forward`, such as a tokenizer gives with
-                return_tensors="pt". Padding is not observed. Nothing else is looked at.
+                `attention_mask`, both as in `forward`, such as a tokenizer returns with
+                return_tensors="pt". Padding is not observed; other entries are ignored.
 
         Raises:
             LifecycleError: without a quantization mode, past the calibrated state, or if something
                 was put between the model and its layers, see `bkcore.model.structure`.
             CalibrationError: if there is no batch, or an activation or a weight is not finite.
             InputError: if a batch is something else, or as in `forward`.
-            Whatever is raised, the model is then as it was before.
         """
         config = self._require_config("calibrate_quantization")
         if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
@@ -146,8 +148,9 @@ class QuantizableModel(QuantizationLifecycle, PreTrainedModel):
         """Bytes of the parameters and buffers.
 
         Returns:
-            `fp32_bytes`, `quantized_bytes` (once quantized, at any state), `current_bytes` (now),
-            `compression_ratio` (the first over the second) and `bits` (of the core).
+            `fp32_bytes`; `quantized_bytes`, the size once quantized, whatever the state now;
+            `current_bytes`, the size now; `compression_ratio`, the first over the second; and
+            `bits` of the core.
 
         Raises:
             LifecycleError: without a quantization mode.
@@ -156,7 +159,7 @@ class QuantizableModel(QuantizationLifecycle, PreTrainedModel):
         plain = copy.deepcopy(self.config)
         plain.quantization = None
         model = self._as_built(plain)
-        own_bytes = sum(  # what a subclass adds, which stays as it is
+        own_bytes = sum(  # what a subclass adds, which is never quantized
             tensor.numel() * tensor.element_size()
             for name, tensor in [*self.named_parameters(), *self.named_buffers()]
             if not hasattr(model, name.partition(".")[0])
@@ -181,8 +184,8 @@ class QuantizableModel(QuantizationLifecycle, PreTrainedModel):
         """
         if _quantized_keys(state_dict) != _quantized_keys(self.state_dict()):
             raise CheckpointError(
-                "the state dict is of a model in another quantization state than this one, which "
-                f"is {self._state.value}; save_pretrained() and from_pretrained() keep the state"
+                "the state dict is from a model in another quantization state; this model's is "
+                f"{self._state.value}; save_pretrained() and from_pretrained() keep the state"
             )
         return super().load_state_dict(state_dict, *args, **kwargs)
 
@@ -215,7 +218,7 @@ class QuantizableModel(QuantizationLifecycle, PreTrainedModel):
 
     @contextmanager
     def _whole_or_not(self) -> Iterator[None]:
-        """Put the model back as it was, its configuration too, if the block raises."""
+        """Restore the model and its configuration if the block raises."""
         before = self.config.quantization
         try:
             with all_or_nothing(self):
@@ -269,5 +272,5 @@ class QuantizableModel(QuantizationLifecycle, PreTrainedModel):
 
 
 def _quantized_keys(state_dict: Mapping[str, Any]) -> set[str]:
-    """The keys that a float model does not have."""
+    """The keys that a float model does not have: those of quantized tensors."""
     return {key for key in state_dict if key.rpartition(".")[2] in _QUANTIZED_TENSORS}

@@ -1,7 +1,7 @@
-"""The receipt of a quantized model: what was done to every one of its tensors, ready for JSON.
+"""The receipt of a quantized model: what quantization did to every tensor, ready for JSON.
 
-Nothing in it is taken from what a mode promises. Bits and sizes are those of the layers that are
-there, errors are computed from the weights before and after, and the kernel is the product that
+Everything in it is measured; nothing is copied from what a mode promises. Bits and sizes come from
+the actual layers, errors from the weights before and after, and the kernel is the product that
 PyTorch dispatched when the layer was called.
 """
 
@@ -31,25 +31,25 @@ from bkcore.reading import parse_json, shown
 Receipt = dict[str, Any]
 """Fields: see `of_quantized`."""
 
-_ROWS = 32  # of the call that tells which kernel a layer runs
+_ROWS = 32  # of the input that shows which kernel a layer runs
 
 _FLOAT_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::linear"}
 _PRODUCTS = {*_FLOAT_PRODUCTS, "aten::_int_mm"}
 
 
 def start_counting(model: nn.Module) -> None:
-    """Count from now on the tokens that reach the experts; quantizers count by themselves."""
+    """Start counting the tokens that reach the experts; quantizers count their own."""
     for module in model.modules():
         if isinstance(module, MixtureOfExperts) and module.router is not None:
             module.calibration_load = module.new_count()
 
 
 def of_calibration(model: nn.Module) -> Receipt:
-    """End the count, of all processes together.
+    """Stop counting, and add up the counts of all processes.
 
     Returns:
-        `calibration`, the tokens that reached each expert, each quantizer of the core, and the
-        projections beside them and the embedding, by name.
+        `calibration`: by name, the tokens that reached each expert, each quantizer of the core,
+        the mixers' projections and the embedding.
     """
     seen: dict[str, int] = {}
     for name, quantizer in _named_quantizers(model):
@@ -70,7 +70,7 @@ def of_calibration(model: nn.Module) -> Receipt:
 
 
 def float_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The float weights that are going to be packed, by the names of their layers."""
+    """The float weights that will be packed, by the names of their layers."""
     weights = {slot.name: slot.layer.weight for slot in conversion.quantizable(model)}
     return {
         name: (weight.weight if isinstance(weight, TrainableWeight) else weight).detach()
@@ -84,17 +84,19 @@ def of_quantized(
     """The receipt of a model whose weights were just packed.
 
     Args:
-        model: quantized.
-        config: how.
-        before: its weights before that, from `float_weights`. QAT's are those behind the codes.
-        calibration: from `of_calibration`; empty if that is not known.
+        model: the quantized model.
+        config: how it was quantized.
+        before: its float weights before packing, from `float_weights`. In QAT these are the
+            trained float weights from which the codes are computed.
+        calibration: from `of_calibration`; empty if unknown.
 
     Returns:
         `quantization`, the fields of the configuration; `calibration` as given; `weights`,
-        `activations` and `float`, an entry for each tensor; and `cores`, empty, which `of_cores`
-        fills. `calibration_tokens` in them are those that reached the tensor, None if that is not
-        known. `clipping_rate` is the share of values beyond the range of the codes, which saturate.
-        `relative_error` of a weight is the norm of the difference over that of the weight.
+        `activations` and `float`, one entry per tensor; and an empty `cores`, which `of_cores`
+        fills. In an entry, `calibration_tokens` is the number of tokens that reached the tensor,
+        None if unknown; `clipping_rate` is the fraction of values outside the range of the codes,
+        which saturate; `relative_error` of a weight is the norm of the difference over the norm of
+        the weight.
     """
     seen = calibration.get("calibration", {})
     return {
@@ -114,15 +116,15 @@ def of_quantized(
 
 
 def of_cores(certificates: Sequence[CoreCertificate]) -> Receipt:
-    """The errors of the cores on a part of the calibration data, and what bounds them.
+    """The errors of the cores on part of the calibration data, and their certified bounds.
 
     Returns:
-        `cores`, for each layer: its number `layer`; `tokens` that it was measured on; the mean of
-        the error and of its certified bound, `error` and `bound`, over Re and Im of all that was
-        found; the largest quotient of the two, `worst`, at most 1; and `clipped`, how many
-        numbers lay beyond the codes, by quantizer.
+        `cores`, with these fields for each layer: `layer`, its number; `tokens`, how many it was
+        measured on; `error` and `bound`, the means of the error and of its certified bound over Re
+        and Im of all outputs; `worst`, the largest ratio of error to bound, at most 1; and
+        `clipped`, how many numbers lay outside the range of the codes, by quantizer.
     """
-    tiny = torch.finfo(torch.float64).tiny  # where a bound is 0 so is the error
+    tiny = torch.finfo(torch.float64).tiny  # where the bound is 0, the error is 0 too
     return {
         "cores": [
             {
@@ -139,11 +141,11 @@ def of_cores(certificates: Sequence[CoreCertificate]) -> Receipt:
 
 
 def problems(receipt: Receipt) -> list[str]:
-    """What in a receipt is not as its mode promises, a sentence for each tensor.
+    """Where a receipt differs from what its mode promises, one sentence per tensor.
 
-    A weight is one if it has other bits than the mode names, for whatever reason, or if it has
-    codes but its product runs in float. So is a tensor that stayed float without a documented
-    reason, and an expert or a quantizer that no calibration data reached.
+    It lists weights whose bits differ from the mode's, for whatever reason; quantized weights whose
+    product runs in float; tensors that stayed float without a documented reason; and experts and
+    quantizers that no calibration data reached.
     """
     config = QuantizationConfig.from_dict(receipt["quantization"])
     found = []
@@ -159,21 +161,21 @@ def problems(receipt: Receipt) -> list[str]:
     found += problems_of_calibration({entry["name"]: entry["calibration_tokens"] for entry in seen})
     for entry in receipt["float"]:
         if entry["reason"] is None:
-            found.append(f"{entry['name']} stayed float, which no mode provides for")
+            found.append(f"{entry['name']} stayed float, which no mode intends")
     return found
 
 
 def problems_of_calibration(seen: dict[str, int | None]) -> list[str]:
-    """Those of `problems` that are known after calibration, from its tokens by tensor."""
+    """Those of `problems` that the calibration's token counts already show."""
     return [
-        f"{name} was reached by no calibration data, or by none on record"
+        f"no calibration data reached {name}, as far as the record shows"
         for name, tokens in seen.items()
         if not tokens
     ]
 
 
 def problems_of_size(model: nn.Module, config: QuantizationConfig) -> list[str]:
-    """Those of `problems` that are known of a float model: weights too small for their mode."""
+    """Those of `problems` that a float model already shows: weights too small to quantize."""
     return [
         _too_small(slot.name, config)
         for slot in conversion.quantizable(model)
@@ -194,23 +196,23 @@ def read(folder: Path) -> Receipt:
     """The receipt in a checkpoint's folder.
 
     Raises:
-        CheckpointError: if there is no whole checkpoint, or it has no receipt: a float one, or one
-            of a version that wrote none.
+        CheckpointError: if the checkpoint is missing or incomplete, or has no receipt because it is
+            a float model or was saved by a version that wrote none.
     """
     receipt = find(folder, manifest.verify(folder))
     if receipt is None or "weights" not in receipt:
         raise CheckpointError(
-            f"the checkpoint {folder} has no receipt: it is not quantized, or was saved by a "
+            f"the checkpoint {folder} has no receipt; it is not quantized, or was saved by a "
             "version that wrote none; bkcore quantize makes a quantized one from a float model"
         )
     return receipt
 
 
 def find(folder: Path, digests: manifest.Digests) -> Receipt | None:
-    """What a checkpoint with these digests says of its quantization; None if it says nothing.
+    """The receipt of a checkpoint with these digests, or None if it has none.
 
     Raises:
-        CheckpointError: if the file is not what `write` writes.
+        CheckpointError: if the file was not written by `write`.
     """
     if manifest.RECEIPT not in digests:
         return None
@@ -224,12 +226,12 @@ def find(folder: Path, digests: manifest.Digests) -> Receipt | None:
 
 
 def write(receipt: Receipt, folder: Path) -> None:
-    """Write a receipt into a folder; numbers that JSON has not are null, with the reason."""
+    """Write a receipt into a folder; numbers that JSON cannot hold are null, with the reason."""
     (folder / manifest.RECEIPT).write_text(to_json(receipt, indent=1), encoding="utf-8")
 
 
 _NONE = (type(None),)
-_INT, _TEXT, _NUMBER = (int,), (str,), (int, float, *_NONE)  # null for what JSON has not
+_INT, _TEXT, _NUMBER = (int,), (str,), (int, float, *_NONE)  # null for what JSON cannot hold
 
 _FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("name", "part", "kernel", "scheme", "levels", "rounding", "dtype"), _TEXT),
@@ -244,7 +246,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "clipped": (dict,),
     "distilled": (bool,),
 }
-"""The kinds of the fields of all entries."""
+"""The types of the fields of all entries."""
 
 _NEEDED = {
     "weights": "name part shape kernel bytes bits scheme calibration_tokens",
@@ -255,16 +257,16 @@ _NEEDED = {
     "cores": "layer tokens error bound worst clipped",
     "training": "steps distilled first_loss last_loss",
 }
-"""What an entry of each section cannot go without."""
+"""The fields that each section's entries must have."""
 
 
 def _check(receipt: object) -> None:
-    """Raise `ValueError` or `TypeError` unless this is what `of_quantized` gives."""
+    """Raise `ValueError` or `TypeError` unless this is a receipt as `of_quantized` returns."""
     if not isinstance(receipt, dict):
         raise TypeError(f"it is {shown(receipt)}")
     if "weights" in receipt:
         if "quantization" not in receipt or not receipt["weights"]:
-            raise ValueError("it says nothing of the mode, or of no weight")
+            raise ValueError("it does not name the mode, or lists no weight")
         receipt = {"activations": [], "float": [], **receipt}
     for section, content in receipt.items():
         if section == "quantization":
@@ -301,7 +303,7 @@ def _check_entry(section: str, entry: object) -> None:
 
 def _check_counts(counts: object) -> None:
     if not isinstance(counts, dict) or not all(type(count) is int for count in counts.values()):
-        raise TypeError(f"{shown(counts)} are not counts by name")
+        raise TypeError(f"{shown(counts)} is not a mapping from names to counts")
 
 
 def _tokens(seen: dict[str, int], name: str) -> dict[str, int | None]:
@@ -330,7 +332,7 @@ def _weight_entry(
         }
     if not isinstance(weight, PackedWeight):
         return entry | {"bits": 8 * before.element_size(), "scheme": "float"}
-    # A ragged last group has a scale of its own, as all others.
+    # An incomplete last group has its own scale, like all others.
     scales = weight.scales().repeat_interleave(weight.group_size, 1)[:, : before.shape[1]]
     return entry | {
         "bits": weight.bits,
@@ -382,7 +384,7 @@ def _named_quantizers(model: nn.Module) -> Iterator[tuple[str, GroupWiseQuantize
 
 
 def _float_entries(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Every tensor that is neither of a weight that modes name nor of the core's quantizers."""
+    """Every tensor that belongs neither to a quantizable weight nor to the core's quantizers."""
     known = {id(slot.layer) for slot in conversion.quantizable(model)}
     inside = {
         id(part)
@@ -405,7 +407,7 @@ def _float_entries(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _reason(path: str, module: nn.Module) -> str | None:
-    """Why the parameters of a module stay float in every mode; None where nothing says so."""
+    """Why the parameters of a module stay float in every mode; None if there is no reason."""
     if isinstance(module, nn.RMSNorm):
         return "norm: a number for each channel"
     if isinstance(module, nn.Conv1d):
@@ -420,7 +422,7 @@ def _reason(path: str, module: nn.Module) -> str | None:
 
 
 class _Products(TorchDispatchMode):
-    """Notes the matrix products that are dispatched, and kernels that are not PyTorch's own."""
+    """Records the matrix products that are dispatched, and kernels that are not PyTorch's own."""
 
     def __init__(self) -> None:
         super().__init__()

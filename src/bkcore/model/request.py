@@ -1,4 +1,4 @@
-"""What `from_pretrained` was asked for: every argument is honoured, or refused by name."""
+"""The arguments of `from_pretrained`: each is honoured, or refused by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bkcore.model.config import ResNetBKConfig
 from bkcore.reading import shown
 
 ADAPTERS = "adapter_config.json"
-"""What a folder with adapters holds."""
+"""The file that shows that a folder holds adapters."""
 
 _PASSED_ON = {"device_map", "max_memory"}
 
@@ -24,30 +24,30 @@ _CHANGEABLE = {
     *ResNetBKConfig.__dataclass_fields__,
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "output_attentions"),
 }
-"""Fields of a configuration, which `from_pretrained` takes, too."""
+"""Fields of a configuration, which `from_pretrained` also takes."""
 
 _WITHOUT_EFFECT = {
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token"),
     *("trust_remote_code", "code_revision", "low_cpu_mem_usage", "weights_only"),
     *("adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"),
 }
-"""Arguments of `from_pretrained` about downloads, pickles and code, of which there are none."""
+"""Arguments of `from_pretrained` about downloads, pickles and code, which do not occur here."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `from_pretrained` was asked for.
+    """The arguments of `from_pretrained`, checked.
 
     Attributes:
         folder: where the checkpoint is.
-        variant: which variant of the weights must be there; None takes any.
-        config: to use instead of the one in the folder; None takes that.
+        variant: the variant that the weights must be of; None takes any.
+        config: used instead of the folder's; None uses the folder's.
         changes: fields of the configuration to change.
-        generation: to use instead of what the folder holds; None takes that.
-        dtype: of the parameters; None takes the configuration's, or that of the weights.
-        wants_info: whether the loading info is to be returned, too.
+        generation: used instead of the folder's; None uses the folder's.
+        dtype: of the parameters; None uses the configuration's, or else that of the weights.
+        wants_info: whether to return the loading info too.
         passed_on: arguments that transformers handles.
-        digests: what the manifest lists, if it was read already; None reads it.
+        digests: the manifest's entries, if already read; None reads them.
     """
 
     folder: Path
@@ -62,11 +62,12 @@ class Request:
 
     @staticmethod
     def of(path: object, arguments: tuple[Any, ...], options: dict[str, Any]) -> Request:
-        """What the arguments of `from_pretrained` ask for.
+        """Check the arguments of `from_pretrained`.
 
         Raises:
-            InputError: for what cannot be had.
-            CheckpointError: if transformers took the path from that of adapters.
+            InputError: if an argument cannot be honoured.
+            CheckpointError: if the caller named a folder of adapters, from which transformers took
+                the path of the model.
         """
         folder = _folder(path, arguments)
         if "_adapter_model_path" in (options.get("adapter_kwargs") or {}):
@@ -74,7 +75,7 @@ class Request:
         options = {
             name: each
             for name, each in options.items()
-            # Wrappers give None for what nobody asked for; of a field it is a value.
+            # Wrappers pass None for options that nobody set; for a field None is a value.
             if name not in _WITHOUT_EFFECT and (each is not None or name in _CHANGEABLE)
         }
         _drop_the_only_choices(options)
@@ -83,7 +84,9 @@ class Request:
             raise InputError(f"config must be a ResNetBKConfig, not {shown(config)}")
         generation = options.pop("generation_config", None)
         if generation is not None and not isinstance(generation, GenerationConfig):
-            raise InputError(f"generation_config must be such an object, not {shown(generation)}")
+            raise InputError(
+                f"generation_config must be a GenerationConfig, not {shown(generation)}"
+            )
         older = options.pop("torch_dtype", None)
         request = Request(
             folder=folder / (options.pop("subfolder", None) or ""),
@@ -100,7 +103,7 @@ class Request:
         if unknown or (config is not None and options):
             given = unknown or sorted(options)
             raise InputError(
-                f"from_pretrained cannot take {given}; it takes config or fields of one, dtype, "
+                f"from_pretrained cannot take {given}; it takes config or its fields, dtype, "
                 "device_map, max_memory, generation_config, subfolder, variant and "
                 "output_loading_info"
             )
@@ -110,10 +113,10 @@ class Request:
 def refuse_adapters(folder: object) -> None:
     """Raise `CheckpointError`, since a folder holds adapters."""
     raise CheckpointError(
-        f"{shown(str(folder))} holds adapters ({ADAPTERS}), without which the model is not what "
-        "was saved there: keep the adapter's files in a folder without a model, load the model "
-        "from its own, then call model.load_adapter() with the adapter's; or delete them if they "
-        "are of no use"
+        f"{shown(str(folder))} holds adapters ({ADAPTERS}), and without them the model would not "
+        "compute what was saved; keep the adapter's files in a folder of their own, load the model "
+        "from its folder and call model.load_adapter() with theirs; or delete them if you do not "
+        "need them"
     )
 
 
@@ -121,15 +124,18 @@ def _folder(path: object, arguments: tuple[Any, ...]) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise InputError(f"from_pretrained takes the path of a folder, not {shown(path)}")
     if arguments:
-        raise InputError(f"from_pretrained takes names with arguments, not {shown(arguments)}")
+        raise InputError(
+            "from_pretrained takes keyword arguments after the path, not the positional "
+            f"{shown(arguments)}"
+        )
     return Path(path)
 
 
 def _drop_the_only_choices(options: dict[str, Any]) -> None:
-    """Take out the options that have one possible value; `InputError` if one has another."""
+    """Drop the options that have one possible value; `InputError` for any other value."""
     for name, only in (("use_safetensors", True), ("ignore_mismatched_sizes", False)):
         if options.pop(name, None) not in (None, only):
-            raise InputError(f"from_pretrained can only do what {name}={only} asks for")
+            raise InputError(f"from_pretrained supports only {name}={only}")
     for name in ("attn_implementation", "experts_implementation"):
         if options.pop(name, None) not in (None, "eager"):
             raise InputError(f"this model has no {name}; leave it out")

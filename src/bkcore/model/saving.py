@@ -1,4 +1,4 @@
-"""Saving a model: transformers writes it beside the folder, and it moves there when it is whole."""
+"""Saving a model: transformers writes it beside the folder, and it moves there once complete."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def save(
     Args:
         model: what to save.
         write: the model's `save_pretrained` of transformers.
-        folder: where to.
-        options: of `write`.
+        folder: where to save it.
+        options: passed to `write`.
 
     Raises:
         As `save_pretrained`.
@@ -42,7 +42,7 @@ def save(
     _check_arguments(options)
     place = Path(folder)
     if getattr(model, "_hf_peft_config_loaded", False):
-        # Adapters alone, in files of PEFT's, which model.load_adapter() reads.
+        # Only the adapters are saved, in PEFT's files, which model.load_adapter() reads.
         with _failing_in_words(place):
             write(folder, **options)
         return
@@ -61,49 +61,49 @@ def _check_arguments(options: dict[str, Any]) -> None:
     """Check the arguments of `save_pretrained`.
 
     Raises:
-        InputError: for what cannot be had.
+        InputError: if an argument cannot be honoured.
     """
     if options.get("safe_serialization") is False:
         raise InputError("checkpoints are safetensors only; drop safe_serialization=False")
     if options.get("push_to_hub"):
         raise InputError(
-            "push_to_hub would upload a folder without its manifest: save the model, then call "
+            "push_to_hub would upload a folder without its manifest; save the model, then call "
             "huggingface_hub.upload_folder(), or model.push_to_hub()"
         )
     if options.get("distributed_checkpoint"):
         raise InputError(
-            "distributed checkpoints are no checkpoints of this library: "
-            "bkcore.training.sharding.save_whole() saves a sharded model"
+            "distributed_checkpoint is not supported; use bkcore.training.sharding.save_whole() "
+            "to save a sharded model"
         )
     variant = options.get("variant")
     if variant is not None and not (isinstance(variant, str) and _VARIANT.fullmatch(variant)):
         raise InputError(
-            f"variant must be made of letters, digits, _ and -, not {shown(variant)}: it is a part "
-            "of a file's name"
+            "variant must consist of letters, digits, _ and -, since it becomes part of a file "
+            f"name, not {shown(variant)}"
         )
 
 
 @contextmanager
 def _failing_in_words(folder: Path) -> Iterator[None]:
-    """Turn what transformers raises while it writes to a folder into errors of this library.
+    """Turn what transformers raises while writing to a folder into errors of this library.
 
     Raises:
         CheckpointError: if the folder cannot be written.
-        InputError: if it refuses an argument, or the settings of generation.
+        InputError: if transformers refuses an argument, or the generation settings.
     """
     try:
         yield
     except BKCoreError:
         raise
     except ValueError as error:
-        raise InputError(f"nothing is saved to {folder}: {shortened(error)}") from error
+        raise InputError(f"nothing was saved to {folder}: {shortened(error)}") from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write a checkpoint to {folder}: {error}") from error
 
 
 @contextmanager
 def _staged(folder: Path, options: dict[str, Any]) -> Iterator[Path]:
-    """Where `save_pretrained` with these arguments writes.
+    """The folder that `save_pretrained` writes to with these arguments.
 
     Raises:
         CheckpointError: as `manifest.saving_model`.
@@ -113,4 +113,4 @@ def _staged(folder: Path, options: dict[str, Any]) -> Iterator[Path]:
             yield staged
         return
     with _failing_in_words(folder), tempfile.TemporaryDirectory() as unused:
-        yield Path(unused)  # the others gather their shares of the weights, and write nothing
+        yield Path(unused)  # other processes only contribute their shards, and write nothing

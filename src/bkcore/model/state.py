@@ -1,4 +1,4 @@
-"""What a language model remembers of what it has read: of one size, whatever the length."""
+"""What a language model remembers of its text: a state of fixed size, whatever the length."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LayerState:
     """The memory of one layer after some sites; zeros before the first.
 
     Attributes:
-        taps: (B, W - 1, C), what the next convolutions of width W will see of the past.
+        taps: (B, W - 1, C), the past inputs that the next convolutions of width W will see.
         g: (B, H, 2), Re and Im of the last diagonal entry of the resolvent.
         psi: (B, H, 2, K, U), Re and Im of the propagated source.
     """
@@ -34,14 +34,14 @@ class LayerState:
 
 @dataclass(frozen=True)
 class StreamState:
-    """The memory of a model: one sequence a row, each of its own age. States are never changed.
+    """The memory of a model: one sequence per row, each with its own length. It is immutable.
 
-    A model gives and takes it as `cache_params`; what `model(ids, use_cache=True)` returns goes on
-    where `ids` ended.
+    A model takes and returns it as `cache_params`; the one that `model(ids, use_cache=True)`
+    returns continues after `ids`.
 
     Attributes:
-        layers: one state a layer.
-        seen: int64 (B,), tokens read.
+        layers: one state per layer.
+        seen: int64 (B,), number of tokens read.
     """
 
     layers: tuple[LayerState, ...]
@@ -54,7 +54,7 @@ class StreamState:
         return len(self.seen)
 
     def select(self, rows: Tensor) -> StreamState:
-        """Some sequences, in another order or several times.
+        """Select sequences, in any order and possibly repeated.
 
         Args:
             rows: int64 (R,), in [0, len(self)).
@@ -71,7 +71,7 @@ class StreamState:
         return StreamState(tuple(picked), self.seen[rows])
 
     def to(self, device: torch.device | str) -> StreamState:
-        """The same on another device."""
+        """A copy on another device."""
         moved = [
             LayerState(*(getattr(layer, f.name).to(device) for f in fields(layer)))
             for layer in self.layers
@@ -80,14 +80,14 @@ class StreamState:
 
     @staticmethod
     def batch(states: Sequence[StreamState]) -> StreamState:
-        """All sequences of several states, of any ages, as one batch.
+        """Join all sequences of several states, of any lengths, into one batch.
 
         Raises:
-            InputError: if there is no state.
-            ShapeError: if they are of different models.
+            InputError: if `states` is empty.
+            ShapeError: if they belong to different models.
         """
         if not states:
-            raise InputError("there is no state to batch")
+            raise InputError("batch() needs at least one state, not an empty sequence")
         if len({_shape(state) for state in states}) > 1:
             raise ShapeError("states of different models cannot be batched: their sizes differ")
         layers = [
@@ -99,7 +99,7 @@ class StreamState:
         return StreamState(tuple(layers), torch.cat([state.seen for state in states]))
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all.
+        """Write a safetensors file, completely or not at all.
 
         Raises:
             CheckpointError: if it cannot be written.
@@ -125,7 +125,7 @@ class StreamState:
         """
         path = Path(path)
         try:
-            with open_regular(path):  # not one that would be waited for
+            with open_regular(path):  # refuses a pipe, which would block
                 tensors = load_file(path)
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{path} is not a saved state, or damaged: {error}") from error
@@ -144,7 +144,7 @@ class StreamState:
 
 
 def _is_whole(layers: Sequence[LayerState], seen: Tensor) -> bool:
-    """Whether tensors are of the shapes and dtypes that `LayerState` and `StreamState` name."""
+    """Whether tensors have the shapes and dtypes of `LayerState` and `StreamState`."""
     if seen.dtype != torch.int64 or seen.dim() != 1 or bool((seen < 0).any()):
         return False
     for layer in layers:

@@ -1,8 +1,7 @@
-"""Whether a model is made of the parts that its configuration names.
+"""Check that a model consists of the parts that its configuration names.
 
-Quantization replaces layers. Whatever somebody put between the model and a layer, such as an
-adapter, a parametrization or a hook, would vanish with it without a word. What a subclass has
-beside these parts stays as it is.
+Quantization replaces layers. Anything attached to a layer, such as an adapter, a parametrization or
+a hook, would silently disappear with it. What a subclass adds beside these parts stays as it is.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ _REMEDY = (
 
 
 def check_structure(model: nn.Module, expected: nn.Module, step: str) -> None:
-    """Refuse to quantize a model that is not as built.
+    """Refuse to quantize a model that is not as its configuration builds it.
 
     Args:
         model: the model.
         expected: a `ResNetBKForCausalLM` of the same configuration, on any device; `model` may be
             of a subclass with modules and tensors of its own.
-        step: the method that is going to replace layers.
+        step: the method that is about to replace layers.
 
     Raises:
         LifecycleError: naming the first part that differs.
@@ -45,7 +44,7 @@ def _problems(model: nn.Module, expected: nn.Module) -> Iterator[str]:
     modules, wanted = (dict(m.named_modules(remove_duplicate=False)) for m in (model, expected))
     parts = dict(expected.named_children())
     slots = list(quantizable(model))
-    # What somebody gave the model beside its parts stays, unless layers in it would be replaced.
+    # What was added beside the model's parts stays, unless layers in it would be replaced.
     replaced = {slot.name.partition(".")[0] for slot in slots}
     for name, module in modules.items():
         part = name.partition(".")[0]
@@ -60,8 +59,8 @@ def _problems(model: nn.Module, expected: nn.Module) -> Iterator[str]:
         else:
             yield from _tensor_problems(name, module, wanted[name])
     yield from (f"{name} is not there" for name in wanted.keys() - modules.keys())
-    # Activation checkpointing leaves a hook of transformers, that embedded tokens have a gradient:
-    # codes of tokens that train have one, and those that do not need none.
+    # Activation checkpointing leaves a transformers hook that gives embedded tokens a gradient. It
+    # may go: trainable codes give them one anyway, and packed ones need none.
     known = {handle.id for handle in getattr(model, "_require_grads_hooks", ())}
     for slot in slots:
         yield from _layer_problems(slot.name, slot.layer, known)
@@ -89,7 +88,7 @@ def _tensor_problems(place: str, module: nn.Module, wanted: nn.Module) -> Iterat
 
 
 def _layer_problems(name: str, layer: nn.Module, known: set[int]) -> Iterator[str]:
-    """What a layer that is going to be replaced has beside its weight, and some known hooks."""
+    """What a layer to be replaced has besides its weight and the known hooks."""
     moments = getattr(layer, "moments", None)
     own = moments.hook_id if isinstance(moments, InputMoments) else None
     hooks = {*layer._forward_hooks, *layer._backward_hooks, *layer._backward_pre_hooks}
