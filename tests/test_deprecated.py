@@ -17,7 +17,7 @@ from bkcore.kernels.int4_levels import INT4_LEVELS
 def test_a_moved_name_warns_and_is_the_new_one() -> None:
     with pytest.warns(DeprecationWarning, match="bkcore.core.recall_step is bkcore.kernels.recall"):
         assert bkcore.core.recall_step is bkcore.kernels.recall_step
-    with pytest.warns(DeprecationWarning, match="goes with the next release"):
+    with pytest.warns(DeprecationWarning, match="the next release removes the old name"):
         assert bkcore.kernels.step is bkcore.kernels.sweep_step
 
 

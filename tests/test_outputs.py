@@ -147,8 +147,8 @@ def test_trying_leaves_everything_as_it_is(tmp_path: Path) -> None:
     ("name", "complaint"),
     [
         ("folder", "is a folder; name a file in it"),
-        ("file/new", "file cannot be a folder to write in .File exists"),
-        ("file/more/new", "more cannot be a folder to write in .Not a directory"),
+        ("file/new", "file cannot be used as a folder to write in .File exists"),
+        ("file/more/new", "more cannot be used as a folder to write in .Not a directory"),
         ("n" * 300, "File name too long"),
         ("not/there/" + "n" * 300, "File name too long"),
         ("n" * 300 + "/file", "File name too long"),
@@ -191,9 +191,9 @@ def test_what_is_protected_is_refused(tmp_path: Path) -> None:
 
 def test_a_place_that_takes_no_files_is_refused() -> None:
     """Whoever asks."""
-    with pytest.raises(InputError, match="/proc cannot be a folder to write in"):
+    with pytest.raises(InputError, match="/proc cannot be used as a folder to write in"):
         prepare_file(Path("/proc/report.json"))
-    with pytest.raises(InputError, match="/proc/folder cannot be a folder to write in"):
+    with pytest.raises(InputError, match="/proc/folder cannot be used as a folder to write in"):
         prepare_folder(Path("/proc/folder"))
 
 

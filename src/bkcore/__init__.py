@@ -1,7 +1,7 @@
 """bkcore: a quantized Birman-Schwinger core.
 
-The public names. Each is looked up when it is first used, so that importing the package takes no
-time: PyTorch takes a second, transformers some more.
+The public names. Each is imported when first used, so that importing the package itself is quick:
+PyTorch takes a second, transformers longer.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The command `bkcore`, and `python -m bkcore`: what has to be said before PyTorch is imported."""
+"""The command `bkcore`, and `python -m bkcore`: settings to make before PyTorch is imported."""
 
 import os
 import sys
@@ -6,9 +6,9 @@ import sys
 
 def main() -> None:
     """Run the command, as `bkcore.cli.main` says."""
-    # Threads that wait for each other spin for a tenth of a millisecond and then sleep. By default
-    # they go on spinning, and where another process has a core, they keep the one that all wait for
-    # from running: then two threads take ten times as long as one.
+    # Let threads that wait for each other spin for a tenth of a millisecond, then sleep. By default
+    # they keep spinning. If another process uses a core, they then take the other core from the
+    # very thread that all wait for, and two threads take ten times as long as one.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:

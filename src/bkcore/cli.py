@@ -1,4 +1,4 @@
-"""The command `bkcore`: its commands, put together."""
+"""The command line `bkcore`: collects its commands."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def _options(
 
 
 def main() -> None:
-    """Run the command; an error that bkcore foresaw is one sentence, not a traceback.
+    """Run the command; for an error that bkcore raises, print one sentence and no traceback.
 
-    The exit code is 1 where a benchmark found a wrong result, 130 or 143 after an interruption, 141
-    where what was printed went into a pipe that was closed, and 2 for all other such errors.
+    The exit code is 1 if a benchmark found a wrong result, 130 or 143 after an interruption, 141 if
+    the output went into a closed pipe, and 2 for all other such errors.
     """
     keep_freed_memory()
     sys.exit(run(app))

@@ -1,4 +1,4 @@
-"""Names of the release before, which warn and lead to the new ones for one release."""
+"""Old names, which warn and redirect to the new ones for one release."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 
 def moved_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a module whose `names` are elsewhere now.
+    """The `__getattr__` of a module whose `names` have moved.
 
     Args:
         module: its name.
-        names: old name to the full new one, such as "bkcore.kernels.sweep_step".
+        names: from old name to full new name, such as "bkcore.kernels.sweep_step".
     """
 
     def find(name: str) -> Any:
@@ -29,14 +29,14 @@ def moved_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
 
 def moved_module(old: str, new: str) -> None:
-    """Let a module be imported by its old name, too, and found as an attribute of its package."""
+    """Keep a module importable by its old name, and available as an attribute of its package."""
     module = sys.modules[old] = _MovedModule(old, new)
     package, _, name = old.rpartition(".")
     setattr(sys.modules[package], name, module)
 
 
 def called_module(name: str, new: str) -> None:
-    """Let a module be called that has the name of what was a function."""
+    """Make a module callable, since a function had its name before."""
 
     class Called(ModuleType):
         def __call__(self, *args: Any) -> Any:
@@ -61,7 +61,7 @@ class _MovedModule(ModuleType):
 
 def _warn(old: str, new: str) -> None:
     warnings.warn(
-        f"{old} is {new} now; the old name goes with the next release",
+        f"{old} is {new} now; the next release removes the old name",
         DeprecationWarning,
         stacklevel=3,
     )

@@ -18,31 +18,31 @@ class DTypeError(BKCoreError, TypeError):
 
 
 class BackendError(BKCoreError, RuntimeError):
-    """A kernel backend was asked for that is absent or cannot take these tensors."""
+    """The requested kernel backend is not available or cannot take these tensors."""
 
 
 class LifecycleError(BKCoreError, RuntimeError):
-    """A quantization step came out of order; the message names the step that is missing."""
+    """A quantization step was called out of order; the message names the missing step."""
 
 
 class CalibrationError(BKCoreError, ValueError):
-    """Calibration saw no data, or data from which no range can be taken."""
+    """Calibration saw no data, or data that gives no usable range."""
 
 
 class DivergenceError(BKCoreError, ArithmeticError):
-    """A training ran away: its loss or its weights are no finite numbers any more."""
+    """Training diverged: the loss or the weights are NaN or infinite."""
 
 
 class ReceiptError(BKCoreError, RuntimeError):
-    """A quantized model is not, tensor for tensor, what its mode promises."""
+    """A quantized model differs from what its mode promises in at least one tensor."""
 
 
 class CheckpointError(BKCoreError, RuntimeError):
-    """A checkpoint is missing, truncated, altered, or of a format this version cannot read."""
+    """A checkpoint is missing, truncated, altered, or in a format this version cannot read."""
 
 
 class OutputError(BKCoreError, OSError):
-    """A result could not be written: no space is left, or a pipe was closed."""
+    """A result could not be written: the disk is full, say, or a pipe was closed."""
 
 
 class DataError(BKCoreError, ValueError):
@@ -50,4 +50,4 @@ class DataError(BKCoreError, ValueError):
 
 
 class BenchmarkError(BKCoreError, ArithmeticError):
-    """A benchmark found a wrong result, and did not time it."""
+    """A benchmark found a wrong result and did not time it."""

@@ -1,4 +1,4 @@
-"""What is asked of the machine: its cores, its caches, and its allocator."""
+"""Questions and settings for the machine: cores, caches and the allocator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-# The numbers of glibc's malloc.h.
+# Constants from glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_TOP_PAD = -2
 _M_MMAP_THRESHOLD = -3
@@ -29,9 +29,9 @@ def usable_cores() -> int:
 
 
 def free_cores(seconds: float = 0.2) -> int:
-    """Cores that this process may run on and that nobody keeps busy now, at least 1.
+    """How many of this process's cores are idle now, at least 1.
 
-    Looks at them for so long. Where the system (Linux) does not say, all count as free.
+    Watches them for `seconds`. All count as free if the system does not say (Linux does).
     """
     before = _core_times()
     if not before:
@@ -40,7 +40,7 @@ def free_cores(seconds: float = 0.2) -> int:
     after = _core_times()
     idle = 0.0
     for core in os.sched_getaffinity(0):
-        if core not in before or core not in after:  # containers may number them otherwise
+        if core not in before or core not in after:  # containers may number cores differently
             idle += 1
             continue
         (idle_then, all_then), (idle_now, all_now) = before[core], after[core]
@@ -49,7 +49,7 @@ def free_cores(seconds: float = 0.2) -> int:
 
 
 def _core_times() -> dict[int, tuple[int, int]]:
-    """Ticks that each core was idle, and all of its ticks, since the system started."""
+    """Idle ticks and total ticks of each core since the system started."""
     try:
         lines = _STATISTICS.read_text(encoding="ascii").splitlines()
     except OSError:
@@ -63,7 +63,7 @@ def _core_times() -> dict[int, tuple[int, int]]:
 
 
 def last_level_cache() -> int | None:
-    """Bytes of the largest cache; None where the system (Linux) does not say."""
+    """Bytes of the largest cache; None if the system does not say (Linux does)."""
     sizes = []
     for path in _CACHES.glob("index*/size"):
         with contextlib.suppress(OSError, UnicodeError):
@@ -74,13 +74,14 @@ def last_level_cache() -> int | None:
 
 
 def keep_freed_memory() -> None:
-    """Let the whole process keep freed memory for its next tensors, until it ends.
+    """Make the process keep freed memory for its next tensors until it ends.
 
-    glibc hands large blocks back to the system when they are freed, and gets fresh, zeroed pages
-    for the next: a training step of a small model then spends a tenth of its time in the kernel.
+    By default glibc returns large blocks to the system when they are freed, and gets fresh, zeroed
+    pages for the next ones. A training step of a small model then spends a tenth of its time in the
+    operating system's kernel.
 
-    For programs, such as bkcore's own commands; importing the library changes nothing. It does
-    nothing outside of Linux, or where malloc is not glibc's.
+    Meant for programs, such as bkcore's own commands; importing the library changes nothing. Does
+    nothing outside Linux, or if malloc is not glibc's.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

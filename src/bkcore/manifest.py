@@ -1,8 +1,8 @@
 """The manifest of a checkpoint folder: every file that is loaded from it, with its SHA-256.
 
-A folder holds safetensors and JSON, and `bkcore.json`: the format version and the digests. A model
-and its tokenizer are saved one after the other, in either order; each keeps the entries of the
-other. What is not listed is not read, and what was cut short or changed is refused by name.
+A folder holds safetensors and JSON files, and `bkcore.json` with the format version and the
+digests. A model and its tokenizer are saved separately, in either order, and each keeps the other's
+entries. Files that are not listed are never read. A truncated or altered file is refused by name.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from bkcore.outputs import to_json
 from bkcore.reading import JSON_BYTES, open_regular, read_bytes, read_json, shown
 
 FORMAT_VERSION = 4
-"""Version 1 was of models that brought to unit mean square what their heads found, version 2 of
-models whose embedded tokens entered the residual stream as they are."""
+"""In version 1, models normalized what their heads found to unit mean square. In version 2,
+embedded tokens entered the residual stream unscaled."""
 
 MANIFEST = "bkcore.json"
 RECEIPT = "receipt.json"
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 SAMPLES = "calibration.safetensors"
-"""Token ids of the text that the model was trained on, made by the tokenizer beside it."""
+"""Token ids from the training text, encoded by the tokenizer in the same folder."""
 
 TOKENIZER = "tokenizer.json"
 
@@ -47,16 +47,16 @@ _WITHOUT_VARIANT = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.js
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Digests = dict[str, str]
-"""SHA-256 in hexadecimal by file name."""
+"""SHA-256 digests in hexadecimal, by file name."""
 
 
 def is_weights_file(name: str) -> bool:
-    """Whether a name is one of a file of weights, whole or a shard."""
+    """Whether a name is that of a weights file, complete or a shard."""
     return _WEIGHTS.fullmatch(name) is not None
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a name is one of a model's own files, which go when another takes its place."""
+    """Whether a name is that of a model's own file, deleted when another model replaces it."""
     return (
         name in (CONFIG, GENERATION, RECEIPT, SAMPLES)
         or is_weights_file(name)
@@ -65,7 +65,7 @@ def is_model_file(name: str) -> bool:
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Whether a name is one of the files of a tokenizer."""
+    """Whether a name is that of a tokenizer file."""
     return name in TOKENIZER_FILES
 
 
@@ -73,11 +73,11 @@ def is_tokenizer_file(name: str) -> bool:
 
 
 def read(folder: Path) -> Digests:
-    """What the manifest of a checkpoint folder lists.
+    """Read the file names and digests in a checkpoint folder's manifest.
 
     Raises:
-        CheckpointError: if there is no such folder or manifest, it lists no model, or the format
-            is not the one that this version reads.
+        CheckpointError: if the folder or its manifest is missing, the manifest lists no model, or
+            its format is not the one that this version reads.
     """
     _check_folder(folder)
     try:
@@ -88,36 +88,35 @@ def read(folder: Path) -> Digests:
         _check_digests(digests)
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{folder} is not a bkcore checkpoint: it has no {MANIFEST}"
+            f"{folder} is not a bkcore checkpoint; it has no {MANIFEST}"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from error
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has checkpoint format {shown(version)}; this bkcore reads {FORMAT_VERSION}. "
-            "Install a newer bkcore"
+            f"{folder} has checkpoint format {shown(version)}, but this bkcore reads format "
+            f"{FORMAT_VERSION}; install a newer bkcore"
         )
     if version < FORMAT_VERSION:
         raise CheckpointError(
-            f"{folder} has checkpoint format {shown(version)}, of a model that this bkcore no "
-            f"longer has; it reads {FORMAT_VERSION}, and what these weights would compute now is "
-            "not what they were trained for. Train the model again, or load it with the bkcore "
-            "that saved it"
+            f"{folder} has the old checkpoint format {shown(version)}, but this bkcore reads "
+            f"{FORMAT_VERSION}; the model has changed since, and would not compute what these "
+            "weights were trained for; train it again, or load it with the bkcore that saved it"
         )
     if CONFIG not in digests or not any(map(is_weights_file, digests)):
         raise CheckpointError(
-            f"{folder / MANIFEST} does not list a whole model, which has {CONFIG} and weights in "
-            "safetensors; save the model again"
+            f"{folder / MANIFEST} does not list a complete model, which needs {CONFIG} and weights "
+            "in safetensors; save the model again"
         )
     return dict(digests)
 
 
 def contents(folder: Path, name: str, digests: Digests, limit: int = JSON_BYTES) -> bytes:
-    """A small file of a checkpoint folder, checked.
+    """Read a small file of a checkpoint folder, and check it against its digest.
 
     Raises:
-        CheckpointError: if it is not listed, missing, no regular file of the folder, larger than
-            `limit`, truncated or altered.
+        CheckpointError: if the file is not listed, missing, not a regular file in the folder,
+            larger than `limit`, truncated or altered.
     """
     with _reading(folder, name):
         content = read_bytes(_place(folder, name), limit)
@@ -126,10 +125,10 @@ def contents(folder: Path, name: str, digests: Digests, limit: int = JSON_BYTES)
 
 
 def check(folder: Path, name: str, digests: Digests) -> tuple[Path, os.stat_result]:
-    """Check a large file of a checkpoint folder, a part at a time; errors as in `contents`.
+    """Check a large file of a checkpoint folder piece by piece; raises errors as `contents`.
 
     Returns:
-        Where it is and what was checked there, to find out whether another file came in between.
+        The file's path, and its status when it was checked, to notice a later replacement.
     """
     with _reading(folder, name):
         path = _place(folder, name)
@@ -140,10 +139,10 @@ def check(folder: Path, name: str, digests: Digests) -> tuple[Path, os.stat_resu
 
 
 def verify(folder: Path) -> Digests:
-    """Check all of a checkpoint folder against its manifest.
+    """Check every listed file of a checkpoint folder against its manifest.
 
     Returns:
-        What it lists.
+        The manifest's digests.
 
     Raises:
         CheckpointError: as `read` and `contents`.
@@ -155,7 +154,7 @@ def verify(folder: Path) -> Digests:
 
 
 def model_bytes(folder: Path) -> int:
-    """Bytes on disk of what the model loads from, so without receipt, samples and tokenizer."""
+    """Bytes on disk of the files the model loads from: no receipt, samples or tokenizer."""
     loaded = [name for name in read(folder) if is_model_file(name)]
     names = [name for name in loaded if name not in (RECEIPT, SAMPLES)]
     return sum((folder / name).stat().st_size for name in names)
@@ -170,17 +169,17 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} is a file; a checkpoint is a folder")
     if not is_folder:
         raise CheckpointError(
-            f"there is no checkpoint folder {folder.absolute()}; one on a hub has to be downloaded "
-            "first, with huggingface_hub.snapshot_download()"
+            f"there is no checkpoint folder {folder.absolute()}; if the model is on a hub, "
+            "download it first with huggingface_hub.snapshot_download()"
         )
 
 
 def _check_digests(digests: object) -> None:
     if not isinstance(digests, dict):
-        raise TypeError(f"its sha256 is {shown(digests)}, not names with digests")
+        raise TypeError(f"its sha256 is {shown(digests)}, not a mapping from names to digests")
     for name, digest in digests.items():
         if not _is_plain(name):
-            raise ValueError(f"it lists {shown(name)}, which is no name of a file in this folder")
+            raise ValueError(f"it lists {shown(name)}, which cannot name a file in this folder")
         if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
             raise ValueError(f"the digest of {name} is {shown(digest)}, not 64 hexadecimal digits")
 
@@ -197,16 +196,16 @@ def _reading(folder: Path, name: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise CheckpointError(f"the checkpoint {folder} lacks its file {name}") from error
+        raise CheckpointError(f"the checkpoint {folder} lacks the file {name}") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / name} cannot be read: {error}") from error
 
 
 def _place(folder: Path, name: str) -> Path:
-    """Where a file is: in the folder, or where the folders of a hub's cache point to.
+    """The resolved path of a file: in the folder, or in the blobs of a hub cache it is part of.
 
     Raises:
-        OSError: if it is a link to somewhere else.
+        OSError: if the file is a link to anywhere else.
     """
     path = Path(os.path.realpath(folder / name, strict=True))
     home = folder.resolve()
@@ -221,10 +220,10 @@ def _compare(folder: Path, name: str, digests: Digests, found: str) -> None:
         raise CheckpointError(f"{folder / MANIFEST} does not list {name}")
     if digests[name] != found:
         remedy = "save the model again"
-        if is_tokenizer_file(name):  # saving the model keeps what is listed of it
-            remedy = "if it is as it should be, call bkcore.text.list_tokenizer(folder)"
+        if is_tokenizer_file(name):  # saving the model would keep the old entry
+            remedy = "if the file is right, call bkcore.text.list_tokenizer(folder)"
         raise CheckpointError(
-            f"{folder / name} was truncated or altered since it was saved "
+            f"{folder / name} was truncated or altered after it was saved "
             f"(its SHA-256 differs); restore it or {remedy}"
         )
 
@@ -242,18 +241,19 @@ def _sha256(file: BinaryIO) -> str:
 
 @contextmanager
 def saving_model(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to write a model in; on success its files take the place of the old.
+    """Yield an empty folder to write a model in; on success its files replace the old model.
 
-    The manifest lists them, and the tokenizer that is in `folder`. Nothing of a model that was
-    saved there before stays, samples of its training text included; files of others do.
+    The manifest then lists the new files and the tokenizer in `folder`. Nothing of an earlier model
+    there remains, including samples of its training text. Other files stay.
 
-    Files are complete on disk before the first is renamed into place, the manifest comes after
-    them, and what it no longer lists goes last. So whenever this ends, `folder` holds the old model
-    or the new one, or what loading refuses because digests differ.
+    All files are complete on disk before the first is renamed into place. The manifest is renamed
+    after them, and files that it no longer lists are deleted last. So whenever this is interrupted,
+    `folder` holds the old model, the new one, or a mixture that loading refuses because digests
+    differ.
 
     Raises:
         CheckpointError: if `folder` is a file or cannot be written, or on any `OSError` or
-            `SafetensorError` inside. If that is before the first rename, `folder` is as it was.
+            `SafetensorError` inside. Before the first rename, this leaves `folder` as it was.
     """
     with _staging(folder) as staged:
         yield staged
@@ -272,9 +272,9 @@ def saving_model(folder: Path) -> Iterator[Path]:
 def saving_tokenizer(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to write a tokenizer in, as `saving_model` does for a model.
 
-    If `folder` has a manifest, it lists the tokenizer afterwards, and no longer the samples that
-    another tokenizer made. A manifest of another format stays as it is: nothing but saving the
-    model again makes it one of this. What no manifest lists is only overwritten, never deleted.
+    If `folder` has a manifest, it then lists the tokenizer, and no longer lists samples encoded by
+    another tokenizer. A manifest in another format stays as it is: only saving the model again
+    updates the format. Files that no manifest lists may be overwritten, but are never deleted.
 
     Raises:
         CheckpointError: as `saving_model`.
@@ -297,7 +297,7 @@ def saving_checkpoint(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to save a model, its tokenizer and samples in, as `saving_model` does.
 
     Raises:
-        CheckpointError: as `saving_model`, or if no whole model was saved.
+        CheckpointError: as `saving_model`, or if no complete model was saved.
     """
     with _staging(folder) as staged:
         yield staged
@@ -310,10 +310,10 @@ def saving_checkpoint(folder: Path) -> Iterator[Path]:
 
 
 def list_tokenizer(folder: Path) -> None:
-    """Enter the tokenizer's files that are in a checkpoint folder in its manifest, as they are.
+    """List the tokenizer files in a checkpoint folder in its manifest, as they are now.
 
     Raises:
-        CheckpointError: if the folder has no manifest, or it cannot be written.
+        CheckpointError: if the folder has no manifest, or cannot be written.
     """
     read(folder)
     with _staging(folder) as staged:
@@ -328,7 +328,7 @@ def _staging(folder: Path) -> Iterator[Path]:
         if not is_new and not folder.is_dir():
             raise CheckpointError(f"{folder} is a file; name a folder for the checkpoint")
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a name that no system takes
+    except (OSError, ValueError) as error:  # ValueError: no system allows such a name
         raise CheckpointError(
             f"cannot write a checkpoint to {shown(str(folder))}: {error}"
         ) from error
@@ -337,7 +337,7 @@ def _staging(folder: Path) -> Iterator[Path]:
             yield Path(name)
     except BaseException as error:
         if is_new:
-            with suppress(OSError):  # it was never made
+            with suppress(OSError):  # it was never created
                 folder.rmdir()
         if isinstance(error, OSError | SafetensorError):
             raise CheckpointError(f"cannot write a checkpoint to {folder}: {error}") from error
@@ -345,7 +345,7 @@ def _staging(folder: Path) -> Iterator[Path]:
 
 
 def _any_manifest(folder: Path) -> tuple[object, Digests]:
-    """Format and entries of a manifest of any format; no format if none can be read."""
+    """Format and entries of a manifest in any format; None and no entries if it is unreadable."""
     try:
         content = read_json(folder / MANIFEST)
         version, digests = content["format_version"], content["sha256"]
@@ -356,19 +356,19 @@ def _any_manifest(folder: Path) -> tuple[object, Digests]:
 
 
 def _others(folder: Path, owns: Callable[[str], bool]) -> Digests:
-    """What the manifest lists of others, as far as it is there."""
+    """The manifest's entries for other existing files, those that `owns` does not claim."""
     _, listed = _any_manifest(folder)
     return {name: x for name, x in listed.items() if not owns(name) and (folder / name).is_file()}
 
 
 def _earlier_model(folder: Path) -> set[str]:
-    """Files of a model that was saved there: the listed ones, and what may be taken for it."""
+    """Files of an earlier model: those listed, and those that could be taken for its weights."""
     listed = set(filter(is_model_file, _any_manifest(folder)[1]))
     return listed | set(filter(_WITHOUT_VARIANT.fullmatch, os.listdir(folder)))
 
 
 def _tokenizer_in(folder: Path) -> Digests:
-    """Digests of the tokenizer's files in a folder; none if it has but files of such names."""
+    """Digests of the tokenizer's files in a folder; none without the main tokenizer file."""
     if not _is_own(folder / TOKENIZER):
         return {}
     names = [name for name in TOKENIZER_FILES if _is_own(folder / name)]
@@ -391,11 +391,11 @@ def _digest(path: Path) -> str:
 def _move(
     staged: Path, folder: Path, own: Digests, digests: Digests | None, stale: set[str]
 ) -> None:
-    """Move what was written into a folder, with a manifest if there are digests for one."""
+    """Move what was written into a folder, with a manifest if `digests` is given."""
     names = sorted(own)
     manifest = {"format_version": FORMAT_VERSION, "sha256": dict(sorted((digests or {}).items()))}
     (staged / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
-    for name in names:  # safetensors makes files that nobody but their owner can read
+    for name in names:  # safetensors makes files that only their owner can read
         (staged / name).chmod((staged / MANIFEST).stat().st_mode)
     for name in names if digests is None else [*names, MANIFEST]:
         os.replace(staged / name, folder / name)

@@ -1,7 +1,7 @@
-"""Files and folders that bkcore writes: tried before the work, written whole or not at all.
+"""Files and folders that bkcore writes: tested before the work, written completely or not at all.
 
-What is no regular file is written through: a pipe, a terminal, /dev/null, and the open files that
-/dev/stdout and a shell's `>(command)` stand for. A link stays, and what it leads to is replaced.
+A path that is not a regular file is written to directly: a pipe, a terminal, /dev/null, and the
+open files behind /dev/stdout or a shell's `>(command)`. A link stays, and its target is replaced.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ _MOST_LINKS = 40
 
 
 def prepare_folder(folder: Path) -> None:
-    """Try whether a folder can be written in, and leave everything as it is.
+    """Test whether a folder can be written in, without leaving a trace.
 
     Raises:
-        InputError: if it cannot be made, or nothing can be written there.
+        InputError: if it cannot be created, or nothing can be written there.
     """
     with _having(folder):
         pass
 
 
 def prepare_file(path: Path) -> None:
-    """Try whether a file can be written, and leave everything as it is.
+    """Test whether a file can be written, without leaving a trace.
 
     Raises:
-        InputError: if it is a folder or a socket, its folder cannot be made or written in, its name
-            is too long, or its owner wants it left as it is.
+        InputError: if it is a folder or a socket, its folder cannot be created or written in, its
+            name is too long, or it is write-protected.
     """
     try:
         if (number := _descriptor(path)) is not None:
@@ -60,7 +60,7 @@ def prepare_file(path: Path) -> None:
 
 
 def is_special(path: Path) -> bool:
-    """Whether a path is of something that is written through, such as a pipe or /dev/null."""
+    """Whether a path is written to directly, such as a pipe or /dev/null."""
     if _descriptor(path) is not None:
         return True
     status = _target(path)[1]
@@ -68,10 +68,10 @@ def is_special(path: Path) -> bool:
 
 
 def write_bytes(content: bytes, path: Path) -> None:
-    """Write a file, on disk when this returns; its folder is made if it is missing.
+    """Write a file and flush it to disk, creating its folder if missing.
 
-    A file that is there is replaced by one of the same mode, owner and group as far as they may be
-    given. If anything fails it stays as it was.
+    An existing file is replaced; the new one keeps its mode, and its owner and group if permissions
+    allow. If anything fails, the old file stays as it was.
 
     Raises:
         OutputError: if it cannot be written.
@@ -79,7 +79,7 @@ def write_bytes(content: bytes, path: Path) -> None:
     try:
         if (number := _descriptor(path)) is not None:
             if sys.stdout is not None:
-                sys.stdout.flush()  # what was printed before comes before
+                sys.stdout.flush()  # keep the order with what was printed before
             with os.fdopen(os.dup(number), "wb") as file:
                 file.write(content)
             return
@@ -94,20 +94,19 @@ def write_bytes(content: bytes, path: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a text in UTF-8, lone surrogates as escapes; as in `write_bytes`."""
+    """Write a text in UTF-8, with lone surrogates as escapes; otherwise as `write_bytes`."""
     write_bytes(text.encode(errors="backslashreplace"), path)
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write what JSON holds; as in `to_json` and `write_bytes`."""
+    """Write a report as JSON; see `to_json` and `write_bytes`."""
     write_text(to_json(report), path)
 
 
 def to_json(content: Any, indent: int | None = 2) -> str:
-    """Content as JSON, in ASCII, with a line end.
+    """Format content as JSON in ASCII, with a final line break.
 
-    JSON has no infinities and no NaN: null stands for them, and `NAME_reason` beside `NAME` says
-    why.
+    JSON has neither infinities nor NaN: they become null, and `NAME_reason` beside `NAME` says why.
     """
     return json.dumps(_finite(content), indent=indent, allow_nan=False) + "\n"
 
@@ -128,7 +127,7 @@ def _finite(content: Any) -> Any:
 
 
 def _why_null(value: Any) -> str | None:
-    """Why a number, or one in a list, is null in JSON; None if it is not."""
+    """Why a number, or one in a list, must be null in JSON; None if it need not be."""
     if isinstance(value, (list, tuple)):
         return next(filter(None, map(_why_null, value)), None)
     if not isinstance(value, float) or math.isfinite(value):
@@ -138,7 +137,7 @@ def _why_null(value: Any) -> str | None:
 
 @contextmanager
 def _having(folder: Path) -> Iterator[None]:
-    """Have a folder to write in inside of a with block, and what there was before afterwards."""
+    """Create a folder and test writing inside a with block; then remove what was created."""
     try:
         missing = list(takewhile(lambda each: not each.exists(), [folder, *folder.parents]))
         try:
@@ -148,18 +147,18 @@ def _having(folder: Path) -> Iterator[None]:
             yield
         finally:
             for each in missing:
-                with suppress(OSError):  # it was never made, or another process uses it by now
+                with suppress(OSError):  # it was never created, or another process uses it by now
                     each.rmdir()
     except InputError:
         raise
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{folder} cannot be a folder to write in ({_reason(error)}); name another one"
+            f"{folder} cannot be used as a folder to write in ({_reason(error)}); name another one"
         ) from error
 
 
 def _descriptor(path: Path) -> int | None:
-    """The number of the open file of this process that a path names, through links or itself."""
+    """The descriptor number if a path names an open file of this process, directly or by links."""
     place = os.path.abspath(path)
     for _ in range(_MOST_LINKS):
         named = re.fullmatch(rf"(?:/dev|/proc/self|/proc/{os.getpid()})/fd/(\d+)", place)
@@ -172,7 +171,7 @@ def _descriptor(path: Path) -> int | None:
 
 
 def _target(path: Path) -> tuple[Path, os.stat_result | None]:
-    """What a path leads to, and its status; None if nothing is there."""
+    """The resolved path and its status, which is None if nothing is there."""
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -181,7 +180,7 @@ def _target(path: Path) -> tuple[Path, os.stat_result | None]:
 
 
 def _refusal(target: Path, status: os.stat_result) -> str | None:
-    """Why what is there cannot be written; None if it can."""
+    """Why an existing file cannot be written; None if it can."""
     if stat.S_ISDIR(status.st_mode):
         return "is a folder; name a file in it"
     if stat.S_ISSOCK(status.st_mode):
@@ -193,7 +192,7 @@ def _refusal(target: Path, status: os.stat_result) -> str | None:
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """Where to write a file before it is renamed: nothing of it is left."""
+    """A temporary path to write a file to before renaming it; cleaned up in any case."""
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=target.parent) as folder:
         yield Path(folder) / target.name
 
@@ -206,7 +205,7 @@ def _replace(target: Path, content: bytes, old: os.stat_result | None) -> None:
             file.flush()
             os.fsync(file.fileno())
         if old is not None:
-            with suppress(PermissionError):  # only root gives files away
+            with suppress(PermissionError):  # only root can change a file's owner
                 os.chown(staged, old.st_uid, old.st_gid)
             staged.chmod(stat.S_IMODE(old.st_mode))
         os.replace(staged, target)

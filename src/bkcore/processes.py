@@ -1,4 +1,4 @@
-"""Work in a fresh interpreter, which shares nothing with this one but files."""
+"""Work in a fresh interpreter, which shares only files with this one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from bkcore.errors import BKCoreError
 
 
 class ProcessDiedError(RuntimeError):
-    """The other process ended without a result, with the exit code `exit_code`."""
+    """The other process ended with exit code `exit_code` and without a result."""
 
     def __init__(self, exit_code: int | None) -> None:
-        super().__init__(f"the process ended with exit code {exit_code}")
+        super().__init__(f"the process ended without a result, with exit code {exit_code}")
         self.exit_code = exit_code
 
 
@@ -28,16 +28,18 @@ def call_in_new_process(
     *arguments: Any,
     on_message: Callable[[Any], None] = lambda message: None,
 ) -> Any:
-    """Call `function(send, *arguments)` in a fresh interpreter; what it sends is passed on here.
+    """Call `function(send, *arguments)` in a fresh interpreter, and return its result.
 
-    An interruption of this process ends the other one, which may clean up, but prints nothing.
+    Interrupting this process also ends the other one, which may clean up but prints nothing.
 
     Args:
-        function: of a module; it and its arguments can be pickled, and so can its result.
-        on_message: called here with what the function gives to `send`.
+        function: defined at the top level of a module. It, its arguments and its result must be
+            picklable.
+        arguments: passed to the function after `send`.
+        on_message: called in this process with everything the function passes to `send`.
 
     Raises:
-        BKCoreError: what the function raised.
+        BKCoreError: whatever the function raised.
         ProcessDiedError: if the process died.
     """
     context = multiprocessing.get_context("spawn")
@@ -46,8 +48,8 @@ def call_in_new_process(
     _start_uninterrupted(process)
     there.close()
     try:
-        # Not with the start, which would wait until the interpreter is there to read it.
-        with suppress(ConnectionError):  # it died, which the next line says
+        # Not passed at start, which would block until the new interpreter reads it.
+        with suppress(ConnectionError):  # it died; `_receive` reports that
             here.send_bytes(pickle.dumps((function, arguments)))
         while True:
             kind, value = _receive(here, process)
@@ -73,12 +75,13 @@ def _receive(connection: Any, process: Any) -> Any:
 
 
 def _start_uninterrupted(process: Any) -> None:
-    """Start a process that Ctrl-C does not reach: it would print what it was doing, and we say it.
+    """Start a process that Ctrl-C does not reach: this process reports the interruption alone.
 
-    It inherits which signals are blocked here. Nothing may end this process halfway, either: the
-    other one would miss what it is to read, and print that.
+    The new process inherits the blocked signals. Signals to this process wait until the start is
+    complete: otherwise the new process would miss part of what it has to read, and print a
+    traceback.
     """
-    resource_tracker.ensure_running()  # a process, too, whose start would unblock the signal
+    resource_tracker.ensure_running()  # starting this process later would unblock the signal
     with _deferred(signal.SIGINT, signal.SIGTERM):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -89,13 +92,13 @@ def _start_uninterrupted(process: Any) -> None:
 
 @contextmanager
 def _deferred(*numbers: signal.Signals) -> Iterator[None]:
-    """Have signals wait for the end of a with block.
+    """Defer signals until the end of a with block.
 
-    Blocking them would not do: another thread takes a signal that this one blocks, and Python runs
-    its handler here nevertheless.
+    Blocking them is not enough: another thread may receive a signal that this one blocks, and
+    Python still runs its handler here, in the main thread.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # handlers run in the main thread only
+        yield  # handlers run only in the main thread
         return
     arrived: list[int] = []
     before = {number: signal.getsignal(number) for number in numbers}
@@ -112,7 +115,7 @@ def _deferred(*numbers: signal.Signals) -> Iterator[None]:
 
 def _work(connection: Connection) -> None:
     def send(kind: str, value: Any) -> None:
-        # By value: torch would have Connection.send share tensors through a server in this
+        # Pickled by value: with torch, Connection.send shares tensors through a server in this
         # process, which ends before they are read.
         connection.send_bytes(pickle.dumps((kind, value)))
 
@@ -123,7 +126,7 @@ def _work(connection: Connection) -> None:
     except BKCoreError as error:
         send("error", error)
     except (KeyboardInterrupt, EOFError, ConnectionError):
-        pass  # the process that wanted it was interrupted, and says so
+        pass  # the parent was interrupted, and reports that itself
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -1,6 +1,6 @@
-"""Reading files that somebody else may have written: bounded, regular files only, no tracebacks.
+"""Reading files that somebody else may have written: regular files of bounded size only.
 
-What cannot be read raises `OSError` or `ValueError`, which the caller turns into an error of its
+What cannot be read raises `OSError` or `ValueError`. The caller turns these into an error of its
 own that says what to do.
 """
 
@@ -27,12 +27,12 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading, without waiting for anybody who might write it.
+    """Open a file for reading, without ever blocking on a pipe.
 
     Raises:
         OSError: if it cannot be opened, or is a folder, a pipe or a device.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a device may already do something
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a device may already have effects
         raise OSError(f"{path} is not a regular file")
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -42,24 +42,24 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, limit: int = JSON_BYTES) -> bytes:
-    """The whole of a small file.
+    """Read all of a small file.
 
     Raises:
         OSError: as `open_regular`.
-        ValueError: if it has more bytes than `limit`.
+        ValueError: if it has more than `limit` bytes.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
-            raise ValueError(f"{path} has {size:,} bytes; at most {limit:,} are read")
-        return file.read(size)  # not what a file of /proc may add without end
+            raise ValueError(f"{path} has {size:,} bytes, but the limit is {limit:,}")
+        return file.read(size)  # a file in /proc may go on without end
 
 
 def parse_json(content: bytes) -> Any:
-    """What JSON in UTF-8 holds.
+    """Parse JSON in UTF-8.
 
     Raises:
-        ValueError: if it is no such thing, or lists and objects stand in each other too deeply.
+        ValueError: if the content is not JSON, or lists and objects are nested too deeply.
     """
     try:
         value = json.loads(content.decode())
@@ -70,38 +70,38 @@ def parse_json(content: bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """What a small JSON file holds; errors as in `read_bytes` and `parse_json`."""
+    """Read a small JSON file; raises errors as `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(path))
 
 
 def shown(value: object) -> str:
-    """A value for a message: `repr`, or its beginning if that is long."""
+    """A value as text for a message: its `repr`, shortened if long."""
     try:
         return _SHORT.repr(value)
     except ValueError:  # Python refuses to print integers of thousands of digits
-        return f"an {type(value).__name__} that is too long to print"
+        return f"an {type(value).__name__} too long to print"
 
 
 @contextmanager
 def foreign(what: str) -> Iterator[None]:
-    """Turn whatever a library raises inside a with block, on content of a stranger, into one error.
+    """Turn anything a library raises on foreign content inside a with block into one error.
 
     Raises:
-        CheckpointError: "`what` is damaged", and the reason.
+        CheckpointError: "`what` is damaged", with the reason.
     """
     try:
         yield
     except CheckpointError:
         raise
     except BaseException as error:
-        # A panic in Rust is no `Exception`; interruptions must go through.
+        # A panic in Rust is not an `Exception`; interruptions must pass.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(f"{what} is damaged: {shortened(error)}") from error
 
 
 def shortened(error: BaseException) -> str:
-    """The message of an error on one line, or its beginning, with the name of what has none."""
+    """An error's message on one line, shortened if long; its class name if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."
 

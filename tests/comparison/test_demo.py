@@ -169,9 +169,9 @@ def test_a_checkpoint_without_tokenizer_says_so(tmp_path: Path) -> None:
 
 def test_names_that_cannot_be_written_stop_before_training(text: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be a folder"):
+    with pytest.raises(InputError, match="cannot be used as a folder"):
         run(text, tmp_path / "file")
     with pytest.raises(InputError, match="is a folder"):
         files.prepare_file(tmp_path)
-    with pytest.raises(InputError, match="cannot be a folder"):
+    with pytest.raises(InputError, match="cannot be used as a folder"):
         files.prepare_file(tmp_path / "file" / "report.json")

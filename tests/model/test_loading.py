@@ -27,10 +27,10 @@ from tests.model.helpers import edit, refused, sign
 @pytest.mark.parametrize(
     ("kept", "match"),
     [
-        ([], "does not list a whole model"),
-        (["config.json"], "does not list a whole model"),
-        (["model.safetensors"], "does not list a whole model"),
-        (["generation_config.json", "model.safetensors"], "does not list a whole model"),
+        ([], "does not list a complete model"),
+        (["config.json"], "does not list a complete model"),
+        (["model.safetensors"], "does not list a complete model"),
+        (["generation_config.json", "model.safetensors"], "does not list a complete model"),
     ],
 )
 def test_an_empty_or_partial_manifest(folder: Path, kept: list[str], match: str) -> None:
@@ -56,7 +56,7 @@ def test_an_empty_or_partial_manifest(folder: Path, kept: list[str], match: str)
 )
 def test_a_name_that_leaves_the_folder(folder: Path, name: str) -> None:
     sign(folder, **{name: "0" * 64})
-    refused(folder, "which is no name of a file in this folder")
+    refused(folder, "which cannot name a file in this folder")
 
 
 @pytest.mark.parametrize("digest", [None, 3, "", "x" * 64, "0" * 63, ["0" * 64]])
@@ -125,7 +125,7 @@ def test_what_is_no_regular_file(folder: Path, file: str, what: str) -> None:
 def test_a_giant_json_file(folder: Path, file: str) -> None:
     with (folder / file).open("r+b") as out:
         out.truncate(1 << 34)  # a hole, which takes no room
-    refused(folder, "at most 16,777,216 are read")
+    refused(folder, "the limit is 16,777,216")
 
 
 def test_a_file_that_changes_while_it_is_read(

@@ -144,7 +144,7 @@ def test_an_altered_config(saved):
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_a_missing_file(saved, file):
     (saved[0] / file).unlink()
-    with pytest.raises(CheckpointError, match=f"lacks its file {file}"):
+    with pytest.raises(CheckpointError, match=f"lacks the file {file}"):
         ResNetBKForCausalLM.from_pretrained(saved[0])
 
 
@@ -173,9 +173,7 @@ def test_an_unreadable_manifest(saved, text):
         ResNetBKForCausalLM.from_pretrained(saved[0])
 
 
-@pytest.mark.parametrize(
-    ("off", "remedy"), [(1, "Install a newer bkcore"), (-1, "Train the model again")]
-)
+@pytest.mark.parametrize(("off", "remedy"), [(1, "Install a newer bkcore"), (-1, "train it again")])
 def test_another_format(saved, off, remedy):
     manifest = json.loads((saved[0] / MANIFEST).read_text())
     manifest["format_version"] = FORMAT_VERSION + off
