@@ -721,7 +721,7 @@ def test_an_unknown_state_is_refused(content):
 def test_a_state_of_another_configuration_is_refused():
     """Both have one group a tensor, so that nothing but the configuration tells them apart."""
     loaded = build("ptq_int8", "quantized").state_dict()
-    with pytest.raises(CheckpointError, match="build it the same"):
+    with pytest.raises(CheckpointError, match="build it with the same options"):
         build("ptq_int4", "quantized").load_state_dict(loaded)
 
 
@@ -744,7 +744,7 @@ def test_deepcopy_and_double(mode, state):
 @pytest.mark.parametrize("other", [{"epsilon": 0.1}, {"hopping": 2.0}, {"causal": True}])
 def test_a_state_of_another_core_is_refused(other):
     loaded = build("ptq_int8", "quantized").state_dict()
-    with pytest.raises(CheckpointError, match="build it the same"):
+    with pytest.raises(CheckpointError, match="build it with the same options"):
         QuantizedBirmanSchwingerCore(N, QuantizationConfig("ptq_int8"), **other).load_state_dict(
             loaded
         )

@@ -88,11 +88,11 @@ def test_steps_out_of_order_name_the_missing_one(build, tokens, mode):
         assert model.quantization_state is QuantizationState.TRAINING
         model.convert()
     assert model.quantization_state is QuantizationState.QUANTIZED
-    with pytest.raises(LifecycleError, match="start again from the float model"):
+    with pytest.raises(LifecycleError, match="start from the float model"):
         model.start_calibration()
     with pytest.raises(LifecycleError, match="convert" if is_qat else "is not a step of mode"):
         model.convert()
-    with pytest.raises(LifecycleError, match="start again from the float model"):
+    with pytest.raises(LifecycleError, match="start from the float model"):
         model.calibrate_quantization([tokens(1, 8)])
 
 

@@ -61,5 +61,5 @@ def test_bytes_go_where_they_save_most():
 
 
 def test_a_budget_below_the_narrowest_is_refused():
-    with pytest.raises(InputError, match="budget of 3 bytes is below the 4"):
+    with pytest.raises(InputError, match="3 bytes is too small; the narrowest weights take 4"):
         allocate({"unit": unit(1, [2.0, 1.0, 0.0])}, 3)

@@ -153,7 +153,7 @@ def test_json_that_is_no_configuration(text):
     "fields", [None, 3, [], "mode", [("mode", "ptq_int8")], {"modes": 1}, {3: 1}]
 )
 def test_only_a_dictionary_of_the_fields_will_do(fields):
-    with pytest.raises(InputError, match=r"fields must be a dictionary of group_size, .*got"):
+    with pytest.raises(InputError, match=r"fields must be a dictionary of group_size, .*not"):
         QuantizationConfig.from_dict(fields)
 
 

@@ -105,7 +105,7 @@ def test_zero_points_of_a_symmetric_quantizer_are_zero():
 
 
 def test_what_still_trains_does_not_load_into_what_is_converted():
-    with pytest.raises(CheckpointError, match="a core that was built anew"):
+    with pytest.raises(CheckpointError, match="load it into a new core"):
         build("qat_int8", "quantized").load_state_dict(build("qat_int8", "training").state_dict())
 
 

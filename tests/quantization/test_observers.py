@@ -168,7 +168,7 @@ def test_merged_observers_choose_the_same_scales(method, symmetric):
 
 
 def test_observers_of_other_sizes_do_not_merge():
-    with pytest.raises(InputError, match="2 groups cannot take in one of 3"):
+    with pytest.raises(InputError, match="2 groups cannot merge one of 3"):
         HistogramObserver(2).merge(HistogramObserver(3))
 
 

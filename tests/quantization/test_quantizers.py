@@ -168,9 +168,9 @@ def test_a_complex_quantizer_refuses_real_values(method):
 def test_a_wrong_last_axis(shape):
     quantizer = calibrated()
     for method in ("observe", "quantize", "fake_quantize"):
-        with pytest.raises(ShapeError, match=r"expected \(\.\.\., 6\)"):
+        with pytest.raises(ShapeError, match=r"must be \(\.\.\., 6\)"):
             getattr(quantizer, method)(torch.zeros(shape))
-    with pytest.raises(ShapeError, match=r"expected \(\.\.\., 6\)"):
+    with pytest.raises(ShapeError, match=r"must be \(\.\.\., 6\)"):
         quantizer.dequantize(torch.zeros(shape, dtype=torch.int8))
 
 

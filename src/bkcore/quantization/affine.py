@@ -1,10 +1,10 @@
-"""The one rounding function, shared by fake quantization, PTQ, QAT and the integer kernels.
+"""The only rounding function, shared by fake quantization, PTQ, QAT and the integer kernels.
 
-A real x becomes the code  q = clamp(round(x / scale) + zero_point, qmin, qmax)  and comes back as
-scale * (q - zero_point); ties round to even. Jacob et al., "Quantization and training of neural
+A real x becomes the code  q = clamp(round(x / scale) + zero_point, qmin, qmax)  and is decoded as
+scale * (q - zero_point); ties round to even. See Jacob et al., "Quantization and training of neural
 networks for efficient integer-arithmetic-only inference", CVPR 2018, eqs. 1-2.
 
-Codes are computed as integer-valued floats: they are exact (|q| <= 128), NaN stays NaN instead of
+Codes are computed as integer-valued floats. These are exact (|q| <= 128), NaN stays NaN instead of
 becoming some integer, and converting them to int8 changes no value.
 """
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 SCALE_DTYPE = torch.bfloat16
-"""How scales are stored: two bytes, with float32's range, so |v| = 1e6 or eta = 1e6 still fit.
+"""The dtype of stored scales: two bytes with float32's range, so |v| = 1e6 or eta = 1e6 still fit.
 
-float16 would overflow at |v| = 5e5 in 4 bits. The coarser mantissa costs nothing in exactness,
-because codes are computed with the stored scale; it only moves the range by at most 0.4 %.
+At 4 bits, float16 would overflow at |v| = 5e5. The coarser mantissa causes no error, because codes
+are computed with the stored scale; it only shifts the range by at most 0.4 %.
 """
 
 
@@ -29,7 +29,7 @@ def code_range(bits: int) -> tuple[int, int]:
 
 
 _LARGEST_LOG_SCALE = 80.0
-"""e^80 = 5.5e34: more than any calibration gives, and its gradients still are float32."""
+"""e^80 = 5.5e34: above any scale from calibration, with gradients that still fit in float32."""
 
 
 class _RoundedRatio(torch.autograd.Function):
@@ -46,7 +46,7 @@ class _RoundedRatio(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         ratio, scale = ctx.saved_tensors
         grad = grads[0] / scale
-        # Where x saturates grad is 0 and the ratio may be infinite; elsewhere |ratio| < 256.
+        # Where x saturates, grad is 0 and the ratio may be infinite; elsewhere |ratio| < 256.
         by_scale = -grad * ratio.clamp(-256, 256)
         return grad.sum_to_size(ctx.shape), by_scale.sum_to_size(scale.shape)
 
@@ -64,20 +64,20 @@ class _StraightThroughCast(torch.autograd.Function):
 
 
 def rounded(x: Tensor) -> Tensor:
-    """Round to values that survive storage, as float32; the gradient passes unchanged."""
+    """Round to values that can be stored exactly, as float32; the gradient passes unchanged."""
     return _StraightThroughCast.apply(x)
 
 
 def storable(scale: Tensor) -> Tensor:
-    """Round positive float scales to values that survive storage, as float32; differentiable.
+    """Round positive float scales to values that can be stored exactly; float32, differentiable.
 
-    What would round to zero becomes the smallest normal number: a scale of zero makes NaN.
+    A scale that would round to zero becomes the smallest normal number, since zero would give NaN.
     """
     return rounded(scale).clamp(min=torch.finfo(SCALE_DTYPE).tiny)
 
 
 def scale_from_log(log_scale: Tensor) -> Tensor:
-    """Storable scales exp(log_scale): positive and finite whatever an optimizer made of it."""
+    """Storable scales exp(log_scale), positive and finite whatever an optimizer did."""
     return storable(log_scale.clamp(max=_LARGEST_LOG_SCALE).exp())
 
 
@@ -102,9 +102,9 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | int) -> Tensor
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, bits: int) -> Tensor:
-    """`dequantize(quantize(x))`: what storing x would make of it, with its shape and gradient.
+    """`dequantize(quantize(x))`: the values of x after storage, in its shape and with a gradient.
 
-    Differentiable in x (straight through, zero where it saturates) and in scale. With respect to
-    the scale this is the gradient of learned step sizes (LSQ, Esser et al., ICLR 2020, eq. 3).
+    Differentiable in x (straight through, zero where it saturates) and in scale. The gradient with
+    respect to the scale is that of learned step sizes (LSQ, Esser et al., ICLR 2020, eq. 3).
     """
     return dequantize(quantize(x, scale, zero_point, bits), scale, zero_point)

@@ -1,11 +1,11 @@
-"""Spending a budget of bytes on the bits of a model's weights, where they lower the loss most.
+"""Bit allocation: spend a budget of bytes on the weights where more bits lower the loss most.
 
-Every unit (a weight, or the weights of an expert) can be had in several widths, each of some bytes
-and some loss, and losses add up. Widths above the line between a narrower and a wider one are never
-worth their bytes: what is left is the lower convex hull. Along the hulls, upgrades are bought in
-the order of the loss they save a byte. Each prefix of that order is the best assignment of its
-size (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", 1988); with
-a budget between two of them, upgrades that still fit are bought too.
+Every unit (a weight, or the weights of an expert) has several possible widths, each with a size in
+bytes and a loss; losses are taken to add up. A width above the line between a narrower and a wider
+one is never worth its bytes, so only the lower convex hull is kept. Along the hulls, upgrades are
+bought in order of the loss saved per byte. Each prefix of that order is the best assignment of its
+size (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", 1988). If
+the budget lies between two prefixes, later upgrades that still fit are bought too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bkcore.errors import InputError
 
 @dataclass(frozen=True)
 class Choice:
-    """One width of a unit: its bits, its bytes, scales included, and what it costs in loss."""
+    """One width of a unit: its bits, its bytes including scales, and its loss."""
 
     bits: int
     bytes: int
@@ -31,10 +31,10 @@ Assignment = dict[str, Choice]
 
 
 def frontier(choices: Mapping[str, Sequence[Choice]]) -> list[Assignment]:
-    """The best assignments, from the smallest model to the one of least loss.
+    """The best assignments, from the smallest model to the one with the least loss.
 
     Args:
-        choices: the widths of each unit, at least one each, in any order.
+        choices: the widths of each unit, at least one, in any order.
     """
     hulls = {unit: _hull(widths) for unit, widths in choices.items()}
     assignments = [{unit: hull[0] for unit, hull in hulls.items()}]
@@ -44,7 +44,7 @@ def frontier(choices: Mapping[str, Sequence[Choice]]) -> list[Assignment]:
 
 
 def allocate(choices: Mapping[str, Sequence[Choice]], budget: float) -> Assignment:
-    """The widths to take, at most `budget` bytes together.
+    """The widths to choose, together at most `budget` bytes.
 
     Args:
         choices: as in `frontier`.
@@ -57,8 +57,8 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget: float) -> Assignme
     left = budget - total_bytes(taken)
     if left < 0:
         raise InputError(
-            f"the budget of {budget:,.0f} bytes is below the {total_bytes(taken):,} of the "
-            "narrowest weights; allow more bits, or share scales among more weights"
+            f"the budget of {budget:,.0f} bytes is too small; the narrowest weights take "
+            f"{total_bytes(taken):,}; allow more bits, or share scales among more weights"
         )
     full = set()
     for unit, choice in _upgrades(hulls):
@@ -77,7 +77,7 @@ def total_bytes(assignment: Assignment) -> int:
 
 
 def total_loss(assignment: Assignment) -> float:
-    """Loss of all units, as if none changed what another costs."""
+    """Loss of all units, assuming that their losses add up."""
     return sum(choice.loss for choice in assignment.values())
 
 
@@ -94,13 +94,13 @@ def _hull(widths: Sequence[Choice]) -> list[Choice]:
 
 
 def _upgrades(hulls: Mapping[str, list[Choice]]) -> list[tuple[str, Choice]]:
-    """Steps to the next width of a unit, those that save most a byte first."""
+    """Steps to a unit's next width, those that save the most loss per byte first."""
     steps = [
         (unit, wider, _saving(narrower, wider))
         for unit, hull in hulls.items()
         for narrower, wider in pairwise(hull)
     ]
-    steps.sort(key=lambda step: -step[2])  # stable: a unit's own steps save less and less
+    steps.sort(key=lambda step: -step[2])  # stable: a unit's steps stay in order
     return [(unit, wider) for unit, wider, _ in steps]
 
 

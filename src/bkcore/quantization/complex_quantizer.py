@@ -1,4 +1,4 @@
-"""The quantizer of complex activations: a quantizer of real ones for each part."""
+"""The quantizer of complex activations: one real quantizer for each part."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class ComplexQuantizer(nn.Module):
 
     Args:
         num_channels: size of the last axis.
-        per_channel: a scale per group of `group_size` channels; False is one scale per tensor.
+        per_channel: one scale per group of `group_size` channels; False means one per tensor.
         bits: 4 or 8.
         group_size: channels that share a scale.
-        symmetric: None makes the real part symmetric and the imaginary part asymmetric, the right
-            choice for a resolvent, where Im G >= 0; True or False forces both.
+        symmetric: None makes the real part symmetric and the imaginary part asymmetric, which suits
+            a resolvent because Im G >= 0; True or False forces both.
         shared_zero_point: one zero point for all groups of the imaginary part.
         learnable, norm, observer, percentile, nonuniform: as in `GroupWiseQuantizer`.
 
@@ -87,7 +87,7 @@ class ComplexQuantizer(nn.Module):
 
     @property
     def calibrated(self) -> bool:
-        """True once both parts are."""
+        """True once both parts are calibrated."""
         return self.real.calibrated and self.imag.calibrated
 
     @property
@@ -96,12 +96,12 @@ class ComplexQuantizer(nn.Module):
         return self.real.storage_bytes + self.imag.storage_bytes
 
     def start_calibration(self) -> None:
-        """Forget what was observed."""
+        """Discard earlier observations."""
         self.real.start_calibration()
         self.imag.start_calibration()
 
     def observe(self, x: Tensor) -> None:
-        """Add complex x (..., num_channels) to the calibration data; errors as in `calibrate`."""
+        """Add complex x (..., num_channels) to the calibration data; raises as `calibrate`."""
         _check_complex(x)
         with all_or_nothing(self):
             self.real.observe(x.real)
@@ -126,21 +126,21 @@ class ComplexQuantizer(nn.Module):
             self.end_calibration()
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """int8 codes of the real and of the imaginary part of complex x."""
+        """int8 codes of the real and imaginary parts of complex x."""
         _check_complex(x)
         return self.real.quantize(x.real), self.imag.quantize(x.imag)
 
     def dequantize(self, real: Tensor, imag: Tensor) -> Tensor:
-        """complex64 values of two int8 code tensors of one shape.
+        """complex64 values of two int8 code tensors of equal shape.
 
         Raises:
-            DTypeError, ShapeError, InputError: if they are not such codes.
+            DTypeError, ShapeError, InputError: if they are not valid codes.
             LifecycleError: before calibration.
         """
         parts = self.real.dequantize_named("real", real), self.imag.dequantize_named("imag", imag)
         if real.shape != imag.shape:
             raise ShapeError(
-                f"real and imag must have one shape, got {tuple(real.shape)} and "
+                f"real and imag must have the same shape, not {tuple(real.shape)} and "
                 f"{tuple(imag.shape)}"
             )
         return torch.complex(*parts)
@@ -151,12 +151,12 @@ class ComplexQuantizer(nn.Module):
         return torch.complex(self.real.fake_quantize(x.real), self.imag.fake_quantize(x.imag))
 
     def freeze(self) -> None:
-        """Turn learned scales into stored ones of the same value."""
+        """Turn learned scales into stored ones with the same values."""
         self.real.freeze()
         self.imag.freeze()
 
     def thaw(self) -> None:
-        """Turn stored scales into learned ones of the same value."""
+        """Turn stored scales into learned ones with the same values."""
         self.real.thaw()
         self.imag.thaw()
 

@@ -1,4 +1,4 @@
-"""What to quantize and how: a frozen, validated choice."""
+"""What to quantize and how: an immutable, validated configuration."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ WEIGHT_ROUNDINGS = ("gptq", "nearest")
 MODES = ("ptq_int8", "qat_int8", "ptq_int4", "qat_int4", "mixed_precision")
 
 CALIBRATION_TOKENS = 32_768
-"""Tokens that commands calibrate on unless they are told otherwise; a checkpoint keeps as many."""
+"""How many tokens commands calibrate on by default; a checkpoint keeps as many."""
 
 QAT_LEARNING_RATE = 1e-4
-"""The peak rate at which commands train through codes, unless they are told otherwise."""
+"""The default peak learning rate of commands that train through codes (QAT)."""
 
 
 @dataclass(frozen=True)
@@ -33,42 +33,42 @@ class QuantizationConfig:
     Attributes:
         mode: "ptq_int8", "qat_int8", "ptq_int4", "qat_int4" or "mixed_precision" (language model:
             INT4 experts, INT8 core, FP16 head; a standalone core is INT8 in that mode).
-        group_size: channels that share a scale, at least 1; more than there are is all of them. In
-            a standalone core 1 means a scale per sequence position. In the language model it
-            groups the inputs of INT4 weights, and the core's activations have a scale per channel
-            whatever the group size.
-        per_channel: False puts one scale on the whole tensor instead.
-        symmetric: None (default) lets the range decide: real parts symmetric, imaginary parts
-            asymmetric, because Im G >= 0; potentials asymmetric, because errors near a resonance
-            cost more than those on the other side, but symmetric where each position has a scale
-            of its own, to save the bytes; and asymmetric the language model's inputs of the core,
-            which come out of SiLU or a projection. True or False forces every quantizer of the
-            core. Weights are always symmetric.
-        observer: how the range of an activation is chosen from the calibration data: "minmax", its
+        group_size: channels that share a scale, at least 1; a size above the number of channels
+            means all of them. In a standalone core, 1 means one scale per sequence position. In
+            the language model it groups the inputs of INT4 weights; the core's activations there
+            always have one scale per channel.
+        per_channel: False uses one scale for the whole tensor instead.
+        symmetric: True or False forces every quantizer of the core. None (default) chooses by the
+            kind of tensor. Real parts are symmetric and imaginary parts asymmetric, because
+            Im G >= 0. Potentials are asymmetric, because errors near a resonance cost more than
+            errors on the other side; but if each position has its own scale they are symmetric, to
+            save bytes. In the language model, the core's inputs are asymmetric, since they come
+            from SiLU or a projection. Weights are always symmetric.
+        observer: how the range of an activation is chosen from the calibration data: "minmax", the
             extremes; "percentile"; "mae" or "mse", the least mean absolute or squared error; or
-            "auto", for each tensor that of the four with the least error. None (default) is the
-            error that counts: "mae" in a standalone core, "mse" in the language model.
-        percentile: percent of the values inside the range of "percentile", in (0, 100].
-        weight_rounding: of INT4 weights after training: "gptq" (default) lets later columns make
-            up for the errors of earlier ones, with the second moments of the activations that
-            calibration saw; "nearest" rounds every weight by itself. See `gptq`.
-        tensor_bits: bits of single weights of the language model by their names, such as
-            {"layers.0.experts.experts.3.up": 8}: 4, 8, or 16 for float16, which QAT has not. They
-            go before what the mode says, which holds for all others.
+            "auto", whichever of the four has the least error for each tensor. None (default)
+            minimizes the error that counts: "mae" in a standalone core, "mse" in the language
+            model.
+        percentile: percent of the values that "percentile" keeps in range, in (0, 100].
+        weight_rounding: how PTQ rounds INT4 weights. With "gptq" (default), later columns make up
+            for the errors of earlier ones, using the second moments of the calibration
+            activations; "nearest" rounds each weight separately. See `gptq`.
+        tensor_bits: bits of individual weights of the language model by name, such as
+            {"layers.0.experts.experts.3.up": 8}: 4, 8, or 16 for float16 (not in QAT). They
+            override the mode, which applies to all other weights.
         min_size: weights of the language model with fewer numbers than this stay in float16 after
-            PTQ, unless `tensor_bits` names them: with so few, a product in codes takes longer than
-            one in float, for one row and for many (`bkcore bench inference --only layers`). 0
-            leaves none. QAT, which has no float16, trains them through codes.
-        nonuniform: the levels of a core's codes need not be evenly spaced (`LevelTable`). True has
-            tables in the QAT modes of a standalone core, which learn them, and at 4 bits in the
-            language model, where QAT learns and PTQ fits them; False has none, and saves 48 bytes
-            each at 8 bits and 32 at 4. None (default) is True, but for the QAT INT4 mode of a
-            standalone core, where three tables would take more bytes than all scales.
+            PTQ, unless `tensor_bits` names them: for such small weights an integer product is
+            slower than a float one, for one row and for many (`bkcore bench inference --only
+            layers`). With 0 none stay. QAT has no float16 and quantizes them too.
+        nonuniform: whether the levels of a core's codes may be unevenly spaced (`LevelTable`). True
+            uses level tables in the QAT modes of a standalone core, which learn them, and at 4 bits
+            in the language model, where QAT learns and PTQ fits them. False uses none, and saves 48
+            bytes per table at 8 bits and 32 at 4. None (default) means True, except for "qat_int4"
+            in a standalone core, where three tables would take more bytes than all scales.
 
     Raises:
         InputError: for an unknown mode, observer or rounding, a group size below 1, a percentile
-            or a min_size out of range, a flag that is not a bool, or bits that a weight cannot
-            have.
+            or min_size out of range, a flag that is not a bool, or bits that a weight cannot have.
     """
 
     mode: str = "ptq_int8"
@@ -115,16 +115,16 @@ class QuantizationConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> QuantizationConfig:
-        """What `to_dict` gave, of this version or of one that had no `min_size`.
+        """Build from the result of `to_dict`, even from a version without `min_size`.
 
         Raises:
-            InputError: if this is no dictionary of these fields, or a value is not allowed.
+            InputError: if `fields` is not a dictionary of these fields, or a value is not allowed.
         """
         known = {f.name for f in dataclass_fields(cls)}
         if not isinstance(fields, dict) or not fields.keys() <= known:
             unknown = list(fields.keys() - known) if isinstance(fields, dict) else fields
             raise InputError(
-                f"fields must be a dictionary of {', '.join(sorted(known))}; got {shown(unknown)}"
+                f"fields must be a dictionary of {', '.join(sorted(known))}, not {shown(unknown)}"
             )
         return cls(**{"min_size": 0, **fields})
 
@@ -150,13 +150,13 @@ class QuantizationConfig:
 
     @property
     def has_level_tables(self) -> bool:
-        """True if the activations of the language model's cores have levels of their own: at 8
-        bits uneven levels gain nothing that it would notice."""
+        """True if activations of the language model's cores have level tables. At 8 bits they have
+        none, since uneven levels bring the model no noticeable gain."""
         return self.nonuniform is not False and self.bits == 4
 
     @property
     def core_has_level_tables(self) -> bool:
-        """True if the codes of a standalone core have levels of their own."""
+        """True if the codes of a standalone core have level tables."""
         wanted = self.bits == 8 if self.nonuniform is None else self.nonuniform
         return self.is_qat and wanted
 
@@ -165,8 +165,8 @@ class QuantizationConfig:
 
         Args:
             part: where the weight is.
-            name: the weight's name, for which `tensor_bits` may say something else.
-            size: its numbers, of which there may be too few; None is any that are enough.
+            name: the weight's name, for which `tensor_bits` may override the mode.
+            size: how many numbers it has, to compare with `min_size`; None skips that.
         """
         if self.tensor_bits is not None and name in self.tensor_bits:
             return self.tensor_bits[name]
@@ -177,12 +177,10 @@ class QuantizationConfig:
         return self.bits
 
     def compensates(self, part: Part, name: str | None = None, size: int | None = None) -> bool:
-        """True if the weights of a part are INT4 codes that make up for each other's errors.
+        """True if the weights of a part are INT4 codes that make up for each other's errors (GPTQ).
 
-        Arguments as in `weight_bits`.
-
-        The head's do not: its rows are the embedding too, and what is nearest for the one is not
-        for the other.
+        Arguments as in `weight_bits`. The head is never rounded that way: its rows are also the
+        embedding, and the best codes for one use are not the best for the other.
         """
         is_int4 = self.weight_bits(part, name, size) == 4 and part != "head"
         return is_int4 and not self.is_qat and self.weight_rounding == "gptq"
@@ -192,7 +190,7 @@ class QuantizationConfig:
         return self.group_size if self.per_channel else num_channels
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON; `tensor_bits` only if there are any."""
+        """The fields, ready for JSON; `tensor_bits` only if set."""
         fields = asdict(self)
         if self.tensor_bits is None:
             del fields["tensor_bits"]
@@ -203,7 +201,8 @@ class QuantizationConfig:
             return
         if not isinstance(self.tensor_bits, dict):
             raise InputError(
-                f"tensor_bits must be a dictionary of names and bits, not {shown(self.tensor_bits)}"
+                "tensor_bits must be a dictionary from names to bits, not "
+                f"{shown(self.tensor_bits)}"
             )
         allowed = (4, 8) if self.is_qat else (4, 8, 16)
         for name, bits in self.tensor_bits.items():
@@ -219,7 +218,7 @@ def _is_one_of(value: object, choices: tuple[str, ...]) -> bool:
 
 
 def check_observer(observer: str | None, percentile: float) -> None:
-    """Raise `InputError` unless these name a way to choose ranges."""
+    """Raise `InputError` unless these are valid choices of a range."""
     if observer is not None and not _is_one_of(observer, OBSERVERS):
         raise InputError(f"unknown observer {shown(observer)}; choose one of {OBSERVERS}, or None")
     if isinstance(percentile, bool) or not isinstance(percentile, int | float):

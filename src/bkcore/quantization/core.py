@@ -28,21 +28,21 @@ _HISTORY = 1000
 
 
 class QuantizedBirmanSchwingerCore(QuantizationLifecycle):
-    """`BirmanSchwingerCore` whose potentials and features pass through INT8 or INT4 codes.
+    """A `BirmanSchwingerCore` whose potentials and features are rounded to INT8 or INT4 codes.
 
-    Build it, calibrate it on potentials like those it will see, then `apply_ptq()` (PTQ modes) or
-    `enable_qat()`, train and `convert()` (QAT modes). Until then its forward pass is float, and
-    the diagnostics say so. The core has no weights, so what QAT trains here are the step sizes and
-    the levels, which need not be evenly spaced (`bkcore.quantization.levels`), and whatever model
-    stands in front of the core.
+    Build it and calibrate it on typical potentials. Then call `apply_ptq()` (PTQ modes), or call
+    `enable_qat()`, train, and call `convert()` (QAT modes). Until then its forward pass is float,
+    and the diagnostics say so. The core has no weights. QAT therefore trains the step sizes, the
+    levels, which need not be evenly spaced (`bkcore.quantization.levels`), and any model that
+    produces the potentials.
 
     Args:
-        n_seq: sequence length N; scales belong to positions (in groups), so N is fixed.
+        n_seq: sequence length N; fixed, because scales belong to (groups of) positions.
         config: a `QuantizationConfig`, or a mode as a string.
         epsilon, energy, hopping, onsite, causal: as in `BirmanSchwingerCore`.
 
     Raises:
-        InputError, DTypeError: as in `BirmanSchwingerCore`, or if config is no configuration.
+        InputError, DTypeError: as in `BirmanSchwingerCore`, or if config is not valid.
 
     Attributes:
         core: the float core.
@@ -50,7 +50,7 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle):
         G_quantizer: quantizer of the resolvent diagonal (`ComplexQuantizer`).
     """
 
-    _recalibrates_when_quantized = True  # it has no weights that quantization would have changed
+    _recalibrates_when_quantized = True  # quantization changed no weights, since it has none
     quant_config: QuantizationConfig
 
     def __init__(
@@ -93,7 +93,7 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle):
             observer=config.observer,
             percentile=config.percentile,
             nonuniform=config.core_has_level_tables,
-            # All lie in one disc, so that one zero point suits all groups: Im G >= 0.
+            # All values lie in one disc with Im G >= 0, so one zero point suits all groups.
             shared_zero_point=config.bits == 4,
         )
         self._history: deque[dict[str, float]] = deque(maxlen=_HISTORY)
@@ -113,8 +113,8 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle):
         Args:
             v: real potentials (B, N), or (..., N).
             return_diagnostics: also return what ran, the quantization errors and a certified
-                bound on them (`error_bound` has the keys); this costs several float64 sweeps.
-                The errors are remembered for `get_quantization_statistics`.
+                bound on them (keys as in `error_bound`). This costs several float64 sweeps. The
+                errors are recorded for `get_quantization_statistics`.
 
         Returns:
             Real features (..., N, 2), or (features, diagnostics).
@@ -137,13 +137,12 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle):
 
     @torch.no_grad()
     def error_bound(self, v: Tensor, features: Tensor) -> dict[str, Any]:
-        """What features of `forward(v)` err by, and a bound that provably covers it.
+        """The error of features from `forward(v)`, and a bound that provably covers it.
 
-        The error of a site is `|features - G(v)|`, with G of the potentials as they were given. The
-        bound is that of `diagonal_enclosure` for the potentials that the codes stand for, and
-        what the output codes and float32 cost, which is known exactly: half a step in Re and in Im
-        at most, or the overshoot where codes clip. Potentials that clip are perturbations
-        like any other.
+        The error of a site is `|features - G(v)|`, with G computed from the potentials as given.
+        The bound is that of `diagonal_enclosure` for the decoded potentials, plus the error of the
+        output codes and of float32, which is known exactly: at most half a step in Re and in Im, or
+        the overshoot where codes clip. Clipped potentials are perturbations like any other.
 
         Args:
             v: potentials (..., N).
@@ -151,20 +150,20 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle):
 
         Returns:
             `G_error`, measured in float64, and `G_error_bound`, both float64 (..., N);
-            `clipped_inputs` and `clipped_outputs`, how many potentials and how many Re and
-            Im (each counted) were beyond the codes.
+            `clipped_inputs`, how many potentials were outside the range of the codes; and
+            `clipped_outputs`, the same for outputs, with Re and Im counted separately.
 
         Raises:
-            ShapeError: `features` does not belong to potentials of this shape.
-            DTypeError: `features` is no real floating-point tensor.
+            ShapeError: if `features` does not belong to potentials of this shape.
+            DTypeError: if `features` is not a real floating-point tensor.
         """
         self._check(v)
         require_real_float("features", features)
         require_device("features", features, v)
         if features.shape != (*v.shape, 2):
             raise ShapeError(
-                f"features must be {(*v.shape, 2)} for potentials of shape {tuple(v.shape)}, got "
-                f"{tuple(features.shape)}: pass what forward returned for these potentials"
+                f"features must be {(*v.shape, 2)} for potentials of shape {tuple(v.shape)}, not "
+                f"{tuple(features.shape)}; pass what forward returned for these potentials"
             )
         core = self.core
         z = complex(core.energy, core.epsilon)
@@ -190,13 +189,13 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle):
     def estimate_model_size(self) -> dict[str, Any]:
         """Bytes of one sequence: its N potentials, 2 N features and the quantization parameters.
 
-        The parameters are the scales, zero points and tables of levels that a state dict holds. Not
-        counted are what it says about the core: its configuration, and the record of calibration.
+        The parameters are the scales, zero points and level tables in the state dict. The
+        configuration and the calibration record, which it also holds, are not counted.
 
         Returns:
-            `fp32_bytes`; `quantized_bytes` (what they take once quantized, at any state);
-            `current_bytes` (what they take now); `compression_ratio` (the first over the second);
-            `bits`; `parts`, the quantized bytes of `potentials`, `features` and `parameters`.
+            `fp32_bytes`; `quantized_bytes`, the size once quantized, whatever the state now;
+            `current_bytes`, the size now; `compression_ratio`, the first over the second; `bits`;
+            and `parts`, the quantized bytes of `potentials`, `features` and `parameters`.
         """
         code_bytes = (self.n_seq * self.quant_config.bits + 7) // 8
         parts = {
@@ -217,11 +216,11 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle):
         }
 
     def get_quantization_statistics(self) -> dict[str, Any]:
-        """Mode, bits, `calibrated`, and the errors of the forward passes that were diagnosed.
+        """Mode, bits, `calibrated`, and the errors of forward passes with diagnostics.
 
         `error_history` lists the mean absolute errors `v_mae`, `G_real_mae`, `G_imag_mae` of the
-        last 1,000 quantized forward passes with `return_diagnostics=True`; `avg_v_mae`,
-        `avg_G_real_mae` and `avg_G_imag_mae` are their averages, 0.0 while there are none.
+        last 1,000 quantized forward passes with `return_diagnostics=True`. `avg_v_mae`,
+        `avg_G_real_mae` and `avg_G_imag_mae` are their averages, or 0.0 if there are none yet.
         """
         history = list(self._history)
         averages = {
@@ -237,7 +236,7 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle):
         }
 
     def get_extra_state(self) -> Tensor:
-        """Lifecycle state, configuration and core as JSON bytes, uint8, for the state dict."""
+        """Lifecycle state, configuration and core as JSON bytes (uint8), for the state dict."""
         return core_state.encode(self)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -251,17 +250,17 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As in PyTorch; a state dict that is refused changes nothing.
+        """As in PyTorch; a refused state dict changes nothing.
 
         Raises:
             CheckpointError: if it is of another core or configuration, or an entry is missing,
-                unknown, or of another shape or dtype; also inside the state dict of a larger
-                model, and with `strict=False`, which only lets all entries be missing.
+                unknown, or of another shape or dtype. This also holds inside the state dict of a
+                larger model, and with `strict=False`, which only allows all entries to be missing.
         """
         if not isinstance(state_dict, Mapping):
             raise CheckpointError(f"state_dict must be a mapping, not {type(state_dict).__name__}")
         if strict and not state_dict:
-            raise CheckpointError("state_dict is empty; give what core.state_dict() returned")
+            raise CheckpointError("state_dict is empty; pass what core.state_dict() returned")
         return super().load_state_dict(state_dict, strict, assign)
 
     @property
@@ -272,7 +271,7 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle):
         self.core.check(v)
         device = self.v_quantizer.zero_points.device
         if v.device != device:
-            raise InputError(f"v is on {v.device} and the core on {device}; move one of them")
+            raise InputError(f"v is on {v.device} but the core is on {device}; move one of them")
 
     def _quantized_features(self, v: Tensor) -> Tensor:
         if v.dtype == torch.float32 and not torch.is_grad_enabled():
@@ -283,7 +282,7 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle):
         return torch.stack((real, imag), dim=-1)
 
     def _rounded_features(self, v: Tensor) -> Tensor:
-        """The same bits in one pass over memory."""
+        """Like `_quantized_features`, bit for bit, in one pass over memory."""
         real, imag = self.G_quantizer.real, self.G_quantizer.imag
         quantizers = (self.v_quantizer, real, imag)
         for quantizer in quantizers:
@@ -313,8 +312,8 @@ class QuantizedBirmanSchwingerCore(QuantizationLifecycle):
     def _observe(self, v: Tensor) -> Tensor:
         require_usable(v)
         features = self.core(v)
-        # To first order dG_ii = -G_ij^2 dv_j, and sum_i |G_ij|^2 = Im G_jj / eta (Ward): what an
-        # error of v_j costs all features together, here over the largest that it can be.
+        # To first order dG_ii = -G_ij^2 dv_j, and sum_i |G_ij|^2 = Im G_jj / eta (Ward). So this is
+        # the cost of an error of v_j over all features, relative to its largest possible value.
         weight = None if self.core.causal else features[..., 1] * self.core.epsilon
         with all_or_nothing(self):
             self.v_quantizer.observe(v, weight)
@@ -374,7 +373,7 @@ def create_quantized_birman_schwinger(
         n_seq: sequence length, at least 1.
         mode: "ptq_int8", "qat_int8", "ptq_int4", "qat_int4" or "mixed_precision".
         epsilon: imaginary part of z, positive.
-        group_size: positions that share a scale; 1 is a scale per position.
+        group_size: positions that share a scale; 1 means one scale per position.
 
     Raises:
         InputError: for an unknown mode or a value out of range.

@@ -1,11 +1,11 @@
-"""The state dict of a standalone core: what is in it, and whether one fits a core.
+"""The state dict of a standalone core: its contents, and the check that it fits a core.
 
-Beside the tensors of its quantizers it holds the lifecycle state, the configuration and the core as
-JSON bytes (`_extra_state`). Of the zero points it holds those that `storage_bytes` counts: none of
-a symmetric quantizer, one of a quantizer whose groups share it. Those of every group, as earlier
-versions saved them, load too.
+Besides the quantizers' tensors it holds the lifecycle state, the configuration and the core as JSON
+bytes (`_extra_state`). It holds only the zero points that `storage_bytes` counts: none for a
+symmetric quantizer, one for a quantizer whose groups share it. State dicts of earlier versions,
+with a zero point for every group, also load.
 
-A state dict is looked through before anything is loaded, so that a core takes all of it or nothing.
+A state dict is checked before anything is loaded, so that a core takes all of it or nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _Expected = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 
 
 class QuantizedCore(Protocol):
-    """What a state dict holds of a `QuantizedBirmanSchwingerCore`."""
+    """The parts of a `QuantizedBirmanSchwingerCore` that its state dict records."""
 
     core: BirmanSchwingerCore
     v_quantizer: GroupWiseQuantizer
@@ -44,32 +44,32 @@ class QuantizedCore(Protocol):
 
 
 def encode(core: QuantizedCore) -> Tensor:
-    """Lifecycle state, configuration and core as JSON bytes, uint8."""
+    """Lifecycle state, configuration and core as JSON bytes (uint8)."""
     fields = {"state": core.quantization_state.value, **_identity(core)}
     return torch.tensor(list(json.dumps(fields, allow_nan=False).encode()), dtype=torch.uint8)
 
 
 def decode(core: QuantizedCore, state: Any) -> QuantizationState:
-    """The lifecycle state of what `encode` gave for a core like this one.
+    """The lifecycle state in the result of `encode`, for a core like this one.
 
     Raises:
-        CheckpointError: if it is of another core or configuration, or nothing of the kind.
+        CheckpointError: if it is of another core or configuration, or not such a result.
     """
     try:
         if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.ndim != 1:
-            raise TypeError(f"{_EXTRA} is no uint8 tensor with one axis but {_described(state)}")
+            raise TypeError(f"{_EXTRA} must be a uint8 vector, not {_described(state)}")
         fields = json.loads(bytes(state.tolist()))
         restored = QuantizationState(fields.pop("state"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"the state dict holds no quantization state: {error}") from error
     own = _identity(core)
-    # Earlier versions wrote what the configuration said; PTQ modes have no tables in any case.
+    # Earlier versions wrote the configuration's value; PTQ modes never have tables.
     fields["nonuniform"] = core.quant_config.is_qat and fields.get("nonuniform")
     differing = {key: fields.get(key) for key in own if fields.get(key) != own[key]}
     if differing:
         raise CheckpointError(
-            f"the state dict is of a core with {differing}, and this one has "
-            f"{ ({key: own[key] for key in differing}) }; build it the same"
+            f"the state dict is of a core with {differing}, but this one has "
+            f"{ ({key: own[key] for key in differing}) }; build it with the same options"
         )
     return restored
 
@@ -77,7 +77,7 @@ def decode(core: QuantizedCore, state: Any) -> QuantizationState:
 def reduce_zero_points(
     core: QuantizedCore, state_dict: dict[str, Any], prefix: str, _: Any
 ) -> None:
-    """Leave in a state dict the zero points that have to be stored: a post hook of saving."""
+    """Keep in a state dict only the zero points that must be stored; a post hook of saving."""
     for name, quantizer in _quantizers(core).items():
         zero_points = state_dict.pop(f"{prefix}{name}.zero_points")
         if quantizer.distinct_zero_points:
@@ -91,9 +91,9 @@ def check(
     prefix: str,
     *_: Any,
 ) -> None:
-    """Refuse a state dict that does not fit, and complete its zero points: a pre hook of loading.
+    """Refuse a state dict that does not fit, and complete its zero points; a pre hook of loading.
 
-    One that holds nothing of the core is left to PyTorch, which lists what is missing.
+    If it has no entry of the core, PyTorch reports what is missing.
 
     Raises:
         CheckpointError: if an entry is missing, unknown, or not what this core can hold.
@@ -108,8 +108,8 @@ def check(
     missing, unknown = expected.keys() - entries.keys(), entries.keys() - expected.keys() - {_EXTRA}
     if missing or unknown:
         raise CheckpointError(
-            f"the state dict of a core lacks {sorted(missing)} and holds {sorted(unknown)}, which "
-            "is not in it; save and load all that core.state_dict() gives"
+            f"the core's state dict lacks {sorted(missing)} and has the unknown entries "
+            f"{sorted(unknown)}; save and load all that core.state_dict() returns"
         )
     for name, (shape, dtype) in expected.items():
         _check_entry(name, entries[name], shape, dtype)
@@ -122,7 +122,7 @@ def check(
 
 
 def _identity(core: QuantizedCore) -> dict[str, Any]:
-    """What must be the same for scales to mean the same."""
+    """The settings that must agree for scales to have the same meaning."""
     names = ("n_seq", "epsilon", "energy", "hopping", "onsite", "causal")
     fields = core.quant_config.to_dict() | {name: getattr(core.core, name) for name in names}
     return fields | {"nonuniform": core.quant_config.core_has_level_tables}
@@ -134,14 +134,14 @@ def _quantizers(core: QuantizedCore) -> dict[str, GroupWiseQuantizer]:
 
 
 def _expected(name: str, quantizer: GroupWiseQuantizer, entries: dict[str, Any]) -> _Expected:
-    """The entries of a quantizer in the form, learned or stored, in which its scales came."""
+    """The entries expected of a quantizer, with learned or stored scales as in `entries`."""
     groups = (quantizer.num_groups,)
     learned = f"{name}.log_scales" in entries
     expected: _Expected = {f"{name}.record": ((3,), torch.int64)}
     if learned and not quantizer.learnable:
         raise CheckpointError(
-            f"the state dict holds {name}.log_scales, which train, and this core is converted; "
-            "load it into a core that was built anew"
+            f"the state dict holds trainable scales ({name}.log_scales), but this core is already "
+            "converted; load it into a new core"
         )
     expected[f"{name}.log_scales" if learned else f"{name}.stored_scales"] = (
         groups,
@@ -168,7 +168,7 @@ def _check_entry(name: str, entry: Any, shape: tuple[int, ...], dtype: torch.dty
         return
     raise CheckpointError(
         f"{name} in the state dict is {_described(entry)}, not {dtype or 'floating point'} of "
-        f"shape {shape}; it is damaged, or of another core"
+        f"shape {shape}; it is damaged or belongs to another core"
     )
 
 
@@ -176,17 +176,17 @@ def _check_scales(name: str, scales: Tensor) -> None:
     if not bool((scales.isfinite() & (scales > 0)).all()):
         raise CheckpointError(
             f"{name} in the state dict of a calibrated core holds {scales.min().item()} to "
-            f"{scales.max().item()}, and scales are finite and positive; the file is damaged"
+            f"{scales.max().item()}, but scales must be finite and positive; the file is damaged"
         )
 
 
 def _every_zero_point(name: str, stored: Tensor | None, quantizer: GroupWiseQuantizer) -> Tensor:
-    """The zero point of every group, of those in a state dict."""
+    """Zero points for every group, from those in a state dict."""
     if stored is None:
         return torch.zeros_like(quantizer.zero_points)
     if quantizer.symmetric and bool(stored.any()):
         raise CheckpointError(
-            f"{name} in the state dict is not 0, and the quantizer is symmetric; it is damaged"
+            f"{name} in the state dict must be 0, since the quantizer is symmetric; it is damaged"
         )
     return stored.expand(quantizer.num_groups).clone()
 

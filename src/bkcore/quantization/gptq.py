@@ -1,16 +1,16 @@
 r"""INT4 weights whose later columns make up for the rounding errors of earlier ones (GPTQ).
 
-Rounding a weight W (O, K) to W' changes what it makes of activations X (T, K) by
+Rounding a weight W (O, K) to W' changes its outputs for activations X (T, K) by
 
     ||X (W - W')^T||^2 = tr[(W - W') M (W - W')^T],    M = X^T X,
 
-the sum of a quadratic form of every row. Once column j is rounded, the change of the columns after
-it that makes up best for its error e_j follows from the Cholesky factor of M^-1: with
-M^-1 = U^T U, U upper triangular,
+a sum of one quadratic form per row. Once column j is rounded, the best correction of the later
+columns for its error e_j follows from the Cholesky factor of M^-1: with M^-1 = U^T U and U upper
+triangular,
 
     e_j = (w_j - w'_j) / U_jj,    w_k <- w_k - e_j U_jk  for k > j.
 
-M is damped, M + lambda 1, so that it has an inverse and the weights do not chase its noise.
+M is damped to M + lambda 1, so that it has an inverse and the weights do not fit its noise.
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", ICLR 2023, eqs. 2 and 3 and section 3.
 """
@@ -33,20 +33,21 @@ from bkcore.quantization.weights import (
 )
 
 DAMPING = 0.01
-"""lambda over the mean of M's diagonal, as in the paper."""
+"""lambda divided by the mean of M's diagonal; the paper's value."""
 
 _ROWS_AT_ONCE = 256
-"""A layer that is called with few rows at a time keeps them until there are so many: adding to M
-takes K^2 steps, whatever their number."""
+"""If a layer is called with few rows at a time, they wait until there are this many: adding to M
+costs K^2 steps, however few they are."""
 
 
 class InputMoments(StoredDtypes):
-    """Second moments M of the inputs of a linear layer with K of them, summed over tokens.
+    """Second moments M of a linear layer's K inputs, summed over tokens.
 
-    Memory does not grow with the tokens. Each is rounded to 8 bits of its own power of two, as
-    fine as what the integer product is going to see. So all sums are exact, and the same in any
-    order and with any number of processes, while the largest values of the tokens lie within a
-    factor of 2^19 / sqrt(tokens) of each other; beyond, they round as float64 does.
+    Memory does not grow with the number of tokens. Each token is rounded to 8 bits relative to a
+    power of two of its own, as finely as the integer product will see it. So all sums are exact,
+    and do not depend on the order or on the number of processes, as long as the tokens' largest
+    values lie within a factor of 2^19 / sqrt(tokens) of each other. Beyond that they round as
+    float64 does.
 
     Attributes:
         second: (K, K) float64.
@@ -66,15 +67,15 @@ class InputMoments(StoredDtypes):
 
     @property
     def hook_id(self) -> int | None:
-        """Key of its hook among those of the layer that it watches; None if it watches none."""
+        """Id of its hook on the watched layer; None if it watches none."""
         return None if self._hook is None else self._hook.id
 
     def watch(self, layer: nn.Module) -> None:
-        """Observe whatever enters `layer` from now on; `second` is complete after `unwatch`."""
+        """Start observing the inputs of `layer`; `second` is complete after `unwatch`."""
         self._hook = layer.register_forward_pre_hook(lambda _, inputs: self._take(inputs[0]))
 
     def unwatch(self) -> None:
-        """Observe no longer."""
+        """Stop observing."""
         self._add_waiting()
         if self._hook is not None:
             self._hook.remove()
@@ -92,7 +93,7 @@ class InputMoments(StoredDtypes):
         """Add the tokens of x (..., K).
 
         Raises:
-            CalibrationError: if x is not finite; nothing of it is counted then.
+            CalibrationError: if x is not finite; none of it is then counted.
         """
         self._take(x)
         self._add_waiting()
@@ -107,7 +108,7 @@ class InputMoments(StoredDtypes):
             )
         step = torch.exp2(torch.frexp(largest).exponent.double() - 7)
         rows = (rows / step).round() * step
-        # Replaced, not written to: what was there comes back if the forward pass fails later.
+        # Replaced, not written to: the old value can come back if the forward pass fails later.
         self._waiting = (*self._waiting, rows)
         self.tokens = self.tokens + (largest > 0).sum()
         if sum(map(len, self._waiting)) >= _ROWS_AT_ONCE:
@@ -131,15 +132,16 @@ def gptq(
 ) -> tuple[Tensor, Tensor]:
     """Round a weight so that its outputs on the calibration data change little.
 
-    The scales of a group are searched when its turn comes, on the weights as the columns before
-    have changed them, each column weighing as much as its moment. A row that plain rounding with
-    `search_weight_scales` would serve better keeps that: no row is worse for it on the data.
+    The scales of a group are searched when its turn comes, on weights already corrected by the
+    columns before, with each column weighted by its moment. A row for which plain rounding with
+    `search_weight_scales` gives a smaller error is rounded that way instead, so no row gets worse
+    on the calibration data.
 
     Args:
         weight: float (O, K), finite.
         moments: M, (K, K) float64.
         bits, group_size, per_tensor: as in `search_weight_scales`.
-        damping: lambda over the mean of M's diagonal, positive.
+        damping: lambda divided by the mean of M's diagonal, positive.
 
     Returns:
         int8 codes (O, K) and storable float32 scales (O, G).
@@ -175,8 +177,8 @@ def pack_weight_by_moments(
 ) -> PackedWeight:
     """Quantize a float weight (O, K) after training by `gptq`.
 
-    Without any token, as of an expert that no token was sent to, this is `pack_weight`, and
-    `tokens_seen` of what is returned says so.
+    Without any tokens, as for an expert that no token reached, this is `pack_weight`, and
+    `tokens_seen` of the result is 0.
     """
     codes, scales = gptq(weight, moments.second, bits, group_size, per_tensor=per_tensor)
     packed = PackedWeight.from_codes(codes, scales, bits, group_size)
@@ -198,7 +200,7 @@ def _compensated(
     group_size: int,
     scales: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """int8 codes (O, K) and scales (O, G): searched here, if they are not given."""
+    """int8 codes (O, K) and scales (O, G), which are searched here unless given."""
     left = weight.double()
     codes, found = [], []
     for j in range(weight.shape[1]):

@@ -1,12 +1,13 @@
-"""Levels that are not evenly spaced: a lookup table for the codes, learned in training.
+"""Unevenly spaced levels: a lookup table for the codes, learned in training.
 
-A code q of a quantizer with scale s and zero point z stands for s * (level of q - z), where evenly
-spaced codes would have level q, and x becomes the code whose level is nearest to x / s + z;
-halfway, the lower one. All groups of a quantizer share one table.
+With scale s and zero point z, code q stands for s * (level of q - z); for evenly spaced codes the
+level of q is q itself. x becomes the code whose level is nearest to x / s + z, or the lower one if
+two are equally near. All groups of a quantizer share one table.
 
 A table is piecewise linear in the code, as in companded telephony (ITU-T G.711). At 8 bits it has
-23 segments of equal steps, short ones at the ends, where the density of values falls off: 48 bytes
-instead of 512 for 256 free levels. At 4 bits every step is its own.
+23 segments with equal steps inside each. Segments are short at the ends, where the density of
+values falls off. That takes 48 bytes instead of 512 for 256 free levels. At 4 bits every step is
+free.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from bkcore.quantization.observers import HistogramObserver, bin_centers
 from bkcore.quantization.storage import StoredDtypes
 
 _SEGMENTS = {4: [1] * 15, 8: [1, 2, 4, 8, *[15] * 15, 8, 4, 2, 1]}
-"""Steps of equal width, by bits."""
+"""Number of equal steps in each segment, by bits."""
 
 _SMALLEST_LOG_STEP, _LARGEST_LOG_STEP = -5.0, 4.0
-"""In units of the even step: small enough for any density, and levels stay apart in float32."""
+"""In units of the even step: small enough for any density, but levels stay distinct in float32."""
 
 _FARTHEST = 1024.0
-"""How far the first level may lie from 0, in the same units."""
+"""The largest distance of the first level from 0, in the same units."""
 
 _GRID = 512
-"""Cells that the density of the values is measured in, two bins of a histogram or more each."""
+"""Cells in which the density of values is measured, each at least two histogram bins wide."""
 
 
 class LevelTable(StoredDtypes):
@@ -62,12 +63,12 @@ class LevelTable(StoredDtypes):
 
     @property
     def segments(self) -> int:
-        """How many steps the table has."""
+        """How many steps the table stores."""
         return len(self._lengths)
 
     @property
     def storage_bytes(self) -> int:
-        """Bytes of the table as it is stored: two a step, and two for the first level."""
+        """Bytes of the stored table: two per step, and two for the first level."""
         return 2 * (1 + self.segments)
 
     @property
@@ -76,14 +77,14 @@ class LevelTable(StoredDtypes):
         stored = self._buffers.get("stored_levels")
         if stored is None:
             return self._from_parts(affine.rounded(self._parts()))
-        # Decoding asks for them at every token; they are worked out again if the buffer changes.
+        # Decoding needs them at every token; they are recomputed only if the buffer changes.
         if torch.compiler.is_compiling():
             return self._from_parts(stored.float())
-        # A tensor made in inference mode keeps no count of its changes: loading forgets, see below.
+        # Inference tensors have no version counter; for these, loading clears the cache, see below.
         version = 0 if stored.is_inference() else stored._version
         now = (stored.data_ptr(), version)
         if self._known is None or self._known[0] is not stored or self._known[1] != now:
-            # An ordinary tensor, whatever mode the first call is in: others may keep a graph.
+            # An ordinary tensor even if the first call is in inference mode: autograd may need it.
             with torch.inference_mode(False):
                 self._known = (stored, now, self._from_parts(stored.float()))
         return self._known[2]
@@ -96,19 +97,20 @@ class LevelTable(StoredDtypes):
 
     @torch.no_grad()
     def fit(self, observer: HistogramObserver, scales: Tensor, zeros: Tensor, norm: int) -> None:
-        """Choose the levels for what was observed, all groups together.
+        """Choose the levels for the observed values, all groups together.
 
-        The density of levels of least mean |error|^p is proportional to the density of the values
-        (here, of what their errors cost) to the power 1 / (1 + p): Panter and Dite, "Quantization
-        distortion in pulse-count modulation with nonuniform spacing of levels", 1951, for p = 2;
-        Gersho and Gray, "Vector Quantization and Signal Compression", section 5.6.
+        For the least mean |error|^p, the density of levels must be proportional to the density of
+        the values (here weighted by the cost of their errors) to the power 1 / (1 + p): Panter and
+        Dite, "Quantization distortion in pulse-count modulation with nonuniform spacing of levels",
+        1951, for p = 2; Gersho and Gray, "Vector Quantization and Signal Compression", section 5.6.
 
         Args:
+            observer: holds the observed values.
             scales, zeros: (num_groups,), of evenly spaced codes.
             norm: p, 1 or 2.
         """
         places = bin_centers(observer.half_range.float()) / scales[:, None] + zeros[:, None]
-        # Costs are kept in steps, and may all be less than one: then every value counts the same.
+        # Costs are stored in whole steps and may all round to zero; then all values count equally.
         costs = observer.costs if bool(observer.costs.any()) else observer.counts
         cost = costs.double().flatten()
         places = places.double().flatten()[cost > 0]
@@ -118,7 +120,7 @@ class LevelTable(StoredDtypes):
             low, high = low - 0.5, high + 0.5
         cell = ((places - low) * (_GRID / (high - low))).long().clamp(max=_GRID - 1)
         density = torch.bincount(cell, cost, minlength=_GRID) ** (1 / (1 + norm))
-        # Levels in the middles of cells of equal share: at (k + 1/2) / 2^bits of the whole.
+        # Level k lies where the cumulative share is (k + 1/2) / 2^bits.
         share = torch.cat((density.new_zeros(1), density.cumsum(0)))
         share = share / share[-1]
         knots = torch.tensor([0, *self._lengths]).cumsum(0)
@@ -136,14 +138,14 @@ class LevelTable(StoredDtypes):
             self.stored_levels.copy_(torch.cat((levels[:1], log_steps.exp())))
 
     def freeze(self) -> None:
-        """Turn the parameters into the table that is stored, of the same values."""
+        """Turn the parameters into a stored table with the same values."""
         if self.learnable:
             stored = self._parts().detach().to(affine.SCALE_DTYPE)
             del self.first_level, self.log_steps
             self.register_buffer("stored_levels", stored)
 
     def thaw(self) -> None:
-        """Turn the stored table into parameters of the same values."""
+        """Turn the stored table into parameters with the same values."""
         if not self.learnable:
             stored = self.stored_levels.float()
             del self.stored_levels
@@ -152,7 +154,7 @@ class LevelTable(StoredDtypes):
             self.log_steps = nn.Parameter(stored[1:].log())
 
     def _parts(self) -> Tensor:
-        """The first level and the steps, whatever an optimizer made of them."""
+        """The first level and the steps, clamped to valid values whatever an optimizer did."""
         first = self.first_level.clamp(-_FARTHEST, _FARTHEST)
         steps = self.log_steps.clamp(_SMALLEST_LOG_STEP, _LARGEST_LOG_STEP).exp()
         return torch.cat((first[None], steps))
@@ -165,13 +167,13 @@ class LevelTable(StoredDtypes):
 
 
 def nearest(places: Tensor, levels: Tensor) -> Tensor:
-    """Index of the level (L,) that is nearest to each place; halfway, the lower one."""
+    """Index of the level (L,) nearest to each place; the lower one if two are equally near."""
     bounds = levels[:-1] + (levels[1:] - levels[:-1]) / 2
     return torch.searchsorted(bounds.detach(), places.detach().contiguous())
 
 
 class _NearestLevel(torch.autograd.Function):
-    """Round to scale * (level - zero point), straight through, with learned scale and levels."""
+    """Round to scale * (level - zero point), straight through; scale and levels are learned."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor) -> Tensor:
@@ -197,10 +199,10 @@ class _NearestLevel(torch.autograd.Function):
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor) -> Tensor:
-    """What storing x as the code of the nearest level would make of it; NaN stays NaN.
+    """The values of x after storage as codes of the nearest levels; NaN stays NaN.
 
     Differentiable in levels, in scale (LSQ, Esser et al., ICLR 2020, eq. 3) and, straight through,
-    in x: 1 between the outermost levels and 0 beyond.
+    in x, with gradient 1 between the outermost levels and 0 beyond them.
 
     Args:
         x: real floating, any shape.
@@ -211,6 +213,6 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, levels: Tensor) 
 
 
 def beyond(places: Tensor, levels: Tensor) -> Tensor:
-    """Where places lie more than half a step outside of the outermost levels, bool."""
+    """Where places lie more than half a step outside the outermost levels, bool."""
     low, high = levels[0] - (levels[1] - levels[0]) / 2, levels[-1] + (levels[-1] - levels[-2]) / 2
     return (places < low) | (places > high)

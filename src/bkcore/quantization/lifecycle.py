@@ -3,9 +3,9 @@
     float -> calibrating -> calibrated -> quantized                (post-training, PTQ)
                                        -> training -> quantized    (quantization-aware, QAT)
 
-A step out of order raises `LifecycleError` and names the missing one; nothing is repaired or
-skipped silently. A step that fails, whatever the exception, leaves the model exactly as it was
-before, ready for another try.
+A step out of order raises `LifecycleError`, which names the missing step; nothing is silently
+repaired or skipped. A step that fails with any exception leaves the model exactly as it was, ready
+for another try.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bkcore.quantization.transaction import all_or_nothing
 
 
 class QuantizationState(str, Enum):
-    """Where a model stands between float and quantized."""
+    """The stage of a model between float and quantized."""
 
     FLOAT = "float"
     CALIBRATING = "calibrating"
@@ -41,15 +41,15 @@ _NEXT_STEP = {
     QuantizationState.CALIBRATING: "end_calibration()",
     QuantizationState.CALIBRATED: "apply_ptq() in a PTQ mode, enable_qat() in a QAT mode",
     QuantizationState.TRAINING: "convert()",
-    QuantizationState.QUANTIZED: "none: to quantize again, start again from the float model",
+    QuantizationState.QUANTIZED: "none; to quantize again, start from the float model",
 }
 
 
 class QuantizationLifecycle(nn.Module):
-    """A module with the public steps.
+    """A module with the public quantization steps.
 
-    A subclass does the work in the `_on_...` methods, which may fail anywhere: each runs inside
-    `all_or_nothing`.
+    A subclass does the work in the `_on_...` methods. They may fail at any point, because each runs
+    inside `all_or_nothing`.
     """
 
     _state: QuantizationState = QuantizationState.FLOAT
@@ -72,7 +72,7 @@ class QuantizationLifecycle(nn.Module):
         return self._state.has_scales
 
     def start_calibration(self) -> None:
-        """Begin to observe ranges; forward passes stay float. Calibrated models start afresh."""
+        """Start observing ranges; forward passes stay float. A calibrated model starts over."""
         self._require_config("start_calibration")
         allowed = {QuantizationState.FLOAT, QuantizationState.CALIBRATED}
         if self._recalibrates_when_quantized:
@@ -82,7 +82,7 @@ class QuantizationLifecycle(nn.Module):
             self._on_start_calibration()
 
     def end_calibration(self) -> None:
-        """Turn what was observed into scales and zero points.
+        """Turn the observations into scales and zero points.
 
         Raises:
             CalibrationError: if no data was seen; the model stays in calibration.
@@ -92,11 +92,11 @@ class QuantizationLifecycle(nn.Module):
             self._on_end_calibration()
 
     def apply_ptq(self) -> None:
-        """Quantize a calibrated model of a PTQ mode; does nothing if that is done already."""
+        """Quantize a calibrated model of a PTQ mode; does nothing if already done."""
         config = self._require_config("apply_ptq")
         if config.is_qat:
             raise LifecycleError(
-                f"apply_ptq() is not a step of mode {config.mode!r}: call enable_qat(), train, "
+                f"apply_ptq() is not a step of mode {config.mode!r}; call enable_qat(), train, "
                 "then convert(); or build the model with a 'ptq_...' mode"
             )
         if self._state is QuantizationState.QUANTIZED:
@@ -106,11 +106,11 @@ class QuantizationLifecycle(nn.Module):
             self._on_quantize()
 
     def enable_qat(self) -> None:
-        """Fake-quantize a calibrated model of a QAT mode; does nothing if that is done already."""
+        """Start fake quantization of a calibrated model in a QAT mode; nothing if already done."""
         config = self._require_config("enable_qat")
         if not config.is_qat:
             raise LifecycleError(
-                f"enable_qat() is not a step of mode {config.mode!r}: call apply_ptq(), or build "
+                f"enable_qat() is not a step of mode {config.mode!r}; call apply_ptq(), or build "
                 "the model with a 'qat_...' mode"
             )
         if self._state is QuantizationState.TRAINING:
@@ -124,7 +124,7 @@ class QuantizationLifecycle(nn.Module):
         config = self._require_config("convert")
         if not config.is_qat:
             raise LifecycleError(
-                f"convert() is not a step of mode {config.mode!r}: call apply_ptq(), or build the "
+                f"convert() is not a step of mode {config.mode!r}; call apply_ptq(), or build the "
                 "model with a 'qat_...' mode"
             )
         self._require("convert", {QuantizationState.TRAINING})
@@ -134,7 +134,7 @@ class QuantizationLifecycle(nn.Module):
     def _require_config(self, step: str) -> QuantizationConfig:
         if self._quant_config is None:
             raise LifecycleError(
-                f"{step}() needs a quantization mode, and this model has none; choose one with "
+                f"{step}() needs a quantization mode, but this model has none; choose one with "
                 'configure_quantization("ptq_int8")'
             )
         return self._quant_config
@@ -144,13 +144,13 @@ class QuantizationLifecycle(nn.Module):
             return
         needed = " or ".join(sorted(state.value for state in allowed))
         raise LifecycleError(
-            f"{step}() needs a model that is {needed}, and this one is {self._state.value}; "
+            f"{step}() needs a model that is {needed}, but this one is {self._state.value}; "
             f"the next step from here is {_NEXT_STEP[self._state]}"
         )
 
     @contextmanager
     def _step_to(self, state: QuantizationState) -> Iterator[None]:
-        """Take the state once the block has done its work; undo the block if anything raises."""
+        """Enter the state if the block succeeds; undo the block if anything raises."""
         with all_or_nothing(self):
             yield
             self._set_state(state)

@@ -1,7 +1,7 @@
 """Integer products with quantized weights: INT8 activations per token, int32 sums, one rescale.
 
-Training (QAT) has the very same forward (`bkcore.kernels.ops.product`); only its backward is float,
-straight through. So the converted model equals the trained one bit for bit.
+QAT uses exactly the same forward pass (`bkcore.kernels.ops.product`); only its backward pass is
+float, straight through. So the converted model equals the trained one bit for bit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _StraightThroughProduct(torch.autograd.Function):
     ) -> Tensor:
         keep_choice(ctx)
         ctx.save_for_backward(x, values)
-        # Codes of 4 bits are codes of 8, too, and the scales are values that storage keeps.
+        # 4-bit codes are also valid 8-bit codes, and the scales are storable values.
         return product(x, weight_codes, scales.to(affine.SCALE_DTYPE), group_size, 8)
 
     @staticmethod
@@ -41,11 +41,11 @@ class _StraightThroughProduct(torch.autograd.Function):
 def project(x: Tensor, weight: PackedWeight | TrainableWeight | HalfWeight) -> Tensor:
     """x (..., K) times a quantized weight (O, K), transposed: (..., O) in the dtype of x.
 
-    Whatever that dtype is, the product and its scales are those of float32.
+    Whatever that dtype is, the product and its scales are computed in float32.
     """
     if isinstance(weight, PackedWeight):
         codes = weight.packed, weight.stored_scales, weight.group_size, weight.bits
-        if x.dtype == torch.float32:  # conversions to what it is already take time, too
+        if x.dtype == torch.float32:  # even a conversion to the same dtype takes time
             return product(x.detach(), *codes)
         return product(x.detach().float(), *codes).to(x.dtype)
     rows = x.reshape(-1, x.shape[-1]).float()
@@ -67,7 +67,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def is_exact(self) -> bool:
-        """Whether a row of the result is the same, bit for bit, whatever other rows there are."""
+        """Whether each row of the result is the same, bit for bit, whatever the other rows."""
         return not isinstance(self.weight, HalfWeight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """Token embedding whose rows also are the output head, quantized once for both uses."""
+    """Token embedding that is also the output head, quantized once for both uses."""
 
     def __init__(self, weight: PackedWeight | TrainableWeight | HalfWeight) -> None:
         super().__init__()

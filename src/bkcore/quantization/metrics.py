@@ -8,11 +8,11 @@ from torch import Tensor
 
 
 def error_metrics(reference: Tensor, quantized: Tensor) -> dict[str, float]:
-    """Error of `quantized` against `reference`, two real tensors of one shape.
+    """Error of `quantized` against `reference`, two real tensors of equal shape.
 
     Returns:
         `mae` and `mse`: mean absolute and mean squared error; `snr_db`: signal to noise in
-        decibels, infinite without error; `relative_error_percent`: mean |error| over mean
+        decibels, infinite if there is no error; `relative_error_percent`: mean |error| over mean
         |reference|, in percent.
     """
     reference, quantized = reference.detach().double(), quantized.detach().double()

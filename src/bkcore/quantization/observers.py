@@ -1,16 +1,16 @@
-"""Calibration: what range the values of a group take, in memory that does not grow.
+"""Calibration: find the range of the values of each group, in constant memory.
 
-Each group has a histogram over [-R, R] with R a power of two. When a value falls outside, R is
-doubled and neighbouring bins are joined, which loses nothing but resolution: the histogram is the
-one that all values together give, whatever the order and the batches they came in. So observers
-can be merged, and processes that each saw a part of the data end with the same counts.
+Each group has a histogram over [-R, R], with R a power of two. When a value falls outside, R is
+doubled and neighbouring bins are joined, which only loses resolution. The histogram is always the
+one that all values together give, whatever their order and batches. So observers can be merged, and
+processes that each see part of the data end up with the same counts.
 
-The range of the codes is then chosen on the histogram, by one of `METHODS`. The extremes are a
-poor range: on v ~ N(0, 1) the range that minimizes the mean absolute error has a third less error
-than min-max at 8 bits and half at 4.
+The range of the codes is then chosen from the histogram by one of `METHODS`. The extremes are a
+poor range: on v ~ N(0, 1), the range that minimizes the mean absolute error has a third less error
+than min-max at 8 bits, and half the error at 4.
 
-An error need not cost the same wherever it is made: each value may come with a weight, and it is
-the weighted error that a search makes least.
+Errors need not all cost the same: each value may have a weight, and a search then minimizes the
+weighted error.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from bkcore.errors import CalibrationError, InputError
 from bkcore.quantization import affine
 
 METHODS = ("minmax", "percentile", "mae", "mse")
-"""Ways to choose a range: the extremes; what leaves out the given share of the values; the range
-of least mean absolute error; that of least mean squared error."""
+"""Ways to choose a range: the extremes; the range that keeps a given percentage of the values; the
+range with the least mean absolute error; the one with the least mean squared error."""
 
 BINS = 2048
 WEIGHT_STEPS = 1024
-"""Weights are kept in such fractions of 1, as integers: sums of them do not depend on the order."""
+"""Weights are stored as integer multiples of 1 / this, so sums do not depend on the order."""
 
 _CANDIDATES = 32
 _GROUPS_AT_ONCE = 64
 _SMALLEST = 2.0**-126
 _LARGEST = 2.0**115
-"""4e34: what is computed from larger values, such as the width of a range, may not be a float32."""
+"""4e34: with larger values, results such as the width of a range might overflow float32."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The range that was chosen for a tensor.
+    """The range chosen for a tensor.
 
     Attributes:
         method: one of `METHODS`.
         scales: (num_groups,) float32, storable.
         zero_points: (num_groups,) int8.
         seen: how many values were observed.
-        clipped: how many of them lie beyond the codes, more than half a step outside of the last;
-            exact up to the width of a bin.
+        clipped: how many of them lie more than half a step outside the outermost codes; exact up to
+            the width of a bin.
     """
 
     method: str
@@ -84,11 +84,11 @@ class HistogramObserver:
         """Count the values of x (..., C); channel c belongs to group `group_of_channel[c]`.
 
         Args:
-            weight: what an error of each value costs, in [0, 1], of the shape of x; None is 1.
+            weight: the cost of an error of each value, in [0, 1], in the shape of x; None means 1.
 
         Raises:
-            CalibrationError: if x holds NaN, infinity or values near float32's limit; nothing of
-                it is counted then.
+            CalibrationError: if x holds NaN, infinity or values near float32's limit; none of it
+                is then counted.
         """
         values = x.detach().reshape(-1, x.shape[-1]).float().cpu()
         if values.shape[0] == 0:
@@ -107,7 +107,7 @@ class HistogramObserver:
         else:
             steps = (weight.detach().reshape(values.shape).double().cpu() * WEIGHT_STEPS).round()
             costs = torch.bincount(flat, steps.flatten(), minlength=len(counts)).long()
-        # Replaced all together and never written to: nothing is half counted, and copies last.
+        # All replaced at once, never written to: no batch is half counted, and copies stay valid.
         self._widen(half_range)
         self.counts = self.counts + counts.view_as(self.counts)
         self.costs = self.costs + costs.view_as(self.costs)
@@ -117,11 +117,11 @@ class HistogramObserver:
         """Add what another observer saw, exactly as if this one had seen it too.
 
         Raises:
-            InputError: if the other one has not as many groups.
+            InputError: if the other one has a different number of groups.
         """
         if other.counts.shape != self.counts.shape:
             raise InputError(
-                f"an observer of {len(self.low)} groups cannot take in one of {len(other.low)}"
+                f"an observer of {len(self.low)} groups cannot merge one of {len(other.low)}"
             )
         half_range = torch.maximum(self.half_range, other.half_range)
         self._widen(half_range)
@@ -133,10 +133,10 @@ class HistogramObserver:
     def merge_processes(self, device: torch.device) -> None:
         """Merge the observers of all processes of `torch.distributed`, if it is initialized.
 
-        Every process has to call this, one that saw nothing too; all end with the same observer.
+        Every process must call this, even if it saw nothing; all end with the same observer.
 
         Args:
-            device: where to exchange, one that the process group's backend serves.
+            device: for the exchange; the process group's backend must support it.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
@@ -153,7 +153,7 @@ class HistogramObserver:
         self.high = reduced(self.high, dist.ReduceOp.MAX)
 
     def _widen(self, half_range: Tensor) -> None:
-        """Let every group reach at least as far as `half_range`, powers of two."""
+        """Widen every group to at least `half_range`, powers of two."""
         half_range = torch.maximum(self.half_range, half_range)
         self.counts = _widened(self.counts, self.half_range, half_range)
         self.costs = _widened(self.costs, self.half_range, half_range)
@@ -171,10 +171,13 @@ class HistogramObserver:
         """Choose the range of the codes.
 
         Args:
-            method: one of `METHODS`, or "auto": the one whose mean |error|^norm over the whole
-                tensor is least on the histograms; the first in their order of several.
+            bits: 4 or 8.
+            symmetric: whether the zero points are 0.
+            norm: 1 or 2, the power of the error.
+            method: one of `METHODS`, or "auto": the one with the least mean |error|^norm over the
+                whole tensor, judged on the histograms; the first of `METHODS` if several tie.
             percentile: percent of the values that "percentile" keeps inside, in (0, 100].
-            shared_zero_point: give all groups one zero point; for values that are not negative.
+            shared_zero_point: give all groups the same zero point; for non-negative values.
 
         Raises:
             CalibrationError: if nothing was observed.
@@ -195,10 +198,11 @@ class HistogramObserver:
     def _shared(
         self, scales: Tensor, zero_points: Tensor, bits: int, norm: int, searched: bool
     ) -> tuple[Tensor, Tensor]:
-        """The ranges with one zero point for all; each keeps its upper end.
+        """The ranges with one zero point for all groups; each keeps its upper end.
 
-        Of those that the groups have: the one of least error if ranges were searched for it, else
-        the greatest, with which no range loses its lower end either.
+        It is one of the groups' own zero points. If the ranges were searched for the least error,
+        it is the one with the least error; otherwise it is the greatest, with which no range loses
+        its lower end either.
         """
         qmax = affine.code_range(bits)[1]
         highs = scales * (qmax - zero_points.float())
@@ -230,7 +234,7 @@ class HistogramObserver:
         return float((errors**norm * self.costs).sum() / WEIGHT_STEPS)
 
     def clipped(self, scales: Tensor, zero_points: Tensor, bits: int) -> int:
-        """How many observed values lie more than half a step beyond the last codes."""
+        """How many observed values lie more than half a step outside the outermost codes."""
         qmin, qmax = affine.code_range(bits)
         codes = bin_centers(self.half_range.float()) / scales[:, None] + zero_points[:, None]
         outside = (codes < qmin - 0.5) | (codes > qmax + 0.5)
@@ -244,7 +248,7 @@ class HistogramObserver:
             )
 
     def search(self, bits: int, symmetric: bool, norm: int) -> tuple[Tensor, Tensor]:
-        """Scales (float32, storable) and zero points (int8) of least mean weight * |error|^norm.
+        """Scales (float32, storable) and zero points (int8) with the least weighted |error|^norm.
 
         Raises:
             CalibrationError: if nothing was observed.
@@ -265,27 +269,27 @@ def require_usable(values: Tensor) -> None:
         bad = values.numel() - int(usable.sum())
         raise CalibrationError(
             f"{bad} of {values.numel()} calibration values are NaN, infinite or beyond "
-            f"{_LARGEST:.0e}; check the data, or the model that made them"
+            f"{_LARGEST:.0e}; check the data, or the model that produced them"
         )
 
 
 def _bins(values: Tensor, half_range: Tensor) -> Tensor:
     """Bins of values (M, C) in [-R, R], R (C,) powers of two.
 
-    Counted outward from zero, each with its outer edge: then the bin of a value for 2R is that of
-    its bin for R, also on an edge, and every step here is exact.
+    Bins are counted outward from zero, and each includes its outer edge. So doubling R maps whole
+    bins to bins, even for values on an edge, and every step here is exact.
     """
     distance = (values.abs() / half_range * (BINS // 2)).ceil().long().sub_(1).clamp_(min=0)
     return torch.where(values < 0, BINS // 2 - 1 - distance, BINS // 2 + distance)
 
 
 def bin_centers(half_range: Tensor) -> Tensor:
-    """Middles of the bins, float32 (G, BINS), of half ranges (G,)."""
+    """Middles of the bins, float32 (G, BINS), for half ranges (G,)."""
     return ((torch.arange(BINS) + 0.5) * (2 / BINS) - 1) * half_range[:, None]
 
 
 def _widened(counts: Tensor, half_range: Tensor, target: Tensor) -> Tensor:
-    """Histograms over [-R, R] as histograms over [-target, target], target >= R powers of two."""
+    """Widen histograms over [-R, R] to [-target, target], with target >= R powers of two."""
     counts = counts.clone()
     doublings = torch.where(counts.any(dim=1), torch.log2(target / half_range), 0).round().long()
     for done in range(int(doublings.max())):
@@ -295,7 +299,7 @@ def _widened(counts: Tensor, half_range: Tensor, target: Tensor) -> Tensor:
 
 
 def _join_neighbours(counts: Tensor) -> Tensor:
-    """Histograms over [-R, R] as histograms over [-2R, 2R] with as many bins."""
+    """Widen histograms over [-R, R] to [-2R, 2R], with the same number of bins."""
     joined = torch.zeros_like(counts)
     joined[:, BINS // 4 : 3 * BINS // 4] = counts.view(-1, BINS // 2, 2).sum(-1)
     return joined
@@ -306,9 +310,9 @@ def affine_from_range(
 ) -> tuple[Tensor, Tensor]:
     """Storable float32 scale and float zero point of the code range [low, high], elementwise.
 
-    An asymmetric range is first widened toward zero until a zero point of one byte can place it:
-    until it holds zero at 8 bits, and up to 8/9 of the way at 4. A range that is only zero gets
-    the scale 1.
+    An asymmetric range is first widened toward zero until a one-byte zero point can represent it:
+    at 8 bits until it contains zero, at 4 bits up to 8/9 of the way. A range that is only zero gets
+    scale 1.
     """
     qmin, qmax = affine.code_range(bits)
     if symmetric:
@@ -329,15 +333,15 @@ def _percentile_range(
 ) -> tuple[Tensor, Tensor]:
     """The shortest range of whole bins that keeps `percentile` percent of each group's values.
 
-    What is left out lies beyond one magnitude if the range is symmetric; else half of it at most
-    lies at each end.
+    A symmetric range leaves out the largest magnitudes. Any other leaves out at most half of the
+    excluded values at each end.
     """
     upper, lower = observer.counts[:, BINS // 2 :], observer.counts[:, : BINS // 2].flip(1)
     outside = observer.counts.sum(1).double() * (1 - percentile / 100)
     half = observer.half_range.float()
 
     def reach(outward: Tensor, most_outside: Tensor) -> Tensor:
-        """End (G,) of bins, listed (G, b) and ending at R, with few enough counts beyond."""
+        """The smallest end (G,) with at most `most_outside` of the counts (G, b) beyond it."""
         beyond = outward.flip(1).cumsum(1)
         bins_left_out = (beyond <= most_outside[:, None]).sum(1)
         return half * (1 - bins_left_out * (2 / BINS))
@@ -354,7 +358,7 @@ def _percentile_range(
 def _search_group_ranges(
     observer: HistogramObserver, groups: slice, bits: int, symmetric: bool, norm: int
 ) -> tuple[Tensor, Tensor]:
-    """Shrink the observed range of each group while its error falls, then try its neighbours."""
+    """Shrink each group's observed range to reduce its error, then try nearby scales."""
     counts = observer.counts[groups]
     used = counts.any(dim=0).nonzero().flatten()
     first, last = int(used[0]), int(used[-1]) + 1
@@ -371,12 +375,12 @@ def _search_group_ranges(
         """Summed weight * |error|^norm of candidates (G, C)."""
         columns = []
         for s, z in zip(scale.unbind(1), zero.unbind(1), strict=True):
-            # Relative to the range, so that no power of it leaves float32.
+            # Relative to the range, so that no power overflows float32.
             errors = _bin_errors(values / half, s[:, None] / half, z[:, None], bits, norm)
             columns.append((errors * weights).sum(1))
         return torch.stack(columns, dim=1)
 
-    # Every batch reaches every group, so that none is without data.
+    # Every batch reaches every group, so no group lacks data.
     low, high = observer.low[groups], observer.high[groups]
     if symmetric:
         high = torch.maximum(-low, high)
@@ -395,17 +399,17 @@ def _search_group_ranges(
 
 
 def _bin_errors(values: Tensor, scale: Tensor, zero: Tensor, bits: int, norm: int) -> Tensor:
-    """Mean |error|^norm of what lies in the bins around `values` (G, b); scale and zero (G, 1).
+    """Mean |error|^norm in the bins with centres `values` (G, b); scale and zero are (G, 1).
 
-    All in units of the histogram's half range, so that bins are 2 / `BINS` wide.
+    Everything is in units of the histogram's half range, so bins are 2 / `BINS` wide.
 
-    At 4 bits a step is many bins wide, and the middle of a bin stands for all of it. At 8 bits a
-    bin may be wider than a step: inside the range the error is taken as uniform over a step.
+    At 4 bits a step is many bins wide, and the centre represents the whole bin. At 8 bits a bin may
+    be wider than a step, so inside the range the error is taken as uniform over a step.
     """
     if bits == 4:
         return (affine.fake_quantize(values, scale, zero, bits) - values).abs() ** norm
     qmin, qmax = affine.code_range(bits)
-    outer = values + values.sign() / BINS  # a value may lie there
+    outer = values + values.sign() / BINS  # the bin's outer edge
     beyond = torch.maximum((qmin - zero) * scale - outer, outer - (qmax - zero) * scale)
     inside = scale / 4 if norm == 1 else scale**2 / 12
     return torch.where(beyond > scale / 2, beyond.clamp(min=0) ** norm, inside)
@@ -419,18 +423,18 @@ def _best_neighbour(
     *,
     shift: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The best of the scales within a tenth, and of the zero points beside, if they may shift.
+    """The best scale within 10 %, and with `shift` also the best of the adjacent zero points.
 
-    No scale is wider than `widest` (G,), with which the codes hold all that was seen.
+    No scale exceeds `widest` (G,), with which the codes cover all values seen.
 
-    A zero point is a whole number, so that at 4 bits the error jumps by percents from one to the
-    next, and the ends of the range alone do not find the best pair.
+    Zero points are integers. At 4 bits the error jumps by several percent from one to the next, so
+    searching the ends of the range alone does not find the best pair.
     """
     factors = torch.linspace(0.9, 1.1, 17).repeat(3 if shift else 1)
     shifts = torch.arange(-1, 2).repeat_interleave(17) if shift else torch.zeros(17)
     scales = torch.minimum(affine.storable(scale[:, None] * factors), widest[:, None])
     zero_points = (zero_point[:, None] + shifts).clamp(-128, 127)
-    # The present pair is first among equals: data that every range fits keep theirs.
+    # The current pair comes first, so that it wins ties.
     scales = torch.cat((scale[:, None], scales), 1)
     zero_points = torch.cat((zero_point[:, None], zero_points), 1)
     best = cost(scales, zero_points).argmin(1, keepdim=True)
@@ -438,7 +442,7 @@ def _best_neighbour(
 
 
 def _fractions(bits: int) -> Tensor:
-    """Fractions of the observed range to try; coarse codes gain from cutting deeper."""
+    """Fractions of the observed range to try; coarse codes gain from clipping more."""
     return torch.linspace(1.0, 0.15 if bits == 4 else 0.3, _CANDIDATES)
 
 
@@ -450,7 +454,7 @@ def _shrink_one_end(
     *,
     move_low: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Move one end of the ranges [low, high], each (G,), to where the error is least."""
+    """Move one end of the ranges [low, high], each (G,), to the least error."""
     width = (high - low)[:, None] * _fractions(bits)
     lows = high[:, None] - width if move_low else low[:, None].expand_as(width)
     highs = high[:, None].expand_as(width) if move_low else low[:, None] + width

@@ -1,4 +1,4 @@
-"""INT4 storage: two codes a byte."""
+"""INT4 storage: two codes per byte."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def pack_int4(codes: Tensor) -> Tensor:
 
     Raises:
         DTypeError: if the codes are not int8.
-        InputError: if a code is out of range (looked at on the CPU).
+        InputError: if a code is out of range (checked only on the CPU).
         ShapeError: if the codes have no axis.
     """
     _require_dtype("codes", codes, torch.int8, "int8 codes")
@@ -24,7 +24,7 @@ def pack_int4(codes: Tensor) -> Tensor:
     if codes.is_cpu and codes.numel():
         low, high = (int(end) for end in torch.aminmax(codes))
         if low < -8 or high > 7:
-            raise InputError(f"codes of 4 bits lie in [-8, 7], and these in [{low}, {high}]")
+            raise InputError(f"4-bit codes must be in [-8, 7], but these are in [{low}, {high}]")
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
     nibbles = codes.view(torch.uint8) & 0xF
@@ -36,19 +36,19 @@ def unpack_int4(packed: Tensor, length: int) -> Tensor:
 
     Raises:
         DTypeError: if `packed` is not uint8.
-        InputError: if `length` is no integer of at least 0.
+        InputError: if `length` is not a non-negative integer.
         ShapeError: if its last axis does not hold `length` codes.
     """
     _require_dtype("packed", packed, torch.uint8, "uint8 bytes")
     if isinstance(length, bool) or not isinstance(length, int) or length < 0:
-        raise InputError(f"length must be an integer of at least 0, not {length!r}")
+        raise InputError(f"length must be a non-negative integer, not {length!r}")
     if packed.dim() == 0 or packed.shape[-1] != (length + 1) // 2:
         raise ShapeError(
-            f"packed is {tuple(packed.shape)}; {length} codes of 4 bits take "
+            f"packed has shape {tuple(packed.shape)}, but {length} codes of 4 bits take "
             f"{(length + 1) // 2} bytes in the last axis"
         )
     signed = packed.view(torch.int8)
-    # Arithmetic shifts extend the sign: the low nibble is first moved to the top of the byte.
+    # Arithmetic right shifts extend the sign, so the low nibble is first moved to the top.
     both = torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1)
     return both.flatten(-2)[..., :length]
 

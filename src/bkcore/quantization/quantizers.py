@@ -1,4 +1,4 @@
-"""The quantizer of real activations; `complex_quantizer` has the pair of them for complex ones."""
+"""The quantizer of real activations; `complex_quantizer` pairs two of them for complex ones."""
 
 from __future__ import annotations
 
@@ -20,36 +20,35 @@ from bkcore.quantization.storage import StoredDtypes
 from bkcore.quantization.transaction import all_or_nothing
 
 _ROUNDED = 1e-3
-"""By how much a weight that was computed may exceed 1."""
+"""By how much a computed weight may exceed 1, through rounding."""
 
 
 class GroupWiseQuantizer(StoredDtypes):
-    """Affine quantizer of real (..., num_channels) tensors, a scale and zero point per group.
+    """Affine quantizer of real (..., num_channels) tensors, with a scale and zero point per group.
 
     Args:
         num_channels: size of the last axis.
         group_size: neighbouring channels that share a scale; the last group may be smaller.
-            1 is per channel, `num_channels` (or more) per tensor.
+            1 means one scale per channel, `num_channels` (or more) one per tensor.
         bits: 4 or 8.
         symmetric: True puts the zero point at 0; False fits it to the data.
-        learnable: make the scales a parameter, kept positive as exp(log_scales), that trains with
-            the model (learned step sizes).
-        norm: the error that counts is the mean |error|^norm over the calibration data: 1 (mean
-            absolute error) or 2 (mean squared error).
+        learnable: make the scales a parameter that trains with the model (learned step sizes),
+            stored as log_scales so that they stay positive.
+        norm: 1 or 2. The error that counts is the mean |error|^norm over the calibration data: the
+            mean absolute or the mean squared error.
         observer: how the range is chosen, as in `QuantizationConfig`; None minimizes the error
             that counts.
-        percentile: percent of the values inside the range of the observer "percentile".
-        nonuniform: have a table of levels, too: learned if the scales are, or chosen by the
-            calibration.
-        shared_zero_point: one zero point for all groups, of which one byte has to be stored; for
-            values that are not negative.
+        percentile: percent of the values that the observer "percentile" keeps in range.
+        nonuniform: also have a level table, learned if the scales are, else fitted in calibration.
+        shared_zero_point: one zero point for all groups, stored in one byte; for non-negative
+            values.
 
     Attributes:
         scales: (num_groups,) float32; NaN before calibration.
-        table: a `LevelTable` of what the codes stand for, or None if they are evenly spaced.
+        table: the `LevelTable` that the codes index, or None if they are evenly spaced.
         zero_points: (num_groups,) int8.
-        record: (3,) int64, what calibration found, in the state dict: 1 plus the place of the
-            method in `METHODS`, the values seen, and those clipped. Zeros before calibration.
+        record: (3,) int64, the calibration record in the state dict: 1 plus the index of the method
+            in `METHODS`, the number of values seen, and of those clipped. Zeros before calibration.
     """
 
     stored = ("stored_scales",)
@@ -110,7 +109,7 @@ class GroupWiseQuantizer(StoredDtypes):
 
     @property
     def num_groups(self) -> int:
-        """Number of groups, the ragged last one included."""
+        """Number of groups, including an incomplete last one."""
         return count_groups(self.num_channels, self.group_size)
 
     @property
@@ -130,15 +129,15 @@ class GroupWiseQuantizer(StoredDtypes):
 
     @property
     def scales(self) -> Tensor:
-        """Scales in use, (num_groups,) float32, each a value that storage keeps."""
+        """Scales in use, (num_groups,) float32, all storable."""
         if self.learnable:
             return affine.scale_from_log(self.log_scales)
         return self.stored_scales.float()
 
     @property
     def calibrated(self) -> bool:
-        """True once the scales are known; it travels with them in the state dict."""
-        if not self._calibrated:  # looking at values costs as much as rounding one token
+        """True once the scales are known, also when they come from a state dict."""
+        if not self._calibrated:  # looking at values takes as long as rounding one token
             with torch.no_grad():
                 self._calibrated = not bool(self.scales.isnan().any())
         return self._calibrated
@@ -151,23 +150,23 @@ class GroupWiseQuantizer(StoredDtypes):
 
     @property
     def values_seen(self) -> int:
-        """Values of the calibration data, all channels together."""
+        """How many values calibration saw, over all channels."""
         return int(self.record[1])
 
     @property
     def clipped_share(self) -> float:
-        """Share of them beyond the codes, more than half a step outside; NaN before calibration."""
+        """Fraction of them more than half a step outside the codes; NaN before calibration."""
         return int(self.record[2]) / self.values_seen if self.values_seen else math.nan
 
     @property
     def storage_bytes(self) -> int:
-        """Bytes of the quantization parameters: scales, zero points if fitted, and the table."""
+        """Bytes of the quantization parameters: scales, zero points unless symmetric, and table."""
         table = self.table.storage_bytes if self.table else 0
         return 2 * self.num_groups + self.distinct_zero_points + table
 
     @property
     def distinct_zero_points(self) -> int:
-        """How many zero points there are to store: none, one or one per group."""
+        """How many zero points must be stored: none, one, or one per group."""
         if self.symmetric:
             return 0
         return 1 if self.shared_zero_point else self.num_groups
@@ -182,20 +181,21 @@ class GroupWiseQuantizer(StoredDtypes):
         """Add x (..., num_channels) to the calibration data.
 
         Args:
-            weight: what an error of each value costs, in [0, 1], of the shape of x; None is 1.
+            x: real floating, (..., num_channels).
+            weight: the cost of an error of each value, in [0, 1], in the shape of x; None means 1.
 
         Raises:
             CalibrationError: if x is not finite.
             DTypeError: if x or the weight is not real floating.
             InputError: if a weight is not in [0, 1].
-            ShapeError: if x has another last axis, or the weights another shape.
+            ShapeError: if x has a last axis of another size, or the weights another shape.
         """
         self._check(x)
         if weight is not None:
             self._check(weight, name="weight")
             if weight.shape != x.shape:
                 raise ShapeError(
-                    f"weight must have the shape of x, {tuple(x.shape)}, got {tuple(weight.shape)}"
+                    f"weight must have the shape of x, {tuple(x.shape)}, not {tuple(weight.shape)}"
                 )
             if not bool(((weight >= 0) & (weight <= 1 + _ROUNDED)).all()):
                 raise InputError("weight must lie in [0, 1] everywhere")
@@ -205,14 +205,14 @@ class GroupWiseQuantizer(StoredDtypes):
         self._histograms = histograms
 
     def start_calibration(self) -> None:
-        """Forget what was observed."""
+        """Discard earlier observations."""
         self._histograms = None
 
     def end_calibration(self) -> None:
         """Choose the scales and zero points from what was observed.
 
-        If `torch.distributed` is initialized, from what all processes observed: each has to call
-        this, and all get the same.
+        If `torch.distributed` is initialized, the observations of all processes count: each must
+        call this, and all get the same result.
 
         Raises:
             CalibrationError: if nothing was observed.
@@ -225,7 +225,7 @@ class GroupWiseQuantizer(StoredDtypes):
         observer.merge_processes(self.zero_points.device)
         if observer.empty:
             raise CalibrationError(
-                "calibration saw no data: pass at least one non-empty batch before it ends"
+                "calibration saw no data; pass at least one non-empty batch before it ends"
             )
         choice = observer.choose(
             self.observer,
@@ -256,7 +256,7 @@ class GroupWiseQuantizer(StoredDtypes):
         """int8 codes of x, same shape; 4-bit codes lie in [-8, 7].
 
         Raises:
-            InputError: if x is not finite, because no code stands for NaN or infinity.
+            InputError: if x is not finite, since no code stands for NaN or infinity.
             LifecycleError: before calibration.
         """
         self._check(x, calibrated=True)
@@ -273,12 +273,12 @@ class GroupWiseQuantizer(StoredDtypes):
 
         Raises:
             LifecycleError: before calibration.
-            DTypeError, ShapeError, InputError: if these are no such codes.
+            DTypeError, ShapeError, InputError: if these are not valid codes.
         """
         return self.dequantize_named("codes", codes)
 
     def dequantize_named(self, name: str, codes: Tensor) -> Tensor:
-        """`dequantize` of what a caller calls `name`, for its errors."""
+        """`dequantize`, with `name` as the argument's name in error messages."""
         if not isinstance(codes, Tensor) or codes.dtype != torch.int8:
             given = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
             raise DTypeError(f"{name} must be a tensor of int8 codes, not {given}")
@@ -286,7 +286,7 @@ class GroupWiseQuantizer(StoredDtypes):
         whole, codes = codes.long(), codes.float()
         self._check(codes, calibrated=True, name=name)
         if self.bits == 4 and not bool(((whole >= self.qmin) & (whole <= self.qmax)).all()):
-            raise InputError(f"{name} of 4 bits must lie in [-8, 7], and these do not")
+            raise InputError(f"{name} must hold 4-bit codes in [-8, 7], but some are outside")
         if self.table is not None:
             codes = self.table.values[whole - self.qmin]
         return affine.dequantize(codes, *self._per_channel())
@@ -313,7 +313,7 @@ class GroupWiseQuantizer(StoredDtypes):
         )
 
     def rounding(self) -> ChannelRounding:
-        """The stored scales, zero points and levels, for a kernel that rounds as `fake_quantize`.
+        """The stored scales, zero points and levels, for kernels that round as `fake_quantize`.
 
         Raises:
             LifecycleError: before calibration.
@@ -321,14 +321,14 @@ class GroupWiseQuantizer(StoredDtypes):
         self.require_scales()
         scale, zero = self.stored_scales, self.zero_points
         table = None if self.table is None else self.table.values
-        known = self._rounding  # decoding asks at every token, and checking takes longer than that
+        known = self._rounding  # cached: decoding asks at every token
         if known is None or not known.is_of(scale, zero, table):
             sizes = self.group_size, self.bits
             known = self._rounding = ChannelRounding(self.num_channels, scale, zero, table, *sizes)
         return known
 
     def clips(self, x: Tensor) -> Tensor:
-        """Where x (..., num_channels) lies beyond the outermost codes and saturates, bool.
+        """Where x (..., num_channels) lies outside the outermost codes and saturates, bool.
 
         Raises:
             LifecycleError: before calibration.
@@ -341,7 +341,7 @@ class GroupWiseQuantizer(StoredDtypes):
         return (codes < self.qmin) | (codes > self.qmax)
 
     def freeze(self) -> None:
-        """Turn learned scales and levels into stored ones of the same value."""
+        """Turn learned scales and levels into stored ones with the same values."""
         if self.table is not None:
             self.table.freeze()
         if self.learnable:
@@ -350,7 +350,7 @@ class GroupWiseQuantizer(StoredDtypes):
             self.register_buffer("stored_scales", scales)
 
     def thaw(self) -> None:
-        """Turn stored scales and levels into learned ones of the same value, which can train."""
+        """Turn stored scales and levels into trainable ones with the same values."""
         if self.table is not None:
             self.table.thaw()
         if not self.learnable:
@@ -370,33 +370,33 @@ class GroupWiseQuantizer(StoredDtypes):
             raise DTypeError(f"{name} must be a torch.Tensor, not {type(x).__name__}")
         if x.is_complex():
             raise DTypeError(
-                f"{name} has {x.dtype} values, whose imaginary part a real quantizer would lose; "
+                f"{name} has {x.dtype} values, but a real quantizer would lose the imaginary part; "
                 "use ComplexQuantizer"
             )
         if not x.is_floating_point():
             raise DTypeError(f"{name} must hold floating-point values, not {x.dtype}")
         if x.dim() == 0 or x.shape[-1] != self.num_channels:
             raise ShapeError(
-                f"{name} does not fit: expected (..., {self.num_channels}) for "
-                f"num_channels={self.num_channels}, got {tuple(x.shape)}"
+                f"{name} must be (..., {self.num_channels}) for "
+                f"num_channels={self.num_channels}, not {tuple(x.shape)}"
             )
         device = self.zero_points.device
         if x.is_meta or (calibrated and x.device != device):
             raise InputError(
-                f"{name} is on {x.device} and the quantizer on {device}; move one of them"
+                f"{name} is on {x.device} but the quantizer is on {device}; move one of them"
             )
         if calibrated:
             self.require_scales()
 
     def require_scales(self) -> None:
         """Raise `LifecycleError` before calibration."""
-        # A compiled graph cannot look at values; there a quantizer without scales gives NaN.
+        # A compiled graph cannot look at values; there, a quantizer without scales returns NaN.
         if not torch.compiler.is_compiling() and not self.calibrated:
-            raise LifecycleError("the quantizer has no scales yet: calibrate() it first")
+            raise LifecycleError("the quantizer has no scales yet; calibrate() it first")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A state dict saved after conversion holds stored scales where this module may still
-        # have learned ones; take its form, so that a converted model loads into a fresh one.
+        # A state dict saved after conversion holds stored scales, while this module may still have
+        # learned ones. Take the state dict's form, so that a converted model loads into a new one.
         if self.learnable and prefix + "stored_scales" in state_dict:
             self.freeze()
         self._calibrated, self._histograms = False, None

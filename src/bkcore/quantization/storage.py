@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class StoredDtypes(nn.Module):
-    """A module some of whose buffers keep their dtype in `.half()`, `.double()` and `.to(dtype)`.
+    """A module that protects the dtype of some buffers from `.half()`, `.double()`, `.to(dtype)`.
 
-    They move between devices like all others. Scales that were rounded to another dtype would no
-    longer be the ones that the codes were computed with.
+    These buffers move between devices like all others. But if scales were rounded to another dtype,
+    they would no longer be the ones that the codes were computed with.
     """
 
     stored: ClassVar[tuple[str, ...]]

@@ -15,13 +15,13 @@ _CONTAINERS = (dict, list, set, deque)
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` back if the block raises, whatever it raises.
+    """Restore every module of `model` if the block raises anything.
 
     Submodules, parameters, buffers, hooks and plain attributes come back as the same objects, so
-    optimizers and handles stay valid. What is kept is references, not copies: a model takes no
-    memory twice. So a tensor that the block writes to keeps what was written, unless its module
-    names it in `written_in_place`; and an attribute that is some other object has to be replaced
-    in the block, not changed.
+    optimizers and handles stay valid. Only references are kept, not copies, so this takes no extra
+    memory for the model. Hence changes in place are not undone: a tensor is restored only if its
+    module lists it in `written_in_place`, and the block must replace other objects rather than
+    change them.
     """
     kept = [_Kept(module) for module in model.modules()]
     try:
@@ -55,7 +55,7 @@ class _Kept:
 
 
 def _refill(container: Any, contents: Any) -> None:
-    """Give a container its contents back; others hold references to the very container."""
+    """Restore a container's contents in place, because others hold references to it."""
     container.clear()
     add = container.extend if isinstance(container, list | deque) else container.update
     add(contents)

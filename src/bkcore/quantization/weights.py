@@ -1,8 +1,7 @@
-"""Weight matrices as codes: packed for inference, or trained behind the same codes.
+"""Weight matrices as codes: packed for inference, or float weights trained through the same codes.
 
-Both kinds answer `codes()` and `scales()`, so one integer product serves them. A weight (O, K) has
-a scale per row and per group of K, the group size along K; INT8 uses one group per row. A group
-size beyond K is K.
+Both kinds give codes and scales, so the same integer product serves both. A weight (O, K) has one
+scale per row and group of columns; INT8 uses one group per row. A group size above K means K.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from bkcore.quantization.packing import pack_int4, unpack_int4
 from bkcore.quantization.storage import StoredDtypes
 
 LARGEST_CODE = 127
-"""What the largest code of a weight stands for, at 8 bits and at 4."""
+"""The level of a weight's largest code, at 8 bits and at 4."""
 
 _FRACTIONS = 24
 
 
 def _grouped(x: Tensor, group_size: int) -> Tensor:
-    """(O, K) as (O, G, group_size), a ragged last group padded with zeros."""
+    """Reshape (O, K) to (O, G, group_size), padding an incomplete last group with zeros."""
     group_size = fit_group_size(group_size, x.shape[1])
     padding = -x.shape[1] % group_size
     return nn.functional.pad(x, (0, padding)).unflatten(1, (-1, group_size))
 
 
 def each_column(scales: Tensor, group_size: int, columns: int) -> Tensor:
-    """Scales (..., G) of groups repeated to (..., columns)."""
+    """Repeat the scales of groups, (..., G), to (..., columns)."""
     group_size = fit_group_size(group_size, columns)
     return scales.repeat_interleave(group_size, dim=-1)[..., :columns]
 
@@ -47,8 +46,11 @@ def search_weight_scales(
     """Storable scales (O, G) that minimize the squared error of a weight (O, K).
 
     Args:
+        weight: float (O, K), finite.
+        bits: 4 or 8.
+        group_size: columns that share a scale.
         per_tensor: choose one scale for the whole matrix; it is repeated to (O, G).
-        importance: (K,), what the squared error of each column counts; None is 1 for all.
+        importance: (K,), the weight of each column's squared error; None means 1 for all.
 
     Raises:
         CalibrationError: if the weight holds NaN or infinity.
@@ -76,17 +78,16 @@ def search_weight_scales(
 
 
 class PackedWeight(StoredDtypes):
-    """A quantized weight (O, K): int8 codes, or two INT4 codes a byte, and bfloat16 scales.
+    """A quantized weight (O, K): int8 codes, or two INT4 codes per byte, and bfloat16 scales.
 
-    At 4 bits a code stands for one of sixteen int8 levels (`bkcore.kernels.int4_levels`). What
-    `codes` gives and `from_codes` takes are these levels, so that a weight is scale times code at
-    any number of bits.
+    At 4 bits a code stands for one of sixteen int8 levels (`bkcore.kernels.int4_levels`). `codes`
+    returns and `from_codes` takes these levels, so a weight is scale times code at 4 bits as at 8.
 
     Attributes:
         packed: int8 (O, K) at 8 bits, uint8 (O, ceil(K / 2)) at 4.
         stored_scales: bfloat16 (O, G).
         tokens_seen: calibration tokens whose second moments shaped the codes (see `gptq`); 0 if
-            every weight was rounded by itself. Not saved: the receipt of a model keeps it.
+            each weight was rounded separately. Not saved here: a model's receipt records it.
     """
 
     stored = ("stored_scales",)
@@ -128,7 +129,7 @@ class PackedWeight(StoredDtypes):
         return codes * each_column(scales, self.group_size, self.shape[1])
 
     def clipped(self, weight: Tensor) -> Tensor:
-        """Which numbers of a float weight (O, K) lie beyond these codes; bool (O, K)."""
+        """Which numbers of a float weight (O, K) lie outside the range of these codes; bool."""
         ratio = weight / each_column(self.scales(), self.group_size, self.shape[1])
         return saturates(ratio, self.bits)
 
@@ -141,7 +142,7 @@ class PackedWeight(StoredDtypes):
 
 
 class TrainableWeight(nn.Module):
-    """A float weight (O, K) that is used through its codes, with learned scales (O, G)."""
+    """A float weight (O, K) that computes with its codes, with learned scales (O, G)."""
 
     def __init__(self, shape: tuple[int, int], bits: int, group_size: int) -> None:
         super().__init__()
@@ -180,7 +181,7 @@ class TrainableWeight(nn.Module):
         return nn.functional.embedding(index, self.codes_and_values()[1])
 
     def pack(self) -> PackedWeight:
-        """The codes that this weight is used through, for inference; bit for bit the same."""
+        """The packed weight for inference, with bit for bit the same codes."""
         with torch.no_grad():
             codes, _ = self.codes_and_values()
             return PackedWeight.from_codes(codes, self.scales(), self.bits, self.group_size)
@@ -201,7 +202,7 @@ class HalfWeight(StoredDtypes):
         """Round a float weight (O, K) to float16.
 
         Raises:
-            CalibrationError: if a value leaves float16's range.
+            CalibrationError: if a value exceeds float16's range.
         """
         half = cls((weight.shape[0], weight.shape[1]))
         half.packed = weight.detach().to(torch.float16)
