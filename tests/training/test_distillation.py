@@ -219,7 +219,7 @@ def test_nothing_is_kept_of_windows_that_come_once() -> None:
 
 def test_who_cannot_teach_is_refused() -> None:
     model = small(0)
-    with pytest.raises(InputError, match="learns nothing from itself"):
+    with pytest.raises(InputError, match="the teacher is the model itself"):
         train(model, WINDOWS, Schedule(**SCHEDULE), teacher=model)
     twin = small(1)
     twin.layers = model.layers
@@ -227,7 +227,7 @@ def test_who_cannot_teach_is_refused() -> None:
         train(model, WINDOWS, Schedule(**SCHEDULE), teacher=twin)
     torch.manual_seed(0)
     other = LanguageModel(60, 16, 1, 16, num_experts=2, expert_size=16)
-    with pytest.raises(InputError, match="knows 60 tokens, the model 50"):
+    with pytest.raises(InputError, match="a vocabulary of 60 tokens, but the model of 50"):
         train(model, WINDOWS, Schedule(**SCHEDULE), teacher=other)
 
 

@@ -38,7 +38,7 @@ def test_every_section_is_taken(tmp_path: Path) -> None:
     ("text", "complaint"),
     [
         ("", r"the section 'training' lacks \['batch_size', 'learning_rate', 'steps'\]"),
-        ("[1, 2]", "must hold names with values"),
+        ("[1, 2]", "must be a mapping from names to values"),
         ("a: [", "is not YAML"),
         (MINIMAL + "optimizer: {}\n", r"has no \['optimizer'\]"),
         (MINIMAL + "  step: 3\n", r"training has no \['step'\]; it takes .*'steps'"),
@@ -49,7 +49,7 @@ def test_every_section_is_taken(tmp_path: Path) -> None:
         (MINIMAL + "model: {d_model: 2.5}\n", "d_model must be an integer, not 2.5"),
         (MINIMAL + "model: {chunked_loss: 1}\n", "chunked_loss must be true or false, not 1"),
         (MINIMAL + "model: {norm_eps: wide}\n", "norm_eps must be a number, not 'wide'"),
-        (MINIMAL + "model: 3\n", "model must hold names with values, not 3"),
+        (MINIMAL + "model: 3\n", "model must be a mapping from names to values, not 3"),
         (MINIMAL + "tokenizer: {vocab_size: 100}\n", "vocab_size must be .* at least 257"),
         (MINIMAL + "  window: 1\n", "window must be an integer of at least 2, not 1"),
         (MINIMAL + "  seed: -1\n", "seed must be an integer of at least 0"),

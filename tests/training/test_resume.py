@@ -230,7 +230,7 @@ def test_impossible_requests(tmp_path: Path) -> None:
         save_whole(small(), tmp_path)
     with pytest.raises(DataError, match="30 training windows, fewer than one batch of 64"):
         train(small(), WINDOWS, Schedule(**{**SCHEDULE, "batch_size": 64}))
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         best_checkpoint(tmp_path)
 
 

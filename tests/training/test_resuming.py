@@ -102,7 +102,7 @@ def test_a_link_to_a_checkpoint_is_not_resumed_from(tmp_path):
     before = files(tmp_path / "a")
     with pytest.raises(CheckpointError, match="is a link"):
         train(small(), WINDOWS, SCHEDULE, output=tmp_path / "b")
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         best_checkpoint(tmp_path / "b")
     assert files(tmp_path / "a") == before
 

@@ -27,7 +27,7 @@ GOOD: dict[str, Any] = {"steps": 100, "batch_size": 8, "learning_rate": 1e-3}
         ({"gradient_accumulation": 3}, "batch_size 8 does not divide into 3"),
         (
             {"scheduler": "warmup_stable_decay", "warmup_fraction": 0.5, "decay_fraction": 0.6},
-            "more than the whole",
+            "together must be at most 1",
         ),
     ],
 )

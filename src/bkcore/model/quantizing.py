@@ -207,8 +207,8 @@ class QuantizableModel(QuantizationLifecycle, PreTrainedModel):
     def _check_trainable(self) -> None:
         if self._state is QuantizationState.QUANTIZED and torch.is_grad_enabled():
             raise LifecycleError(
-                "the model is quantized: its weights are codes, which cannot be trained; train the "
-                "float model, or in a QAT mode before convert()"
+                "the model is quantized, and its weights are codes, which cannot be trained; train "
+                "the float model, or use a QAT mode and train before convert()"
             )
 
     def _require(self, step: str, allowed: set[QuantizationState]) -> None:

@@ -1,4 +1,4 @@
-"""What happens at every step and every entry of the log: limits of time, and what callers want."""
+"""Trainer callbacks at each step and log entry: the time limit, and the caller's functions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bkcore.training.schedule import Schedule
 
 
 class Clock:
-    """Minutes of training, those before an interruption included."""
+    """Counts the minutes of training, including those before an interruption."""
 
     def __init__(self, before: float) -> None:
         self._before = before
@@ -29,7 +29,7 @@ class Clock:
 
     @property
     def minutes(self) -> float:
-        """Those up to now."""
+        """Minutes so far."""
         return self._before + (time.monotonic() - self._start) / 60
 
 
@@ -41,7 +41,7 @@ class _TimeLimit(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Processes that stopped at different steps would wait for each other for ever.
+        # All processes must stop at the same step, or they would wait for each other forever.
         over = torch.tensor(int(self.clock.minutes >= self.max_minutes))
         if int(broadcast(over)):
             control.should_training_stop = control.should_save = True
@@ -75,7 +75,7 @@ def callbacks(
     on_step: Callable[[int], None] | None,
     on_log: Callable[[dict[str, float]], None] | None,
 ) -> list[TrainerCallback]:
-    """What the Trainer calls during a training by this schedule."""
+    """The callbacks of the Trainer for this schedule."""
     found: list[TrainerCallback] = []
     if schedule.patience is not None:
         found.append(EarlyStoppingCallback(schedule.patience))
@@ -89,7 +89,7 @@ def callbacks(
 
 
 def curve(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The entries of the Trainer's log that make a curve, without its notion of an epoch."""
+    """The entries of the Trainer's log that make up the curve, without its `epoch`."""
     return [
         {name: value for name, value in entry.items() if name != "epoch"}
         for entry in log_history

@@ -11,13 +11,13 @@ from bkcore.training.schedule import Schedule
 from bkcore.training.trainer import train
 
 _READINGS = 10
-"""Of each window that is learned from a teacher, who is asked at the first one only."""
+"""How often each window is learned from a teacher, who is asked only the first time."""
 
 
 def schedule_for_codes(
     steps: int, batch_size: int, learning_rate: float = QAT_LEARNING_RATE
 ) -> Schedule:
-    """Length and speed of a training through codes."""
+    """The schedule of a training through codes."""
     return Schedule(
         steps=steps,
         batch_size=batch_size,
@@ -36,14 +36,14 @@ def train_through_codes(
     seed: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Train a calibrated model in its QAT mode, and convert it; its receipt says how.
+    """Train a calibrated model in its QAT mode, convert it, and record the training in its receipt.
 
     Args:
         model: calibrated in a QAT mode.
         windows: of the training text.
-        schedule: how long and how fast.
-        teacher: the float model, whose next-token distributions are learned on a few windows that
-            come again and again; None learns the text, of all windows.
+        schedule: how long and how fast to train.
+        teacher: the float model, whose next-token distributions are learned on a few windows, used
+            repeatedly. None learns the text itself, on all windows.
         seed, on_step: as in `bkcore.training.train`.
 
     Raises:
@@ -55,7 +55,7 @@ def train_through_codes(
         few = max(schedule.batch_size, schedule.steps * schedule.batch_size // _READINGS)
         windows = TokenWindows(spread(windows, few).flatten(), length)
     log = train(model, windows, schedule, seed=seed, teacher=teacher, on_step=on_step)
-    model.config.training_text = origin  # a few steps more do not make another model
+    model.config.training_text = origin  # a few more steps do not change where it comes from
     model.convert()
     assert model.receipt is not None
     model.receipt["training"] = {

@@ -1,8 +1,8 @@
-"""Training towards another model's next-token distributions instead of the next tokens of a text.
+"""Distillation: train on another model's next-token distributions instead of a text's next tokens.
 
 Hinton et al., "Distilling the knowledge in a neural network", 2015. A quantized model that imitates
-the float one it was made of comes nearer to it, and does not learn its text by heart meanwhile (Liu
-et al., "LLM-QAT: data-free quantization aware training for large language models", 2023).
+its own float model gets closer to it, without memorizing the training text (Liu et al., "LLM-QAT:
+data-free quantization aware training for large language models", 2023).
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from bkcore.errors import InputError
 from bkcore.training.sharding import is_sharded
 
 _ROOM = 2 * 2**30
-"""Bytes of what a teacher said that are kept."""
+"""Most bytes of a teacher's answers that are kept."""
 
 
 class Teacher:
-    """What a model says comes after every token of a window; asked once where windows come again.
+    """A model that gives next-token distributions; it can remember them for repeated windows.
 
-    A window is asked for alone, because a model may round it differently among others, and what
-    is learned from it must not depend on which those are, or on whether it was remembered: a
-    resumed training would be another one. Probabilities in float32 are taken in float16, whose
-    rounding moves a gradient by 2^-12 of a probability at most.
+    Each window is computed alone. A model may round it differently in a batch, so the answer would
+    depend on the other windows and on what is remembered, and a resumed training would differ.
+    float32 probabilities are stored in float16; rounding them changes a gradient by at most 2^-12
+    of a probability.
 
     Args:
-        model: in evaluation mode, and not changed while it teaches.
-        remembers: whether to keep what was said, in at most 2 GiB.
+        model: in evaluation mode, and unchanged while it teaches.
+        remembers: whether to keep its answers, in at most 2 GiB.
     """
 
     def __init__(self, model: PreTrainedModel, *, remembers: bool = False) -> None:
@@ -42,10 +42,10 @@ class Teacher:
         self._said: dict[bytes, tuple[Tensor, Tensor]] = {}
 
     def says(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities of the next tokens of ids (B, N), (B * N, V), and their mean entropy.
+        """Next-token probabilities (B * N, V) for ids (B, N), and their mean entropy in nats.
 
         Raises:
-            InputError: if they are not finite.
+            InputError: if a probability is not finite.
         """
         probabilities, entropies = zip(*map(self._says, input_ids), strict=True)
         return torch.cat(probabilities), torch.stack(entropies).mean()
@@ -58,10 +58,12 @@ class Teacher:
         logits: Tensor = self.model(input_ids=window[None]).logits[0]
         said = logits.softmax(-1, dtype=_float32_at_least(logits))
         if not bool(torch.isfinite(said).all()):
-            raise InputError("the teacher's logits are not finite: a model of NaN teaches nothing")
+            raise InputError(
+                "the teacher's logits are not finite; did its training diverge? use another teacher"
+            )
         if said.dtype == torch.float32:
             said = said.half()
-        # Of the rounded ones, so that the divergence from them is 0 where it ought to be.
+        # The entropy of the rounded probabilities, so that equal distributions have divergence 0.
         entropy = torch.special.entr(said.to(_float32_at_least(said))).sum(-1).mean()
         size = said.numel() * said.element_size()
         if size <= self._room:
@@ -71,10 +73,10 @@ class Teacher:
 
 
 def divergence(model: nn.Module, teacher: Teacher, input_ids: Tensor) -> Tensor:
-    """KL(teacher || model) of the next token in nats, mean over all positions of ids (B, N).
+    """KL(teacher || model) of the next token in nats, averaged over all positions of ids (B, N).
 
-    A scalar, float32 or float64. Differentiable in the model's parameters; the teacher gets no
-    gradient.
+    Returns a scalar, float32 or float64, differentiable in the model's parameters. The teacher gets
+    no gradient.
     """
     logits: Tensor = model(input_ids=input_ids).logits.flatten(0, 1)
     dtype = _float32_at_least(logits)
@@ -87,27 +89,28 @@ def _float32_at_least(x: Tensor) -> torch.dtype:
 
 
 def check_teacher(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise `InputError` unless a model can learn from a teacher."""
+    """Raise `InputError` unless the model can learn from the teacher."""
     if not isinstance(teacher, PreTrainedModel):
-        raise InputError(f"the teacher has to be a model, not {teacher!r}")
+        raise InputError(f"the teacher must be a transformers model, not {teacher!r}")
     if teacher is model:
-        raise InputError("a model learns nothing from itself: the teacher has to be another one")
+        raise InputError("the teacher is the model itself; give another model")
     if {id(x) for x in model.parameters()} & {id(x) for x in teacher.parameters()}:
         raise InputError(
-            "the teacher shares parameters with the model, and would change as it learns: give a "
+            "the teacher shares parameters with the model and would change in training; give a "
             "copy, copy.deepcopy(teacher)"
         )
     if is_sharded(teacher):
-        raise InputError("a sharded teacher is not supported: it has to be whole in each process")
+        raise InputError("a sharded teacher is not supported; each process needs the whole teacher")
     sizes = model.config.vocab_size, teacher.config.vocab_size
     if sizes[0] != sizes[1]:
         raise InputError(
-            f"the teacher knows {sizes[1]} tokens, the model {sizes[0]}: they need one tokenizer"
+            f"the teacher has a vocabulary of {sizes[1]} tokens, but the model of {sizes[0]}; they "
+            "must use the same tokenizer"
         )
 
 
 def fingerprint(teacher: PreTrainedModel) -> str:
-    """SHA-256 of a teacher's configuration and tensors, by which a resumed training knows it."""
+    """SHA-256 of a teacher's configuration and tensors, for a resumed training to recognize it."""
     found = hashlib.sha256(teacher.config.to_json_string().encode())
     for name, tensor in teacher.state_dict().items():
         found.update(name.encode())
@@ -117,9 +120,9 @@ def fingerprint(teacher: PreTrainedModel) -> str:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Switch dropout layers off inside a with block: a teacher's distributions are those without.
+    """Switch off dropout layers inside a with block, since the teacher runs without dropout.
 
-    Not by `eval()`, which would switch off activation checkpointing, too.
+    Does not use `eval()`, which would also switch off activation checkpointing.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     before = [layer.p for layer in layers]

@@ -1,9 +1,9 @@
-"""Float32 products by oneDNN, where PyTorch would take slower ones.
+"""Use oneDNN for float32 products where PyTorch's default is slower.
 
-PyTorch multiplies float32 matrices with MKL, which on processors of AMD takes vectors of 256 bits
-where 512 are there: half the speed. oneDNN takes the wide ones. The only switch for it is the
-permission to multiply in bfloat16, of which oneDNN makes no use where only vector units multiply,
-since there float32 is as fast.
+PyTorch multiplies float32 matrices with MKL. On AMD processors MKL uses 256-bit vectors even if the
+processor has 512-bit ones, at half the speed; oneDNN uses the wide ones. The only way to select it
+is to allow products in bfloat16. Without matrix units, oneDNN still computes in float32, since it
+is as fast there.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 _SIZES = (64, 1000)
-"""Rows of the products that are tried: few, and more than one block of a kernel."""
+"""Rows of the test products: few, and more than one block of a kernel."""
 
 
 @contextmanager
 def onednn_products() -> Iterator[None]:
-    """Multiply float32 matrices with oneDNN in this block, if it then rounds as float32 does.
+    """Multiply float32 matrices with oneDNN in this block, if it really computes in float32.
 
-    Where it would round to bfloat16 (tile units, AMX), and where there is no oneDNN, nothing
-    changes. The setting is one of the whole process, and is put back behind the block.
+    If it would round to bfloat16 (with tile units, AMX), or is not available, nothing changes. The
+    setting applies to the whole process, and is restored after the block.
     """
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
@@ -37,8 +37,8 @@ def onednn_products() -> Iterator[None]:
 
 
 def _is_exact(size: int) -> bool:
-    """Whether 1 + 2^-20, which bfloat16 does not have, outlives the products of a layer and of its
-    gradients."""
+    """Whether 1 + 2^-20, which bfloat16 cannot represent, survives the products of a layer and of
+    its gradients."""
     weight, unit = torch.full((size, 96), 1 + 2.0**-20), torch.eye(96)
     x = weight.t().contiguous()
     products = (

@@ -1,10 +1,10 @@
-"""What moves the weights: AdamW, or Muon for the matrices inside a model and AdamW for the rest.
+"""Optimizers: AdamW, or Muon for the matrices inside a model and AdamW for the rest.
 
-Muon (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024) steps by the
-nearest orthogonal matrix to the running mean of the gradients, so that a weight learns in all
-directions alike. It is for maps between hidden features. Embeddings, whose rows are seen one at a
-time, convolutions, vectors and what QAT trains behind codes stay with AdamW (Loshchilov and Hutter,
-"Decoupled weight decay regularization", ICLR 2019).
+Muon (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024) steps along
+the orthogonal matrix nearest to the running mean of the gradients, so that a weight learns equally
+in all directions. It is meant for maps between hidden features. AdamW (Loshchilov and Hutter,
+"Decoupled weight decay regularization", ICLR 2019) trains everything else: embeddings, whose rows
+are used one at a time, convolutions, vectors, and what QAT trains through codes.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ ADAMW_BETAS = (0.9, 0.98)
 
 
 class MuonWithAdamW(Optimizer):
-    """Both as one optimizer, as the `Trainer` wants it, with a rate that fits both.
+    """Muon and AdamW as one optimizer, as the `Trainer` needs it, with a rate that suits both.
 
-    Muon's rate is scaled by 0.2 sqrt(larger side), with which its steps are as large as those of
-    AdamW (Liu et al., "Muon is scalable for LLM training", 2025).
+    Muon's rate is scaled by 0.2 sqrt(larger side), which makes its steps as large as AdamW's (Liu
+    et al., "Muon is scalable for LLM training", 2025).
 
     Args:
-        model: whose parameters to train; none of them sharded.
-        decayed: names of the parameters with weight decay; Muon's have it in any case.
-        learning_rate, weight_decay: of both.
+        model: the model whose parameters are trained; none may be sharded.
+        decayed: names of the parameters with weight decay; Muon's always have it.
+        learning_rate, weight_decay: of both optimizers.
 
     Raises:
-        InputError: if the model has no linear layer but its head.
+        InputError: if the head is the model's only linear layer.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class MuonWithAdamW(Optimizer):
         hidden = _hidden_matrices(model)
         if not hidden:
             raise InputError(
-                "Muon moves the weights of linear layers, and this model has none but its head: "
-                "train it with optimizer 'adamw'"
+                "Muon trains the weights of linear layers, but this model has none except its "
+                "head; train it with optimizer 'adamw'"
             )
         names, chosen = set(decayed), {id(parameter) for parameter in hidden}
         others: dict[bool, list[nn.Parameter]] = {True: [], False: []}
@@ -75,29 +75,29 @@ class MuonWithAdamW(Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        """Make the groups of both one list, so that a rate that is set here arrives there."""
+        """Share one list of parameter groups, so that a rate set here reaches both optimizers."""
         self.param_groups = [*self._muon.param_groups, *self._adamw.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move all parameters that have a gradient; a closure is not taken."""
+        """Update all parameters that have a gradient; closures are not supported."""
         assert closure is None
         self._muon.step()
         self._adamw.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both, by their names."""
+        """The states of both optimizers, by name."""
         return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what `state_dict` gave."""
+        """Load the result of `state_dict`."""
         self._muon.load_state_dict(state_dict["muon"])
         self._adamw.load_state_dict(state_dict["adamw"])
         self._share_groups()
 
 
 def _hidden_matrices(model: PreTrainedModel) -> list[Tensor]:
-    """Weights of linear layers, the head apart: what maps hidden features to hidden features."""
+    """Weights of linear layers except the head: the maps between hidden features."""
     return [
         module.weight
         for module in model.modules()

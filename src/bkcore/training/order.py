@@ -1,4 +1,4 @@
-"""The order of the training windows: a function of the seed and the step, and of nothing else."""
+"""The order of the training windows, which depends only on the seed and the step."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from bkcore.errors import DataError
 
 
 class WindowOrder(Sampler[int]):
-    """Indices of windows for one process, from any step on.
+    """Indices of windows for one process, starting at any step.
 
-    Every epoch is a new permutation of all windows, drawn from (seed, epoch); the windows that
-    fill no whole batch at its end are left out of that epoch. A batch is cut into parts of equal
-    length, and each part into the shares of the processes: the batch of a step is the same
-    whatever the numbers of these are. An epoch takes 8 bytes of memory a window.
+    Every epoch is a new permutation of all windows, drawn from (seed, epoch). Windows at its end
+    that do not fill a batch are left out of that epoch. A batch is divided into equal parts, and
+    each part among the processes, so the batch of a step does not depend on how many parts or
+    processes there are. An epoch takes 8 bytes of memory per window.
 
     Args:
         windows: number of windows to draw from, at least one batch.
-        batch_size: windows a step, a multiple of `parts * processes`.
+        batch_size: windows per step, a multiple of `parts * processes`.
         steps: steps of the whole training.
-        seed: of the permutations, not negative.
+        seed: seed of the permutations, not negative.
         parts: accumulated parts of a batch.
-        process, processes: which share of each part this one gets.
+        process, processes: the index of this process, and how many share each part.
 
     Attributes:
-        start: the step to begin with; what comes before is not even drawn.
+        start: the step to begin with; earlier indices are not even drawn.
 
     Raises:
-        DataError: there are fewer windows than a batch.
+        DataError: if there are fewer windows than a batch.
     """
 
     def __init__(
@@ -48,15 +48,15 @@ class WindowOrder(Sampler[int]):
     ) -> None:
         if windows < batch_size:
             raise DataError(
-                f"There are {windows} training windows, fewer than one batch of {batch_size}. "
-                "Give more text, shorter windows or a smaller batch_size."
+                f"the text has {windows} training windows, fewer than one batch of {batch_size}; "
+                "give more text, shorter windows or a smaller batch_size"
             )
         self.windows, self.batch_size, self.steps, self.seed = windows, batch_size, steps, seed
         self.parts, self.process, self.processes = parts, process, processes
         self.start = 0
 
     def __len__(self) -> int:
-        """Indices of the whole training, whatever `start` is."""
+        """How many indices the whole training has, whatever `start` is."""
         return self.steps * self.batch_size // self.processes
 
     def __iter__(self) -> Iterator[int]:
@@ -71,7 +71,7 @@ class WindowOrder(Sampler[int]):
             step += last - first
 
     def _permutation(self, epoch: int) -> Tensor:
-        # A SeedSequence keeps (seed, epoch) apart from (seed + 1, epoch - 1) and the like.
+        # Adding the two would make (seed, epoch) equal to (seed + 1, epoch - 1); this does not.
         state = np.random.SeedSequence([self.seed, epoch]).generate_state(1)
         generator = torch.Generator().manual_seed(int(state[0]))
         return torch.randperm(self.windows, generator=generator)

@@ -1,4 +1,4 @@
-"""What `bkcore train` reads from a YAML file, checked before anything else happens."""
+"""The recipe that `bkcore train` reads from a YAML file, checked before anything else happens."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from bkcore.model import ResNetBKConfig
 from bkcore.reading import read_bytes, shortened, shown
 from bkcore.training import Schedule
 
-# What the other sections and the tokenizer decide, or what no training begins with.
+# Fields set by other sections or the tokenizer, and fields that a new training cannot have.
 _NOT_CHOSEN = {"vocab_size", "n_seq", "quantization"}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 takes 5e-3 for a number; PyYAML, which knows 1.1, does not.
+    """Reads 5e-3 as a number, as YAML 1.2 does; PyYAML follows 1.1 and does not.
 
-    A few aliases of aliases could stand for more than any memory holds; a recipe has no use of one.
+    Refuses aliases: a few aliases of aliases can expand beyond any memory, and no recipe needs one.
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("a recipe takes no aliases (*name): write the value again")
+            raise yaml.YAMLError("a recipe takes no aliases (*name); write the value again")
         return super().compose_node(parent, index)
 
 
@@ -39,15 +39,15 @@ _Loader.add_implicit_resolver(
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole training.
+    """The recipe of a whole training.
 
     Attributes:
         vocab_size, min_frequency: of the tokenizer, as in `bkcore.text.train_tokenizer`.
         model: fields of `ResNetBKConfig`, without the vocabulary, the window and quantization.
-        window: tokens a training window, at least 2; evaluation has windows of as many targets.
-        schedule: length and speed.
-        evaluation_batch_size: windows a batch in evaluations, at least 1.
-        seed: of the weights and of the order of the windows, not negative.
+        window: tokens per training window, at least 2, and targets per window in evaluation.
+        schedule: how long and how fast to train.
+        evaluation_batch_size: windows per batch in evaluation, at least 1.
+        seed: seed of the weights and of the order of the windows, not negative.
     """
 
     model: dict[str, Any]
@@ -59,7 +59,7 @@ class Recipe:
     seed: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the recipe as what JSON holds."""
+        """Return the recipe as plain JSON values."""
         return asdict(self)
 
 
@@ -68,10 +68,11 @@ def read_recipe(path: Path) -> Recipe:
 
     The file has the sections `tokenizer` (`vocab_size`, `min_frequency`), `model` (fields of
     `ResNetBKConfig`) and `training` (fields of `Schedule`, and `window`, `evaluation_batch_size`
-    and `seed`). What has a default may be left out.
+    and `seed`). Fields with a default may be left out.
 
     Raises:
-        InputError: the file cannot be read, or has a section, a name or a value that is not known.
+        InputError: if the file cannot be read, or has an unknown section or name, or a value that
+            is not allowed.
     """
     content = _section(_parse(path), {"tokenizer", "model", "training"}, f"{path}")
     tokenizer = _section(content.get("tokenizer"), {"vocab_size", "min_frequency"}, "tokenizer")
@@ -97,7 +98,7 @@ def _parse(path: Path) -> Any:
         return yaml.load(read_bytes(path).decode(), _Loader)
     except OSError as error:
         raise InputError(f"the recipe {path} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date, or a number, that is none
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date or number
         raise InputError(f"the recipe {path} is not YAML: {shortened(error)}") from error
     except RecursionError as error:
         raise InputError(f"the recipe {path} is nested too deeply") from error
@@ -108,7 +109,7 @@ def _section(content: Any, known: set[str], name: str) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise InputError(f"{name} must hold names with values, not {shown(content)}")
+        raise InputError(f"{name} must be a mapping from names to values, not {shown(content)}")
     unknown = sorted(str(key) for key in content.keys() - known)
     if unknown:
         raise InputError(f"{name} has no {shown(unknown)}; it takes {sorted(known)}")

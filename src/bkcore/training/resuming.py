@@ -1,9 +1,9 @@
-"""The folders that training resumes from: which of them are whole, and what they belong to.
+"""The checkpoint folders that training resumes from: whether they are complete, and whose they are.
 
-The Trainer writes the files of a checkpoint in place. A file that is there before all others says
-that the folder is ours, and a marker, renamed into it when all of them are there, tells a whole
-checkpoint from one that a kill cut short. What bears neither is somebody else's: it is not resumed
-from, not deleted and not written to.
+The Trainer writes the files of a checkpoint in place. So a file written before all others marks the
+folder as ours, and a marker, renamed into the folder last, tells a complete checkpoint from one cut
+short by a kill. A folder with neither belongs to somebody else: it is never resumed from, deleted
+or written to.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bkcore.training.schedule import Schedule
 
 MARKER = "complete.json"
 BEGUN = ".bkcore-checkpoint"
-"""Empty, in a folder of ours that is not whole: still being written, or being deleted."""
+"""An empty file in an incomplete folder of ours, one being written or deleted."""
 
 _NAME = re.compile(r"checkpoint-(0|[1-9]\d*)")
 
@@ -41,37 +41,37 @@ def step_of(checkpoint: Path) -> int:
 
 
 def minutes_of(checkpoint: Path) -> float:
-    """How long the training took up to a checkpoint."""
+    """Minutes of training up to a checkpoint."""
     minutes: float = _marker(checkpoint)["minutes"]
     return minutes
 
 
 @contextmanager
 def writing(checkpoint: Path) -> Iterator[None]:
-    """Say what could not be written if the block fails, and delete what it wrote.
+    """If the block cannot write a checkpoint, say which one, and delete what was written.
 
     Raises:
-        CheckpointError: if the disk is full, say, or the folder may not be written to.
+        CheckpointError: if the disk is full, say, or the folder is not writable.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, BKCoreError) as error:
-        with suppress(OSError):  # the mark stays: the next training deletes it
+        with suppress(OSError):  # if this fails, the next training deletes it
             _delete(checkpoint)
         if isinstance(error, BKCoreError):
             raise
         raise CheckpointError(
-            f"cannot write the checkpoint {checkpoint}: {error}; make room for it, or name another "
-            "folder, and resume"
+            f"cannot write the checkpoint {checkpoint}: {error}; make room for it or name another "
+            "folder, then resume"
         ) from error
 
 
 @contextmanager
 def reading(checkpoint: Path) -> Iterator[None]:
-    """Say which checkpoint is damaged if the block cannot read it.
+    """If the block cannot read a checkpoint, say which one is damaged.
 
     Raises:
-        CheckpointError: if a file of it is missing, truncated or altered.
+        CheckpointError: if one of its files is missing, truncated or altered.
     """
     try:
         yield
@@ -79,13 +79,13 @@ def reading(checkpoint: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{checkpoint} cannot be read: {error}; delete it to resume from the one before, if "
+            f"{checkpoint} cannot be read: {error}; delete it to resume from an earlier one, if "
             "there is one"
         ) from error
 
 
 def begin(checkpoint: Path) -> None:
-    """Make the folder of a checkpoint, which is not there or empty, and mark it as ours."""
+    """Create the folder of a checkpoint, or take an empty one, and mark it as ours."""
     checkpoint.mkdir(parents=True, exist_ok=True)
     try:
         (checkpoint / BEGUN).touch()
@@ -95,7 +95,7 @@ def begin(checkpoint: Path) -> None:
 
 
 def mark_complete(checkpoint: Path, run: dict[str, Any], minutes: float) -> None:
-    """Declare a checkpoint whole, and part of a run that `run` describes, as JSON can."""
+    """Mark a checkpoint as complete, and as part of the run that `run` describes in JSON values."""
     staged = checkpoint / f".{MARKER}"
     staged.write_text(to_json({"run": run, "minutes": minutes}), encoding="utf-8")
     os.replace(staged, checkpoint / MARKER)
@@ -103,20 +103,21 @@ def mark_complete(checkpoint: Path, run: dict[str, Any], minutes: float) -> None
 
 
 def newest(folder: Path) -> Path | None:
-    """The last whole checkpoint of a run's folder, if there is any."""
+    """The last complete checkpoint in a run's folder, if there is one."""
     return max(filter(_is_whole, _checkpoints(folder)), key=step_of, default=None)
 
 
 def prepare(folder: Path, start: int, last: int) -> None:
-    """Make the folder of a run, and see that nothing in it is in the way.
+    """Create the folder of a run, and check that nothing in it is in the way.
 
     Args:
+        folder: of the run.
         start: the step after which the training begins.
         last: the step at which it ends.
 
     Raises:
-        CheckpointError: if it cannot be made, or what is not ours has the name of a checkpoint
-            that may be written.
+        CheckpointError: if the folder cannot be created, or something not ours has the name of a
+            checkpoint that this run may write.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,20 +131,20 @@ def prepare(folder: Path, start: int, last: int) -> None:
             continue
         if path.is_symlink() or not path.is_dir() or any(path.iterdir()):
             raise CheckpointError(
-                f"{path} was not written by this kind of training, or is a link, and is in the way "
-                "of a checkpoint: move it, or name another folder"
+                f"{path} is in the way of a checkpoint, and was not written by this kind of "
+                "training, or is a link; move it, or name another folder"
             )
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Delete what a kill left behind."""
+    """Delete incomplete checkpoints that a kill left behind."""
     for path in _checkpoints(folder):
         if not _is_whole(path):
             _delete(path)
 
 
 def remove_all_but(folder: Path, kept: set[int], run: dict[str, Any] | None = None) -> None:
-    """Delete the checkpoints of all steps but some: those of a run, or of any training."""
+    """Delete the checkpoints of one run, or of any training, except those of some steps."""
     for path in _checkpoints(folder):
         own = run is None or not _is_whole(path) or _marker(path)["run"] == run
         if own and step_of(path) not in kept:
@@ -151,7 +152,7 @@ def remove_all_but(folder: Path, kept: set[int], run: dict[str, Any] | None = No
 
 
 def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
-    """Refuse to continue a run under other settings than it began with.
+    """Refuse to continue a run with settings other than those it began with.
 
     Raises:
         CheckpointError: naming what differs.
@@ -164,22 +165,22 @@ def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
     ]
     if changes:
         raise CheckpointError(
-            f"{checkpoint} belongs to another training: {'; '.join(changes)}. "
-            "Resume with the same settings, start afresh (--no-resume), or name another folder"
+            f"{checkpoint} belongs to another training: {'; '.join(changes)}; "
+            "resume with the same settings, start afresh (--no-resume), or name another folder"
         )
 
 
 def start_of(
     output: Path, resume: bool, run: dict[str, Any], steps: int, processes: PartialState
 ) -> Path | None:
-    """The checkpoint to continue a training from, None to begin; what must not be there is deleted.
+    """The checkpoint to continue a training from, or None to begin; deletes what must not stay.
 
     Args:
         output: the folder of the training.
-        resume: False deletes what ours is there.
-        run: describes the training, as JSON can.
-        steps: at which it ends.
-        processes: all of them call this.
+        resume: False deletes our checkpoints there.
+        run: describes the training in JSON values.
+        steps: the step at which it ends.
+        processes: synchronizes the processes; all of them must call this.
 
     Raises:
         CheckpointError: as in `check_same_run` and `prepare`.
@@ -188,7 +189,7 @@ def start_of(
     if start is not None:
         check_same_run(start, run)
     prepare(output, 0 if start is None else step_of(start), steps)
-    processes.wait_for_everyone()  # before anything is deleted, all have looked
+    processes.wait_for_everyone()  # until all have looked, nothing is deleted
     if processes.is_main_process:
         if resume:
             remove_incomplete(output)
@@ -206,20 +207,20 @@ def state_of(checkpoint: Path) -> TrainerState:
     """
     path = checkpoint / TRAINER_STATE_NAME
     with foreign(str(path)):
-        read_json(path)  # bounded, which transformers is not
+        read_json(path)  # checks the size, which transformers does not
         state = TrainerState.load_from_json(str(path))
     best = state.best_global_step
     if not (best is None or type(best) is int) or not isinstance(state.log_history, list):
-        raise CheckpointError(f"{path} is damaged: it is no state of a training")
+        raise CheckpointError(f"{path} is damaged: it does not hold the state of a training")
     return state
 
 
 def is_over(checkpoint: Path, schedule: Schedule) -> bool:
-    """Whether a training ended there, not merely stopped."""
+    """Whether the training ended at this checkpoint, rather than being interrupted."""
     out_of_time = (
         schedule.max_minutes is not None and minutes_of(checkpoint) >= schedule.max_minutes
     )
-    states: Any = state_of(checkpoint).stateful_callbacks  # the annotation is of a run's beginning
+    states: Any = state_of(checkpoint).stateful_callbacks  # annotated for a new run only
     out_of_patience = (
         "EarlyStoppingCallback" in states
         and states["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"]
@@ -244,11 +245,11 @@ def best_checkpoint(output: Path) -> Path:
     """The checkpoint of a training folder that evaluated best, or the last if none was evaluated.
 
     Raises:
-        CheckpointError: if there is no whole checkpoint.
+        CheckpointError: if there is no complete checkpoint.
     """
     last = newest(output)
     if last is None:
-        raise CheckpointError(f"{output} holds no checkpoint of a training")
+        raise CheckpointError(f"{output} holds no complete checkpoint of a training")
     best = state_of(last).best_global_step
     return last if best is None else output / f"checkpoint-{best}"
 
@@ -259,7 +260,7 @@ def _marker(checkpoint: Path) -> dict[str, Any]:
         marker = read_json(path)
         run, minutes = marker["run"], marker["minutes"]
         if not isinstance(run, dict) or type(minutes) not in (int, float) or not minutes >= 0:
-            raise TypeError("it does not say which run it is of, and how long that took")
+            raise TypeError("it does not say which run it belongs to and how long that took")
         return {"run": run, "minutes": float(minutes)}
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
@@ -276,7 +277,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that bear a mark of ours, and are no links to somewhere else."""
+    """The checkpoints that carry our mark and are not links to somewhere else."""
     if not folder.is_dir():
         return []
     named = [path for path in sorted(folder.iterdir()) if _NAME.fullmatch(path.name)]
@@ -285,7 +286,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _delete(checkpoint: Path) -> None:
-    """Delete a checkpoint of ours; cut short, it is incomplete and still ours."""
+    """Delete one of our checkpoints; if killed midway, it stays marked as incomplete and ours."""
     (checkpoint / BEGUN).touch()
     for path in checkpoint.iterdir():
         if path.is_dir() and not path.is_symlink():

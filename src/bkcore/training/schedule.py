@@ -1,4 +1,4 @@
-"""How long, how fast and how carefully to train."""
+"""The schedule of a training: its length, learning rate and intervals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bkcore.reading import shown
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULERS = ("cosine", "linear", "warmup_stable_decay", "constant_with_warmup")
 
-# What may change between an interrupted run and its continuation without changing a weight.
+# Fields that may change between an interrupted run and its continuation, as they affect no weight.
 _WITHOUT_EFFECT_ON_WEIGHTS = ("log_every", "save_every", "max_minutes")
 
 
@@ -21,27 +21,27 @@ class Schedule:
 
     Attributes:
         steps: optimizer steps, at least 1.
-        batch_size: windows a step, over all processes and accumulated parts together.
+        batch_size: windows per step, over all processes and accumulated parts together.
         learning_rate: peak rate, positive, after a linear warm-up.
-        warmup_fraction: part of the steps that warms up, 0 to 1.
-        optimizer: "adamw"; or "muon" for the matrices between hidden features, and AdamW for the
+        warmup_fraction: fraction of the steps spent warming up, 0 to 1.
+        optimizer: "adamw"; or "muon" for the matrices between hidden features with AdamW for the
             rest, see `bkcore.training.optimizer`.
         weight_decay: decay of matrices; vectors and learned scales have none.
         scheduler: how the rate falls after the warm-up, by transformers' names: "cosine" and
             "linear" to zero at the last step, "constant_with_warmup" not at all,
             "warmup_stable_decay" along a cosine to zero over the last `decay_fraction` only.
         decay_fraction: see above, 0 to 1; together with `warmup_fraction` at most 1.
-        gradient_accumulation: parts that a batch is computed in, one after the other, to save
-            memory. A part weighs the same as any other, whatever labels of -100 it holds.
-        log_every, save_every, evaluate_every: steps between entries of the log, resume
-            checkpoints and evaluations; None is a twentieth of the steps.
-        patience: stop after so many evaluations in a row without a new best; None never stops.
-        max_minutes: stop after so much training time, earlier parts of a resumed run included;
-            None never stops. The rate does not know of it: choose `steps` to fit, and take this
-            for a hard limit.
+        gradient_accumulation: parts in which a batch is computed, one after the other, to save
+            memory. All parts weigh the same, however many labels of -100 they hold.
+        log_every, save_every, evaluate_every: steps between log entries, resume checkpoints and
+            evaluations; None means a twentieth of the steps.
+        patience: stop after this many evaluations in a row without a new best; None never stops.
+        max_minutes: stop after this much training time, including earlier parts of a resumed run;
+            None never stops. The learning rate does not take it into account, so choose `steps` to
+            fit, and use this as a hard limit.
 
     Raises:
-        InputError: a value is not as above.
+        InputError: if a value is not as above.
     """
 
     steps: int
@@ -82,7 +82,7 @@ class Schedule:
         ):
             raise InputError(
                 f"warmup_fraction {self.warmup_fraction} and decay_fraction {self.decay_fraction} "
-                "are more than the whole training together"
+                "together must be at most 1"
             )
         if self.batch_size % self.gradient_accumulation:
             raise InputError(
@@ -96,7 +96,7 @@ class Schedule:
         return round(self.warmup_fraction * self.steps)
 
     def interval(self, name: str) -> int:
-        """Steps of `log_every`, `save_every` or `evaluate_every`, the default worked out."""
+        """Steps of `log_every`, `save_every` or `evaluate_every`, with the default filled in."""
         value: int | None = getattr(self, name)
         return max(1, self.steps // 20) if value is None else value
 

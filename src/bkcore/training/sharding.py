@@ -1,7 +1,7 @@
-"""Models that outgrow one device: parameters, gradients and optimizer shared among processes.
+"""Models too large for one device: shard parameters, gradients and optimizer among processes.
 
-This is PyTorch's FSDP2, applied here and not by accelerate, which takes an FSDP plugin on
-accelerators only and on CPUs silently goes on without it.
+This is PyTorch's FSDP2. It is applied here rather than by accelerate, whose FSDP plugin works only
+on accelerators and is silently ignored on CPUs.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def shard(model: PreTrainedModel) -> None:
-    """Share the parameters of a model among all processes, in place.
+    """Shard the parameters of a model among all processes, in place.
 
-    Each layer (a module named in the model's `_no_split_modules`) is gathered when it computes and
-    let go afterwards; the rest stays together while the model computes. Every process has to call
-    this on equal weights, before an optimizer is made, and from then on has to take part in every
-    pass. `train` takes the model, without `output`; `save_whole` saves it.
+    Each layer (a module whose class is in the model's `_no_split_modules`) is gathered while it
+    computes and freed afterwards; the rest stays gathered for the whole pass. Every process must
+    call this on equal weights before creating an optimizer, and must then take part in every pass.
+    `train` accepts the model without `output`; `save_whole` saves it.
 
     Args:
-        model: with floating point parameters on one kind of device.
+        model: with floating-point parameters on one kind of device.
 
     Raises:
         InputError: without a process group (`torchrun`), or if the model names no layers.
     """
     if not dist.is_initialized():
         raise InputError(
-            "shard needs several processes: start them with torchrun, and call "
+            "shard needs several processes; start them with torchrun, and call "
             "torch.distributed.init_process_group() before"
         )
     device = next(model.parameters()).device.type
@@ -63,7 +63,7 @@ def save_whole(model: PreTrainedModel, folder: Path) -> None:
         CheckpointError: if the folder cannot be written.
     """
     if not is_sharded(model):
-        raise InputError("the model is not sharded: model.save_pretrained() saves it")
+        raise InputError("the model is not sharded; save it with model.save_pretrained()")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
     failure: list[str | None] = [None]
@@ -73,7 +73,7 @@ def save_whole(model: PreTrainedModel, folder: Path) -> None:
         except Exception as error:
             failure = [str(error)]
             raise
-        finally:  # the others wait for it, and must not do so for ever
+        finally:  # the others wait for this message
             dist.broadcast_object_list(failure, src=0)
         return
     dist.broadcast_object_list(failure, src=0)

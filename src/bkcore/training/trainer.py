@@ -1,9 +1,9 @@
-"""Training with transformers' `Trainer`, so that a killed run continues to the very same weights.
+"""Training with transformers' `Trainer`; a killed run resumes and reaches exactly the same weights.
 
-What is added to the Trainer: an order of the windows that can begin at any step (`WindowOrder`),
-resume checkpoints that are known to be whole (`resuming`), evaluation by a function, Muon
-(`optimizer`), a teacher (`distillation`), weight decay of matrices only, a limit of time
-(`callbacks`), an end to what diverges, and the faster products of `onednn`.
+Added to the Trainer: an order of the windows that can start at any step (`WindowOrder`), resume
+checkpoints that are known to be complete (`resuming`), evaluation by a function, Muon
+(`optimizer`), a teacher (`distillation`), weight decay for matrices only, a time limit
+(`callbacks`), a stop when training diverges, and the faster products of `onednn`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from bkcore.training.schedule import Schedule
 from bkcore.training.sharding import is_sharded
 
 Evaluation = Callable[[PreTrainedModel], Mapping[str, float]]
-"""Scores a model; one of its numbers is `loss`, and lower is better."""
+"""Scores a model; one of the numbers must be `loss`, where lower is better."""
 
 
 def train(
@@ -61,51 +61,50 @@ def train(
 ) -> list[dict[str, float]]:
     """Train a model on windows of tokens, in place, on the CPU.
 
-    Under `torchrun` every process trains on its share of each batch, with gradients averaged; the
-    batch of a step is the same for any number of processes.
+    Under `torchrun`, every process trains on its share of each batch, and gradients are averaged.
+    The batch of a step is the same for any number of processes.
 
     Args:
-        model: a transformers model whose forward takes `input_ids` and `labels`; whole, or what
-            `shard` made of it. What its configuration says of its training text is forgotten.
-        dataset: items with `input_ids` and `labels`, all of one length, and a `len`; shuffled,
-            repeated for as long as needed.
-        schedule: length and speed.
-        seed: order of the windows, and what is random in the model; not negative. The global
-            generators are seeded with it.
-        output: folder for resume checkpoints, `checkpoint-STEP`. The last one stays, and with
-            `evaluation` the best. If the folder holds a whole one, training continues there, and
-            on one process reaches the same weights bit for bit as if it had never stopped.
-        resume: False deletes the checkpoints in `output` and starts afresh. Only what training
-            wrote itself is ever deleted; it marks its folders.
-        evaluation: called every `schedule.evaluate_every` steps and at the end, by the first
-            process only; `model` has the best weights in the end, not the last ones. Needs
+        model: a transformers model whose forward takes `input_ids` and `labels`, either whole or
+            sharded by `shard`. The training text recorded in its configuration is cleared.
+        dataset: has a `len`, and items with `input_ids` and `labels`, all of the same length. They
+            are shuffled, and repeated as long as needed.
+        schedule: how long and how fast to train.
+        seed: for the order of the windows and for randomness in the model; not negative. It also
+            seeds the global generators.
+        output: folder for resume checkpoints, `checkpoint-STEP`. The last one is kept, and with
+            `evaluation` also the best. If the folder holds a complete one, training continues from
+            it; on one process it then reaches the same weights bit for bit as an uninterrupted run.
+        resume: False deletes the checkpoints in `output` and starts afresh. Only folders that
+            training itself wrote and marked are ever deleted.
+        evaluation: called every `schedule.evaluate_every` steps and at the end, in the first
+            process only. At the end `model` has the best weights, not the last ones. Needs
             `output`.
-        teacher: another model, whole, in whose next-token distributions at every position the
-            model is trained instead of `labels`, so that windows must have no padding; with
-            `nn.Dropout` layers off and without load balancing. Not changed, but for its mode,
-            which is `eval()` afterwards. A window takes its forward pass more, and the logits of
-            all positions of both; when it comes again, what the teacher said is remembered, as far
-            as 2 GiB hold it.
+        teacher: another model, whole. The model is trained on the teacher's next-token
+            distributions at every position instead of `labels`, with `nn.Dropout` layers off and
+            without load balancing; windows must have no padding. The teacher is left in `eval()`
+            mode and otherwise unchanged. Each window costs an extra forward pass, and the logits of
+            all positions of both models. Answers for repeated windows are remembered, up to 2 GiB.
         on_step: called with the number of steps done.
         on_log: called with every new entry of the log.
 
     Returns:
-        The log: dictionaries with `step`, `loss` (mean since the last entry, nats per token, load
-        balancing included; with a teacher the divergence from it), `grad_norm` and
-        `learning_rate`; with `evaluation` others with `step` and its numbers as `eval_loss` and so
-        on. A continued run's log holds all of it.
+        The log: dictionaries with `step`, `loss` (mean since the last entry, in nats per token,
+        including load balancing; with a teacher, the divergence from it), `grad_norm` and
+        `learning_rate`. With `evaluation` there are also entries with `step` and its numbers, as
+        `eval_loss` and so on. The log of a resumed run is complete.
 
     Raises:
-        InputError: if the arguments exclude each other, or the batch does not divide among the
-            processes, or a sharded model is to be trained with Muon, or the teacher is the model
-            itself, or shares parameters with it, or is sharded, or has another vocabulary.
-        LifecycleError: if the model is quantized already.
+        InputError: if arguments exclude each other, the batch does not divide among the processes,
+            a sharded model is to be trained with Muon, or the teacher is the model itself, shares
+            parameters with it, is sharded, or has another vocabulary.
+        LifecycleError: if the model is already quantized.
         DataError: if there are fewer windows than a batch.
-        DivergenceError: if the loss or a weight is NaN or infinite, or weights that ran away make
-            the model refuse to compute. The model is not usable then; no checkpoint is of it.
-        CheckpointError: if `output` holds checkpoints of a training with other settings, of
-            another model or on other windows, or a damaged one, or something else by the name of
-            one; or if one cannot be written.
+        DivergenceError: if the loss or a weight is NaN or infinite, or diverged weights make the
+            model refuse to compute. The model is then unusable, and no checkpoint holds it.
+        CheckpointError: if `output` holds a damaged checkpoint, one of another model or of a
+            training with other settings or windows, or something else with the name of a
+            checkpoint; or if a checkpoint cannot be written.
     """
     processes = PartialState(cpu=True)
     _check_trainable(model)
@@ -124,7 +123,7 @@ def train(
         processes=processes.num_processes,
     )
     if hasattr(model.config, "training_text"):
-        model.config.training_text = None  # it is the caller who knows what the windows are of
+        model.config.training_text = None  # only the caller knows the text of the windows
     run = _description(model, dataset, order, schedule, teacher)
     start = (
         None
@@ -141,7 +140,7 @@ def train(
                 model=model,
                 args=_arguments(schedule, seed, output, unused, evaluation),
                 train_dataset=dataset,
-                # The Trainer wants a data set before it evaluates; ours has a function.
+                # The Trainer requires a data set to evaluate; ours uses a function instead.
                 eval_dataset=None if evaluation is None else dataset,
                 callbacks=callbacks(schedule, clock, on_step, on_log),
                 optimizers=(_muon(model, schedule), None),
@@ -170,24 +169,24 @@ class _Trainer(Trainer):
         self._order, self._run, self._clock, self._evaluation = order, run, clock, evaluation
         self._teacher = teacher
         self.pop_callback(PrinterCallback)
-        # All parts of a batch are of one size, so the mean of their means is the mean of all.
+        # All parts of a batch have the same size, so the mean of their means is the overall mean.
         self.model_accepts_loss_kwargs = False
-        # A sharded model averages its gradients by itself; it must not be wrapped once more.
+        # A sharded model averages its own gradients and must not be wrapped again.
         assert self.model is not None
         self.is_distributed_loading_by_transformers = is_sharded(self.model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Decay matrices only: gates, norms, step sizes and Mamba's rates have natural scales."""
+        """Decay only matrices: gates, norms, step sizes and Mamba's rates have natural scales."""
         return _decayed(model)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """All steps as one epoch: `WindowOrder` repeats the windows and begins where told."""
+        """All steps as one epoch: `WindowOrder` repeats the windows and starts at its `start`."""
         return DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_size=self.args.per_device_train_batch_size,
             sampler=self._order,
             collate_fn=self.data_collator,
-            # Its own, so that making an iterator draws nothing from the generator of the dropout.
+            # Its own generator, so that creating an iterator draws nothing from that of dropout.
             generator=torch.Generator(),
         )
 
@@ -203,7 +202,7 @@ class _Trainer(Trainer):
         return loss
 
     def _computes(self) -> bool:
-        """Whether the model reads a first token at all: then it was the data that it refused."""
+        """Whether the model can compute at all; if so, it was the data that it refused."""
         assert self.model is not None
         token = torch.zeros(1, 1, dtype=torch.long, device=self.args.device)
         try:
@@ -214,7 +213,7 @@ class _Trainer(Trainer):
         return True
 
     def check_weights(self) -> None:
-        """Raise `DivergenceError` if a weight is no finite number."""
+        """Raise `DivergenceError` if a weight is not finite."""
         assert self.model is not None
         for name, parameter in self.model.named_parameters():
             here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -223,8 +222,8 @@ class _Trainer(Trainer):
 
     def _diverged(self, what: str) -> DivergenceError:
         return DivergenceError(
-            f"the training diverged after {self.state.global_step} steps: {what}. The likely cause "
-            f"is a learning rate that is too high; it was {self.args.learning_rate:g} at its peak"
+            f"the training diverged after {self.state.global_step} steps: {what}; the learning "
+            f"rate was probably too high, with a peak of {self.args.learning_rate:g}"
         )
 
     def compute_loss(
@@ -233,7 +232,7 @@ class _Trainer(Trainer):
         if self._teacher is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         if not bool(torch.as_tensor(inputs.get("attention_mask", 1)).all()):
-            raise InputError("a teacher is asked about whole windows: give windows without padding")
+            raise InputError("training with a teacher needs whole windows, without padding")
         return divergence(model, self._teacher, inputs["input_ids"])
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -243,7 +242,7 @@ class _Trainer(Trainer):
         if self.is_world_process_zero():
             found = self._evaluation(self.model)
             metrics = {f"eval_{name}": float(value) for name, value in found.items()}
-        # One result for all: processes that judged the best differently would part ways.
+        # All processes get the same result, so that they agree on which model is the best.
         metrics = broadcast_object_list([metrics])[0]
         assert metrics is not None
         self.log(metrics)
@@ -253,15 +252,15 @@ class _Trainer(Trainer):
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
-        if self.control.should_training_stop:  # out of patience: so it stays, if started again
+        if self.control.should_training_stop:  # out of patience; saved, so that a restart stops too
             self.control.should_save = True
         return metrics
 
     @contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        """Reduce the gradients after every accumulated part: whole ones would fill the memory.
+        """Reduce the gradients after every accumulated part, since whole gradients take memory.
 
-        The Trainer's own asks for a configuration that only its way of sharding leaves behind.
+        The Trainer's own method needs a configuration that only its own sharding creates.
         """
         yield
 
@@ -272,7 +271,7 @@ class _Trainer(Trainer):
         with resuming.writing(checkpoint) if self.args.should_save else nullcontext():
             if self.args.should_save:
                 resuming.begin(checkpoint)
-            self.accelerator.wait_for_everyone()  # each process writes its random state
+            self.accelerator.wait_for_everyone()  # now each process writes its random state
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if not self.args.should_save:
@@ -304,12 +303,12 @@ def _decayed(model: nn.Module) -> list[str]:
 
 
 def _muon(model: PreTrainedModel, schedule: Schedule) -> MuonWithAdamW | None:
-    """The optimizer for the Trainer, None for AdamW, which it makes itself."""
+    """The optimizer for the Trainer; None for AdamW, which the Trainer creates itself."""
     if schedule.optimizer == "adamw":
         return None
     if is_sharded(model):
         raise InputError(
-            "Muon needs whole matrices, and those of a sharded model are in pieces: train it with "
+            "Muon needs whole matrices, but those of a sharded model are in pieces; train it with "
             "optimizer 'adamw'"
         )
     decayed = _decayed(model)
@@ -342,7 +341,7 @@ def _arguments(
         max_grad_norm=1.0,
         optim="adamw_torch_fused",
         seed=seed,
-        ignore_data_skip=True,  # WindowOrder begins at the right step by itself
+        ignore_data_skip=True,  # WindowOrder itself starts at the right step
         restore_callback_states_from_checkpoint=True,
         logging_steps=schedule.interval("log_every"),
         save_strategy="no" if output is None else "steps",
@@ -358,11 +357,11 @@ def _arguments(
 
 
 def _check_trainable(model: nn.Module) -> None:
-    # By name: training takes any transformers model, and knows nothing of quantization.
+    # Looked up by name, because training takes any transformers model.
     if getattr(model, "quantization_state", None) == "quantized":
         raise LifecycleError(
-            "the model is quantized: its weights are codes, which cannot be trained; train the "
-            "float model, or in a QAT mode before convert()"
+            "the model is quantized, and its weights are codes, which cannot be trained; train the "
+            "float model, or use a QAT mode and train before convert()"
         )
 
 
@@ -373,14 +372,14 @@ def _check_arguments(
     evaluation: Evaluation | None,
 ) -> None:
     if evaluation is not None and output is None:
-        raise InputError("evaluation keeps the best checkpoint: name an output folder for it")
+        raise InputError("evaluation keeps the best checkpoint; name an output folder for it")
     if is_sharded(model) and output is not None:
         raise InputError(
-            "resume checkpoints of a sharded model are not supported: train without output, and "
+            "resume checkpoints of a sharded model are not supported; train without output, and "
             "save the model with save_whole()"
         )
     if evaluation is None and schedule.patience is not None:
-        raise InputError("patience counts evaluations: give an evaluation, or no patience")
+        raise InputError("patience counts evaluations; give an evaluation, or no patience")
 
 
 def _check_divides(schedule: Schedule, processes: int) -> None:
@@ -398,7 +397,7 @@ def _description(
     schedule: Schedule,
     teacher: PreTrainedModel | None,
 ) -> dict[str, Any]:
-    """What makes a training this one and no other, as JSON gives it back."""
+    """What identifies a training, in the form that JSON gives back."""
     config = {
         f"model.{name}": value
         for name, value in model.config.to_diff_dict().items()
