@@ -186,10 +186,10 @@ def test_steps_out_of_order_name_the_missing_one(mode):
 @pytest.mark.parametrize("state", ["float", "calibrated"])
 def test_the_step_of_another_mode_names_the_right_one(state):
     for mode in QAT_MODES:
-        with pytest.raises(LifecycleError, match=r"not a step of mode '.*': call enable_qat\(\)"):
+        with pytest.raises(LifecycleError, match=r"not a step of mode '.*'; call enable_qat\(\)"):
             build(mode, state).apply_ptq()
     for mode in PTQ_MODES:
-        with pytest.raises(LifecycleError, match=r"not a step of mode '.*': call apply_ptq\(\)"):
+        with pytest.raises(LifecycleError, match=r"not a step of mode '.*'; call apply_ptq\(\)"):
             build(mode, state).enable_qat()
 
 

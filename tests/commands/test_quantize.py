@@ -415,16 +415,16 @@ def test_without_a_text_that_does_it_asks_for_one(
     checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     for source, options, reason in (
-        (checkpoint, {}, "does not say what it was trained on: name its text with --data"),
+        (checkpoint, {}, "does not say what it was trained on; name its text with --data"),
         (
             without_data(checkpoint, text, tmp_path / "a", False),
             {},
-            f"trained on {text.name}: name its",
+            f"trained on {text.name}; name its",
         ),
         (
             without_data(checkpoint, text, tmp_path / "b"),
             {"mode": "qat_int8", "steps": 1},
-            r"of which it holds [\d,]+ tokens, and this takes more: name its text with --data",
+            r"and holds only [\d,]+ tokens of it, but this takes more; name its text with --data",
         ),
     ):
         with pytest.raises(InputError, match=reason):

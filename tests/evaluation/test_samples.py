@@ -89,11 +89,11 @@ def test_large_vocabularies_keep_their_ids(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "reason"),
     [
-        ({"input_ids": SAMPLES.float()}, "must hold int16 or int32"),
-        ({"input_ids": SAMPLES.to(torch.int32).flatten()}, "must hold int16 or int32"),
-        ({"input_ids": torch.zeros(0, 4, dtype=torch.int32)}, "must hold int16 or int32"),
-        ({"input_ids": -SAMPLES.to(torch.int16)}, "of another tokenizer"),
-        ({"input_ids": VOCAB + SAMPLES.to(torch.int16)}, "of another tokenizer"),
+        ({"input_ids": SAMPLES.float()}, "token ids, int16 or int32"),
+        ({"input_ids": SAMPLES.to(torch.int32).flatten()}, "token ids, int16 or int32"),
+        ({"input_ids": torch.zeros(0, 4, dtype=torch.int32)}, "token ids, int16 or int32"),
+        ({"input_ids": -SAMPLES.to(torch.int16)}, "from another tokenizer"),
+        ({"input_ids": VOCAB + SAMPLES.to(torch.int16)}, "from another tokenizer"),
         ({"labels": SAMPLES.to(torch.int16)}, "instead of input_ids"),
     ],
 )

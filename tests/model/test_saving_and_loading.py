@@ -160,7 +160,7 @@ def test_others_may_read_what_the_umask_lets_them(build, tmp_path):
 
 def test_a_missing_manifest(saved):
     (saved[0] / MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match=f"not a bkcore checkpoint: it has no {MANIFEST}"):
+    with pytest.raises(CheckpointError, match=f"not a bkcore checkpoint; it has no {MANIFEST}"):
         ResNetBKForCausalLM.from_pretrained(saved[0])
 
 

@@ -1,7 +1,7 @@
-"""A budget of bits: which weights get how many, what it costs, and how the modes compare.
+"""Bit budgets: which weights get how many bits, what that costs, and how the modes compare.
 
-Nothing here looks at the validation split: sensitivities come from calibration windows, and what
-is chosen by perplexity is chosen on other windows of the training text.
+Nothing here looks at the validation split. Sensitivities come from calibration windows, and choices
+by perplexity are made on other windows of the training text.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ _HALF = 16
 
 
 def check_target(model: ResNetBKForCausalLM, target_bits: float, group_size: int) -> None:
-    """Raise `InputError` if no assignment has so few bits a weight on average, scales included."""
+    """Raise `InputError` if no assignment averages so few bits per weight, including scales."""
     shapes = [tuple(slot.layer.weight.shape) for slot in quantizable(model)]
     smallest = sum(_narrowest(rows, columns, group_size) for rows, columns in shapes)
     least = 8 * smallest / sum(rows * columns for rows, columns in shapes)
     if target_bits < least:
         raise InputError(
-            f"INT4 in groups of {group_size}, or what is narrower, has {least:.3f} bits a weight "
-            f"here, scales included, and {target_bits:g} are wanted: allow more bits, or share "
+            f"{target_bits:g} bits per weight cannot be reached; at groups of {group_size}, the "
+            f"narrowest weights take {least:.3f} bits including scales; allow more bits, or share "
             "scales among more weights"
         )
 
 
 def _narrowest(rows: int, columns: int, group_size: int) -> int:
-    """Bytes of a weight at the bits that take least: scales of small groups may outweigh codes."""
+    """Bytes of a weight at its cheapest width; the scales of small groups may outweigh codes."""
     with torch.device("meta"):
         packed = [
             PackedWeight((rows, columns), 4, min(group_size, columns)),
@@ -63,11 +63,11 @@ def _narrowest(rows: int, columns: int, group_size: int) -> int:
 def calibrate_for_any_width(
     model: ResNetBKForCausalLM, config: QuantizationConfig, batches: Iterable[Tensor]
 ) -> None:
-    """Calibrate a float model, so that every weight may become INT4; it computes in float still.
+    """Calibrate a float model so that any weight may become INT4; it still computes in float.
 
     Args:
-        model: float; ready for `apply_ptq` afterwards.
-        config: without bits of single weights.
+        model: float; afterwards ready for `apply_ptq`.
+        config: without bits of individual weights.
         batches: token ids (B, N).
     """
     every = {name: 4 for names in units(model).values() for name in names}
@@ -83,7 +83,7 @@ class Search:
     """Assignments of bits to the units of one calibrated model.
 
     Args:
-        calibrated: ready for `apply_ptq`; it stays as it is.
+        calibrated: ready for `apply_ptq`; not changed.
         found: the sensitivities of all its units.
         judge: scores on held-out text.
     """
@@ -96,15 +96,15 @@ class Search:
         self.choices = _choices(calibrated, found)
         widest = {unit: max(widths, key=_bytes) for unit, widths in self.choices.items()}
         self.bytes_a_bit = sum(choice.bytes / choice.bits for choice in widest.values())
-        self.reference = judge(calibrated)  # its forward passes are float still
+        self.reference = judge(calibrated)  # its forward passes are still float
 
     def within(self, bits: float) -> Assignment:
-        """The best assignment of at most so many bits a weight on average, scales included.
+        """The best assignment with at most this many bits per weight on average, with scales.
 
         Raises:
-            InputError: if the narrowest widths have more.
+            InputError: if even the narrowest widths need more.
         """
-        # Sizes are whole bytes; a bound that is one of them must not fall below it by rounding.
+        # Sizes are whole bytes; rounding must not push a bound below the size it equals.
         return allocate(self.choices, bits * self.bytes_a_bit + 1e-3)
 
     def quantize(self, assignment: Assignment) -> ResNetBKForCausalLM:
@@ -118,13 +118,13 @@ class Search:
     def smallest_within(
         self, max_increase: float, on_progress: Callable[[float], None]
     ) -> tuple[ResNetBKForCausalLM, Assignment]:
-        """The smallest model of the frontier whose perplexity rises by at most so many percent.
+        """The smallest model on the frontier whose perplexity rises by at most this many percent.
 
-        What counts is the upper end of the 95 % interval of the measured increase. It is looked
-        for by bisection, which takes the increase to fall along the frontier.
+        The upper end of the 95 % interval of the measured increase is what counts. The search is a
+        bisection, which assumes that the increase falls along the frontier.
 
         Raises:
-            InputError: if even the last of the frontier is not within it.
+            InputError: if even the last model on the frontier exceeds it.
         """
         assignments = frontier(self.choices)
         low, high, best = 0, len(assignments) - 1, None
@@ -139,8 +139,8 @@ class Search:
                 high, best = middle, (model, assignments[middle])
             elif best is None:
                 raise InputError(
-                    f"perplexity rises by up to {change.high_pct:.3f} % even with all weights in "
-                    f"the widths of least loss; allow more than {max_increase} %, or give more "
+                    f"perplexity rises by up to {change.high_pct:.3f} % even if every weight has "
+                    f"the width of least loss; allow more than {max_increase} %, or give more "
                     "text, which narrows the interval"
                 )
             else:
@@ -148,7 +148,7 @@ class Search:
         return best
 
     def point(self, name: str, model: ResNetBKForCausalLM, loss: float | None) -> dict[str, Any]:
-        """A row of the frontier: a quantized model, and the loss that was predicted for it."""
+        """A row of the frontier: a quantized model, with the loss predicted for it."""
         scores = self.judge(model)
         change = paired_change(self.reference, scores)
         assert model.receipt is not None
@@ -169,8 +169,8 @@ class Search:
         """Rows along the frontier.
 
         Args:
-            sizes: average bits of rivals, each of which gets a row that has at most as many. The
-                others are evenly spaced in the logarithm of their size.
+            sizes: average bits of rival models; each gets a row with at most as many. The other
+                rows are evenly spaced in the logarithm of their size.
             on_progress: called with the fraction done.
         """
         ends = frontier(self.choices)
@@ -187,7 +187,7 @@ class Search:
 
 
 def _percent(loss: float) -> float:
-    """The change of perplexity that a change of loss is; infinite where float64 overflows."""
+    """A change of loss as a change of perplexity in percent; infinite if float64 overflows."""
     return 100 * float(torch.tensor(loss, dtype=torch.float64).expm1())
 
 
@@ -196,7 +196,7 @@ def _bytes(choice: Choice) -> int:
 
 
 def _choices(model: ResNetBKForCausalLM, found: Sequence[Sensitivity]) -> dict[str, list[Choice]]:
-    """Widths of each unit with their bytes and divergences; float16, which is taken as exact."""
+    """Widths of each unit with their bytes and divergences; float16 is taken as exact."""
     sizes = {slot.name: slot.layer.weight.numel() for slot in quantizable(model)}
     widths = {
         unit: [Choice(_HALF, 2 * sum(sizes[name] for name in names), 0.0)]
@@ -208,5 +208,5 @@ def _choices(model: ResNetBKForCausalLM, found: Sequence[Sensitivity]) -> dict[s
 
 
 def _tensor_bits(model: ResNetBKForCausalLM, unit_bits: dict[str, int]) -> dict[str, int]:
-    """Bits of units as bits of their weights, for `QuantizationConfig.tensor_bits`."""
+    """Turn bits of units into bits of their weights, for `QuantizationConfig.tensor_bits`."""
     return {name: unit_bits[unit] for unit, names in units(model).items() for name in names}

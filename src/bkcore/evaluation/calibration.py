@@ -1,6 +1,6 @@
-"""The text that a checkpoint is quantized with: for calibration, held out, and for training.
+"""The text for quantizing a checkpoint: windows to calibrate on, to hold out, and to train on.
 
-It is training text, never what models are judged by.
+It is training text, never the text that models are judged on.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _SENSITIVITY_TOKENS = 8192
 
 
 class CalibrationText(NamedTuple):
-    """What a checkpoint is quantized with: the content of a text, or samples of one.
+    """The text for quantizing a checkpoint: a whole text, or samples of one.
 
     Attributes:
         name: of the text.
-        content: all of it; empty where there are samples.
+        content: all of it; empty if there are samples.
         samples: token ids (windows, length).
-        warning: None unless the text is not the one that the model was trained on.
+        warning: set if the model was not trained on this text, else None.
     """
 
     name: str
@@ -56,18 +56,18 @@ def calibration_text(
     data: str | Path | None,
     more: bool,
 ) -> CalibrationText:
-    """The text that was named, or what the checkpoint brings.
+    """The text named by `data`, or what the checkpoint itself provides.
 
     Args:
         checkpoint: its folder.
-        model: the one in it.
-        data: as in `bkcore.text.load_split`; None takes the samples of its training text that the
-            checkpoint holds, or the embedded corpus if it was trained on that.
-        more: whether more of the text is needed than the samples.
+        model: the model in it.
+        data: as in `bkcore.text.load_split`; None takes the samples of its training text in the
+            checkpoint, or the embedded corpus if the model was trained on that.
+        more: whether more text is needed than the samples.
 
     Raises:
         DataError: as in `bkcore.text.load_split`.
-        InputError: if none was named, and what the checkpoint brings does not do.
+        InputError: if `data` is None and what the checkpoint provides is not enough.
     """
     origin = model.config.training_text
     if data is not None:
@@ -84,18 +84,18 @@ def calibration_text(
     if origin is not None:
         known = f"was trained on {origin['name']}"
         if samples is not None:
-            known += f", of which it holds {samples.numel():,} tokens, and this takes more"
-    raise InputError(f"the model in {checkpoint} {known}: name its text with --data")
+            known += f" and holds only {samples.numel():,} tokens of it, but this takes more"
+    raise InputError(f"the model in {checkpoint} {known}; name its text with --data")
 
 
 @dataclass(frozen=True)
 class CalibrationWindows:
-    """Windows of a text, and which of them serve what.
+    """Windows of a text, and what each is used for.
 
     Attributes:
         all: the windows.
         wanted: tokens to calibrate on; at least one window is taken.
-        bos_id: what stands before the first token of a text.
+        bos_id: the token before the first one of a text.
     """
 
     all: TokenWindows
@@ -104,12 +104,12 @@ class CalibrationWindows:
 
     @property
     def length(self) -> int:
-        """Tokens a window."""
+        """Tokens per window."""
         return self.all[0]["input_ids"].numel()
 
     @property
     def batch_size(self) -> int:
-        """Windows a batch."""
+        """Windows per batch."""
         return batch_of(self.length)
 
     @property
@@ -117,7 +117,7 @@ class CalibrationWindows:
         return windows_for(self.wanted, self.length)
 
     def batches(self) -> tuple[Tensor, ...]:
-        """What to calibrate on: token ids (B, length), spread over the text."""
+        """Batches to calibrate on: token ids (B, length), spread over the text."""
         return spread(self.all, self._count).split(self.batch_size)
 
     def for_sensitivity(self) -> tuple[Tensor, ...]:
@@ -126,6 +126,6 @@ class CalibrationWindows:
         return ids[:: max(1, ids.numel() // _SENSITIVITY_TOKENS)].split(self.batch_size)
 
     def judge(self) -> Judge:
-        """Of as many windows as calibration takes, and none of those."""
+        """A judge with as many windows as calibration takes, but different ones."""
         held_out = spread(self.all, self._count, self._count)
         return Judge(held_out.flatten(), self.length, self.batch_size, self.bos_id)

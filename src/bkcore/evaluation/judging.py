@@ -1,4 +1,4 @@
-"""Judging a saved checkpoint: what is measured is what was loaded, in a process of its own."""
+"""Judging a saved checkpoint: loaded from its files and measured in a separate process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _SPEED_BATCHES = 9
 
 
 def batch_of(window: int) -> int:
-    """Windows of so many tokens that make a batch, unless somebody says how many."""
+    """Default number of windows of this length in a batch."""
     return windows_for(TOKENS_A_BATCH, window)
 
 
@@ -49,13 +49,13 @@ class Setting:
     """How checkpoints are judged.
 
     Attributes:
-        text: the split that is scored.
+        text: the split to score.
         split: its name.
-        window: tokens a window.
-        batch_size: windows a batch.
+        window: tokens per window.
+        batch_size: windows per batch.
         threads: CPU threads.
-        unfinished: folder that keeps what was scored, for the next try to continue if this one
-            is interrupted or its result is lost; None keeps nothing.
+        unfinished: folder for the scores so far, from which the next try continues if this one is
+            interrupted or its result is lost; None keeps nothing.
     """
 
     text: str
@@ -71,10 +71,10 @@ class Judge:
     """Scores models on one text, against the float model.
 
     Attributes:
-        tokens: int64 (tokens,), windows put together.
+        tokens: int64 (tokens,), the windows concatenated.
         window: their length.
-        batch_size: windows a batch.
-        bos_id: what stands before the first token.
+        batch_size: windows per batch.
+        bos_id: the token before the first one.
     """
 
     tokens: Tensor
@@ -95,22 +95,22 @@ class Judge:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured on one checkpoint.
+    """The measurements of one checkpoint.
 
     Attributes:
-        scores: negative log likelihoods, a window each.
-        protocol: how they were taken.
+        scores: negative log likelihoods per window.
+        protocol: how they were measured.
         bytes: size of the model's files on disk.
-        tokens_per_second: of forward passes over full batches, median.
+        tokens_per_second: of forward passes over full batches; the median.
         speedup: how many times faster than the reference, the median of paired batches; 1 if the
             checkpoint is the reference.
-        expert_load: tokens of the split that each expert served, a list for each layer that
-            routes.
+        expert_load: tokens of the split that each expert served, one list for each layer with a
+            router.
         kl_nats: mean KL divergence of the next-token distributions from the reference's, in nats;
             None if the checkpoint is the reference.
-        kl_tokens: over so many tokens, those that the speed is measured on.
-        kept: the file that keeps the scores, for the caller to delete when the result is safe;
-            None if the setting keeps nothing.
+        kl_tokens: how many tokens that mean is over, the same that speed is measured on.
+        kept: the file with the scores, for the caller to delete once the result is safe; None if
+            the setting keeps nothing.
     """
 
     scores: Scores
@@ -126,12 +126,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Progress:
-    """What is known of a perplexity while it is measured.
+    """A perplexity while it is being measured.
 
     Attributes:
-        fraction: of the split that is scored.
-        perplexity: per token, of what is scored.
-        error: its standard error, perplexity times that of the mean in nats; None after one window.
+        fraction: the fraction of the split scored so far.
+        perplexity: per token, over what is scored so far.
+        error: its standard error, the perplexity times that of the mean in nats; None after one
+            window.
     """
 
     fraction: float
@@ -152,17 +153,17 @@ def evaluate_checkpoint(
     """Load a checkpoint with its tokenizer, score a text, and time it against a reference.
 
     Args:
-        folder: the checkpoint; its tokenizer is saved beside it.
-        setting: the text and how it is scored.
-        reference: checkpoint to time against, in alternation; itself if None.
+        folder: the checkpoint, with its tokenizer.
+        setting: the text and how to score it.
+        reference: checkpoint to time against, in alternation; None means itself.
         on_progress: called after every batch.
 
     Raises:
-        CheckpointError: if a checkpoint or its tokenizer cannot be loaded, or the file of an
-            interrupted evaluation.
-        InputError: if the text is no longer than a window, the reference has another tokenizer, or
+        CheckpointError: if a checkpoint, its tokenizer or the file of an interrupted evaluation
+            cannot be loaded.
+        InputError: if the text is not longer than a window, the reference has another tokenizer, or
             the model's logits are not finite.
-        OutputError: if what was scored cannot be kept.
+        OutputError: if the scores so far cannot be saved.
     """
     torch.set_num_threads(setting.threads)
     model, tokenizer = load_checkpoint(folder)
@@ -203,11 +204,11 @@ def evaluate_checkpoint(
 
 
 def check_length(tokens: Tensor, window: int) -> None:
-    """Raise `InputError` if a text (tokens,) is one window, whose spread nobody knows."""
+    """Raise `InputError` if a text (tokens,) is a single window, which shows no spread."""
     if len(tokens) <= window:
         raise InputError(
-            f"the text is one window: {len(tokens)} tokens, and a window has {window}. One "
-            "window tells nothing about the spread: give more text or a shorter window"
+            f"the text is one window: it has {len(tokens)} tokens, and a window has {window}; one "
+            "window tells nothing about the spread; give more text or a shorter window"
         )
 
 
@@ -217,11 +218,11 @@ def check_tokenizers(
     folder: Path,
     reference: Path,
 ) -> None:
-    """Raise `InputError` if two checkpoints do not have one tokenizer."""
+    """Raise `InputError` if two checkpoints have different tokenizers."""
     if tokenizer_hash(tokenizer) != tokenizer_hash(other):
         raise InputError(
-            f"{folder} and {reference} have different tokenizers, so that their tokens cannot be "
-            "compared: name with --reference the float model that was quantized, or one with the "
+            f"{folder} and {reference} have different tokenizers, so their tokens cannot be "
+            "compared; give --reference the float model that was quantized, or one with the "
             "same tokenizer"
         )
 
@@ -234,7 +235,7 @@ def _score(
     unfinished: Unfinished | None,
     on_progress: Callable[[Progress], None],
 ) -> tuple[Scores, list[list[int]]]:
-    """Scores and expert load of a whole split, from where an interrupted evaluation stopped."""
+    """Scores and expert load of a whole split, continuing an interrupted evaluation if any."""
     before = unfinished.load() if unfinished else None
     done, earlier_load = before or (None, None)
     latest: Scores | None = None
@@ -253,8 +254,8 @@ def _score(
     with counting_load(model) as load:
         if earlier_load is not None and list(map(len, earlier_load)) != list(map(len, load)):
             raise CheckpointError(
-                f"{unfinished and unfinished.path} is of a model with other experts; delete it to "
-                "score from the beginning"
+                f"{unfinished and unfinished.path} belongs to a model with other experts; delete "
+                "it to score from the beginning"
             )
         try:
             scores = score(
@@ -293,23 +294,23 @@ def _progress(scores: Scores, tokens: int) -> Progress:
 
 
 def load_checkpoint(folder: Path) -> tuple[ResNetBKForCausalLM, CheckpointTokenizer]:
-    """Load a model and the tokenizer beside it, both checked against the manifest.
+    """Load a model and its tokenizer, both checked against the manifest.
 
-    Weights that were saved in float16 or bfloat16 are widened: everything computes in float32.
+    Weights saved in float16 or bfloat16 are widened, so that everything computes in float32.
 
     Raises:
         CheckpointError: if either is missing, damaged or not listed, or they do not belong
             together.
     """
-    digests = manifest.read(folder)  # once, so that both are of one checkpoint
+    digests = manifest.read(folder)  # once, so that both are from the same checkpoint
     model = ResNetBKForCausalLM.from_pretrained(folder, digests=digests).eval()
     if model.dtype in (torch.float16, torch.bfloat16):
         model.float()
     tokenizer = load_tokenizer(folder, digests)
     if largest_id(tokenizer) >= model.config.vocab_size:
         raise CheckpointError(
-            f"the tokenizer in {folder} has the id {largest_id(tokenizer)}, and the model only "
-            f"{model.config.vocab_size} tokens: it is the tokenizer of another model"
+            f"the tokenizer in {folder} has the id {largest_id(tokenizer)}, but the model has only "
+            f"{model.config.vocab_size} tokens; it is the tokenizer of another model"
         )
     return model, tokenizer
 
@@ -336,12 +337,12 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerFast,
     samples: Tensor | None = None,
 ) -> None:
-    """Save a model and its tokenizer, both or none, in the place of what the folder held.
+    """Save a model and its tokenizer, both or neither, replacing the model in the folder.
 
     Args:
-        folder: where.
-        model, tokenizer: which belong together.
-        samples: token ids (windows, length) of the training text, to calibrate on later.
+        folder: where to save them.
+        model, tokenizer: must belong together.
+        samples: token ids (windows, length) of the training text, for later calibration.
 
     Raises:
         CheckpointError: if it cannot be written.
@@ -359,10 +360,10 @@ def evaluate_in_new_process(
     reference: Path | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Evaluation:
-    """`evaluate_checkpoint` in a fresh interpreter, which shares nothing but the files.
+    """`evaluate_checkpoint` in a fresh interpreter, which shares only files with this one.
 
     Raises:
-        BKCoreError: whatever went wrong there.
+        BKCoreError: whatever was raised there.
         CheckpointError: if the process died.
     """
     try:
@@ -372,8 +373,8 @@ def evaluate_in_new_process(
         return found
     except ProcessDiedError as error:
         raise CheckpointError(
-            f"the process that evaluated {folder} ended with exit code {error.exit_code}; "
-            "its output says why (out of memory?)"
+            f"the process that evaluated {folder} ended with exit code {error.exit_code}, perhaps "
+            "out of memory; its output may say why"
         ) from None
 
 
@@ -386,7 +387,7 @@ def _work(
 
 
 def _full_batches(tokens: Tensor, setting: Setting) -> list[Tensor]:
-    """Batches of one shape, spread over the text; a short text gives one batch of what it has."""
+    """Batches of equal shape, spread over the text; a short text gives one smaller batch."""
     windows = tokens[: len(tokens) // setting.window * setting.window].view(-1, setting.window)
     if len(windows) < setting.batch_size:
         return [tokens[: setting.window][None]]
@@ -401,7 +402,7 @@ def _time_in_alternation(
 ) -> tuple[float, float]:
     """Tokens per second of `model`, and how many times faster it is than `reference`.
 
-    The two take turns on the same batches, so that a machine whose speed drifts slows both.
+    The two take turns on the same batches, so that drifts in the machine's speed affect both.
     """
     seconds: list[float] = []
     ratios: list[float] = []

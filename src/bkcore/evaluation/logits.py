@@ -1,4 +1,4 @@
-"""Finite logits of a language model, a piece at a time, so that long windows fit into memory."""
+"""Finite logits of a language model, piece by piece, so that long windows fit in memory."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from bkcore.errors import InputError, ShapeError
 from bkcore.model import ResNetBKForCausalLM
 
 LanguageModel = Callable[[Tensor], Any]
-"""Called on int64 ids (B, N), gives logits (B, N, V), or an object with them as ``.logits``."""
+"""Takes int64 ids (B, N) and returns logits (B, N, V), or an object with them as `.logits`."""
 
 _CHUNK_ELEMENTS = 1 << 22
 
 
 @contextmanager
 def evaluating(model: LanguageModel) -> Iterator[None]:
-    """Put a module into evaluation mode, and afterwards each part of it back into its own."""
+    """Put a module into evaluation mode inside a with block, then restore the mode of each part."""
     if not isinstance(model, nn.Module):
         yield
         return
@@ -35,13 +35,13 @@ def evaluating(model: LanguageModel) -> Iterator[None]:
 
 
 def device_of(model: LanguageModel, tokens: Tensor) -> torch.device:
-    """Where a model computes; where the tokens are if it has no parameters."""
+    """The device of a model, or that of the tokens if it has no parameters."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     return tokens.device if parameter is None else parameter.device
 
 
 def _logits(model: LanguageModel, inputs: Tensor) -> Iterator[Tensor]:
-    """Give the logits of token ids (B, N), flattened to (B * N, V), in pieces of some rows."""
+    """Yield the logits of token ids (B, N), flattened to (B * N, V), some rows at a time."""
     if isinstance(model, ResNetBKForCausalLM):
         yield from model.iter_logits(inputs, _rows(model.config.vocab_size))
         return
@@ -49,19 +49,19 @@ def _logits(model: LanguageModel, inputs: Tensor) -> Iterator[Tensor]:
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     if logits.ndim != 3 or logits.shape[:2] != inputs.shape:
         raise ShapeError(
-            f"The model gave logits of shape {tuple(logits.shape)} for token ids of shape "
-            f"{tuple(inputs.shape)}; it must give (B, N, V)."
+            f"the model returned logits of shape {tuple(logits.shape)} for token ids of shape "
+            f"{tuple(inputs.shape)}; it must return (B, N, V)"
         )
     yield from logits.flatten(0, 1).split(_rows(logits.shape[-1]))
 
 
 def finite_logits(model: LanguageModel, inputs: Tensor, first_window: int) -> Iterator[Tensor]:
-    """Give the logits of token ids (B, N), flattened to (B * N, V), in pieces of some rows.
+    """Yield the logits of token ids (B, N), flattened to (B * N, V), some rows at a time.
 
     Args:
         model: a module in evaluation mode, or a function.
         inputs: int64 (B, N).
-        first_window: number of the first row, for messages.
+        first_window: number of the first row, for error messages.
 
     Raises:
         InputError: if a logit is not finite.
@@ -73,9 +73,9 @@ def finite_logits(model: LanguageModel, inputs: Tensor, first_window: int) -> It
             row, entry = (~logits.isfinite()).nonzero()[0].tolist()
             window, position = divmod(done + row, inputs.shape[1])
             raise InputError(
-                f"The model gave the logit {float(logits[row, entry])} in window "
+                f"the model returned the logit {float(logits[row, entry])} in window "
                 f"{first_window + window} at position {position} for token {entry}; "
-                "logits must be finite."
+                "logits must be finite; did its training diverge?"
             )
         done += len(logits)
         yield logits
@@ -86,11 +86,11 @@ def check_vocabulary(ids: Tensor, vocabulary: int) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:
         raise InputError(
-            f"The token ids reach from {low} to {high}, but the model knows 0 to "
-            f"{vocabulary - 1}. Was the text encoded with the model's tokenizer?"
+            f"the token ids go from {low} to {high}, but the model's go from 0 to "
+            f"{vocabulary - 1}; encode the text with the model's tokenizer"
         )
 
 
 def _rows(vocabulary: int) -> int:
-    """Positions whose logits (rows, V) stay small in memory."""
+    """How many positions to process at once, so that logits (rows, V) stay small in memory."""
     return max(1, _CHUNK_ELEMENTS // vocabulary)

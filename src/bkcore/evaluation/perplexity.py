@@ -1,14 +1,14 @@
 r"""Perplexity with its error bars: scores per window, and paired comparisons of two models.
 
-Let d_k be a quantity summed over window k and n_k the tokens in it. The mean per token is the ratio
-``R = sum d_k / sum n_k``. Windows are unequal at the end of a split, so the standard error is that
-of a ratio estimator, linearized: with residuals ``e_k = d_k - R n_k`` over m windows,
+Let d_k be a quantity summed over window k, and n_k the number of tokens in it. The mean per token
+is the ratio ``R = sum d_k / sum n_k``. The last window of a split is shorter, so the standard error
+is the linearized one of a ratio estimator: with residuals ``e_k = d_k - R n_k`` over m windows,
 
     SE(R) = sqrt(m / (m - 1) * sum e_k^2) / sum n_k.
 
-This treats windows as independent draws. Neighbouring windows of one article are not quite that,
-so the error may be somewhat larger than stated. `paired_change` takes the differences of two models
-window by window, which removes what makes a window hard for both.
+This treats windows as independent samples. Neighbouring windows of one article are not quite
+independent, so the error may be somewhat larger than stated. `paired_change` takes the differences
+between two models window by window, which removes what makes a window hard for both.
 """
 
 import time
@@ -35,15 +35,15 @@ from bkcore.text import scored_windows
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What a model scored on each window of a split.
+    """A model's scores on each window of a split.
 
     Attributes:
         nll: float64 of shape (windows,), the summed negative log likelihood in nats, finite.
         tokens: int64 of shape (windows,), how many tokens each sum is over, at least 1.
-        seconds: how long the scoring took, the model's passes included.
+        seconds: how long the scoring took, including the model's forward passes.
 
     Raises:
-        InputError: a dtype, a shape or a value is not as above.
+        InputError: if a dtype, a shape or a value is not as above.
     """
 
     nll: Tensor
@@ -52,11 +52,14 @@ class Scores:
 
     def __post_init__(self) -> None:
         if self.nll.dtype != torch.float64 or self.tokens.dtype != torch.int64:
-            raise InputError("Scores hold nll in float64 and tokens in int64.")
+            raise InputError(
+                f"nll must be float64 and tokens int64, not {self.nll.dtype} and "
+                f"{self.tokens.dtype}"
+            )
         if self.nll.ndim != 1 or self.nll.shape != self.tokens.shape or len(self.nll) == 0:
-            raise InputError("Scores hold one nll and one token count for each window.")
+            raise InputError("scores must have one nll and one token count for each window")
         if not bool(self.nll.isfinite().all()) or bool((self.tokens < 1).any()):
-            raise InputError("Scores hold a finite nll and at least one token for each window.")
+            raise InputError("scores must have a finite nll and at least one token in each window")
 
     @property
     def total_nll(self) -> float:
@@ -69,7 +72,7 @@ class Scores:
         return int(self.tokens.sum())
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the scores as what JSON holds; `from_dict` reads it back bit for bit."""
+        """Return the scores as plain JSON values; `from_dict` reads them back bit for bit."""
         return {
             "nll": self.nll.tolist(),
             "tokens": self.tokens.tolist(),
@@ -78,10 +81,10 @@ class Scores:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Scores":
-        """Read what `as_dict` gave.
+        """Read the result of `as_dict`.
 
         Raises:
-            InputError: an entry is missing or is not what `as_dict` writes.
+            InputError: if an entry is missing or not as `as_dict` writes it.
         """
         try:
             return cls(
@@ -90,12 +93,12 @@ class Scores:
                 seconds=float(content["seconds"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"These are no scores: {error}") from error
+            raise InputError(f"these are not scores: {error}") from error
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of token perplexity in percent, with a confidence interval. Negative is better."""
+    """A change of token perplexity in percent, with its confidence interval; negative is better."""
 
     delta_pct: float
     low_pct: float
@@ -104,12 +107,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a perplexity was measured; two numbers compare only if their protocols agree.
+    """How a perplexity was measured; two can be compared only if their protocols agree.
 
     Attributes:
         tokenizer_hash: see `bkcore.text.tokenizer_hash`.
         split: name of the text that was scored.
-        window: targets in a window; no token sees further back than the start of its window.
+        window: targets in a window; no token sees anything before its window.
         tokens: tokens scored.
         words: words of the split, see `bkcore.text.count_words`.
         bytes: bytes of the split in UTF-8.
@@ -128,11 +131,11 @@ class Protocol:
 
     @property
     def stride(self) -> int:
-        """Distance between windows: they never overlap."""
+        """Distance between the starts of windows, which never overlap."""
         return self.window
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the protocol, stride included, as what JSON holds."""
+        """Return the protocol, including the stride, as plain JSON values."""
         return asdict(self) | {"stride": self.stride}
 
 
@@ -148,31 +151,31 @@ def score(
 ) -> Scores:
     """Score every token of a split exactly once, in windows that do not overlap.
 
-    A module is scored in evaluation mode, on the device of its parameters, and put back into the
-    mode it was in. The windows are those of `bkcore.text.scored_windows`. The logits of a
-    `ResNetBKForCausalLM` are made and used a piece at a time, so windows may be long.
+    A module is scored in evaluation mode on the device of its parameters; its mode is restored
+    afterwards. The windows are those of `bkcore.text.scored_windows`. The logits of a
+    `ResNetBKForCausalLM` are computed and used piece by piece, so windows may be long.
 
     Args:
         model: see `LanguageModel`.
         tokens: integer token ids of shape (tokens,), at least one.
         window: targets in a window, at least 1.
         batch_size: windows in a batch, at least 1; a shorter last window has its own batch.
-        bos_id: the token that stands before the first one.
-        done: what an interrupted call had scored, as `on_batch` gave it. Its windows are not scored
-            again, and the result is the same bit for bit.
-        on_batch: called after every batch with the scores of all windows up to there.
+        bos_id: the token before the first one.
+        done: the scores from an interrupted call, as passed to `on_batch`. Its windows are not
+            scored again, and the result is the same bit for bit.
+        on_batch: called after every batch with the scores of all windows so far.
 
     Returns:
         The scores of each window, in the order of the split, on the CPU.
 
     Raises:
-        InputError: an argument is impossible, a token lies outside of the model's vocabulary, a
-            logit is not finite, or ``done`` is not of the first batches of these tokens.
-        ShapeError: ``tokens`` is not one-dimensional, or the logits are not (B, N, V).
-        DTypeError: ``tokens`` is not of an integer dtype.
+        InputError: if an argument is impossible, a token is outside the model's vocabulary, a logit
+            is not finite, or `done` does not belong to the first batches of these tokens.
+        ShapeError: if `tokens` is not one-dimensional, or the logits are not (B, N, V).
+        DTypeError: if `tokens` is not of an integer dtype.
     """
     if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}, but must be at least 1.")
+        raise InputError(f"batch_size must be at least 1, not {batch_size}")
     windows = list(scored_windows(tokens, window, bos_id))
     known = getattr(getattr(model, "config", None), "vocab_size", None)
     if known is not None:
@@ -204,60 +207,60 @@ def _check_done(done: Scores | None, counts: Tensor, batch_size: int) -> None:
     windows = len(done.nll)
     if windows > len(counts) or not torch.equal(done.tokens, counts[:windows]):
         raise InputError(
-            f"{windows} windows with {done.total_tokens} tokens are said to be scored, and they "
-            f"are not the first of these {len(counts)} windows. Continue with the tokens and the "
-            "window of before, or start afresh."
+            f"done has {windows} windows with {done.total_tokens} tokens, which are not the first "
+            f"of these {len(counts)} windows; continue with the same tokens and window, or start "
+            "afresh"
         )
     full = len(counts) - (int(counts[-1]) < int(counts[0]))
     if windows < full and windows % batch_size:
         raise InputError(
-            f"{windows} windows are said to be scored, which are no whole batches of {batch_size}. "
-            "Continue with the batch size of before, or start afresh."
+            f"done has {windows} windows, which are not whole batches of {batch_size}; "
+            "continue with the same batch size, or start afresh"
         )
 
 
 def perplexity_per_token(scores: Scores) -> float:
-    """exp of the mean negative log likelihood of a token; infinite where float64 overflows."""
+    """exp of the mean negative log likelihood per token; infinite if float64 overflows."""
     return _exp(scores.total_nll / scores.total_tokens)
 
 
 def perplexity_per_word(scores: Scores, words: int) -> float:
-    """exp(total nll / words), which compares between tokenizers; infinite where it overflows.
+    """exp(total nll / words), comparable across tokenizers; infinite if float64 overflows.
 
     Args:
         scores: of a whole split.
         words: words of that split, see `bkcore.text.count_words`, at least 1.
 
     Raises:
-        InputError: ``words`` is below 1.
+        InputError: if `words` is below 1.
     """
     return _perplexity(scores, words, "words")
 
 
 def perplexity_per_byte(scores: Scores, size: int) -> float:
-    """exp(total nll / bytes); its logarithm to the base 2 is the bits that a byte costs.
+    """exp(total nll / bytes); its base-2 logarithm is the number of bits per byte.
 
     Args:
         scores: of a whole split.
         size: bytes of that split in UTF-8, at least 1.
 
     Raises:
-        InputError: ``size`` is below 1.
+        InputError: if `size` is below 1.
     """
     return _perplexity(scores, size, "size")
 
 
 def _perplexity(scores: Scores, units: int, name: str) -> float:
     if units < 1:
-        raise InputError(f"{name} is {units}, but must be at least 1.")
+        raise InputError(f"{name} must be at least 1, not {units}")
     return _exp(scores.total_nll / units)
 
 
 def standard_error(scores: Scores) -> float:
-    """Give the standard error of the mean nll per token, in nats, from the spread of windows.
+    """The standard error of the mean nll per token, in nats, from the spread of the windows.
 
     Raises:
-        InputError: there are fewer than two windows.
+        InputError: if there are fewer than two windows.
     """
     return _mean_per_token(scores.nll, scores.tokens)[1]
 
@@ -265,30 +268,30 @@ def standard_error(scores: Scores) -> float:
 def paired_change(reference: Scores, scores: Scores, confidence: float = 0.95) -> Change:
     """Compare two models on the same windows: the change of token perplexity, in percent.
 
-    The mean difference of nll per token and its standard error are those of the module's text;
-    the interval takes Student's quantile with one degree of freedom less than windows. Windows are
-    treated as independent. Identical scores give exactly zero.
+    The mean difference of nll per token and its standard error are defined at the top of this
+    module. The interval uses Student's quantile, with one degree of freedom fewer than windows.
+    Windows are treated as independent. Identical scores give exactly zero.
 
     Args:
         reference: scores of the model to compare with.
-        scores: scores of the other model on the same split and windows. That the windows are as
-            long is checked; that their tokens are the same cannot be.
+        scores: scores of the other model on the same split and windows. The lengths of the windows
+            are checked; whether their tokens are the same cannot be.
         confidence: level of the interval, in (0, 1).
 
     Returns:
         ``100 (ppl / ppl_reference - 1)`` and the ends of its interval.
 
     Raises:
-        InputError: the windows differ, there are fewer than two, or ``confidence`` is outside of
+        InputError: if the windows differ, there are fewer than two, or `confidence` is outside
             (0, 1).
     """
     if not 0 < confidence < 1:
-        raise InputError(f"confidence is {confidence}, but must lie between 0 and 1.")
+        raise InputError(f"confidence must be between 0 and 1, not {confidence}")
     if not torch.equal(reference.tokens, scores.tokens):
         raise InputError(
-            f"The two scores are not of the same windows: {len(reference.tokens)} windows with "
+            f"the two scores are not of the same windows: {len(reference.tokens)} windows with "
             f"{reference.total_tokens} tokens, and {len(scores.tokens)} with "
-            f"{scores.total_tokens}. Score both models with one split and one window."
+            f"{scores.total_tokens}; score both models on the same split with the same window"
         )
     mean, error = _mean_per_token(scores.nll - reference.nll, scores.tokens)
     margin = _student_quantile((1 + confidence) / 2, len(scores.tokens) - 1) * error
@@ -302,8 +305,8 @@ def kl_divergence(
     """Measure how far a model's next-token distributions are from a reference's.
 
     Args:
-        reference_model: gives p, such as the float model; see `LanguageModel`.
-        model: gives q, such as the quantized model, over the same vocabulary.
+        reference_model: predicts p, such as the float model; see `LanguageModel`.
+        model: predicts q over the same vocabulary, such as the quantized model.
         batches: int64 token ids of shape (B, N) each.
 
     Returns:
@@ -311,8 +314,8 @@ def kl_divergence(
         identical logits give exactly zero.
 
     Raises:
-        InputError: there is no batch, or a logit is not finite.
-        ShapeError: logits are not (B, N, V), or differ in shape between the models.
+        InputError: if there is no batch, or a logit is not finite.
+        ShapeError: if logits are not (B, N, V), or differ in shape between the models.
     """
     total, positions, windows = 0.0, 0, 0
     with ExitStack() as stack:
@@ -328,14 +331,14 @@ def kl_divergence(
             positions += inputs.numel()
             windows += len(inputs)
     if positions == 0:
-        raise InputError("There is no batch to compare the models on.")
+        raise InputError("kl_divergence needs at least one batch to compare the models on")
     return total / positions
 
 
 def _batches(
     windows: list[tuple[Tensor, Tensor]], batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Stack full windows by ``batch_size``; a shorter last window comes alone."""
+    """Stack full windows in batches; a shorter last window is a batch of its own."""
     if not windows:
         return
     length = len(windows[0][0])
@@ -348,7 +351,7 @@ def _batches(
 
 
 def _token_nll(pieces: Iterable[Tensor], targets: Tensor) -> Tensor:
-    """Give the negative log likelihood of targets (B, N) in float64, a piece at a time."""
+    """The negative log likelihood of targets (B, N) in float64, computed piece by piece."""
     nll: list[Tensor] = []
     rest = targets.flatten()
     for logits in pieces:
@@ -363,8 +366,8 @@ def _summed_kl(reference: Iterable[Tensor], other: Iterable[Tensor]) -> float:
     for p, q in zip(reference, other, strict=True):
         if p.shape != q.shape:
             raise ShapeError(
-                f"The models gave logits of shapes {tuple(p.shape)} and "
-                f"{tuple(q.shape)} for the same tokens, which must be equal."
+                f"the models returned logits of different shapes, {tuple(p.shape)} and "
+                f"{tuple(q.shape)}, for the same tokens; they must have the same vocabulary"
             )
         log_p, log_q = p.double().log_softmax(-1), q.to(p.device).double().log_softmax(-1)
         total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
@@ -372,11 +375,11 @@ def _summed_kl(reference: Iterable[Tensor], other: Iterable[Tensor]) -> float:
 
 
 def _mean_per_token(sums: Tensor, tokens: Tensor) -> tuple[float, float]:
-    """Give the ratio of totals and its linearized standard error over windows."""
+    """The ratio of totals, and its linearized standard error over the windows."""
     windows = len(tokens)
     if windows < 2:
         raise InputError(
-            "One window tells nothing about the spread. Give more text or a shorter window."
+            "one window tells nothing about the spread; give more text or a shorter window"
         )
     total = tokens.sum()
     mean = sums.sum() / total
@@ -386,9 +389,9 @@ def _mean_per_token(sums: Tensor, tokens: Tensor) -> tuple[float, float]:
 
 
 def _student_quantile(probability: float, freedom: int) -> float:
-    """Student's t quantile by Fisher's expansion about the normal one.
+    """Student's t quantile, by Fisher's expansion around the normal one.
 
-    At the 97.5 % point it is 3 % low with two degrees of freedom, 0.1 % with five.
+    At the 97.5 % point it is 3 % too low with two degrees of freedom, and 0.1 % with five.
     """
     z = NormalDist().inv_cdf(probability)
     first = (z**3 + z) / 4

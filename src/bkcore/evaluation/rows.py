@@ -1,4 +1,4 @@
-"""What is measured of a model as the rows of tables and JSON files."""
+"""A model's measurements as rows of tables and JSON files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bkcore.model import ResNetBKForCausalLM
 
 
 def row(mode: str, evaluation: Evaluation, reference: Evaluation) -> dict[str, Any]:
-    """One line of the table, as it stands in the JSON file."""
+    """One row of the table, as written to the JSON file."""
     change = paired_change(reference.scores, evaluation.scores)
     return {
         "mode": mode,
@@ -39,7 +39,7 @@ def row(mode: str, evaluation: Evaluation, reference: Evaluation) -> dict[str, A
 
 
 def perplexities(scores: Scores, protocol: Protocol) -> dict[str, float]:
-    """Perplexity per token, word and byte; infinite where float64 overflows."""
+    """Perplexity per token, word and byte; infinite if float64 overflows."""
     return {
         "ppl_token": perplexity_per_token(scores),
         "ppl_word": perplexity_per_word(scores, protocol.words),
@@ -51,11 +51,12 @@ def load_summary(tokens: list[int]) -> dict[str, Any]:
     """How evenly the experts of a layer were used.
 
     Args:
-        tokens: served by each expert, at least one in all.
+        tokens: how many each expert served, at least one in total.
 
     Returns:
-        `tokens`; `min_share` and `max_share` of all of them, which an even load makes 1 / E; and
-        `entropy` of the shares over its largest value log E, in [0, 1]: 1 is even.
+        `tokens`; `min_share` and `max_share`, the smallest and largest share of the tokens, 1 / E
+        if the load is even; and `entropy` of the shares divided by its maximum log E, in [0, 1],
+        with 1 for an even load.
     """
     shares = torch.tensor(tokens, dtype=torch.float64) / sum(tokens)
     entropy = -torch.xlogy(shares, shares).sum() / math.log(len(tokens))
@@ -68,7 +69,7 @@ def load_summary(tokens: list[int]) -> dict[str, Any]:
 
 
 def parameter_shares(folder: Path) -> dict[str, float]:
-    """Number of parameters of a float checkpoint, and the shares of its head and its experts."""
+    """The number of parameters of a float checkpoint, and the shares of its head and experts."""
     model = ResNetBKForCausalLM.from_pretrained(folder)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(sizes.values())
@@ -81,7 +82,7 @@ def parameter_shares(folder: Path) -> dict[str, float]:
 
 
 def average_bits(receipt: dict[str, Any]) -> float:
-    """Bits of a weight that the mode names, scales included, on average over all of them."""
+    """Average bits per weight, including scales, over all weights that the mode quantizes."""
     weights = receipt["weights"]
     count = sum(rows * columns for rows, columns in (entry["shape"] for entry in weights))
     return float(8 * sum(entry["bytes"] for entry in weights) / count)

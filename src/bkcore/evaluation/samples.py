@@ -1,4 +1,4 @@
-"""Windows of a model's training text, kept in its folder to calibrate on when the text is away."""
+"""Windows of a model's training text, kept in its folder for calibration without the text."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from bkcore.text import TokenWindows, spread
 _NAME = "input_ids"
 _DTYPES = {"I16": torch.int16, "I32": torch.int32}
 _MOST = 1 << 24
-"""More tokens than anybody calibrates on."""
+"""The most tokens accepted, more than anybody calibrates on."""
 
 
 def windows_for(tokens: int, length: int) -> int:
-    """How many windows of a length hold about so many tokens, at least one."""
+    """How many windows of this length hold about this many tokens, at least one."""
     return max(1, tokens // length)
 
 
@@ -39,17 +39,18 @@ def write_samples(samples: Tensor, folder: Path) -> None:
 
 
 def load_samples(folder: Path, vocab_size: int) -> Tensor | None:
-    """What was kept in a checkpoint folder, checked; None if nothing was.
+    """Load and check the samples in a checkpoint folder; None if there are none.
 
     Args:
         folder: of the checkpoint.
-        vocab_size: tokens that its model knows.
+        vocab_size: of its model.
 
     Returns:
         Token ids, int64 (windows, length).
 
     Raises:
-        CheckpointError: if the file is truncated, altered, or no token ids of the model.
+        CheckpointError: if the file is truncated or altered, or does not hold the model's token
+            ids.
     """
     digests = manifest.read(folder)
     if manifest.SAMPLES not in digests:
@@ -64,13 +65,13 @@ def load_samples(folder: Path, vocab_size: int) -> Tensor | None:
         shape, dtype = tuple(header.get_shape()), header.get_dtype()
         if dtype not in _DTYPES or len(shape) != 2 or 0 in shape or shape[0] * shape[1] > _MOST:
             raise CheckpointError(
-                f"{place} must hold int16 or int32 token ids (windows, length), at most {_MOST:,}, "
-                f"and holds {shown(dtype)} {shown(shape)}"
+                f"{place} must hold at most {_MOST:,} token ids, int16 or int32 (windows, length), "
+                f"not {shown(dtype)} {shown(shape)}"
             )
         samples: Tensor = file.get_tensor(_NAME).long()
     if int(samples.min()) < 0 or int(samples.max()) >= vocab_size:
         raise CheckpointError(
-            f"the token ids in {place} go from {int(samples.min())} to {int(samples.max())}, and "
-            f"the model knows those in [0, {vocab_size}): they are of another tokenizer"
+            f"the token ids in {place} go from {int(samples.min())} to {int(samples.max())}, but "
+            f"the model's are in [0, {vocab_size}); they are from another tokenizer"
         )
     return samples

@@ -1,12 +1,12 @@
-r"""What it costs to quantize each weight of a model, measured one at a time.
+r"""Sensitivity: what it costs to quantize each weight of a model, measured one at a time.
 
-Everything stays float but the unit at hand, which is packed as it would be saved and multiplied as
-it would be served, its activations INT8 with it. Two measures come from the same forward passes on
-the same tokens: the change of the loss, and the mean divergence KL(float || quantized) of the
-next-token distributions. The divergence is the change of the loss that one would see if the float
-model's distribution were the true one. It is never negative and its sampling error is far smaller:
-a change of loss has a part of first order in the rounding errors, which averages out only over many
-tokens and drowns the effect of a single expert.
+Everything stays float except the current unit, which is packed as it would be saved and multiplied
+as it would be served, with INT8 activations. Two measures come from the same forward passes on the
+same tokens: the change of the loss, and the mean divergence KL(float || quantized) of the
+next-token distributions. The divergence is what the change of the loss would be if the float
+model's distribution were the true one. It is never negative, and its sampling error is far smaller.
+The change of the loss has a part of first order in the rounding errors, which averages out only
+over many tokens and hides the effect of a single expert.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from bkcore.quantization.config import QuantizationConfig
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What quantizing one unit alone does.
+    """The effect of quantizing one unit alone.
 
     Attributes:
         unit: name of the layer, or of the expert.
         bits: 4 or 8.
-        bytes: of its weights then, scales included.
-        loss_change: of the mean loss, in nats a token.
-        divergence: mean KL(float || quantized), in nats a token.
+        bytes: size of its quantized weights, including scales.
+        loss_change: change of the mean loss, in nats per token.
+        divergence: mean KL(float || quantized), in nats per token.
     """
 
     unit: str
@@ -43,7 +43,7 @@ class Sensitivity:
 
 
 def units(model: ResNetBKForCausalLM) -> dict[str, list[str]]:
-    """Names of the weights in each unit: both matrices of an expert, every other one by itself."""
+    """Names of the weights in each unit: an expert's two matrices together, any other alone."""
     found: dict[str, list[str]] = {}
     for slot in quantizable(model):
         unit = slot.name.rpartition(".")[0] if slot.part == "expert" else slot.name
@@ -61,19 +61,19 @@ def measure(
     """Quantize each unit alone, in each width.
 
     Args:
-        model: float, in evaluation mode; it is so again afterwards.
+        model: float, in evaluation mode; restored afterwards.
         config: group size and granularity of the weights.
-        batches: token ids (B, N), N >= 2. The float model's log-probabilities of all of them are
-            kept in memory, 4 bytes for each token of the vocabulary.
+        batches: token ids (B, N), N >= 2. The float model's log-probabilities for all of them are
+            kept in memory, 4 bytes per position and vocabulary entry.
         bits: widths, 4 or 8.
         on_progress: called with the fraction done.
 
     Raises:
-        LifecycleError: if the weights are quantized already.
+        LifecycleError: if the weights are already quantized.
     """
     if model.quantization_state not in ("float", "calibrated"):
         raise LifecycleError(
-            f"sensitivity is measured on a float model, and this one is "
+            f"sensitivity is measured on a float model, but this one is "
             f"{model.quantization_state.value}"
         )
     with torch.inference_mode():
@@ -91,7 +91,7 @@ def measure(
 
 
 def _log_probabilities(model: ResNetBKForCausalLM, batch: Tensor) -> Tensor:
-    """float32 (B, N - 1, V): of what follows each token but the last."""
+    """float32 (B, N - 1, V): log-probabilities of what follows each token except the last."""
     logits: Tensor = model(batch).logits
     return logits[:, :-1].float().log_softmax(-1)
 
@@ -99,14 +99,14 @@ def _log_probabilities(model: ResNetBKForCausalLM, batch: Tensor) -> Tensor:
 def _change(
     model: ResNetBKForCausalLM, batches: Sequence[Tensor], reference: Sequence[Tensor]
 ) -> tuple[float, float]:
-    """Change of the loss and divergence from the reference, means over tokens."""
+    """The change of the loss and the divergence from the reference, averaged over tokens."""
     loss = divergence = 0.0
     tokens = 0
     for batch, log_p in zip(batches, reference, strict=True):
         change = _log_probabilities(model, batch) - log_p
         loss -= change.gather(-1, batch[:, 1:, None]).double().sum().item()
-        # sum p (q/p - 1 - log q/p) is the divergence, since q sums to one; without that part, the
-        # terms of first order would cancel only up to rounding.
+        # sum p (q/p - 1 - log q/p) is the divergence, since q and p sum to one. Without q/p - 1,
+        # the first-order terms would cancel only up to rounding.
         divergence += (log_p.exp() * (change.expm1() - change)).sum(-1).double().sum().item()
         tokens += change.shape[0] * change.shape[1]
     return loss / tokens, divergence / tokens

@@ -1,4 +1,4 @@
-"""What an interrupted evaluation had scored, in a file that a second try continues from."""
+"""The scores of an interrupted evaluation, in a file from which the next try continues."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from bkcore.outputs import to_json, write_text
 from bkcore.reading import parse_json, read_bytes, shortened
 
 _BYTES = 256 << 20
-"""What the scores of ten million windows take."""
+"""The largest file that is read; the scores of ten million windows take this much."""
 
 _SECONDS = 1.0
-"""The most work that is lost when the process is killed, a batch more if batches take longer."""
+"""The most work, in seconds, that a kill can lose, plus at most one batch."""
 
 
 class Unfinished:
-    """The file of one evaluation, named by the hash of all that its scores depend on.
+    """The file of one evaluation, named by a hash of everything its scores depend on.
 
     Args:
-        folder: where such files are; made when it is needed.
-        identity: what the scores depend on, as JSON holds it.
+        folder: for such files; created when needed.
+        identity: what the scores depend on, in JSON values.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -36,7 +36,7 @@ class Unfinished:
         self._saved = time.monotonic()
 
     def load(self) -> tuple[Scores, list[list[int]]] | None:
-        """Scores, and tokens that each expert of each layer served; None if there are none.
+        """The scores, and the tokens that each expert of each layer served; None if there are none.
 
         Raises:
             CheckpointError: if the file is damaged.
@@ -45,7 +45,7 @@ class Unfinished:
             content = parse_json(read_bytes(self.path, _BYTES))
             scores, load = Scores.from_dict(content["scores"]), content["expert_load"]
             if not _are_counts(load):
-                raise ValueError("its expert_load is no list of counts for each layer")
+                raise ValueError("its expert_load is not a list of counts for each layer")
             return scores, load
         except FileNotFoundError:
             return None
@@ -56,11 +56,11 @@ class Unfinished:
             ) from error
 
     def is_due(self) -> bool:
-        """Whether enough was scored since the last time that it should be saved."""
+        """Whether it is time to save again."""
         return time.monotonic() - self._saved >= _SECONDS
 
     def save(self, scores: Scores, expert_load: list[list[int]]) -> None:
-        """Write the file whole or not at all.
+        """Write the file, completely or not at all.
 
         Raises:
             OutputError: if it cannot be written.
