@@ -100,7 +100,7 @@ def test_a_full_output_loses_no_file(
     with open("/dev/full", "w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert run(*COMMANDS[command]) == 2
-    assert "bkcore: standard output took no more: No space left" in capsys.readouterr().err
+    assert "bkcore: standard output could not be written: No space left" in capsys.readouterr().err
     assert json.loads(Path("out.json").read_text())
 
 
@@ -172,7 +172,7 @@ def test_streams_that_are_closed(folder: Path, tmp_path: Path, closed: str) -> N
     )
     assert done.returncode == (2 if closed == ">&-" else 0)
     if closed == ">&-":
-        assert done.stderr == "bkcore: standard output took no more: Bad file descriptor\n"
+        assert done.stderr == "bkcore: standard output could not be written: Bad file descriptor\n"
     assert json.loads((tmp_path / "out.json").read_text())["weights"]
 
 
@@ -249,7 +249,7 @@ def test_a_signal_ends_a_process_and_the_one_that_it_waits_for(folder: Path) -> 
         (("quantize", "float", "new", "--strict"), "stayed float16"),
         (
             ("quantize", "float", "new", "--target-bits=9", "--calibration-tokens=9"),
-            "one tells nothing about the spread",
+            "tells nothing about the spread",
         ),
         (
             ("train", "--config", "recipe.yaml", "--output", "recipe.yaml"),
@@ -261,7 +261,7 @@ def test_a_signal_ends_a_process_and_the_one_that_it_waits_for(folder: Path) -> 
         (("compare", "--output", "recipe.yaml"), "cannot be used as a folder"),
         (("bench", "stream", "--json", "text"), "text is a folder"),
         (("bench", "kernels", "--json", "a", "--markdown", "a"), "are both a"),
-        (("generate", "float", "--prompt", "\udcff"), "not text in UTF-8"),
+        (("generate", "float", "--prompt", "\udcff"), "not valid UTF-8 text"),
         (("export", "float", "recipe.yaml"), "cannot be used as a folder"),
     ],
 )

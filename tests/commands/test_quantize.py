@@ -320,7 +320,7 @@ def test_too_little_text_is_refused_before_calibration(
     monkeypatch.setattr(CalibrationWindows, "batches", None)
     monkeypatch.setattr(judging, "TOKENS_A_BATCH", 1 << 30)
     how = settings(mode="qat_int8", steps=3)
-    with pytest.raises(DataError, match="a step of training takes"):
+    with pytest.raises(DataError, match="a training step takes"):
         run_quantize(checkpoint, tmp_path / "out", text, how, QUIET)
     how = QuantizeSettings("mixed_precision", target_bits=9.0, calibration_tokens=40)
     with pytest.raises(InputError, match="allow more --calibration-tokens"):
@@ -333,7 +333,7 @@ def test_too_little_text_is_refused_before_calibration(
         ({"mode": "qat_int8"}, "--steps"),
         ({"mode": "ptq_int8", "steps": 3}, "takes no --steps"),
         ({"mode": "ptq_int8", "learning_rate": 1e-3}, "takes no --learning-rate"),
-        ({"mode": "qat_int8", "steps": 3, "group_size": 64}, "it takes no --group-size"),
+        ({"mode": "qat_int8", "steps": 3, "group_size": 64}, "and takes no --group-size"),
         ({"mode": "ptq_int4", "distill": False}, "takes no --distill and no --no-distill"),
         ({"mode": "ptq_int4", "target_bits": 5.0}, "mixes precisions"),
         ({"frontier": True}, "--frontier needs"),

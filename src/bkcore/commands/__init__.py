@@ -1,4 +1,4 @@
-"""The commands of `bkcore`, a file each: the options, what is done with them, what is printed.
+"""The commands of `bkcore`, one file each: options, work and output.
 
-What takes long to import is imported inside of the functions, so that `bkcore --help` is quick.
+Slow imports are inside the functions, so that `bkcore --help` is quick.
 """

@@ -1,4 +1,4 @@
-"""`bkcore bench`: speed and memory on this machine, a case a command."""
+"""`bkcore bench`: speed and memory on this machine, one command per topic."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
 command = partial(app.command, cls=Command)
 
-MarkdownOption = Annotated[Path | None, typer.Option(help="Write a Markdown table here, too.")]
+MarkdownOption = Annotated[Path | None, typer.Option(help="Also write a Markdown table here.")]
 OnlyOption = Annotated[
-    str, typer.Option(help="Only cases whose names begin so; a wrong name lists them.")
+    str, typer.Option(help="Only cases whose names start with this; a wrong name lists them.")
 ]
 
 _MOST_A_CALL = 4_096
@@ -47,7 +47,7 @@ def kernels(
     plot: PlotOption = None,
     only: OnlyOption = "",
 ) -> None:
-    """Time the kernels against copies, limits and other ways to the same result."""
+    """Time the kernels against copies, limits and other ways to compute the same result."""
     from bkcore.bench.kernels import run_kernels
 
     console, files = Console(), Files(json_file, markdown, plot)
@@ -57,7 +57,7 @@ def kernels(
 
 @command()
 def gpu(json_file: JsonOption = None, markdown: MarkdownOption = None) -> None:
-    """Time the Triton kernels against a copy in the memory of this GPU."""
+    """Time the Triton kernels against a copy in this GPU's memory."""
     from bkcore.bench.gpu import run_gpu
 
     console, files = Console(), Files(json_file, markdown)
@@ -82,9 +82,9 @@ def memory(
     json_file: JsonOption = None,
     markdown: MarkdownOption = None,
     plot: PlotOption = None,
-    longest: Annotated[int, typer.Option(help="Most tokens of a sequence.")] = 65_536,
+    longest: Annotated[int, typer.Option(help="Longest sequence, in tokens.")] = 65_536,
 ) -> None:
-    """Measure the peak memory and the time of long sequences, in training and evaluation."""
+    """Measure peak memory and time of long sequences, in training and evaluation."""
     from bkcore.bench.memory import markdown_table, report, run_memory, table
     from bkcore.bench.plot import draw_memory
 
@@ -117,7 +117,7 @@ def stream(
 def stability(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a quantized model.")],
     reference: Annotated[
-        Path, typer.Option(help="Folder of the float model that it was made of.")
+        Path, typer.Option(help="Folder of the float model it was made from.")
     ] = SHIPPED,
     data: DataOption = None,
     json_file: JsonOption = None,
@@ -127,11 +127,11 @@ def stability(
         typer.Option(
             min=1,
             max=_MOST_A_CALL,
-            help=f"Tokens a call, at most {_MOST_A_CALL:,}; 1 reads as decoding does.",
+            help=f"Tokens per call, at most {_MOST_A_CALL:,}; 1 reads as decoding does.",
         ),
     ] = _MOST_A_CALL,
 ) -> None:
-    """Read a text over and over: does a quantized model stay as near to float as it was?"""
+    """Read a text over and over: does a quantized model stay as close to the float one?"""
     from bkcore.bench.stability import report, run_stability, table
 
     console, files = Console(), Files(json_file)

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def sensitivity_table(found: Sequence[Sensitivity], assignment: Assignment) -> Table:
-    """Units by what they lose at the narrowest width, the most sensitive first."""
+    """Units by their loss at the narrowest width, the most sensitive first."""
     widths = sorted({entry.bits for entry in found})
     by_unit: dict[str, dict[int, Sensitivity]] = {}
     for entry in found:
         by_unit.setdefault(entry.unit, {})[entry.bits] = entry
     table = Table(
-        title="sensitivity: what quantizing one unit alone does, millinats a token",
+        title="sensitivity: effect of quantizing one unit alone, millinats per token",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
@@ -78,8 +78,8 @@ def draw_frontier(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the change of perplexity against the size, with its intervals.
 
     Args:
-        rows: of `Search.point`; those named "budget" and "saved" make the line. What is not finite
-            has no place in a picture, and is left out.
+        rows: of `Search.point`; those named "budget" and "saved" form the line. Rows that are not
+            finite cannot be drawn and are left out.
         path: a .png or .svg file.
     """
     from matplotlib.figure import Figure

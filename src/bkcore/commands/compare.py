@@ -18,25 +18,25 @@ def compare(
     data: DataOption = None,
     json_file: JsonOption = None,
     output: Annotated[
-        Path, typer.Option(help="Folder of the runs; finished ones are not done again.")
+        Path, typer.Option(help="Folder for the runs; finished ones are not repeated.")
     ] = Path("runs/compare"),
     only: Annotated[
-        str, typer.Option(help="Only runs whose names begin so, such as language/mamba.")
+        str, typer.Option(help="Only runs whose names start with this, such as language/mamba.")
     ] = "",
     seed: Annotated[
         int | None, typer.Option(min=0, help="This seed instead of the planned ones.")
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Training tokens of each language model.")
+        int, typer.Option(min=1, help="Training tokens for each language model.")
     ] = LanguageSettings.training_tokens,
     steps: Annotated[
-        int, typer.Option(min=1, help="Training steps of each run of a synthetic task.")
+        int, typer.Option(min=1, help="Training steps for each run of a synthetic task.")
     ] = SyntheticSettings.steps,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; default: as many as cores are free.")
+        int | None, typer.Option(min=1, help="CPU threads; default: the number of free cores.")
     ] = None,
 ) -> None:
-    """Train ResNet-BK, its ablations, GPT-2, Llama and Mamba alike, and compare them.
+    """Train ResNet-BK, its ablations, GPT-2, Llama and Mamba in the same way, and compare them.
 
     Each run can be interrupted and continued; several processes may share the work.
     """
@@ -54,7 +54,7 @@ def compare(
     comparison = Comparison(
         LanguageSettings(training_tokens=tokens), SyntheticSettings(steps=steps)
     )
-    with keeping(f"{output} keeps what was trained, and the same command continues from there"):
+    with keeping(f"{output} keeps what was trained; the same command continues from there"):
         result = run_comparison(comparison, data, output, console, only, seed)
 
     def show() -> None:

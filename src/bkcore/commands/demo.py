@@ -26,7 +26,7 @@ def demo(
     json_file: JsonOption = None,
     output: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("runs/demo"),
 ) -> None:
-    """Train a language model, quantize it in five modes, and judge what was saved."""
+    """Train a language model, quantize it in five modes, and evaluate what was saved."""
     from bkcore.comparison.demo import run_demo
 
     console, files = Console(), Files(json_file)
@@ -43,14 +43,14 @@ def demo(
 
 
 def show_shipped(console: Console, checkpoint: Path = SHIPPED) -> None:
-    """Have the shipped model continue a sentence, in float and in INT4, before anything is trained.
+    """Let the shipped model continue a sentence, in float and in INT4, before anything is trained.
 
-    Where it cannot, it says why, and the demo goes on.
+    If it cannot, print why; the demo goes on.
     """
     try:
         _show(console, checkpoint)
     except BKCoreError as error:
-        say(console, f"no model to show before one is trained: {error}")
+        say(console, f"the shipped model cannot be shown first: {error}")
 
 
 def _show(console: Console, checkpoint: Path) -> None:
@@ -61,7 +61,7 @@ def _show(console: Console, checkpoint: Path) -> None:
     _continue("float32", model, tokenizer, console)
     samples = load_samples(checkpoint, model.config.vocab_size)
     if samples is None:
-        raise InputError(f"{checkpoint} holds no samples of its text to calibrate on")
+        raise InputError(f"{checkpoint} holds no samples of its training text to calibrate on")
     model.configure_quantization("ptq_int4")
     model.calibrate_quantization(samples[:_CALIBRATION_WINDOWS].split(4))
     _continue("INT4", model, tokenizer, console)
@@ -76,11 +76,11 @@ def _continue(name: str, model: Any, tokenizer: Any, console: Console) -> None:
 
 
 def table(report: dict[str, Any]) -> Table:
-    """The rows of a demo's report for a terminal of 80 columns."""
+    """A demo's report as a table for a terminal of 80 columns."""
     protocol, control = report["protocol"], report["control"]
     result = Table(
         title=f"{protocol['corpus']}, {protocol['split']}: {protocol['tokens']:,} tokens scored",
-        caption=f"QAT imitates float32; {control['mode']} read the text for as many steps instead",
+        caption=f"QAT imitates float32; {control['mode']} trained on the text for as many steps",
         box=box.SIMPLE_HEAD,
         padding=0,
         show_edge=False,
@@ -109,7 +109,7 @@ def table(report: dict[str, Any]) -> Table:
 
 
 def _speed(tokens_per_second: float) -> str:
-    """At most six letters, so that the table has room."""
+    """At most six characters, so that the table fits."""
     if tokens_per_second < 1e5:
         return f"{tokens_per_second:,.0f}"
     return f"{tokens_per_second / 1e3:,.0f}k"

@@ -27,19 +27,19 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     data: DataOption = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Checkpoint to compare perplexity and speed with.")
+        Path | None, typer.Option(help="Checkpoint to compare perplexity and speed against.")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a window; default: as in its training.")
+        int | None, typer.Option(min=1, help="Tokens per window; default: as in its training.")
     ] = None,
     output: Annotated[
-        Path, typer.Option(help="Folder that keeps what an interrupted evaluation scored.")
+        Path, typer.Option(help="Folder that keeps the scores of an interrupted evaluation.")
     ] = Path("runs/evaluate"),
     json_file: JsonOption = None,
 ) -> None:
     """Measure the perplexity of a checkpoint on the validation split.
 
-    If it is interrupted, the same command continues where it was.
+    If it is interrupted, the same command continues where it stopped.
     """
     console, files = Console(), Files(json_file)
     files.prepare({"--output": output}, [checkpoint, reference, data])
@@ -55,7 +55,7 @@ def evaluate(
 
         files.publish(show, result)
 
-    with keeping(f"{output} keeps what was scored, and the same command continues from there"):
+    with keeping(f"{output} keeps what was scored; the same command continues from there"):
         run_evaluation(checkpoint, data, reference, console, window, output, finish)
 
 
@@ -73,23 +73,22 @@ def run_evaluation(
     Args:
         checkpoint: folder with a model and its tokenizer.
         data: as in `bkcore.text.load_split`; None takes the embedded corpus.
-        reference: checkpoint whose perplexity and speed are compared with.
-        console: where progress is drawn.
-        window: tokens a window; None takes that of the model's training.
-        output: folder that keeps what was scored when this is interrupted, for the next call to
-            continue; None keeps nothing.
-        publish: called with what is returned. What was scored is kept until it is done.
+        reference: checkpoint to compare perplexity and speed against.
+        console: for the progress bar.
+        window: tokens per window; None takes that of the model's training.
+        output: folder for the scores so far, from which the next call continues if this one is
+            interrupted; None keeps nothing.
+        publish: called with the result. The scores are kept until it returns.
 
     Returns:
         The row of the checkpoint as in the demo's report, `expert_load` (see `load_summary`), the
-        `protocol`, and `warning`, None unless the text is not the one that the model was trained
-        on.
+        `protocol`, and `warning`, set if the model was trained on another text, else None.
 
     Raises:
         CheckpointError: if a checkpoint cannot be loaded.
         DataError: if the validation split is missing, unreadable or too small.
-        InputError: if `output` cannot be written, the text is one window, or the reference has
-            another tokenizer; all of these before anything is scored.
+        InputError: if `output` cannot be written, the text is a single window, or the reference has
+            another tokenizer; raised before anything is scored.
     """
     from bkcore.evaluation.judging import Setting, batch_of, check_tokenizers, load_checkpoint
     from bkcore.evaluation.perplexity import standard_error
@@ -143,7 +142,7 @@ def _judge(
 
 
 def summary(result: dict[str, Any]) -> Table:
-    """What `run_evaluation` returned, a number a line, without the load of the experts."""
+    """The result of `run_evaluation` as a table, without the load of the experts."""
     protocol = result["protocol"]
     table = Table(
         title=f"{result['mode']} on {protocol['corpus']}, {protocol['split']}",
@@ -167,12 +166,12 @@ def summary(result: dict[str, Any]) -> Table:
     table.add_row("size, MB", f"{result['bytes'] / 1e6:.2f}")
     table.add_row("tokens per second", f"{result['tokens_per_second']:,.0f}")
     table.add_row("tokens scored", f"{protocol['tokens']:,}")
-    table.add_row("tokens a window", f"{protocol['window']:,}")
+    table.add_row("tokens per window", f"{protocol['window']:,}")
     return table
 
 
 def load_table(expert_load: list[dict[str, Any]]) -> Table:
-    """The load of the experts, a row for each layer; shares are times an even share."""
+    """The load of the experts, one row per layer; shares are multiples of an even share."""
     table = Table(title="load of the experts, 1 is even", box=box.SIMPLE_HEAD, show_edge=False)
     for heading in ("layer", "experts", "tokens served", "least", "most", "entropy"):
         table.add_column(heading, justify="right")

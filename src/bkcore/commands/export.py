@@ -1,4 +1,4 @@
-"""`bkcore export`: a trained model small enough to hand on, without quantizing it."""
+"""`bkcore export`: make a trained model small enough to share, without quantizing it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def export_half(checkpoint: Path, output: Path) -> None:
 
     Args:
         checkpoint: folder with a float model and its tokenizer.
-        output: folder to write, another one.
+        output: another folder, to write.
 
     Raises:
-        InputError: if the model is quantized, whose weights float16 would not make smaller, or
-            both folders are the same, or `output` holds a float model or cannot be written in.
-        CheckpointError: if the checkpoint cannot be loaded, or the folder not written.
+        InputError: if the model is quantized (float16 would not make it smaller), both folders are
+            the same, or `output` holds a float model or cannot be written in.
+        CheckpointError: if the checkpoint cannot be loaded, or the folder cannot be written.
     """
     from bkcore.evaluation.judging import load_checkpoint, save_checkpoint
     from bkcore.evaluation.samples import load_samples
@@ -45,7 +45,7 @@ def export_half(checkpoint: Path, output: Path) -> None:
     state = (model.config.quantization or {}).get("state", "float")
     if state != "float":
         raise InputError(
-            f"{checkpoint} is {state}, and only float models are exported in float16; "
+            f"{checkpoint} is {state}, but only float models are exported in float16; "
             "export the float checkpoint it was made from"
         )
     save_checkpoint(

@@ -1,4 +1,4 @@
-"""Where results go: refused before the work where they cannot go, or would cost what is there."""
+"""Output files: checked before the work; refused if unwritable or if they would destroy data."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _OF_DATA = {"dataset_dict.json", "dataset_info.json", "state.json"}
 
 @dataclass(frozen=True)
 class Files:
-    """The files that a command is asked to write; None is not asked for.
+    """The files that a command is asked to write; None for those not requested.
 
     Attributes:
         json: of `--json`.
         markdown: of `--markdown`.
         plot: the picture.
-        plot_option: the option that names it.
+        plot_option: the option that names the picture.
     """
 
     json: Path | None = None
@@ -41,10 +41,10 @@ class Files:
         folders: Mapping[str, Path | None] | None = None,
         read: Iterable[Path | str | None] = (),
     ) -> None:
-        """Try all that is going to be written, and leave everything as it is.
+        """Test everything that will be written, without leaving a trace; arguments as in `prepare`.
 
         Raises:
-            InputError: as in `prepare`, which has the arguments, and in `prepare_plot`.
+            InputError: as in `prepare` and `prepare_plot`.
         """
         if self.plot is not None:
             prepare_plot(self.plot)
@@ -58,7 +58,7 @@ class Files:
         markdown: str = "",
         draw: Callable[[Path], None] = lambda path: None,
     ) -> None:
-        """Write a result into the files that were asked for, then print it.
+        """Write a result to the requested files, then print it.
 
         Args:
             show: prints it.
@@ -67,7 +67,7 @@ class Files:
             draw: draws it into a file.
 
         Raises:
-            OutputError: in the end, if something of it could not be written or printed.
+            OutputError: at the end, if some of it could not be written or printed.
         """
         publish(
             show,
@@ -82,15 +82,15 @@ def prepare(
     folders: Mapping[str, Path | None] | None = None,
     read: Iterable[Path | str | None] = (),
 ) -> None:
-    """Try all that a command is going to write, and leave everything as it is.
+    """Test everything that a command will write, without leaving a trace.
 
     Args:
-        files, folders: by the options that name them; None is not asked for.
+        files, folders: by the option that names each; None for those not requested.
         read: files and folders that the command reads.
 
     Raises:
         InputError: if something cannot be written, two outputs are in each other's way, or a file
-            that is read, or belongs to a model, would be lost.
+            that is read or belongs to a model would be lost.
     """
     wanted = {name: path for name, path in files.items() if path is not None}
     places = {name: path for name, path in (folders or {}).items() if path is not None}
@@ -109,13 +109,18 @@ def prepare(
 def _check_harmless(
     name: str, path: Path, folders: Mapping[str, Path], read: Iterable[Path | str | None]
 ) -> None:
-    """Raise `InputError` if a file to write is one to read, or stands where a folder is to be."""
+    """Raise `InputError` if an output file is also read, or is in the way of a folder."""
     place = path.resolve()
     for other, folder in folders.items():
         if place in folder.resolve().parents:
-            raise InputError(f"{name} is {path}, in which {other} is to be a folder, {folder}")
+            raise InputError(
+                f"{name} is {path}, but {other} needs a folder inside it, {folder}; name another "
+                "file"
+            )
         if place.parent == folder.resolve() and _is_of_checkpoint(place.name):
-            raise InputError(f"{name} is {path}, a file that a model in {folder} has")
+            raise InputError(
+                f"{name} is {path}, a file of the model in {folder}; name another file"
+            )
     is_input = (
         place.suffix in (".txt", ".arrow")
         or place.name in _OF_DATA
@@ -138,7 +143,7 @@ def _is_of_checkpoint(name: str) -> bool:
 
 
 def refuse_model(folder: Path) -> None:
-    """Make sure that no model is lost which cannot be made again in minutes, as quantized ones can.
+    """Refuse to overwrite a float model. (A quantized one can be made again in minutes.)
 
     Raises:
         InputError: if the folder holds a model that is not quantized, or may hold one.

@@ -1,4 +1,4 @@
-"""`bkcore generate`: a text continued."""
+"""`bkcore generate`: continue a text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def generate(
 
 
 def _as_text(argument: str) -> str:
-    """An argument in UTF-8 as text, where the locale took it for something else."""
+    """A UTF-8 argument as text, even if Python decoded it by another locale."""
     try:
         return os.fsencode(argument).decode()
     except UnicodeError:
@@ -37,17 +37,17 @@ def _as_text(argument: str) -> str:
 
 
 def continue_text(checkpoint: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
-    """The prompt and up to `tokens` sampled tokens.
+    """The prompt followed by up to `tokens` sampled tokens.
 
     Args:
         checkpoint: folder with a model and its tokenizer.
         prompt: at least one character.
-        tokens: how many to add at most, at least 1.
-        temperature: 0 takes the likeliest token each time.
+        tokens: the most to add, at least 1.
+        temperature: 0 always takes the likeliest token.
         seed: of the sampling.
 
     Raises:
-        InputError: if the prompt is empty, or holds lone surrogates.
+        InputError: if the prompt is empty, or contains lone surrogates.
         CheckpointError: if the checkpoint cannot be loaded.
     """
     from bkcore.evaluation.judging import load_checkpoint
@@ -55,7 +55,7 @@ def continue_text(checkpoint: Path, prompt: str, tokens: int, temperature: float
     if not prompt:
         raise InputError("the prompt is empty; give at least one character")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise InputError(f"the prompt {prompt!r} is not text in UTF-8")
+        raise InputError(f"the prompt {prompt!r} is not valid UTF-8 text")
     model, tokenizer = load_checkpoint(checkpoint)
     return sample(model, tokenizer, prompt, tokens, temperature, seed)
 
@@ -63,7 +63,7 @@ def continue_text(checkpoint: Path, prompt: str, tokens: int, temperature: float
 def sample(
     model: Any, tokenizer: Any, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> str:
-    """The prompt and up to `tokens` sampled tokens of a model; as `continue_text`."""
+    """The prompt followed by up to `tokens` sampled tokens of a model, as in `continue_text`."""
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ DataOption = Annotated[
         "default: the embedded corpus.",
     ),
 ]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result here.")]
 PlotOption = Annotated[Path | None, typer.Option(help="Draw a picture: .png or .svg.")]

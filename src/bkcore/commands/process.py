@@ -1,4 +1,4 @@
-"""A command as a process: what it prints and writes, how it is interrupted, and how it ends."""
+"""Running a command as a process: its output, interruptions and exit code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bkcore.host import free_cores
 
 
 class Command(TyperCommand):
-    """A command during which transformers is quiet, and that says so when it is interrupted."""
+    """A command that silences transformers and reports an interruption."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -33,14 +33,14 @@ class Command(TyperCommand):
 
 
 class _Terminated(KeyboardInterrupt):
-    """Another process asked this one to end."""
+    """Another process asked this one to terminate (SIGTERM)."""
 
     number = signal.SIGTERM
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without warnings and progress bars of transformers inside of a with block."""
+    """Silence the warnings and progress bars of transformers inside a with block."""
     from transformers.utils import logging
 
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -55,9 +55,9 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def use_free_cores() -> None:
-    """Compute with no more threads than cores are free, and say so if that takes some away.
+    """Use no more threads than there are free cores, and say so if that means fewer threads.
 
-    OMP_NUM_THREADS in the environment has its way.
+    OMP_NUM_THREADS in the environment takes precedence.
     """
     import torch
 
@@ -68,14 +68,14 @@ def use_free_cores() -> None:
     threads = "1 thread" if free == 1 else f"{free} threads"
     say(
         Console(stderr=True),
-        f"other processes keep cores busy: computing with {threads} "
-        "(the environment variable OMP_NUM_THREADS sets another number)",
+        f"other processes keep cores busy; computing with {threads} "
+        "(set the environment variable OMP_NUM_THREADS to use another number)",
     )
 
 
 @contextmanager
 def keeping(what: str) -> Iterator[None]:
-    """Have an interruption inside of a with block say what is kept."""
+    """Make an interruption inside a with block say what is kept."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -84,10 +84,10 @@ def keeping(what: str) -> Iterator[None]:
 
 
 def publish(show: Callable[[], None], *files: tuple[Path | None, Callable[[Path], None]]) -> None:
-    """Write a result into the files that were asked for, then print it.
+    """Write a result to the requested files, then print it.
 
     Raises:
-        OutputError: in the end, if something of it could not be written or printed.
+        OutputError: at the end, if some of it could not be written or printed.
     """
     failed = []
     try:
@@ -107,11 +107,11 @@ def publish(show: Callable[[], None], *files: tuple[Path | None, Callable[[Path]
 
 
 class _UnprintedError(OutputError):
-    """The terminal, file or pipe that was printed to took no more; `main` says so."""
+    """Standard output could not be written to; `run` reports it."""
 
 
 def run(command: Callable[[], object]) -> int:
-    """Run a command in this process, with streams that end no work and a handler of SIGTERM.
+    """Run a command in this process, with a SIGTERM handler and streams whose errors end no work.
 
     Returns:
         The exit code, as `bkcore.cli.main` describes it.
@@ -126,7 +126,7 @@ def run(command: Callable[[], object]) -> int:
             if isinstance(out.error, BrokenPipeError):
                 code = code or 128 + signal.SIGPIPE
             elif out.error is not None:
-                _complain(f"standard output took no more: {out.error.strerror}")
+                _complain(f"standard output could not be written: {out.error.strerror}")
                 code = code or 2
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -134,7 +134,7 @@ def run(command: Callable[[], object]) -> int:
 
 
 def _exit_code(command: Callable[[], object]) -> int:
-    """Run a command, and say what went wrong."""
+    """Run a command, and report its error."""
     try:
         command()
     except SystemExit as end:
@@ -160,7 +160,7 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _reserve_descriptors() -> None:
-    """Have something behind standard streams that are closed: a file would take their place."""
+    """Open /dev/null for closed standard streams; otherwise a file would get their descriptors."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)

@@ -1,4 +1,4 @@
-"""`bkcore quantize`: a checkpoint in a mode, or within a budget of bits."""
+"""`bkcore quantize`: quantize a checkpoint in a mode, or within a bit budget."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def quantize(
         str | None,
         typer.Option(
             metavar="FOLDER|NAME",
-            help="Text to calibrate on, as in bkcore train; default: the samples of its training "
-            "text that the checkpoint holds.",
+            help="Text to calibrate on, as in bkcore train; default: the samples of the training "
+            "text in the checkpoint.",
         ),
     ] = None,
     group_size: Annotated[
@@ -53,8 +53,8 @@ def quantize(
         int | None,
         typer.Option(
             min=0,
-            help="Weights with fewer numbers stay in float16, because their products are slower "
-            f"in codes; default: {QuantizationConfig.min_size:,}, and 0 leaves none.",
+            help="Weights with fewer numbers stay in float16, because integer products of that "
+            f"size are slower; default: {QuantizationConfig.min_size:,}; with 0 none stay.",
         ),
     ] = None,
     calibration_tokens: Annotated[
@@ -66,45 +66,48 @@ def quantize(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help=f"Peak rate of the QAT modes; default: {QAT_LEARNING_RATE:g}."),
+        typer.Option(help=f"Peak learning rate of the QAT modes; default: {QAT_LEARNING_RATE:g}."),
     ] = None,
     distill: Annotated[
         bool | None,
         typer.Option(
             "--distill/--no-distill",
-            help="Train a QAT mode towards what the float model predicts, or towards the text. "
-            "Default: the model.",
+            help="Train a QAT mode on the predictions of the float model, or on the text. "
+            "Default: on the predictions.",
         ),
     ] = None,
     control: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Train the float model on the text for the same steps, too, and save it here: "
-            "what a QAT model is to be compared with.",
+            help="Also train the float model on the text for the same steps and save it here, "
+            "for comparison with a QAT model.",
         ),
     ] = None,
     target_bits: Annotated[
         float | None,
-        typer.Option(help="Most bits of a weight on average, scales included: 4, 8 or 16 each."),
+        typer.Option(
+            help="Most bits per weight on average, including scales; each gets 4, 8 or 16."
+        ),
     ] = None,
     max_ppl_increase: Annotated[
         str | None,
         typer.Option(
             metavar="PERCENT",
-            help="The smallest model whose perplexity on held-out training text rises by no more.",
+            help="Make the smallest model whose perplexity on held-out training text rises by no "
+            "more than this.",
         ),
     ] = None,
     frontier: Annotated[
         Path | None,
-        typer.Option(help="Measure models of all sizes, and draw them: .png or .svg."),
+        typer.Option(help="Also measure models of all sizes, and draw them: .png or .svg."),
     ] = None,
     strict: Annotated[
-        bool, typer.Option(help="Write nothing if a tensor is not as its mode promises.")
+        bool, typer.Option(help="Write nothing if a tensor differs from what its mode promises.")
     ] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Quantize a checkpoint, and print the receipt that is saved with it."""
+    """Quantize a checkpoint, and print the receipt saved with it."""
     from bkcore.commands.quantize_steps import run_quantize
 
     console = Console()
@@ -148,7 +151,7 @@ def _percent(text: str) -> float:
     """The number in "1%" or "1".
 
     Raises:
-        typer.BadParameter: if there is none.
+        typer.BadParameter: if the text is neither.
     """
     try:
         return float(text.removesuffix("%"))
@@ -157,7 +160,7 @@ def _percent(text: str) -> float:
 
 
 def _as_json(result: dict[str, Any]) -> dict[str, Any]:
-    """What `run_quantize` returns, ready for JSON."""
+    """The result of `run_quantize`, ready for JSON."""
     sensitivity: list[Sensitivity] = result.get("sensitivity", [])
     assignment: Assignment = result.get("assignment", {})
     if not sensitivity:

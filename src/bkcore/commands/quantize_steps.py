@@ -1,6 +1,6 @@
 """The steps of `bkcore quantize`, from a float checkpoint to a quantized one.
 
-It calibrates on the training text, never on what models are judged by.
+They calibrate on the training text, never on text that models are judged on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bkcore.training import train
 from bkcore.training.codes import train_through_codes
 
 UNIFORM_MODES = ("ptq_int8", "ptq_int4", "mixed_precision")
-"""What the frontier of a bit budget is compared with."""
+"""Modes that the frontier of a bit budget is compared with."""
 
 
 def run_quantize(
@@ -45,33 +45,33 @@ def run_quantize(
 
     Args:
         checkpoint: folder with a float model and its tokenizer.
-        output: folder to write, another one.
+        output: another folder, to write.
         data: the text to calibrate on, as in `bkcore.text.load_split`. None takes the samples of
-            its training text that the checkpoint holds, or the embedded corpus if it was trained on
+            the training text in the checkpoint, or the embedded corpus if the model was trained on
             that.
-        settings: how.
-        console: where progress is drawn.
-        control: folder to save the float model in after as many steps on the text as a QAT mode
-            trained; None does not train it.
+        settings: how to quantize.
+        console: for the progress bar.
+        control: folder for the float model trained on the text for as many steps as a QAT mode;
+            None does not train it.
 
     Returns:
         `receipt`, see `bkcore.model.receipt.of_quantized`; `corpus`, the name of the text;
-        `calibration_tokens`, how many of its tokens calibration saw; and `warning`, None unless the
-        text is not the one that the model was trained on.
+        `calibration_tokens`, how many of its tokens calibration saw; and `warning`, set if the
+        model was trained on another text, else None.
         With a bit budget also `sensitivity`, a list of `Sensitivity`; `assignment`, the `Choice`
-        of each unit; and `points`, rows of `Search.point`: the model that was saved comes first.
+        of each unit; and `points`, rows of `Search.point`, with the saved model first.
 
     Raises:
-        InputError: if the checkpoint is not float, two folders are the same, one to write holds a
-            float model, no model is within the budget, there is a control in a mode that does not
-            train, or `data` is None and the checkpoint cannot do without.
-        CheckpointError: if it cannot be loaded, or `output` not written.
+        InputError: if the checkpoint is not float, two folders are the same, an output folder holds
+            a float model, no model is within the budget, `control` is given in a mode that does not
+            train, or `data` is None and the checkpoint does not provide enough text.
+        CheckpointError: if the checkpoint cannot be loaded, or `output` cannot be written.
         DataError: if the text is missing, unreadable or too small.
         ReceiptError: if `settings.strict` finds something; nothing is written then.
     """
     _check_folders(checkpoint, output, control)
     if control is not None and settings.steps is None:
-        raise InputError(f"mode {settings.mode!r} does not train: there is nothing to control for")
+        raise InputError(f"mode {settings.mode!r} does not train and takes no --control")
     model, tokenizer = load_float(checkpoint)
     text = calibration_text(checkpoint, model, data, settings.needs_text)
     if text.warning is not None:
@@ -110,8 +110,8 @@ def run_quantize(
 
 
 def _check_folders(checkpoint: Path, output: Path, control: Path | None) -> None:
-    """Raise `InputError` if two of them are one, a float model would be lost, or one to write
-    cannot be written in."""
+    """Raise `InputError` if two folders are the same, a float model would be lost, or an output
+    folder cannot be written in."""
     if output.resolve() == checkpoint.resolve():
         raise InputError(f"{output} is the checkpoint itself; name another folder")
     if control is not None and control.resolve() in (checkpoint.resolve(), output.resolve()):
@@ -123,13 +123,13 @@ def _check_folders(checkpoint: Path, output: Path, control: Path | None) -> None
 
 
 def _check_strictly(found: Sequence[str]) -> None:
-    """Raise `ReceiptError`, which has every problem that was found, unless there is none."""
+    """Raise `ReceiptError` with all problems found, if there are any."""
     if found:
         raise ReceiptError("--strict: " + "; ".join(found))
 
 
 def _stages(settings: QuantizeSettings, control: Path | None) -> dict[str, float]:
-    """Stages and about how long each takes."""
+    """The stages, with about how long each takes."""
     stages = {"read text": 5.0, "calibrate": 5.0}
     if settings.steps is not None:
         stages["train"] = (1.0 if settings.distill is False else 1.1) * settings.steps
@@ -145,19 +145,19 @@ def _stages(settings: QuantizeSettings, control: Path | None) -> dict[str, float
 def _check_before(
     model: ResNetBKForCausalLM, windows: CalibrationWindows, settings: QuantizeSettings
 ) -> None:
-    """Raise an error before the work where it would be raised after it."""
+    """Raise errors before the work that would otherwise come after it."""
     length, batch_size = windows.length, windows.batch_size
     if settings.steps is not None and len(windows.all) < batch_size:
         raise DataError(
-            f"the training text has {len(windows.all)} windows of {length} tokens, and a "
-            f"step of training takes {batch_size}; give more text"
+            f"the training text has only {len(windows.all)} windows of {length} tokens, but a "
+            f"training step takes {batch_size}; give more text"
         )
     if settings.target_bits is not None:
         check_target(model, settings.target_bits, settings.config.group_size)
     if settings.has_budget and len(windows.judge().tokens) < 2 * length:
         raise InputError(
-            f"a bit budget is judged on as many windows as calibration takes, which is one of "
-            f"{length} tokens, and one tells nothing about the spread: allow more "
+            f"a bit budget is judged on as many windows as calibration takes, but that is one of "
+            f"{length} tokens, which tells nothing about the spread; allow more "
             "--calibration-tokens, or give more text"
         )
     if settings.strict and not settings.has_budget:
@@ -165,7 +165,7 @@ def _check_before(
 
 
 def _check_calibration(model: ResNetBKForCausalLM) -> None:
-    """Raise `ReceiptError` for what calibration did not reach."""
+    """Raise `ReceiptError` if calibration did not reach something."""
     if model.receipt is not None:
         _check_strictly(problems_of_calibration(model.receipt["calibration"]))
 
@@ -195,7 +195,7 @@ def _learn(
 def _train_control(
     checkpoint: Path, windows: CalibrationWindows, settings: QuantizeSettings, plan: Plan
 ) -> ResNetBKForCausalLM:
-    """The float model after as many steps on the text as a QAT mode trained."""
+    """Train the float model on the text for as many steps as the QAT mode."""
     model, _ = load_float(checkpoint)
     schedule, origin = settings.schedule(windows.length), model.config.training_text
     with plan.stage("train the control") as advance:
@@ -205,7 +205,7 @@ def _train_control(
             schedule,
             on_step=lambda step: advance(step / schedule.steps),
         )
-    model.config.training_text = origin  # a few steps more do not make another model
+    model.config.training_text = origin  # a few more steps do not change where it comes from
     return model
 
 
@@ -216,7 +216,7 @@ def _within_budget(
     settings: QuantizeSettings,
     plan: Plan,
 ) -> tuple[ResNetBKForCausalLM, dict[str, Any]]:
-    """The model with bits that are within the budget, and what was found on the way."""
+    """The model with bits within the budget, and the results of the search."""
     with plan.stage("calibrate"):
         calibrate_for_any_width(model, settings.config, windows.batches())
         if settings.strict:
@@ -254,7 +254,8 @@ def _uniform(
     settings: QuantizeSettings,
     search: Search,
 ) -> dict[str, Any]:
-    """The row of the same checkpoint in a mode that gives a kind of weight the same bits."""
+    """The row of the same checkpoint in a uniform mode, which gives all weights of a part equal
+    bits."""
     model, _ = load_float(checkpoint)
     model.configure_quantization(QuantizationConfig(mode, settings.config.group_size))
     model.calibrate_quantization(windows.batches())

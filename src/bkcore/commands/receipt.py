@@ -1,4 +1,4 @@
-"""`bkcore receipt`: what was done to every tensor of a quantized model, as tables."""
+"""`bkcore receipt`: what quantization did to every tensor of a model, as tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def receipt(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of a quantized model.")],
     json_file: JsonOption = None,
 ) -> None:
-    """Print what was done to every tensor of a quantized checkpoint."""
+    """Print what quantization did to every tensor of a checkpoint."""
     from bkcore.model.receipt import read
 
     files = Files(json_file)
@@ -39,7 +39,7 @@ def show(
     more_tables: Sequence[Table] = (),
     more_lines: Sequence[str] = (),
 ) -> None:
-    """Print a receipt, with other tables and lines, and the size of the checkpoint in `folder`."""
+    """Print a receipt, other tables and lines, and the size of the checkpoint in `folder`."""
     for each in tables(receipt):
         console.print(each, "")
     for each in more_tables:
@@ -50,7 +50,7 @@ def show(
 
 
 def tables(receipt: dict[str, Any]) -> list[Table]:
-    """Tables of the weights, the activations of the core, its errors, and what stayed float.
+    """Tables of the weights, the core's activations, its errors, and the tensors that stay float.
 
     Args:
         receipt: see `bkcore.model.receipt.of_quantized`.
@@ -60,7 +60,7 @@ def tables(receipt: dict[str, Any]) -> list[Table]:
 
 
 def size(receipt: dict[str, Any], folder: Path) -> str:
-    """A line on the size of a checkpoint's files, against all its parameters in float32."""
+    """A line on the size of a checkpoint's files, compared with all its parameters in float32."""
     entries = (*receipt["weights"], *receipt["float"])
     in_float32 = 4 * sum(math.prod(entry["shape"]) for entry in entries)
     on_disk = model_bytes(folder)
@@ -71,7 +71,7 @@ def size(receipt: dict[str, Any], folder: Path) -> str:
 
 
 def training(receipt: dict[str, Any]) -> str | None:
-    """A line on the training in a QAT mode; None if the receipt knows of none."""
+    """A line on the training in a QAT mode; None if the receipt records none."""
     entry = receipt.get("training")
     if entry is None:
         return None
@@ -91,7 +91,7 @@ def _weights(receipt: dict[str, Any]) -> Table:
     table = _table(f"weights, {config['mode']}: {average_bits(receipt):.3f} bits on average")
     notes = []
     if any(entry.get("rounding") == "gptq" for entry in receipt["weights"]):
-        notes.append("* rounded by GPTQ, which makes up for errors of other weights")
+        notes.append("* rounded by GPTQ, which makes up for the errors of other weights")
     if any("reason" in entry for entry in receipt["weights"]):
         notes.append(f"small: in float16, fewer than {config['min_size']:,} numbers")
     table.caption = "\n".join(notes) or None
@@ -182,7 +182,7 @@ def _table(title: str) -> Table:
 
 
 def _short(name: str) -> str:
-    """A name that leaves room for the other columns: 0.experts.3.up is of expert 3 of layer 0."""
+    """A shorter name, to leave room for other columns: 0.experts.3.up is in expert 3 of layer 0."""
     name = name.removeprefix("layers.").replace(".experts.experts.", ".experts.")
     return name.replace(".mixer.quantizers.", ".")
 

@@ -1,4 +1,4 @@
-"""`bkcore train`: from text to a folder with a model, its tokenizer and the curve, by a recipe."""
+"""`bkcore train`: train a tokenizer and a model on a text by a recipe, and save them."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ def train(
     config: Annotated[Path, typer.Option(help="Recipe in YAML, such as configs/wikitext2.yaml.")],
     data: DataOption = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for all results; default: runs/NAME OF THE RECIPE.")
+        Path | None, typer.Option(help="Folder for all results; default: runs/NAME-OF-RECIPE.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option(help="Continue what is there, or delete its checkpoints.")
+        bool, typer.Option(help="Continue an earlier training there, or delete its checkpoints.")
     ] = True,
     plot: PlotOption = None,
 ) -> None:
-    """Train a language model by a recipe; a killed training resumes by the same command."""
+    """Train a language model by a recipe; the same command resumes a killed training."""
     from bkcore.training.recipe import read_recipe
 
     folder = output or Path("runs") / config.stem
     console = Console()
     Files(plot=plot).prepare({"--output": folder}, [config, data])
     use_free_cores()
-    with keeping(f"{folder} keeps the checkpoints, and the same command continues from the last"):
+    with keeping(f"{folder} keeps the checkpoints; the same command continues from the last"):
         report = run_training(read_recipe(config), data, folder, resume, console)
     if plot is not None:
         draw_curve(report, plot)
@@ -69,29 +69,29 @@ def run_training(
 ) -> dict[str, Any]:
     """Train a tokenizer and a model, and save the model that did best on the validation split.
 
-    Started by `torchrun`, every process takes its share of each batch, and the first one prints
-    and writes. In `output` there are afterwards: `model`, a checkpoint with its tokenizer;
-    `training.json`, the report; `cache`, the tokenizer and the token ids; and the folders from
-    which a killed training resumes.
+    Under `torchrun`, every process takes its share of each batch, and the first one prints and
+    writes. Afterwards `output` holds `model`, a checkpoint with its tokenizer; `training.json`, the
+    report; `cache`, the tokenizer and the token ids; and the folders from which a killed training
+    resumes.
 
     Args:
         recipe: sizes and lengths.
         data: as in `bkcore.text.open_corpus`.
-        output: folder for all of it.
-        resume: continue what is there; False deletes its checkpoints and starts afresh.
-        console: where progress is drawn.
+        output: folder for all results.
+        resume: continue an earlier training there; False deletes its checkpoints and starts afresh.
+        console: for the progress bar.
 
     Returns:
         The report: `curve`, the training losses and evaluations by step; `best`, the evaluation of
-        the model that was saved; `protocol` of the evaluations; `recipe`, `corpus`, `parameters`,
+        the saved model; `protocol` of the evaluations; `recipe`, `corpus`, `parameters`, and
         `training_tokens` (a step's tokens times the steps done).
 
     Raises:
-        DataError: if the text is missing, unreadable or too small; before any training.
-        InputError: if `output` cannot be written; likewise.
+        DataError: if the text is missing, unreadable or too small; raised before any training.
+        InputError: if `output` cannot be written; raised before any training.
         OutputError: if the report cannot be written.
-        CheckpointError: if `output` holds a training by another recipe or on another text, or it
-            is full.
+        CheckpointError: if `output` holds a training by another recipe or on another text, or the
+            disk is full.
     """
     from accelerate import PartialState
 
@@ -179,12 +179,12 @@ def _evaluation(scores: Scores, protocol: Protocol) -> dict[str, float]:
         "loss": scores.total_nll / scores.total_tokens,
         **perplexities(scores, protocol),
     }
-    # The Trainer writes what it is given, and JSON has no infinities.
+    # The Trainer writes all values as JSON, which has no infinities, so leave those out.
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _complete(entry: dict[str, float]) -> dict[str, float]:
-    """An entry of the log with the perplexities that were left out of it, which are infinite."""
+    """A log entry with the perplexities that were left out because they are infinite."""
     if "eval_loss" not in entry:
         return entry
     infinite = dict.fromkeys(("eval_ppl_token", "eval_ppl_word"), math.inf)
@@ -192,7 +192,7 @@ def _complete(entry: dict[str, float]) -> dict[str, float]:
 
 
 def _perplexities(entry: dict[str, float], bits: str = "") -> str:
-    """What a line says of an evaluation; the bytes are unknown where it is of an older bkcore."""
+    """The perplexities for a line; older versions of bkcore did not record those per byte."""
     return (
         f"perplexity {number(entry['eval_ppl_token'], '.2f')} per token{bits}, "
         f"{number(entry['eval_ppl_word'], '.2f')} per word, "
@@ -202,7 +202,7 @@ def _perplexities(entry: dict[str, float], bits: str = "") -> str:
 
 @dataclass
 class _Display:
-    """A bar with the step, the loss, the speed and the last perplexity; silent if not `shown`."""
+    """A bar with step, loss, speed and last perplexity; silent if not `shown`."""
 
     steps: int
     tokens_a_step: int
@@ -232,7 +232,7 @@ class _Display:
         self._progress.stop()
 
     def on_step(self, step: int) -> None:
-        """Move the bar; speed is counted from the first step of this process."""
+        """Move the bar; speed is measured from the first step of this process."""
         if self._first < 0:
             self._start, self._first = time.monotonic(), step
             self._progress.reset(self._task, total=self.steps, completed=step - 1)
@@ -246,7 +246,7 @@ class _Display:
         )
 
     def on_log(self, entry: dict[str, float]) -> None:
-        """Note a loss; leave a line for an evaluation, so that a log file tells the story too."""
+        """Show a loss; print a line for an evaluation, so that a log file has it too."""
         if "loss" in entry:
             self.values["loss"] = f"loss {entry['loss']:.3f}"
         else:
@@ -263,7 +263,7 @@ class _Display:
 
 
 def _summary(report: dict[str, Any], output: Path) -> str:
-    """One line for the end of a training."""
+    """The line at the end of a training."""
     best = report["best"]
     bits = f" ({best['eval_loss'] / math.log(2):.3f} bits)"
     found = _perplexities(best, bits)
@@ -271,10 +271,10 @@ def _summary(report: dict[str, Any], output: Path) -> str:
 
 
 def draw_curve(report: dict[str, Any], path: Path) -> None:
-    """Draw the losses of a report of `bkcore train` against the tokens, and its perplexities.
+    """Draw the losses and perplexities of a training report against the tokens.
 
     Args:
-        report: what `run_training` returns.
+        report: the result of `run_training`.
         path: a .png or .svg file.
     """
     from matplotlib.figure import Figure

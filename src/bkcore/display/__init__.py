@@ -1,1 +1,1 @@
-"""What a person sees while something runs, and afterwards: lines, progress bars and pictures."""
+"""Output for people, during and after a run: lines, progress bars and pictures."""

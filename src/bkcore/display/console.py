@@ -1,4 +1,4 @@
-"""What is printed: values as they are, on a terminal that may be full, closed or of few letters."""
+"""Printing: text as it is, to a stream that may be full, closed or lack characters."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ import rich.console
 from rich.text import Text
 
 _HUGE = 1e5
-"""From there on a perplexity means nothing but that, and is too long for a table."""
+"""From here on a perplexity only means "huge", and its digits do not fit in a table."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class Console(rich.console.Console):
-    """A console that takes no part of a text for markup: brackets in a name are brackets.
+    """A console that never interprets text as markup, so that brackets in a name stay brackets.
 
-    Styles are given beside the text. Characters that would steer a terminal are shown as escapes.
+    Styles are given separately. Characters that would control the terminal are shown as escapes.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """As rich's, which tables and titles go through, too."""
+        """As in rich; tables and titles also go through this."""
         return super().render_str(visible(text), **options)
 
 
 def say(console: rich.console.Console, line: str) -> None:
-    """Print a line as it is on any console, and leave it to the terminal to wrap it."""
+    """Print a line as it is on any console; the terminal wraps it."""
     console.print(Text(visible(line)), soft_wrap=True)
 
 
 def warn(console: rich.console.Console, line: str) -> None:
-    """Print a line that nobody is to miss, as `say` prints others."""
+    """Print a warning, highlighted; otherwise as `say`."""
     console.print(Text(visible(line), style="bold yellow"), soft_wrap=True)
 
 
 def visible(text: str) -> str:
-    """A text with escapes for control characters, line ends and tabs apart, and lone surrogates."""
+    """Escape lone surrogates and control characters, except line breaks and tabs."""
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def number(value: float | None, form: str) -> str:
-    """A number in a format, as a power of ten where it is huge; a dash for one that is not known,
-    or not finite."""
+    """Format a number, in scientific notation if it is huge; a dash if it is unknown or not
+    finite."""
     if value is None or not math.isfinite(value):
         return "-"
     if abs(value) < _HUGE or form[-1] in "eg":
@@ -58,18 +58,18 @@ def number(value: float | None, form: str) -> str:
 
 
 def bits_per_byte(ppl_byte: float | None, form: str = ".3f") -> str:
-    """What a perplexity per byte is in bits, for a table."""
+    """A perplexity per byte as bits per byte, for a table."""
     return number(None if ppl_byte is None else math.log2(ppl_byte), form)
 
 
 class LastingStream:
-    """A stream for all that a command prints, which ends no work.
+    """A stream for a command's output whose errors never end the work.
 
-    What the encoding has no letters for becomes a question mark. After the first error, which
-    `error` holds, everything is dropped.
+    Characters that the encoding lacks become question marks. After the first error, which is kept
+    in `error`, everything is dropped.
 
     Args:
-        stream: where it goes; None is closed.
+        stream: the underlying stream; None if it is closed.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -104,7 +104,7 @@ class LastingStream:
                 self._fail(error)
 
     def _fail(self, error: OSError) -> None:
-        """Note the error, and drop what stands in the buffer: Python flushes it at its end."""
+        """Keep the error, and discard the buffer, which Python would flush at exit."""
         self.error = error
         with suppress(OSError, AttributeError):  # no stream, or one without a file
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""Pictures: refused before the work where they cannot be drawn, and written as files."""
+"""Pictures: checked before the work, and written to files."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from bkcore.outputs import prepare_file, write_bytes
 
 
 def prepare_plot(path: Path) -> None:
-    """Make sure that a picture can be drawn and written later.
+    """Check that a picture can be drawn and written later.
 
     Raises:
         InputError: if matplotlib is missing, the file is neither .png nor .svg, or as in
             `prepare_file`.
     """
     if path.suffix not in (".png", ".svg"):
-        raise InputError(f"the plot must be a .png or .svg file, got {path}")
+        raise InputError(f"the plot must be a .png or .svg file, not {path}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("a plot needs matplotlib: pip install 'bkcore[plot]'")
+        raise InputError("a plot needs matplotlib; pip install 'bkcore[plot]'")
     prepare_file(path)
 
 
 def write_plot(figure: Any, path: Path) -> None:
-    """Write a figure of matplotlib in the format that the name of a file ends in.
+    """Write a matplotlib figure in the format given by the file's extension.
 
     Raises:
         OutputError: if it cannot be written.

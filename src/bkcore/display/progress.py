@@ -1,4 +1,4 @@
-"""One progress bar over a plan of stages: what is running, how far, and how long is left."""
+"""One progress bar over several stages: the current one, its progress, and the time left."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from rich.progress import (
 from bkcore.display.console import say
 
 _SILENCE = 60.0
-"""Seconds after which a running stage leaves a line where no terminal shows a bar."""
+"""Seconds between lines of a running stage if no terminal shows a bar."""
 
 
 class Plan:
-    """Stages with weights, about proportional to the time they take, behind one bar.
+    """Stages that share one bar, with weights about proportional to the time they take.
 
     Args:
         stages: weight of each stage, in order.
-        console: where to draw. Each finished stage leaves a line, and without a terminal a running
-            one every minute, so that a log file tells the story too.
+        console: where to draw. Each finished stage prints a line. Without a terminal, a running
+            stage also prints one every minute, so that a log file shows progress.
     """
 
     def __init__(self, stages: dict[str, float], console: Console) -> None:
@@ -43,7 +43,7 @@ class Plan:
             TaskProgressColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
-            # The average over minutes: stages differ in speed, and the weights even that out.
+            # Averaged over minutes, since the weights only roughly match the speed of the stages.
             TimeRemainingColumn(elapsed_when_finished=False),
             console=console,
             speed_estimate_period=120,
@@ -66,8 +66,8 @@ class Plan:
         """Run a stage.
 
         Yields:
-            A function to call with the fraction of the stage that is done, and with what is known
-            by then, if anything: it stands beside the bar, and at the end in the stage's line.
+            A function to call with the fraction of the stage that is done, and optionally a result
+            so far, which is shown beside the bar and finally in the stage's line.
         """
         self._count += 1
         weight = self._stages[name]
