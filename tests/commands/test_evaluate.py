@@ -45,7 +45,7 @@ def test_a_text_of_one_window_is_refused_before_it_is_scored(
     fox_checkpoint: Path, fox_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judging, "score", None)
-    with pytest.raises(InputError, match=r"and a window has 100000\. One window"):
+    with pytest.raises(InputError, match=r"and a window has 100000; one window"):
         run_evaluation(fox_checkpoint, fox_text, None, Console(quiet=True), 100_000)
 
 

@@ -439,5 +439,5 @@ def test_another_text_is_said_loudly(checkpoint: Path, text: Path, tmp_path: Pat
     (other / "train.txt").write_text("something else entirely . " * 2000, encoding="utf-8")
     console = Console(record=True, width=60, file=io.StringIO())
     found = run_quantize(source, tmp_path / "out", other, settings(), console)
-    assert f"trained on {text.name}, and foreign is another text" in found["warning"]
+    assert f"trained on {text.name}, but foreign is another text" in found["warning"]
     assert found["warning"] in console.export_text()

@@ -147,7 +147,7 @@ def test_command_line_says_what_is_wrong(
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
-    assert "There is no folder" in " ".join(capsys.readouterr().err.split())
+    assert "there is no folder" in " ".join(capsys.readouterr().err.split())
 
 
 def test_generate_continues_a_text(finished: tuple[Path, dict[str, Any]]) -> None:

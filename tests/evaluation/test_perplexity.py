@@ -184,7 +184,7 @@ def test_wrong_logits_tokens_and_batch_sizes() -> None:
         score(lambda ids: torch.zeros(3, 4), tokens, window=8, batch_size=4, bos_id=BOS)
     with pytest.raises(InputError, match="batch_size must be at least 1, not 0"):
         score(uniform, tokens, window=8, batch_size=0, bos_id=BOS)
-    with pytest.raises(InputError, match="window length is 0"):
+    with pytest.raises(InputError, match="window length must be at least 1, not 0"):
         score(uniform, tokens, window=0, batch_size=4, bos_id=BOS)
     with pytest.raises(InputError, match="no token"):
         score(uniform, tokens[:0], window=8, batch_size=4, bos_id=BOS)
@@ -252,9 +252,9 @@ def test_the_standard_error_of_equal_windows_is_the_usual_one() -> None:
 
 def test_one_window_has_no_spread() -> None:
     one = make_scores([2.0], [3])
-    with pytest.raises(InputError, match="One window"):
+    with pytest.raises(InputError, match="one window"):
         standard_error(one)
-    with pytest.raises(InputError, match="One window"):
+    with pytest.raises(InputError, match="one window"):
         paired_change(one, one)
 
 

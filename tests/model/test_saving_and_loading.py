@@ -173,7 +173,7 @@ def test_an_unreadable_manifest(saved, text):
         ResNetBKForCausalLM.from_pretrained(saved[0])
 
 
-@pytest.mark.parametrize(("off", "remedy"), [(1, "Install a newer bkcore"), (-1, "train it again")])
+@pytest.mark.parametrize(("off", "remedy"), [(1, "install a newer bkcore"), (-1, "train it again")])
 def test_another_format(saved, off, remedy):
     manifest = json.loads((saved[0] / MANIFEST).read_text())
     manifest["format_version"] = FORMAT_VERSION + off

@@ -68,10 +68,13 @@ def test_a_saved_data_set_without_validation_holds_blocks_out(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("splits", "complaint"),
     [
-        ({"test": split(ROWS)}, r"no split 'train', but \['test'\]"),
+        ({"test": split(ROWS)}, r"no split 'train'; it has \['test'\]"),
         ({"train": split(ROWS, "body")}, None),
-        ({"train": datasets.Dataset.from_dict({"id": [1] * 9})}, r"no column 'text'.*\['id'\]"),
-        ({"train": split([*ROWS, "\0"])}, "Row 3600 .* NUL"),
+        (
+            {"train": datasets.Dataset.from_dict({"id": [1] * 9})},
+            r"neither a column 'text'.*\['id'\]",
+        ),
+        ({"train": split([*ROWS, "\0"])}, "row 3600 .* NUL"),
         ({"train": split(["short"])}, "only 6 characters in the train part"),
     ],
 )
@@ -107,7 +110,7 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_data_set_without_train_has_its_validation(tmp_path: Path) -> None:
     datasets.DatasetDict(validation=split(VALID_ROWS)).save_to_disk("saved")
     assert load_split("saved", "valid") == ("saved", joined(VALID_ROWS))
-    with pytest.raises(DataError, match=r"no split 'train', but \['validation'\]"):
+    with pytest.raises(DataError, match=r"no split 'train'; it has \['validation'\]"):
         load_split("saved", "train")
 
 

@@ -44,7 +44,7 @@ def test_only_another_text_is_warned_of(folder: Path) -> None:
     for part, text in (("train", TRAIN + "more"), ("valid", VALID + "more")):
         warning = warning_of_other_text(origin, other, "other", part, text)
         assert warning is not None
-        assert "trained on own, and other is another text" in warning
+        assert "trained on own, but other is another text" in warning
         assert warning.endswith("name the model's own text with --data")
 
 

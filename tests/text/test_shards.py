@@ -102,7 +102,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"00001\.npy are missing"):
         TokenShards(folder)
     (folder / "index.json").write_text('{"format_version": 2}')
-    with pytest.raises(DataError, match="format 2; this bkcore reads up to 1"):
+    with pytest.raises(DataError, match="format 2, but this bkcore reads up to 1"):
         TokenShards(folder)
 
 

@@ -267,12 +267,12 @@ def test_a_short_text_runs_out_of_pairs() -> None:
 
 @pytest.mark.parametrize("size", [-1, 0, 256])
 def test_too_small_a_vocabulary(size: int) -> None:
-    with pytest.raises(InputError, match=f"vocab_size is {size}, .* at least 257"):
+    with pytest.raises(InputError, match=f"vocab_size must be at least 257, .* not {size}"):
         train_tokenizer(TEXT, size)
 
 
 def test_an_impossible_frequency() -> None:
-    with pytest.raises(InputError, match="min_frequency is 0"):
+    with pytest.raises(InputError, match="min_frequency must be at least 1, not 0"):
         train_tokenizer(TEXT, 300, min_frequency=0)
 
 

@@ -1,4 +1,4 @@
-"""From text to token windows: corpora, the tokenizer, and what models train and are scored on."""
+"""From text to token windows: corpora, the tokenizer, and windows for training and scoring."""
 
 from bkcore.text.cache import cached_tokenizer, cached_tokens
 from bkcore.text.corpus import (

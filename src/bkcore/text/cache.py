@@ -1,4 +1,4 @@
-"""The tokenizer and the token ids of a corpus, made once a folder."""
+"""The tokenizer and the token ids of a corpus, cached in a folder."""
 
 import os
 import tempfile
@@ -16,27 +16,27 @@ from bkcore.text.tokenizer import encode_pieces, tokenizer_hash, train_tokenizer
 def cached_tokenizer(
     corpus: StreamedCorpus, vocab_size: int, folder: Path, *, min_frequency: int = 2
 ) -> CheckpointTokenizer:
-    """Train a tokenizer on the train part of a corpus, or load the one that was trained before.
+    """Train a tokenizer on the train part of a corpus, or load the cached one.
 
     Args:
         corpus: the text.
         vocab_size, min_frequency: as in `train_tokenizer`.
-        folder: where it is kept, under a name made of the text's hash and the sizes.
+        folder: for the cache; the name there is made of the text's hash and the sizes.
 
     Raises:
         InputError: as in `train_tokenizer`.
-        CheckpointError: if it cannot be written, or what is there is damaged.
+        CheckpointError: if the tokenizer cannot be written, or the cached one is damaged.
     """
     name = f"tokenizer-{corpus.sha256[:16]}-{vocab_size}-{min_frequency}"
     if not (folder / name).exists():
         tokenizer = train_tokenizer(corpus.train(), vocab_size, min_frequency=min_frequency)
         _save(tokenizer, folder / name)
-    # Loaded even when it was just trained, so that the first run and the next do the same.
+    # Loaded even if just trained, so that the first run does the same as later ones.
     return read_tokenizer(folder / name)
 
 
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Make the folder of a tokenizer, whole or not at all."""
+    """Create the folder of a tokenizer, completely or not at all."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder.parent) as staged:
@@ -49,15 +49,15 @@ def _save(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 def cached_tokens(
     corpus: StreamedCorpus, tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> TokenShards:
-    """Encode the train part of a corpus to disk, or open what was encoded before.
+    """Encode the train part of a corpus to disk, or open the cached token ids.
 
     Args:
         corpus: the text.
         tokenizer: see `cached_tokenizer`.
-        folder: where it is kept, under a name made of the hashes of the text and the tokenizer.
+        folder: for the cache; the name there is made of the hashes of text and tokenizer.
 
     Raises:
-        DataError: what is there is damaged, or the folder cannot be written.
+        DataError: if the cached ids are damaged, or the folder cannot be written.
     """
     key = tokenizer_hash(tokenizer)
     place = folder / f"tokens-{corpus.sha256[:16]}-{key}"

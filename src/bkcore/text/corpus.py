@@ -1,4 +1,4 @@
-"""Where text comes from: a folder, a data set of Hugging Face, or what Python itself carries."""
+"""Sources of text: a folder, a Hugging Face data set, or the texts that Python itself carries."""
 
 import hashlib
 import re
@@ -19,10 +19,10 @@ MIN_VALID_CHARACTERS = 2_000
 _WORD = re.compile(r"\S+")
 
 EMBEDDED = "embedded"
-"""What names the embedded corpus, unless there is a folder of that name."""
+"""The name for the embedded corpus, unless there is a folder of that name."""
 
 Pieces = Callable[[], Iterator[str]]
-"""Reads a text anew with every call, a piece at a time."""
+"""Each call reads the text again from the start, piece by piece."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Corpus:
     """A text in two parts.
 
     Attributes:
-        name: what reports call it.
+        name: its name in reports.
         train: the text to train a tokenizer and a model on.
         valid: held-out text, on which perplexities are measured.
     """
@@ -42,11 +42,11 @@ class Corpus:
 
 @dataclass(frozen=True)
 class StreamedCorpus:
-    """A corpus whose train part is read as often as it is needed, and is never whole in memory.
+    """A corpus whose train part is read as often as needed and is never all in memory.
 
     Attributes:
-        name: what reports call it.
-        train: gives the train part in pieces; joined, they are the text.
+        name: its name in reports.
+        train: yields the train part in pieces; joined, they are the text.
         valid: held-out text, in memory.
         characters: length of the train part.
         sha256: of the train part in UTF-8, 64 hexadecimal digits.
@@ -60,13 +60,13 @@ class StreamedCorpus:
 
 
 def load_corpus(data: str | Path | None = None) -> Corpus:
-    """Read a corpus into memory; arguments and errors as in `open_corpus`."""
+    """Read a whole corpus into memory; arguments and errors as in `open_corpus`."""
     corpus = open_corpus(data)
     return Corpus(corpus.name, "".join(corpus.train()), corpus.valid)
 
 
 def load_split(data: str | Path | None, split: str) -> tuple[str, str]:
-    """Read one part of a corpus into memory, whether or not there is another one.
+    """Read one part of a corpus into memory, even if the other is missing.
 
     Args:
         data: as in `open_corpus`.
@@ -76,7 +76,7 @@ def load_split(data: str | Path | None, split: str) -> tuple[str, str]:
         The name of the corpus, and the text of the part.
 
     Raises:
-        DataError: as in `open_corpus`, of this part alone.
+        DataError: as in `open_corpus`, for this part alone.
     """
     name, train, valid = _parts(data)
     pieces, minimum = {
@@ -89,21 +89,19 @@ def load_split(data: str | Path | None, split: str) -> tuple[str, str]:
 
 
 def open_corpus(data: str | Path | None = None) -> StreamedCorpus:
-    r"""Open a corpus, and check that it is fit to train on: all of it is read once.
+    r"""Open a corpus, reading all of it once to check that it is fit to train on.
 
     Args:
         data: one of these.
 
             - A folder that holds ``train.txt`` and ``valid.txt``.
             - A folder of other ``.txt`` files, at any depth. They are joined in the order of their
-              paths, and of that text every twentieth block of about 2,000 characters is held out
-              as the valid part, the first thousand such blocks at most; see
-              `bkcore.text.heldout`.
-            - A folder that `datasets.DatasetDict.save_to_disk` wrote, or the name of a data set
-              of Hugging Face, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``. Its splits ``train`` and
+              paths. Every twentieth block of about 2,000 characters is held out as the valid part,
+              at most a thousand blocks; see `bkcore.text.heldout`.
+            - A folder written by `datasets.DatasetDict.save_to_disk`, or the name of a Hugging
+              Face data set, ``OWNER/NAME`` or ``OWNER/NAME:CONFIG``. Its splits ``train`` and
               ``validation`` are used; without the latter, blocks are held out as above.
-            - None, for the embedded corpus, which depends on nothing but the version of Python
-              that runs.
+            - None, for the embedded corpus, which depends only on the running version of Python.
 
             Files are UTF-8; a byte order mark is dropped and ``\r\n`` is read as ``\n``.
 
@@ -111,7 +109,7 @@ def open_corpus(data: str | Path | None = None) -> StreamedCorpus:
         The corpus, named after the folder, the data set or the version of Python.
 
     Raises:
-        DataError: the text is missing, unreadable, not text, empty or too small (under 20,000
+        DataError: if the text is missing, unreadable, not text, empty or too small (under 20,000
             characters of train or 2,000 of valid), or the data set cannot be fetched.
     """
     name, train, valid = _parts(data)
@@ -127,15 +125,15 @@ def open_corpus(data: str | Path | None = None) -> StreamedCorpus:
 
 
 def count_words(text: str) -> int:
-    """Count words for the perplexity per word: what stands between whitespace, plus line ends.
+    """Count words for the perplexity per word: runs between whitespace, plus line ends.
 
-    A line end counts as a word because the published word-level corpora give it a token.
+    A line end counts as a word, because published word-level corpora have a token for it.
     """
     return sum(1 for _ in _WORD.finditer(text)) + text.count("\n")
 
 
 def _parts(data: str | Path | None) -> tuple[str, Pieces, Pieces]:
-    """Name, train part and valid part, nothing checked yet."""
+    """Name, train part and valid part, not yet checked."""
     if data is None:
         name, train, valid = embedded_parts()
         return name, lambda: iter([train]), lambda: iter([valid])
@@ -147,8 +145,8 @@ def _parts(data: str | Path | None) -> tuple[str, Pieces, Pieces]:
     if hub.is_name(str(data)):
         return str(data), *_with_valid(*hub.fetched_texts(str(data)))
     raise DataError(
-        f"There is no folder {str(data)!r}. Name a folder that holds train.txt and valid.txt, or "
-        f"other .txt files, or {EMBEDDED!r} to use the embedded corpus."
+        f"there is no folder {str(data)!r}; name a folder that holds train.txt and valid.txt, or "
+        f"other .txt files, or {EMBEDDED!r} to use the embedded corpus"
     )
 
 
@@ -156,7 +154,7 @@ def _folder_parts(folder: Path) -> tuple[str, Pieces, Pieces]:
     name = folder.resolve().name
     if not folder.is_dir():
         raise DataError(
-            f"{str(folder)!r} is not a folder. Name the folder that holds train.txt and valid.txt."
+            f"{str(folder)!r} is not a folder; name the folder that holds train.txt and valid.txt"
         )
     if hub.is_saved(folder):
         return name, *_with_valid(*hub.saved_texts(folder))
@@ -166,8 +164,8 @@ def _folder_parts(folder: Path) -> tuple[str, Pieces, Pieces]:
     paths = sorted(folder.rglob("*.txt"), key=lambda path: path.relative_to(folder).as_posix())
     if not paths:
         raise DataError(
-            f"{str(folder)!r} holds no .txt file. Name a folder that holds train.txt and "
-            "valid.txt, or other .txt files."
+            f"{str(folder)!r} holds no .txt file; name a folder that holds train.txt and "
+            "valid.txt, or other .txt files"
         )
 
     def pieces() -> Iterator[str]:
@@ -177,7 +175,7 @@ def _folder_parts(folder: Path) -> tuple[str, Pieces, Pieces]:
 
 
 def _with_valid(train: Pieces, valid: Pieces | None) -> tuple[Pieces, Pieces]:
-    """Hold a valid part out of a text that has none."""
+    """Hold out a valid part from a text that has none."""
     if valid is not None:
         return train, valid
 
@@ -188,7 +186,7 @@ def _with_valid(train: Pieces, valid: Pieces | None) -> tuple[Pieces, Pieces]:
 
 
 def _survey(train: Pieces) -> tuple[int, str]:
-    """Characters, 0 where all are blank, and the SHA-256 of a text."""
+    """The number of characters of a text, 0 if all are blank, and its SHA-256."""
     digest, characters, is_blank = hashlib.sha256(), 0, True
     for piece in train():
         digest.update(piece.encode(errors="surrogatepass"))
@@ -199,9 +197,9 @@ def _survey(train: Pieces) -> tuple[int, str]:
 
 def _check_size(characters: int, what: str, minimum: int) -> None:
     if characters == 0:
-        raise DataError(f"There is no text in {what}. Put at least {minimum:,} characters there.")
+        raise DataError(f"there is no text in {what}; put at least {minimum:,} characters there")
     if characters < minimum:
         raise DataError(
-            f"There are only {characters:,} characters in {what}. "
-            f"Put at least {minimum:,} there: less gives numbers that mean nothing."
+            f"there are only {characters:,} characters in {what}; "
+            f"put at least {minimum:,} there, since less gives meaningless numbers"
         )

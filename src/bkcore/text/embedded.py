@@ -1,7 +1,7 @@
-"""The embedded corpus: what every Python installation carries.
+"""The embedded corpus: text that every Python installation carries.
 
-It consists of the documentation topics of ``help()`` and of the docstrings of the standard
-library. Its sources are parsed and never imported, so that nothing runs.
+It consists of the documentation topics of ``help()`` and the docstrings of the standard library.
+The sources are parsed and never imported, so no code runs.
 """
 
 import ast
@@ -28,7 +28,7 @@ _SKIPPED_FOLDERS = frozenset(
 
 
 def embedded_parts() -> tuple[str, str, str]:
-    """Give the corpus as its name, which has the version of Python, its train and valid text."""
+    """Return the corpus: its name, with the version of Python, and its train and valid texts."""
     documents = _without_repeats(_library_documents(Path(sysconfig.get_path("stdlib"))))
     parts: dict[bool, list[str]] = {True: [], False: []}
     for name, text in documents:
@@ -38,15 +38,15 @@ def embedded_parts() -> tuple[str, str, str]:
 
 
 def _is_valid(name: str) -> bool:
-    """Draw a document for the valid part by a hash of its name, whatever the other documents."""
+    """Choose documents for the valid part by a hash of their names, regardless of the others."""
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:8], "big") % 100 < _VALID_PERCENT
 
 
 def _without_repeats(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Keep the first occurrence of every paragraph: topics and docstrings quote each other.
+    """Keep only the first occurrence of every paragraph, since topics and docstrings overlap.
 
-    Without this the valid part would repeat whole pages of the train part.
+    Otherwise the valid part would repeat whole pages of the train part.
     """
     seen: set[str] = set()
     for name, text in documents:

@@ -1,4 +1,4 @@
-"""Text files, read a piece at a time and checked on the way."""
+"""Text files, read and checked piece by piece."""
 
 import codecs
 from collections.abc import Iterable, Iterator
@@ -16,12 +16,12 @@ def read_pieces(path: Path) -> Iterator[str]:
         Pieces of up to about a million characters; none is empty.
 
     Raises:
-        DataError: the file is missing, cannot be read, or is not UTF-8 text.
+        DataError: if the file is missing, cannot be read, or is not UTF-8 text.
     """
     held = ""
     for number, piece in enumerate(_decoded(path)):
         text = held + (piece.removeprefix("\ufeff") if number == 0 else piece)
-        # The line feed that belongs to a carriage return may stand in the next piece.
+        # The line feed after a carriage return may be in the next piece.
         held = "\r" if text.endswith("\r") else ""
         text = text[: len(text) - len(held)].replace("\r\n", "\n")
         if text:
@@ -31,7 +31,7 @@ def read_pieces(path: Path) -> Iterator[str]:
 
 
 def with_line_end(pieces: Iterable[str]) -> Iterator[str]:
-    """Append the line end that the last line of a text may lack, so that texts can be joined."""
+    """Append a line end if the last line of a text lacks one, so that texts can be joined."""
     last = "\n"
     for piece in pieces:
         yield piece
@@ -47,7 +47,7 @@ def _decoded(path: Path) -> Iterator[str]:
         if (nul := content.find(b"\0")) >= 0:
             raise DataError(
                 f"{str(path)!r} holds NUL bytes, the first at byte {done + nul}, so it is binary "
-                "or UTF-16. Save it as UTF-8 text."
+                "or UTF-16; save it as UTF-8 text"
             )
         waiting = len(decoder.getstate()[0])
         try:
@@ -55,7 +55,7 @@ def _decoded(path: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{str(path)!r} is not UTF-8: byte {done - waiting + error.start} cannot be "
-                "decoded. Save it as UTF-8 text."
+                "decoded; save it as UTF-8 text"
             ) from error
         done += len(content)
         if text:
@@ -63,7 +63,7 @@ def _decoded(path: Path) -> Iterator[str]:
 
 
 def _contents(path: Path) -> Iterator[bytes]:
-    """Yield the bytes of a file, and at its end nothing, once."""
+    """Yield the bytes of a file in pieces, with one empty piece at the end."""
     try:
         with path.open("rb") as file:
             while content := file.read(_PIECE_BYTES):
@@ -71,10 +71,10 @@ def _contents(path: Path) -> Iterator[bytes]:
             yield b""
     except FileNotFoundError:
         raise DataError(
-            f"There is no file {str(path)!r}. A corpus folder holds train.txt and valid.txt."
+            f"there is no file {str(path)!r}; a corpus folder holds train.txt and valid.txt"
         ) from None
     except OSError as error:
         raise DataError(
-            f"{str(path)!r} cannot be read ({error.strerror}). "
-            "Make it a plain file that you may read."
+            f"{str(path)!r} cannot be read ({error.strerror}); "
+            "make it a regular file that you may read"
         ) from error

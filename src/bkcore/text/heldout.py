@@ -1,17 +1,17 @@
-"""A validation part for texts that come without one: every twentieth block of lines."""
+"""A validation part for texts without one: every twentieth block of lines."""
 
 import re
 from collections.abc import Iterable, Iterator
 
 BLOCK_CHARACTERS = 2_000
-"""A block ends with the line in which it gets this long."""
+"""A block ends with the line in which it reaches this length."""
 
 VALID_BLOCKS = 1_000
-"""At most so many blocks are held out, the first ones: what is scored stays in memory."""
+"""At most this many blocks are held out, the first ones, since scored text stays in memory."""
 
 _EVERY = 20
 _LONGEST_BLOCK = 1 << 16
-# Where a block may end, the best places first.
+# Where a block may end, best places first.
 _ENDS = (
     re.compile("\n"),
     re.compile("[\r\v\f\x85\u2028\u2029]"),
@@ -20,11 +20,11 @@ _ENDS = (
 
 
 def split_blocks(pieces: Iterable[str]) -> Iterator[tuple[bool, str]]:
-    """Cut a text into blocks, and say of each whether it is held out.
+    """Cut a text into blocks, and say whether each is held out.
 
-    The blocks depend on nothing but the text, however it is cut into pieces. A line that is longer
-    than 65,536 characters is cut: behind another line end than a line feed, such as a carriage
-    return, behind a blank where there is none, or else after so many characters.
+    The blocks depend only on the text, not on how it is cut into pieces. A line longer than 65,536
+    characters is cut: after a line end other than a line feed, such as a carriage return; if it has
+    none, after a blank; otherwise at that length.
 
     Yields:
         ``(held_out, block)``, in the order of the text.

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face, by name or as a copy on disk; needs the package `datasets`."""
+"""Hugging Face data sets, by name or as a copy on disk; needs the package `datasets`."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ Texts = Callable[[], Iterator[str]]
 
 
 def is_name(name: str) -> bool:
-    """Whether a name could be that of a data set: `NAME` or `OWNER/NAME`, with `:CONFIG` or not."""
+    """Whether a name could be a data set's: `NAME` or `OWNER/NAME`, with or without `:CONFIG`."""
     return _NAME.fullmatch(name) is not None
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder holds what `datasets.DatasetDict.save_to_disk` wrote."""
+    """Whether a folder was written by `datasets.DatasetDict.save_to_disk`."""
     return (folder / _SAVED).is_file()
 
 
@@ -29,14 +29,14 @@ def saved_texts(folder: Path) -> tuple[Texts, Texts | None]:
     """Open a copy on disk; returns as `fetched_texts`.
 
     Raises:
-        DataError: the package is missing, or the copy cannot be read or has no text.
+        DataError: if the package is missing, or the copy cannot be read or has no text.
     """
     datasets = _package()
     try:
         with _without_bars(datasets):
             splits = datasets.load_from_disk(str(folder))
-    except Exception as error:  # whatever a damaged file makes the package raise
-        raise DataError(f"The data set in {str(folder)!r} cannot be read: {error}") from error
+    except Exception as error:  # a damaged file can make the package raise anything
+        raise DataError(f"the data set in {str(folder)!r} cannot be read: {error}") from error
     return _texts(splits, str(folder))
 
 
@@ -47,12 +47,11 @@ def fetched_texts(name: str) -> tuple[Texts, Texts | None]:
         name: as in `is_name`, such as ``Salesforce/wikitext:wikitext-2-v1``.
 
     Returns:
-        Functions that give the texts of the train split and of the validation split, one a row;
-        None for a validation split that is not there. A row that does not end in a line end gets
-        one.
+        Functions that yield the texts of the train split and of the validation split, one per row;
+        None if there is no validation split. A row without a final line end gets one.
 
     Raises:
-        DataError: the package is missing, the data set cannot be fetched, or it has no text.
+        DataError: if the package is missing, the data set cannot be fetched, or it has no text.
     """
     datasets = _package()
     path, _, config = name.partition(":")
@@ -62,9 +61,9 @@ def fetched_texts(name: str) -> tuple[Texts, Texts | None]:
     except Exception as error:  # the network, the hub, the format: each raises its own
         reason = " ".join(str(error).split())
         raise DataError(
-            f"There is no folder {name!r}, and no data set of that name could be fetched from "
-            f"Hugging Face ({type(error).__name__}: {reason}). Name a folder with train.txt and "
-            "valid.txt, check the name, or go online."
+            f"there is no folder {name!r}, and no data set of that name could be fetched from "
+            f"Hugging Face ({type(error).__name__}: {reason}); name a folder with train.txt and "
+            "valid.txt, check the name, or go online"
         ) from error
     return _texts(splits, name)
 
@@ -74,14 +73,14 @@ def _package() -> Any:
         import datasets
     except ImportError as error:
         raise DataError(
-            "Data sets of Hugging Face need the package datasets: pip install 'bkcore[data]'."
+            "Hugging Face data sets need the package datasets; pip install 'bkcore[data]'"
         ) from error
     return datasets
 
 
 @contextmanager
 def _without_bars(datasets: Any) -> Iterator[None]:
-    """Without progress bars of the package inside of a with block; afterwards as before."""
+    """Switch off the package's progress bars inside a with block."""
     if datasets.are_progress_bars_disabled():
         yield
         return
@@ -108,7 +107,9 @@ def _texts(splits: Any, name: str) -> tuple[Texts, Texts | None]:
 
 
 def _no_train(name: str, found: list[str]) -> DataError:
-    return DataError(f"The data set {name!r} has no split 'train', but {found or 'no splits'}.")
+    return DataError(
+        f"the data set {name!r} has no split 'train'; it has {found or 'no splits at all'}"
+    )
 
 
 def _rows(split: Any, name: str) -> Texts:
@@ -117,8 +118,8 @@ def _rows(split: Any, name: str) -> Texts:
     ]
     if "text" not in columns and len(columns) != 1:
         raise DataError(
-            f"The data set {name!r} has no column 'text', nor a single one of strings, but "
-            f"{sorted(split.features)}."
+            f"the data set {name!r} has neither a column 'text' nor a single column of strings; "
+            f"it has {sorted(split.features)}"
         )
     column = "text" if "text" in columns else columns[0]
 
@@ -127,8 +128,8 @@ def _rows(split: Any, name: str) -> Texts:
             text = row[column] or ""
             if (nul := text.find("\0")) >= 0:
                 raise DataError(
-                    f"Row {number} of the data set {name!r} holds NUL at character {nul}, so it is "
-                    "binary. Name a data set of text."
+                    f"row {number} of the data set {name!r} holds NUL at character {nul}, so it is "
+                    "binary; name a data set of text"
                 )
             yield text if text.endswith("\n") else text + "\n"
 

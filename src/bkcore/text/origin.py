@@ -1,4 +1,4 @@
-"""Which text a model was trained on, and what is said where it meets another one."""
+"""The text a model was trained on, and a warning when it is used with another one."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ _COST = {
 
 
 def origin_of(corpus: Corpus | StreamedCorpus) -> dict[str, str]:
-    """What a model that is trained on a corpus remembers of it: an `Origin`."""
+    """The `Origin` that a model trained on a corpus records."""
     train = corpus.sha256 if isinstance(corpus, StreamedCorpus) else _sha256(corpus.train)
     return {"name": corpus.name, "train": train, "valid": _sha256(corpus.valid)}
 
 
 def is_part_of(origin: Origin | None, part: str, text: str) -> bool:
-    """Whether a text is all of the "train" or the "valid" part that a model was trained with."""
+    """Whether a text is exactly the "train" or "valid" part that a model was trained with."""
     return origin is not None and origin[part] == _sha256(text)
 
 
 def warning_of_other_text(
     origin: Origin | None, data: str | Path | None, name: str, part: str, text: str
 ) -> str | None:
-    """A warning if a model meets a text that it was not trained on.
+    """A warning if a model is used with a text that it was not trained on, else None.
 
-    Another train part is no other text if the valid part beside it is the same: it may be in
-    another order.
+    A different train part still counts as the same text if its valid part is the same: it may only
+    be in another order.
 
     Args:
-        origin: what the model remembers; None if it remembers nothing, and nothing is said.
+        origin: what the model recorded; None if it recorded nothing, and then there is no warning.
         data: where the text comes from, as in `bkcore.text.load_split`.
-        name: what reports call that corpus.
+        name: the name of that corpus in reports.
         part: "train" or "valid".
         text: all of that part.
     """
@@ -49,7 +49,7 @@ def warning_of_other_text(
     if part == "train" and _has_same_valid(origin, data):
         return None
     return (
-        f"warning: the model was trained on {origin['name']}, and {name} is another text: "
+        f"warning: the model was trained on {origin['name']}, but {name} is another text; "
         f"{_COST[part]}; name the model's own text with --data"
     )
 
@@ -57,7 +57,7 @@ def warning_of_other_text(
 def _has_same_valid(origin: Origin, data: str | Path | None) -> bool:
     try:
         return is_part_of(origin, "valid", load_split(data, "valid")[1])
-    except DataError:  # the train part stands alone
+    except DataError:  # there is only a train part
         return False
 
 

@@ -34,24 +34,24 @@ _KNOWN = {
     *("model_input_names", "clean_up_tokenization_spaces", "split_special_tokens"),
     *("add_prefix_space", "add_bos_token", "add_eos_token", "chat_template"),
     *("chat_control_tokens", "response_template", "errors", "legacy", "trim_offsets"),
-    # what it was made by and where from, which says nothing of texts
+    # how and where it was made, which does not affect the encoding
     *("tokenizer_class", "processor_class", "backend", "is_local", "local_files_only"),
     *("name_or_path", "special_tokens_map_file"),
 }
-"""Settings that a tokenizer may bring along, whatever their values."""
+"""Settings that a tokenizer may have, with any value."""
 
 
 _OPENING = {
     *("auto_map", "vocab", "merges", "tokenizer_object", "from_slow", "fix_mistral_regex"),
     *("tokenizer_truncation", "tokenizer_padding", "post_processor"),
 }
-"""Settings that have transformers run, fetch or replace something."""
+"""Settings that make transformers run, fetch or replace something."""
 
 
 class CheckpointTokenizer(PreTrainedTokenizerFast):
-    """A tokenizer of transformers that enters its files in the manifest of the folder they go to.
+    """A transformers tokenizer that lists its files in the manifest of the folder it is saved to.
 
-    So a model and its tokenizer may be saved into one folder in either order.
+    So a model and its tokenizer may be saved to the same folder in either order.
     """
 
     def save_pretrained(  # type: ignore[override]
@@ -60,11 +60,11 @@ class CheckpointTokenizer(PreTrainedTokenizerFast):
         """Save the tokenizer; a manifest in the folder lists it afterwards.
 
         Args:
-            save_directory: the folder; made if it is not there.
-            kwargs: of transformers. Chat templates go into `tokenizer_config.json`.
+            save_directory: the folder, created if missing.
+            kwargs: as in transformers. Chat templates go into `tokenizer_config.json`.
 
         Returns:
-            The names of the files with the folder.
+            The paths of the files.
 
         Raises:
             InputError: for `push_to_hub` or `filename_prefix`, which cannot be honoured.
@@ -72,7 +72,7 @@ class CheckpointTokenizer(PreTrainedTokenizerFast):
         """
         for name in ("push_to_hub", "filename_prefix"):
             if kwargs.get(name):
-                raise InputError(f"{name} would leave the manifest behind: drop it")
+                raise InputError(f"{name} would save files without the manifest; leave it out")
         folder = Path(save_directory)
         with manifest.saving_tokenizer(folder) as staged:
             self._save(staged, {"save_jinja_files": False, **kwargs})
@@ -83,10 +83,10 @@ class CheckpointTokenizer(PreTrainedTokenizerFast):
         try:
             super().save_pretrained(staged, **options)
         except Exception as error:
-            if type(error) is Exception:  # what Rust's errors are, such as that of a full disk
+            if type(error) is Exception:  # errors from Rust, such as a full disk
                 raise OSError(shortened(error)) from error
             raise
-        # A name that transformers knows, for those who load the folder without this library.
+        # A name that transformers knows, for loading the folder without this library.
         path = staged / _SETTINGS
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["tokenizer_class"] = PreTrainedTokenizerFast.__name__
@@ -101,27 +101,27 @@ def load_tokenizer(
 
     Args:
         folder: the folder.
-        digests: what `bkcore.manifest.read(folder)` gave, to load exactly that or nothing.
+        digests: the result of `bkcore.manifest.read(folder)`, to load exactly those files or fail.
 
     Raises:
-        CheckpointError: if there is none, one of its files is not listed, truncated, altered or
-            malformed, or as `manifest.read`.
+        CheckpointError: if there is no tokenizer, one of its files is not listed, truncated,
+            altered or malformed, or as in `manifest.read`.
     """
     folder = Path(folder)
     listed = manifest.read(folder) if digests is None else digests
     present = [name for name in manifest.TOKENIZER_FILES if os.path.lexists(folder / name)]
     if _TOKENIZER not in {*present, *listed}:
         raise CheckpointError(
-            f"{folder} holds no {_TOKENIZER}; save the tokenizer into the model's folder: "
+            f"{folder} holds no {_TOKENIZER}; save the tokenizer in the model's folder with "
             "tokenizer.save_pretrained(folder)"
         )
     unlisted = [name for name in present if name not in listed]
     if unlisted:
         raise CheckpointError(
-            f"{folder / manifest.MANIFEST} does not list {', '.join(unlisted)}, so nothing says "
-            "that this is the tokenizer the model was trained with. If you know that it is, call "
-            "bkcore.text.list_tokenizer(folder). Tokenizers that list themselves come from "
-            "bkcore.text.load_tokenizer() and train_tokenizer(); AutoTokenizer's do not"
+            f"{folder / manifest.MANIFEST} does not list {', '.join(unlisted)}, so nothing shows "
+            "that the model was trained with this tokenizer; if you know that it was, call "
+            "bkcore.text.list_tokenizer(folder); tokenizers from bkcore.text.load_tokenizer() and "
+            "train_tokenizer() list themselves when saved, those from AutoTokenizer do not"
         )
 
     def read(name: str) -> bytes | None:
@@ -134,7 +134,7 @@ def read_tokenizer(folder: Path) -> CheckpointTokenizer:
     """Load the tokenizer in a folder without a manifest.
 
     Raises:
-        CheckpointError: if there is none, or it is malformed.
+        CheckpointError: if there is no tokenizer, or it is malformed.
     """
 
     def read(name: str) -> bytes | None:
@@ -149,14 +149,14 @@ def read_tokenizer(folder: Path) -> CheckpointTokenizer:
 
 
 def list_tokenizer(folder: str | Path) -> None:
-    """Enter the tokenizer that is in a checkpoint folder in its manifest, as it is.
+    """List the tokenizer in a checkpoint folder in its manifest, as it is now.
 
-    For one of another library, or that an older version saved: make sure first that it is the one
-    that the model was trained with.
+    Use it for a tokenizer saved by another library or an older version, after making sure that the
+    model was trained with it.
 
     Raises:
-        CheckpointError: if the folder holds no model or no tokenizer, or one that is refused, or
-            cannot be written; its manifest then stays as it is.
+        CheckpointError: if the folder holds no model or no tokenizer, the tokenizer is refused, or
+            the folder cannot be written; its manifest then stays as it is.
     """
     place = Path(folder)
     manifest.read(place)
@@ -166,12 +166,12 @@ def list_tokenizer(folder: str | Path) -> None:
 
 
 def largest_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The largest id of a token, -1 if there is none."""
+    """The largest token id, or -1 if there are no tokens."""
     return max(tokenizer.get_vocab().values(), default=-1)
 
 
 def _tokenizer(read: Callable[[str], bytes | None], folder: Path) -> CheckpointTokenizer:
-    """Have transformers read a copy of what was checked, and nothing else."""
+    """Let transformers read a copy of the checked files, and nothing else."""
     contents = {name: read(name) for name in manifest.TOKENIZER_FILES}
     if contents[_TOKENIZER] is None:
         raise CheckpointError(f"{folder} holds no {_TOKENIZER}")
@@ -181,12 +181,12 @@ def _tokenizer(read: Callable[[str], bytes | None], folder: Path) -> CheckpointT
     tokens = _object(contents[_SPECIAL_TOKENS] or b"{}", folder / _SPECIAL_TOKENS)
     _refuse(tokens.keys() - _TOKENS, folder / _SPECIAL_TOKENS)
     with _copied(contents) as place, foreign(f"the tokenizer in {folder}"):
-        # Copies count up to the largest id, and transformers 5.19 copies what it loads.
+        # Copying a tokenizer counts up to its largest id, and transformers 5.19 copies on loading.
         largest = max(Tokenizer.from_file(str(place / _TOKENIZER)).get_vocab().values(), default=-1)
         if largest >= _IDS:
-            raise ValueError(f"a token has the id {largest:,}")
+            raise ValueError(f"it has the impossible token id {largest:,}")
         tokenizer = CheckpointTokenizer.from_pretrained(place, local_files_only=True)
-        copy.deepcopy(tokenizer.backend_tokenizer)  # which is stricter, and encoding does it
+        copy.deepcopy(tokenizer.backend_tokenizer)  # checks more, and encoding does it too
         _ = len(tokenizer), tokenizer.bos_token_id
     tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = str(folder)
     return tokenizer
@@ -201,7 +201,9 @@ def _copied(contents: Mapping[str, bytes | None]) -> Iterator[Path]:
                 if content is not None:
                     (folder / name).write_bytes(content)
         except OSError as error:
-            raise CheckpointError(f"no temporary copy of a tokenizer: {error}") from error
+            raise CheckpointError(
+                f"cannot make a temporary copy of the tokenizer: {error}"
+            ) from error
         yield folder
 
 
@@ -216,7 +218,7 @@ def _object(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def _is_harmless(name: str, value: object) -> bool:
-    """Whether a setting that only other classes know names neither a file nor code."""
+    """Whether a setting of other tokenizer classes names neither a file nor code."""
     if value is None or value in ({}, []):
         return True
     is_named = name in _OPENING or name.startswith("_") or name.endswith(("_file", "_files"))
@@ -224,9 +226,9 @@ def _is_harmless(name: str, value: object) -> bool:
 
 
 def _refuse(settings: Collection[str], path: Path) -> None:
-    """Refuse what could have transformers open other files."""
+    """Refuse settings that could make transformers open other files."""
     if settings:
         raise CheckpointError(
-            f"{path} has settings that this library does not take from a file: "
+            f"{path} has settings that this library does not accept from a file: "
             f"{shown(sorted(settings))}; delete them there, or save the tokenizer again"
         )

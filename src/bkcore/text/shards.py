@@ -1,7 +1,7 @@
 """Token ids on disk, mapped into memory: the text may be larger than memory.
 
-A folder holds `index.json` and arrays in NumPy's format, each of `uint16` where the vocabulary
-fits and of `uint32` where not. It appears complete or not at all.
+A folder holds `index.json` and arrays in NumPy's format: `uint16` if the vocabulary fits, else
+`uint32`. It appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _INDEX = "index.json"
 
 
 class TokenShards:
-    """A sequence of token ids in files, read where it is looked at.
+    """A sequence of token ids in files; only the slices that are used are read.
 
-    Slices with step 1, as in ``shards[10:20]``, give int64 tensors of shape (tokens,); nothing
+    Slices with step 1, as in ``shards[10:20]``, return int64 tensors of shape (tokens,); nothing
     else stays in memory. `len` is the number of tokens.
 
     Args:
-        folder: what `write_shards` wrote.
+        folder: written by `write_shards`.
 
     Raises:
-        DataError: the folder is missing, incomplete, damaged, or of a newer format.
+        DataError: if the folder is missing, incomplete, damaged, or of a newer format.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,7 +52,7 @@ class TokenShards:
     def __getitem__(self, key: slice) -> Tensor:
         start, stop, step = key.indices(len(self))
         if step != 1:
-            raise InputError(f"TokenShards gives slices with step 1, not {step}.")
+            raise InputError(f"TokenShards takes slices with step 1, not {step}")
         parts = []
         shard = int(np.searchsorted(self._starts, start, side="right")) - 1
         while start < stop:
@@ -73,11 +73,11 @@ def write_shards(
     text_hash: str,
     shard_tokens: int = SHARD_TOKENS,
 ) -> TokenShards:
-    """Write token ids to a new folder; no more than a shard of them is in memory.
+    """Write token ids to a new folder, with at most one shard of them in memory.
 
     Args:
-        folder: where to; it must not exist. A folder beside it holds the files until they are
-            whole.
+        folder: the folder, which must not exist. A folder beside it holds the files until they are
+            complete.
         pieces: integer token ids of shape (tokens,) each, in the order of the text.
         vocab_size: the ids lie in [0, vocab_size), at most 2^32.
         tokenizer_hash: see `bkcore.text.tokenizer_hash`; the index keeps it.
@@ -85,11 +85,11 @@ def write_shards(
         shard_tokens: tokens of a full shard, at least 1.
 
     Raises:
-        InputError: an id is outside of the vocabulary, or the folder exists.
-        DataError: the folder cannot be written.
+        InputError: if an id is outside the vocabulary, or the folder exists.
+        DataError: if the folder cannot be written.
     """
     if folder.exists():
-        raise InputError(f"{folder} exists; token shards are written to a new folder.")
+        raise InputError(f"{folder} already exists; token shards need a new folder")
     staged = folder.with_name(f".{folder.name}.saving")
     dtype: Any = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     try:
@@ -115,7 +115,7 @@ def write_shards(
         shutil.rmtree(staged, ignore_errors=True)
         if isinstance(error, OSError):
             raise DataError(
-                f"Cannot write token ids to {folder} ({error.strerror or error})."
+                f"cannot write token ids to {folder} ({error.strerror or error})"
             ) from error
         raise
     return TokenShards(folder)
@@ -128,8 +128,8 @@ def _in_shards(
     for piece in pieces:
         if len(piece) and not 0 <= int(piece.min()) <= int(piece.max()) < vocab_size:
             raise InputError(
-                f"The token ids reach from {int(piece.min())} to {int(piece.max())}, but the "
-                f"vocabulary has {vocab_size} tokens."
+                f"the token ids go from {int(piece.min())} to {int(piece.max())}, but the "
+                f"vocabulary has {vocab_size} tokens; encode the text with its tokenizer"
             )
         ids = piece.numpy()
         while len(ids):
@@ -149,21 +149,23 @@ def _read_index(folder: Path) -> dict[str, Any]:
         index = read_json(folder / _INDEX)
         version = index["format_version"]
         if type(version) is not int:
-            raise TypeError("its format_version is no integer")
+            raise TypeError("its format_version is not an integer")
         if version <= FORMAT_VERSION and not _is_whole(index):
             raise ValueError("it does not name the files")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder} holds no token ids: {_INDEX} cannot be read.") from error
+        raise DataError(
+            f"{folder} holds no token ids: {_INDEX} cannot be read ({error}); remove {folder}"
+        ) from error
     if version > FORMAT_VERSION:
         raise DataError(
-            f"The token ids in {folder} have format {version}; this bkcore reads up to "
-            f"{FORMAT_VERSION}. Install a newer bkcore."
+            f"the token ids in {folder} have format {version}, but this bkcore reads up to "
+            f"{FORMAT_VERSION}; install a newer bkcore"
         )
     return index
 
 
 def _is_whole(index: dict[str, Any]) -> bool:
-    """Whether an index says what `_open` wants to know, of files in its folder."""
+    """Whether an index has what `_open` needs, with files in its own folder."""
     return isinstance(index["dtype"], str) and all(
         isinstance(shard["file"], str)
         and Path(shard["file"]).name == shard["file"]
@@ -175,15 +177,15 @@ def _is_whole(index: dict[str, Any]) -> bool:
 def _open(folder: Path, shard: dict[str, Any], dtype: str) -> NDArray[Any]:
     path = folder / shard["file"]
     try:
-        open_regular(path).close()  # not one that would be waited for
+        open_regular(path).close()  # refuses a pipe, which would block
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
-            f"The token ids in {path} are missing or damaged; remove {folder}."
+            f"the token ids in {path} are missing or damaged; remove {folder}"
         ) from error
     if array.dtype.name != dtype or array.shape != (shard["tokens"],):
         raise DataError(
             f"{path} holds {array.dtype.name} of shape {array.shape}, but {dtype} of shape "
-            f"({shard['tokens']},) was written; remove {folder}."
+            f"({shard['tokens']},) was written; remove {folder}"
         )
     return array

@@ -1,4 +1,4 @@
-"""Byte-level BPE: any text becomes token ids and comes back unchanged."""
+"""Byte-level BPE: any text can be encoded, and decodes to exactly the same text."""
 
 import copy
 import hashlib
@@ -22,16 +22,16 @@ END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
 """The 256 bytes and the special token."""
 
-# GPT-2's pattern, except that a run of one kind of character ends after 256 of them. Without an end
-# a line of a million letters or blanks is one word, which takes quadratic time to train on.
+# GPT-2's pattern, except that a run of one kind of character ends after 256 of them. Without this
+# limit, a line of a million letters or blanks is one word, which takes quadratic time in training.
 _WORD = (
     r"'(?:[sdmt]|re|ve|ll)"
     r"| ?\p{L}{1,256}| ?\p{N}{1,256}| ?[^\s\p{L}\p{N}]{1,256}"
     r"|\s{1,256}(?!\S)|\s{1,256}"
 )
 
-# A word never reaches past a visible character into the blank that follows it, so a text cut there,
-# before a whole run of whitespace, gives the same tokens as the text in one piece.
+# A word never extends past a visible character into the blank after it. So a text cut there, before
+# a whole run of whitespace, gives the same tokens as in one piece.
 _CUT = re.compile(r"\S(?=[ \r\n])")
 # The last blank of a run is a word of its own in the text, but not at the end of a chunk.
 _LAST_BLANK = re.compile(r"[^\S\x1c-\x1f](?![^\S\x1c-\x1f])")
@@ -48,30 +48,30 @@ def train_tokenizer(
     """Train a byte-level BPE tokenizer. The same text and sizes give the same tokenizer.
 
     Args:
-        text: what to count pairs in, whole or in pieces that are never in memory together; may be
-            short, down to nothing.
-        vocab_size: at most this many tokens, at least 257: the 256 bytes and ``<|endoftext|>``.
-            A short text runs out of pairs before: ``len(tokenizer)`` is the size it has.
-        min_frequency: a pair seen less often is never merged, at least 1.
+        text: the text to count pairs in, whole or in pieces, which are never in memory together.
+            It may be short or even empty.
+        vocab_size: the largest number of tokens, at least 257: the 256 bytes and
+            ``<|endoftext|>``. A short text may run out of pairs; ``len(tokenizer)`` is the actual
+            size.
+        min_frequency: pairs seen less often than this are never merged; at least 1.
 
     Returns:
-        A tokenizer whose beginning and end of text are both ``<|endoftext|>`` (id 0), which
-        it adds nowhere by itself, and for which ``decode(encode(text))`` is the text. It cuts a
-        text into words by the pattern of GPT-2, but after 256 letters, digits, blanks or other
-        characters in a row at the latest. It enters what it saves in the manifest of a model's
-        folder.
+        A tokenizer for which ``decode(encode(text))`` is the text. Its beginning and end of text
+        are both ``<|endoftext|>`` (id 0), which it never adds by itself. It cuts a text into words
+        by GPT-2's pattern, but at the latest after 256 letters, digits, blanks or other characters
+        in a row. When saved, it lists its files in the manifest of a model's folder.
 
     Raises:
-        InputError: ``vocab_size`` or ``min_frequency`` is too small, or the text holds a lone
+        InputError: if `vocab_size` or `min_frequency` is too small, or the text holds a lone
             surrogate.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise InputError(
-            f"vocab_size is {vocab_size}, but the 256 bytes and {END_OF_TEXT} need at least "
-            f"{MIN_VOCAB_SIZE}."
+            f"vocab_size must be at least {MIN_VOCAB_SIZE}, for the 256 bytes and {END_OF_TEXT}, "
+            f"not {vocab_size}"
         )
     if min_frequency < 1:
-        raise InputError(f"min_frequency is {min_frequency}, but must be at least 1.")
+        raise InputError(f"min_frequency must be at least 1, not {min_frequency}")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -99,9 +99,9 @@ def train_tokenizer(
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Name a tokenizer by what it does to text: 16 hexadecimal digits of a SHA-256.
+    """A name for what a tokenizer does to text: 16 hexadecimal digits of a SHA-256.
 
-    Saving and loading keep it; padding and truncation, which a call may change, are left out.
+    Saving and loading preserve it. Padding and truncation, which a call may change, do not count.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     for changeable in ("padding", "truncation"):
@@ -114,36 +114,36 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
     """Turn a whole text into token ids, with no special token added or recognized.
 
     A literal ``<|endoftext|>`` in the text is text like any other. Long texts are cut into
-    pieces that are encoded in parallel; the cuts do not show in the result. There is one exception:
-    a word of more than 16,382 characters, which only a tokenizer without a limit to its words may
-    have, is encoded in parts, so that memory stays bounded.
+    pieces that are encoded in parallel, which does not change the result, with one exception: a
+    word of more than 16,382 characters is encoded in parts, so that memory stays bounded. Only
+    tokenizers without a limit on the length of words can have such words.
 
     Args:
-        tokenizer: a byte-level tokenizer, such as `train_tokenizer` gives.
+        tokenizer: a byte-level tokenizer, such as one from `train_tokenizer`.
         text: any text.
 
     Returns:
         An int64 tensor of shape (tokens,), with values in [0, len(tokenizer)).
 
     Raises:
-        InputError: the text holds a lone surrogate, which no UTF-8 text can.
+        InputError: if the text holds a lone surrogate, which UTF-8 cannot express.
     """
     ids = list(encode_pieces(tokenizer, [text]))
     return torch.cat(ids) if ids else torch.empty(0, dtype=torch.int64)
 
 
 def encode_pieces(tokenizer: PreTrainedTokenizerFast, pieces: Iterable[str]) -> Iterator[Tensor]:
-    """Turn a text that comes in pieces into the token ids of the whole, a part at a time.
+    """Encode a text that comes in pieces, part by part.
 
     Args:
         tokenizer: as in `encode`.
-        pieces: a text, however it is cut: joined, the result is `encode` of the joined text.
+        pieces: a text, cut anywhere; the joined result is `encode` of the joined text.
 
     Yields:
         Int64 tensors of shape (tokens,), tokens >= 1, for at most half a million characters each.
 
     Raises:
-        InputError: the text holds a lone surrogate, which no UTF-8 text can.
+        InputError: if the text holds a lone surrogate, which UTF-8 cannot express.
     """
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_padding()
@@ -160,18 +160,18 @@ def _encodable(pieces: Iterable[str]) -> Iterator[str]:
     for piece in pieces:
         if found := _SURROGATE.search(piece):
             raise InputError(
-                f"The text holds a lone surrogate at character {done + found.start()}, which UTF-8 "
-                "cannot express. Read or build the text as valid Unicode."
+                f"the text holds a lone surrogate at character {done + found.start()}, which UTF-8 "
+                "cannot express; read or build the text as valid Unicode"
             )
         yield piece
         done += len(piece)
 
 
 def _chunks(pieces: Iterable[str], words: PreTokenizer | None) -> Iterator[str]:
-    """Cut a text where no cut shows; how it was cut into pieces does not show either.
+    """Cut a text where a cut does not change the tokens, however the text came in pieces.
 
-    Only a word of more than 16,382 characters, which a tokenizer without a limit may have, is cut
-    all the same: no chunk is longer than 16,384 characters.
+    The exception is a word of more than 16,382 characters, which a tokenizer without a limit may
+    have: it is cut, because no chunk is longer than 16,384 characters.
     """
     buffer, searched = "", 0
     for piece in pieces:
@@ -181,14 +181,14 @@ def _chunks(pieces: Iterable[str], words: PreTokenizer | None) -> Iterator[str]:
             yield buffer[start:end]
             start = end
         buffer = buffer[start:]
-        # The last character may be one to cut behind, once the next one is known.
+        # Whether to cut after the last character depends on the next one.
         searched = max(len(buffer) - 1, 0)
     if buffer:
         yield buffer
 
 
 def _chunk_end(text: str, start: int, searched: int, words: PreTokenizer | None) -> int | None:
-    """Where the chunk that begins at ``start`` ends; None if the text does not go on that far."""
+    """Where the chunk that begins at `start` ends; None if more text is needed to tell."""
     limit = start + _LONGEST_CHUNK
     if cut := _CUT.search(text, max(start + _CHUNK_CHARACTERS, searched), limit):
         return cut.end()
