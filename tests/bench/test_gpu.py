@@ -40,7 +40,7 @@ def test_rows():
     assert [r.name for r in results] == [*sweeps, *(f"gpu/{name}" for name in models)]
     assert {r.target for r in results} == {0.5, 1 / 3, 1.8, 1.0, None}
     assert results[-1].shape == (3, 1)
-    assert results[-1].baseline == "GPT-2 bfloat16 behind 6"
+    assert results[-1].baseline == "GPT-2 bfloat16 after 6"
 
 
 def test_the_models_that_are_timed_are_of_one_size():

@@ -107,7 +107,9 @@ def test_divergence_is_that_of_pytorch() -> None:
 def test_models_that_do_not_belong_together_are_refused(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match="is float, not quantized; bkcore quantize"):
+    with pytest.raises(
+        InputError, match="is float, not quantized; quantize it with bkcore quantize"
+    ):
         run({**folders, "int8": folders["float"]})
     with pytest.raises(InputError, match="is not a float model"):
         run({**folders, "float": folders["int8"]})
@@ -117,5 +119,5 @@ def test_models_that_do_not_belong_together_are_refused(
     with pytest.raises(InputError, match="different tokenizers"):
         run({**folders, "float": tmp_path})
     monkeypatch.setattr(stability, "_PROBE", 10**6)
-    with pytest.raises(InputError, match="tokens, the probe 1000000"):
+    with pytest.raises(InputError, match="tokens, but the probe takes 1000000"):
         run(folders)

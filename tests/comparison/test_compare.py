@@ -145,7 +145,9 @@ def test_results_that_would_not_compare_stop_before_training(
     for name in ("train.txt", "valid.txt"):
         (other / name).write_text((text / name).read_text().replace("electron", "neutrons"))
     monkeypatch.setattr(language, "train", None)
-    with pytest.raises(InputError, match=r"cannot be compared: corpus_sha256 '.*name another"):
+    with pytest.raises(
+        InputError, match=r"cannot be compared with it: corpus_sha256 '.*name another"
+    ):
         run(other, tmp_path / "runs", only="language/convolution")
     (other / "valid.txt").write_text((other / "valid.txt").read_text()[:2000])
     one = Comparison(replace(SMALL.language, window=2000, batch_size=1), SMALL.synthetic)
@@ -154,7 +156,7 @@ def test_results_that_would_not_compare_stop_before_training(
 
 
 def test_a_name_that_nothing_has_is_refused(text: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"begins with 'nothing'; there are language/resnet_bk"):
+    with pytest.raises(InputError, match=r"starts with 'nothing'; the runs are language/resnet_bk"):
         run(text, tmp_path / "runs", only="nothing")
 
 

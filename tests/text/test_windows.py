@@ -57,9 +57,9 @@ def test_training_windows_outside_of_range_raise() -> None:
 
 
 def test_impossible_lengths() -> None:
-    with pytest.raises(InputError, match="length is 1, but must be at least 2"):
+    with pytest.raises(InputError, match="length must be at least 2, not 1"):
         TokenWindows(torch.arange(10), 1)
-    with pytest.raises(InputError, match="length is 0, but must be at least 1"):
+    with pytest.raises(InputError, match="length must be at least 1, not 0"):
         scored_windows(torch.arange(10), 0, BOS)
 
 

@@ -1,1 +1,1 @@
-"""Measuring the speed of what bkcore computes, against what else a user might run."""
+"""Benchmarks of bkcore against what a user might run instead."""

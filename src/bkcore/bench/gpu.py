@@ -1,8 +1,8 @@
 """The rows of `bkcore bench gpu`: the Triton kernels against a copy, each other and float32; and
-the language model against GPT-2 of transformers, with PyTorch's own attention.
+the language model against transformers' GPT-2 with PyTorch's own attention.
 
-Times are those of Triton's own timer: CUDA events around single calls, the median, with the cache
-of the GPU emptied before each.
+Times come from Triton's own timer: the median of CUDA events around single calls, with the GPU's
+cache emptied before each.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ LEAST_CODES_SPEEDUP = 1.8
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the language models are, and what they read.
+    """The sizes of the language models and of their inputs.
 
     Attributes:
-        width, layers, vocabulary: of ResNet-BK; GPT-2 has as many parameters, to a layer.
-        window, batch: tokens of a text and texts of a training step.
-        sequences: that decode together, each behind a text of `window` tokens.
+        width, layers, vocabulary: of ResNet-BK; GPT-2 has as many parameters, up to one layer.
+        window, batch: tokens per text, and texts per training step.
+        sequences: how many decode together, each after a text of `window` tokens.
     """
 
     width: int = 768
@@ -56,11 +56,11 @@ class Scale:
 SCALE = Scale()
 
 Timer = Callable[[Callable[[], object]], float]
-"""Seconds of a call."""
+"""Returns the seconds that a call takes."""
 
 
 def run_gpu(console: Console, device: str = "cuda", timer: Timer | None = None) -> list[Result]:
-    """Measure every form of the sweep, its results checked first, and the language model.
+    """Check and measure every form of the sweep, and measure the language model.
 
     Raises:
         BackendError: if there is no GPU or no Triton.
@@ -69,7 +69,7 @@ def run_gpu(console: Console, device: str = "cuda", timer: Timer | None = None) 
     info = describe_backends()["triton"]
     if device == "cuda" and not torch.cuda.is_available():
         raise BackendError(
-            "this measures the Triton kernels, but PyTorch sees no GPU: run it where there is one"
+            "this measures the Triton kernels, but PyTorch sees no GPU; run it where there is one"
         )
     if not info.available:
         raise BackendError(f"this measures the Triton kernels, but {info.reason}")
@@ -80,7 +80,7 @@ def run_gpu(console: Console, device: str = "cuda", timer: Timer | None = None) 
             for form in FORMS:
                 problem = random_problem(form, shape).to(device)
                 results += _shown(console, _rows(problem, seconds))
-    # Models are built and quantized on the CPU; on the GPU its tensors choose the kernels.
+    # Models are built and quantized on the CPU; once on the GPU, their tensors select the kernels.
     results += _shown(console, _model_rows(SCALE, device, seconds))
     return results
 
@@ -172,7 +172,7 @@ def _model_rows(scale: Scale, device: str, seconds: Timer) -> Iterator[Result]:
         behind = rival.eval().bfloat16()
         baseline_seconds = seconds(rival_models.decoder(behind, text, tokens))
         for bits, each in coded.items():
-            # Its state has one size, whatever it has read.
+            # Its state has a fixed size, whatever it has read.
             state = each(text[:, : min(64, scale.window)], use_cache=True).cache_params
             yield Result(
                 f"gpu/decoding INT{bits}",
@@ -180,13 +180,13 @@ def _model_rows(scale: Scale, device: str, seconds: Timer) -> Iterator[Result]:
                 0,
                 seconds(partial(each, tokens, cache_params=state)),
                 baseline_seconds,
-                f"GPT-2 bfloat16 behind {scale.window:,}",
+                f"GPT-2 bfloat16 after {scale.window:,}",
                 note=millions,
             )
 
 
 class _TrainingStep:
-    """A step of AdamW on ids (B, N); raises `BenchmarkError` if the first loss is no number."""
+    """A step of AdamW on ids (B, N); raises `BenchmarkError` if the first loss is not finite."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:
         self._model, self._ids = model.train(), ids
@@ -205,7 +205,7 @@ class _TrainingStep:
 
 
 def _quantized(model: ResNetBKForCausalLM, bits: int) -> ResNetBKForCausalLM:
-    """A copy in codes; how they are rounded makes no difference to the time."""
+    """A quantized copy; how its codes are rounded does not affect the time."""
     copy = deepcopy(model).eval()
     copy.configure_quantization(QuantizationConfig(f"ptq_int{bits}", weight_rounding="nearest"))
     copy.calibrate_quantization([torch.randint(model.config.vocab_size, (4, 128))])
@@ -213,7 +213,7 @@ def _quantized(model: ResNetBKForCausalLM, bits: int) -> ResNetBKForCausalLM:
 
 
 def _gpt2(scale: Scale, parameters: int) -> PreTrainedModel:
-    """GPT-2 of the same width and vocabulary with as many parameters, to a layer."""
+    """GPT-2 of the same width and vocabulary with as many parameters, up to one layer."""
 
     def make(layers: int) -> GPT2LMHeadModel:
         more: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}

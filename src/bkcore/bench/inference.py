@@ -1,8 +1,8 @@
-"""The cases of `bkcore bench inference`: quantized models against the same in float32, and rivals.
+"""The cases of `bkcore bench inference`: quantized models against float32, and against rivals.
 
-Models have random weights: nothing here judges what they say, and no time depends on it. Before a
-quantized model is timed, its products are compared with the reference backend, bit for bit, and
-its streamed logits with those of the parallel pass.
+Models have random weights, since no time depends on what they say. Before a quantized model is
+timed, its products are compared bit for bit with those of the reference backend, and its streamed
+logits with those of the parallel pass.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CONTEXTS = (512, 4096, 16384)
 _MODES = {"INT8": "ptq_int8", "INT4": "ptq_int4"}
 _PREFILL_TARGETS = {"INT8": 2.0, "INT4": 1.5}
 _DECODE_TARGETS = {"INT8": 1.5, "INT4": 2.0}
-# From these widths on there are targets; below, a quantized model must not be slower.
+# From these widths on there are targets; below them, a quantized model must only not be slower.
 _PREFILL_WIDTH, _DECODE_WIDTH = 256, 512
 _VOCABULARY = 4096
 _LAYERS = 4
@@ -51,8 +51,8 @@ _MOST_SECONDS = 10.0  # of a rival's prefill
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model in the middle of a text, ready to read one more token of each sequence again and
-    again: its state is not kept."""
+    """A model in the middle of a text. Each call reads one more token of each sequence, always from
+    the same state."""
 
     model: ResNetBKForCausalLM
     state: StreamState
@@ -65,10 +65,10 @@ class Decoder:
 
 @torch.inference_mode()
 def run_inference(console: Console, only: str = "") -> list[Result]:
-    """Time every case whose name begins with `only`, with progress on the console.
+    """Time every case whose name starts with `only`, with progress on the console.
 
     Raises:
-        InputError: if no case is called so.
+        InputError: if no case has such a name.
         BenchmarkError: if a quantized model is wrong.
     """
     counts = sorted({1, min(2, torch.get_num_threads())})
@@ -80,7 +80,7 @@ def run_inference(console: Console, only: str = "") -> list[Result]:
     }
     chosen = {name: case for name, case in cases.items() if name.startswith(only)}
     if not chosen:
-        raise InputError(f"no case begins with {only!r}; there are: {', '.join(cases)}")
+        raise InputError(f"no case starts with {only!r}; the cases are {', '.join(cases)}")
     results: list[Result] = []
     with Plan(dict.fromkeys(chosen, 60.0), console) as plan:
         for name, case in chosen.items():
@@ -96,7 +96,7 @@ def _each(case: Callable[..., Iterator[Result]], size: Any, counts: Sequence[int
 
 
 def build(width: int) -> dict[str, ResNetBKForCausalLM]:
-    """A float32 model and what the modes make of it, by name; checked."""
+    """A float32 model and its quantized versions, by name; checked."""
     torch.manual_seed(0)
     model = LanguageModel(
         _VOCABULARY, d_model=width, n_layers=_LAYERS, n_seq=_WINDOW, expert_size=2 * width
@@ -106,7 +106,7 @@ def build(width: int) -> dict[str, ResNetBKForCausalLM]:
     models = {"float32": model}
     for name, mode in _MODES.items():
         quantized = deepcopy(model)
-        # How weights are rounded makes no difference to the time.
+        # How weights are rounded does not affect the time.
         quantized.configure_quantization(QuantizationConfig(mode, weight_rounding="nearest"))
         quantized.calibrate_quantization([_tokens(*_CALIBRATION)])
         check_products(quantized.eval())
@@ -117,7 +117,7 @@ def build(width: int) -> dict[str, ResNetBKForCausalLM]:
 
 
 def check_products(model: nn.Module) -> None:
-    """Compare every product of codes with that of the reference backend.
+    """Compare every integer product with that of the reference backend.
 
     Raises:
         BenchmarkError: if a bit differs.
@@ -128,7 +128,9 @@ def check_products(model: nn.Module) -> None:
             with use_backend("reference"):
                 expected = layer(x)
             if not torch.equal(layer(x), expected) or not torch.equal(layer(x[:1]), expected[:1]):
-                raise BenchmarkError(f"the product of {name} is not that of the reference backend")
+                raise BenchmarkError(
+                    f"the product of {name} differs from that of the reference backend"
+                )
 
 
 def check_stream(model: ResNetBKForCausalLM) -> None:
@@ -149,7 +151,7 @@ def check_stream(model: ResNetBKForCausalLM) -> None:
 
 
 def single_layers(shapes: Sequence[tuple[int, int]], threads: int) -> Iterator[Result]:
-    """One layer in codes against the same in float: which sizes pay, and for how many rows."""
+    """One quantized layer against the same in float: which sizes pay off, and for how many rows."""
     for outputs, inputs in shapes:
         layer = nn.Linear(inputs, outputs, bias=False)
         packed = {
@@ -166,8 +168,8 @@ def single_layers(shapes: Sequence[tuple[int, int]], threads: int) -> Iterator[R
 
 
 def at_width(width: int, threads: int) -> Iterator[Result]:
-    """Prefill and decoding, each mode against float32; and float32 prefill by oneDNN, which is
-    faster on some processors than what PyTorch takes."""
+    """Prefill and decoding, each mode against float32; and float32 prefill by oneDNN, which on some
+    processors is faster than PyTorch's default."""
     models = build(width)
     batch = _tokens(_BATCH, _WINDOW)
     prefill: dict[str, Call] = {name: partial(model, batch) for name, model in models.items()}
@@ -183,7 +185,7 @@ def at_width(width: int, threads: int) -> Iterator[Result]:
 
 
 def serving(counts: Sequence[int], threads: int) -> Iterator[Result]:
-    """One more token of sequences of different ages in one batch."""
+    """One more token of sequences of different lengths in one batch."""
     models = build(_SERVING_WIDTH)
     batch = _tokens(1, _WINDOW)
     for count in counts:
@@ -194,8 +196,8 @@ def serving(counts: Sequence[int], threads: int) -> Iterator[Result]:
 
 
 def against_rivals(contexts: Sequence[int], threads: int) -> Iterator[Result]:
-    """ResNet-BK against GPT-2 and Mamba of as many parameters: prefill of one context, and
-    decoding behind it. A prefill that would take too long is left out."""
+    """ResNet-BK against GPT-2 and Mamba with as many parameters: prefill of a context, and decoding
+    after it. A prefill that would take too long is left out."""
     ours = build(_RIVAL_WIDTH)
     parameters = sum(p.numel() for p in ours["float32"].parameters())
     slowest: dict[str, float] = {}
@@ -226,7 +228,7 @@ def _against_float(
     calls: Mapping[str, Call],
     include: bool = False,
 ) -> Iterator[tuple[str, Result]]:
-    """A row for each mode, and if `include` says so one for float32 itself, all in alternation."""
+    """A row for each mode, and with `include` one for float32 itself, all timed in alternation."""
     seconds = dict(zip(calls, interleaved(*calls.values()), strict=True))
     for mode, time in seconds.items():
         if include or mode != "float32":
@@ -241,7 +243,7 @@ def _with_target(row: Result, target: float) -> Result:
 def _decoders(
     models: dict[str, ResNetBKForCausalLM], text: Tensor, ages: Sequence[int]
 ) -> dict[str, Call]:
-    """Of every model, one sequence for each age, which has read the first `age` tokens of text."""
+    """Decoders of every model, with one sequence per age that has read the first `age` tokens."""
     tokens = _tokens(len(ages), 1)
     return {
         name: Decoder(model, StreamState.batch([_read(model, text[:1, :n]) for n in ages]), tokens)

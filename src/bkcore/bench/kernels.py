@@ -1,7 +1,7 @@
 """The cases of `bkcore bench kernels`.
 
-A case is a function from the thread counts to measure with, to results; to add one, write it and
-list it in `CASES`. It checks what it times first, on the very shape.
+A case is a function from thread counts to results. To add one, write it and list it in `CASES`. A
+case first checks what it times, on the same shape.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Case:
     """A group of measurements.
 
     Attributes:
-        name: its rows' names begin with it.
-        measure: gives the results for some thread counts.
+        name: the start of its rows' names.
+        measure: returns the results for some thread counts.
         seconds: about how long it takes, for the progress bar.
     """
 
@@ -84,7 +84,7 @@ class Case:
 def run_kernels(
     console: Console, only: str = "", on_result: Callable[[Result], None] = lambda result: None
 ) -> list[Result]:
-    """Measure the cases whose names begin with `only`.
+    """Measure the cases whose names start with `only`.
 
     Raises:
         InputError: if there is no such case.
@@ -94,7 +94,7 @@ def run_kernels(
     cases = [case for case in CASES if case.name.startswith(only)]
     if not cases:
         names = ", ".join(case.name for case in CASES)
-        raise InputError(f"there is no case {only!r}; there are: {names}")
+        raise InputError(f"there is no case {only!r}; the cases are {names}")
     _require_native()
     if any(case.measure is comparison for case in cases):
         for name, reason in missing_rivals().items():
@@ -113,7 +113,7 @@ def run_kernels(
 
 
 def thread_counts() -> tuple[int, ...]:
-    """1, and 2 where there are two cores."""
+    """1, and also 2 if there are two cores."""
     return (1, 2) if usable_cores() > 1 else (1,)
 
 
@@ -137,19 +137,19 @@ def large(counts: Sequence[int]) -> Iterator[Result]:
 
 
 def large_shapes() -> list[Shape]:
-    """`LARGE`, with the batch grown until the bytes to move exceed the last-level cache thrice."""
+    """`LARGE`, with the batch grown until three times the last-level cache has to be moved."""
     cache = last_level_cache() or 0
     return [(max(b, math.ceil(3 * cache / (12 * n * h))), n, h) for b, n, h in LARGE]
 
 
 def fresh_memory(counts: Sequence[int]) -> Iterator[Result]:
-    """As `large`, but every result gets new memory from the system: page faults and all."""
+    """Like `large`, but every result gets new memory from the system, page faults included."""
     shape = large_shapes()[0]
     context = multiprocessing.get_context("spawn")
     for count in counts:
         with ProcessPoolExecutor(1, mp_context=context) as process:
             own, clone = process.submit(_time_with_fresh_memory, shape, count).result()
-        note = "both allocate, in a process that hands freed memory back"
+        note = "both allocate, in a process that returns freed memory"
         yield Result("fresh memory/g", shape, count, own, clone, "clone", note=note)
 
 
@@ -159,7 +159,7 @@ def _time_with_fresh_memory(shape: Shape, count: int) -> Sequence[float]:
 
 
 def _buffer(problem: Problem) -> Tensor:
-    """Half the compulsory bytes of a problem: to copy it moves them all."""
+    """Half the compulsory bytes of a problem; copying it moves all of them."""
     return torch.ones(problem.compulsory_bytes // 8)
 
 
@@ -218,7 +218,7 @@ class Gradient:
 
 
 def one_lane(counts: Sequence[int]) -> Iterator[Result]:
-    """A single long chain, against one site after the other."""
+    """A single long chain, against sweeping one site after the other."""
     for form in FORMS:
         problem = random_problem(form, ONE_LANE)
         truth = true_parts(problem)
@@ -236,7 +236,7 @@ def sequential_one_lane(problem: Problem) -> Tensor:
 
 
 def layouts(counts: Sequence[int]) -> Iterator[Result]:
-    """Shapes of about equal volume, against the best of them per element."""
+    """Shapes of about equal volume, against the fastest of them per element."""
     for form in ("g", "two-sided"):
         problems = [random_problem(form, shape) for shape in _layout_shapes()]
         runs = [problem.run for problem in problems]
@@ -264,7 +264,7 @@ def _layout_shapes() -> list[Shape]:
 
 
 def _run_chains(problem: Problem) -> Tensor:
-    """A problem of one channel with the public function for chains (B, N), as (B, N, 2, 1)."""
+    """Run a problem of one channel by the public function for chains (B, N), as (B, N, 2, 1)."""
     z = complex(problem.energy.item(), problem.eta.item())
     causal = problem.form != "two-sided"
     parts = resolvent_diagonal_parts(problem.v.squeeze(2), z, onsite=0.0, causal=causal)
@@ -338,13 +338,13 @@ def codes(counts: Sequence[int]) -> Iterator[Result]:
 
 
 def compand(bits: int) -> Tensor:
-    """Levels that lie closer together around zero."""
+    """Levels that are closer together near zero."""
     codes = torch.arange(2.0**bits) - 2 ** (bits - 1)
     return codes.sign() * (codes / 2 ** (bits - 1)).abs() ** 1.5 * 2 ** (bits - 1)
 
 
 class CodedSweep:
-    """A problem whose potentials, sources and output are codes with scales of their channels.
+    """A problem whose potentials, sources and output are codes, with one scale per channel.
 
     Args:
         problem: what the codes are made from.
@@ -401,7 +401,7 @@ class CodedSweep:
         )
 
     def check(self) -> None:
-        """The codes are those of the float32 sweep, bit for bit, and that sweep is right."""
+        """Check the float32 sweep, and that the codes are those of it, bit for bit."""
         parts = self.decoded.run()
         check_parts(self.decoded, parts, true_parts(self.decoded))
         wanted = self._quantize(parts).to(torch.int8)
@@ -420,7 +420,7 @@ def storable(scale: float) -> float:
 
 
 def _time_forward(problem: Problem, truth: Tensor, count: int, *baselines: Call) -> Sequence[float]:
-    """Seconds of the sweep, its result checked before, and of the baselines."""
+    """Seconds of the sweep, after a check of its result, and of the baselines."""
     with torch_threads(count), torch.inference_mode():
         check_parts(problem, problem.run(), truth)
         return interleaved(problem.run, *baselines)

@@ -1,4 +1,4 @@
-"""What the figures of a benchmark depend on."""
+"""The machine and software that the figures of a benchmark depend on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bkcore.kernels import describe_backends
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The machine and software that the figures depend on."""
     return {
         "cpu": _cpu_name(),
         "cores": usable_cores(),

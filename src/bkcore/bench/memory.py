@@ -1,8 +1,8 @@
 """The cases of `bkcore bench memory`: what a long sequence costs the language model.
 
-Every point has a process of its own, because a process never forgets its peak. What counts is how
-far the peak of resident memory (`VmHWM`; `ru_maxrss` would begin with that of the parent) rises
-above what the model, its optimizer and a short step took before.
+Every point is measured in its own process, because a process's peak never falls. The measure is how
+far the peak of resident memory (`VmHWM`; `ru_maxrss` would include the parent's) rises above that
+after building the model and its optimizer and taking a short step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MODEL: dict[str, Any] = {
 }
 KINDS = ("training", "training, checkpointed", "evaluation")
 SHORTEST = 1024
-FIT_FROM = 4096  # below, what does not grow weighs too much
+FIT_FROM = 4096  # below, constant costs weigh too much
 
 _WARM_UP_LENGTH = 64
 _STEPS = 3
@@ -51,11 +51,11 @@ class Point:
     """One measurement, on a batch of one sequence.
 
     Attributes:
-        kind: one of `KINDS`. A step of training is forward, backward and AdamW; an evaluation is
+        kind: one of `KINDS`. A training step is forward, backward and AdamW; an evaluation is
             `bkcore.evaluation.perplexity.score` with one window.
         length: tokens N.
         peak_bytes: rise of the peak of resident memory.
-        seconds: a step, the median of three.
+        seconds: per step, the median of three.
     """
 
     kind: str
@@ -71,7 +71,7 @@ def run_memory(console: Console, longest: int) -> list[Point]:
         InputError: if `longest` is below 1,024, or the system is not Linux.
     """
     if longest < SHORTEST:
-        raise InputError(f"longest is {longest}, but must be at least {SHORTEST}")
+        raise InputError(f"longest must be at least {SHORTEST}, not {longest}")
     require_counts()
     lengths = [SHORTEST << octave for octave in range((longest // SHORTEST).bit_length())]
     names = {f"{kind}, N={n:,}": (kind, n) for n in lengths for kind in KINDS}
@@ -86,7 +86,7 @@ def run_memory(console: Console, longest: int) -> list[Point]:
 def growth(points: Sequence[Point], kind: str, field: str) -> float | None:
     """The power p of N^p that fits a field of a kind's points from N = 4,096 on; 1 is linear.
 
-    None where there are fewer than two such points.
+    None if there are fewer than two such points.
     """
     chosen = [point for point in points if point.kind == kind and point.length >= FIT_FROM]
     if len(chosen) < 2:
@@ -162,17 +162,17 @@ def _measure_in_new_process(kind: str, length: int) -> Point:
     except ProcessDiedError as error:
         raise InputError(
             f"the process that measured {kind} at {length:,} tokens ended with exit code "
-            f"{error.exit_code}, probably for want of memory; give a smaller --longest"
+            f"{error.exit_code}, probably out of memory; give a smaller --longest"
         ) from error
 
 
 def _work(send: Callable[[object], None], kind: str, length: int, threads: int) -> Point:
-    del send  # nothing is known before the end
+    del send  # nothing to report before the end
     return measure(kind, length, threads)
 
 
 def measure(kind: str, length: int, threads: int) -> Point:
-    """Measure one point in this process, which must not have had a higher peak before."""
+    """Measure one point in this process, whose peak must not have been higher before."""
     keep_freed_memory()
     torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from bkcore.display.plots import write_plot
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Time against N beside the rivals, and each group's worst ratio over its target."""
+    """Draw time against N, with the rivals, and each group's worst ratio over its target."""
     from matplotlib.figure import Figure
 
     worst = _worst_ratios([result for result in results if result.target is not None])
@@ -26,7 +26,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 
 def draw_memory(points: Sequence[Point], path: Path) -> None:
-    """Peak memory and time against N, each beside a line that is linear in N."""
+    """Draw peak memory and time against N, each with a line that is linear in N."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")

@@ -1,13 +1,13 @@
 """Data to time the sweep on, and the float64 truth that its results must match first.
 
-Lanes are independent, so a large array holds a few different channels over and over, and the truth
-of those few is the truth of every element. Their number is odd where there is a choice, so that a
-kernel which mixes up blocks of lanes does not find equal numbers there.
+Lanes are independent, so a large array repeats a few different channels, and the truth of these few
+is the truth of every element. Their number is odd if there is a choice, so that a kernel that mixes
+up blocks of lanes does not find equal numbers there.
 
 The truth comes from the plain PyTorch sweep, which the tests compare with dense inverses. It is
-slow along a chain, so that long chains are cut into windows. Each is extended by `_HALO` sites on
-both sides: with eta >= 0.5 the influence of a site falls by more than exp(-0.24) with each further
-one, and what lies beyond is less than float64 resolves.
+slow along a chain, so long chains are cut into windows. Each window is extended by `_HALO` sites on
+both sides: with eta >= 0.5, the influence of a site falls by a factor below exp(-0.24) per site,
+and beyond the halo it is below float64's resolution.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from bkcore.kernels import sweep, use_backend
 
 FORMS = ("g", "g+psi", "two-sided")
 
-# Largest error allowed, of the largest value. Rounding makes up to 2e-7 of it in results, 5e-6 in
-# gradients (the energy's is a sum over a million sites); this leaves other processors some room.
+# Largest error allowed, relative to the largest value. Rounding causes up to 2e-7 in results and
+# 5e-6 in gradients (the energy's is a sum over a million sites). Other processors get some room.
 _TOLERANCE = 5e-6
 _GRADIENT_TOLERANCE = 1e-4
-_DISTINCT = 2**21  # elements of v that differ, at most about
+_DISTINCT = 2**21  # about the most elements of v that differ
 _WINDOW = 1024
 _HALO = 160
-_WALL = 1e15  # a potential that no neighbour notices
+_WALL = 1e15  # a potential so high that neighbours do not see past it
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Problem:
 
     @property
     def compulsory_bytes(self) -> int:
-        """What has to move: every input read once, every output written once."""
+        """Bytes that must move: every input read once, every output written once."""
         return self.elements * self.v.element_size() * (6 if self.source is not None else 3)
 
     def run(self) -> Tensor:
@@ -125,7 +125,7 @@ def random_problem(form: str, shape: tuple[int, int, int], seed: int = 0) -> Pro
 
 
 def repeat_channels(tensor: Tensor, lanes: int) -> Tensor:
-    """The last dimension over and over, cut off at `lanes`; contiguous."""
+    """Repeat the last dimension up to `lanes`; contiguous."""
     repeats = -(-lanes // tensor.shape[-1])
     return torch.cat([tensor] * repeats, dim=-1)[..., :lanes].contiguous()
 
@@ -152,7 +152,7 @@ def check_parts(problem: Problem, parts: Tensor, truth: Tensor) -> None:
     """Compare every element of a result with the truth.
 
     Raises:
-        BenchmarkError: if one of them is off by more than rounding can explain.
+        BenchmarkError: if an element is off by more than rounding can explain.
     """
     _check(f"{problem.form} of shape {problem.shape}", parts, truth, _TOLERANCE)
 

@@ -1,4 +1,4 @@
-"""One rule for every row: how many times as fast as its baseline something is."""
+"""One rule for every row: how many times as fast as its baseline it is."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Result:
     Attributes:
         name: case and form, such as "large/g".
         shape: of the potential.
-        threads: that PyTorch was allowed.
-        seconds: a call, median.
-        baseline_seconds: the same of the baseline, timed in alternation, or a limit.
-        baseline: what that is.
-        target: least ratio wanted; None if there is none.
-        note: what else there is to know.
+        threads: how many PyTorch was allowed.
+        seconds: per call, the median.
+        baseline_seconds: the same for the baseline, timed in alternation, or a limit.
+        baseline: what the baseline is.
+        target: the least ratio wanted; None if there is none.
+        note: further remarks.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Result:
 
     @property
     def ratio(self) -> float:
-        """Baseline's time over the time: above 1 is faster than the baseline."""
+        """The baseline's time over this time; above 1 is faster than the baseline."""
         return self.baseline_seconds / self.seconds
 
     @property
@@ -48,7 +48,7 @@ class Result:
         return None if self.target is None else self.ratio >= self.target
 
     def as_dict(self) -> dict[str, Any]:
-        """The row as it stands in the JSON file."""
+        """The row as written to the JSON file."""
         row = {
             "name": self.name,
             "shape": list(self.shape),

@@ -1,4 +1,4 @@
-"""GPT-2 and Mamba of transformers as what a user would run instead: float32 and dynamic INT8."""
+"""transformers' GPT-2 and Mamba as alternatives a user might run: float32 and dynamic INT8."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WIDTH = 256
 _BEGINNING = 64
 
 _UNREADY = ("dt_proj", "lm_head")
-"""Layers of Mamba that transformers takes the float weight of."""
+"""Mamba's layers whose float weight transformers reads directly."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class LanguageRival:
     """A model with random weights.
 
     Attributes:
-        name: what a user would call it.
+        name: its usual name.
         models: "float32" and "INT8", which is PyTorch's dynamic quantization of linear layers.
-        parameters: all of them.
+        parameters: their total number.
         order: the time of a prefill grows with this power of the context.
     """
 
@@ -47,7 +47,7 @@ class LanguageRival:
 
 
 def build(parameters: int, vocabulary: int, context: int) -> list[LanguageRival]:
-    """The rivals with as many parameters as wanted, to a layer, and room for a context."""
+    """The rivals with about `parameters` parameters, up to one layer, and room for a context."""
     tokens: dict[str, Any] = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0}
 
     def gpt2(layers: int) -> PreTrainedModel:
@@ -74,14 +74,14 @@ def _rival(
 
 
 def of_size(make: Callable[[int], PreTrainedModel], parameters: int) -> PreTrainedModel:
-    """The model with as many layers as come nearest to so many parameters."""
+    """The model with the number of layers that comes closest to `parameters`."""
     with torch.device("meta"):
         one, two = (count_parameters(make(layers)) for layers in (1, 2))
     return make(max(1, 1 + round((parameters - one) / (two - one))))
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers that a model learns."""
+    """How many numbers a model learns."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -89,7 +89,7 @@ def _dynamic_int8(model: PreTrainedModel) -> PreTrainedModel:
     model = deepcopy(model)
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, Conv1D):  # which dynamic quantization would pass over
+            if isinstance(child, Conv1D):  # dynamic quantization would skip it
                 linear = nn.Linear(*child.weight.shape)
                 linear.weight.data, linear.bias.data = child.weight.data.t(), child.bias.data
                 setattr(module, name, linear)
@@ -100,21 +100,21 @@ def _dynamic_int8(model: PreTrainedModel) -> PreTrainedModel:
         if isinstance(module, nn.Linear) and not (is_mamba and name.endswith(_UNREADY))
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is deprecated, and there is nothing else on a CPU
+        warnings.simplefilter("ignore")  # deprecated, but the only one on CPUs
         quantized: PreTrainedModel = torch.ao.quantization.quantize_dynamic(model, names)
     return quantized
 
 
 def prefill(model: PreTrainedModel, text: Tensor) -> Call:
-    """What reads a text (1, N) and keeps the state behind it."""
+    """A call that reads a text (1, N) and keeps the state after it."""
     return partial(model, text, use_cache=True)
 
 
 def decoder(model: PreTrainedModel, text: Tensor, token: Tensor) -> Call:
-    """What reads one more token of each sequence (B, 1) behind a text (B, N), every time anew.
+    """A call that reads one more token of each sequence (B, 1) after a text (B, N), repeatably.
 
-    The state of Mamba has one size whatever it has read, and its plain scan is slow: it reads the
-    beginning of the text only.
+    Mamba's state has a fixed size and its plain scan is slow, so it reads only the beginning of the
+    text.
     """
     if isinstance(model, MambaForCausalLM):
         state = model(text[:, :_BEGINNING], use_cache=True).cache_params

@@ -1,4 +1,4 @@
-"""The diagonal of the resolvent as it can be had without bkcore, against bkcore."""
+"""Other ways to compute the diagonal of the resolvent, against bkcore."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bkcore.core.resolvent import resolvent_diagonal_parts
 
 BATCH = 16
 SITES = (128, 512, 2048, 8192, 32768, 65536)
-SCAN_SITES = (512, 8192)  # each length is compiled anew, which takes most of a minute
+SCAN_SITES = (512, 8192)  # each length is compiled separately, which takes most of a minute
 MOST_SECONDS = 2.0  # a call that would take longer is left out
 _ONSITE, _Z = -2.0, 1j
 
@@ -29,13 +29,13 @@ Complex = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Rival:
-    """Another way to the two-sided diagonal.
+    """Another way to compute the two-sided diagonal.
 
     Attributes:
-        name: what a user would call it.
-        diagonal: real potentials (B, N) to the complex diagonal of (H - 1j)^-1, (B, N).
+        name: its usual name.
+        diagonal: from real potentials (B, N) to the complex diagonal of (H - 1j)^-1, (B, N).
         order: its time grows with this power of N.
-        sites: the lengths that it is timed at.
+        sites: the lengths at which it is timed.
     """
 
     name: str
@@ -98,10 +98,10 @@ def _ours(v: Tensor) -> Tensor:
 
 
 def dense_inverse(v: Tensor) -> Tensor:
-    """Every entry of the inverse, of which the diagonal is kept, one chain at a time.
+    """The diagonal of the full inverse, computed one chain at a time.
 
-    A batch of matrices of 256 or more rows comes out wrong with PyTorch 2.13, MKL 2024.2 and two
-    threads: without a warning, or with an error about pivots.
+    With PyTorch 2.13, MKL 2024.2 and two threads, inverting a batch of matrices of 256 or more rows
+    gives wrong results, without a warning or with an error about pivots.
     """
     bonds = torch.ones(v.shape[1] - 1)
     off_diagonal = torch.diag(bonds, 1) + torch.diag(bonds, -1)
@@ -110,7 +110,7 @@ def dense_inverse(v: Tensor) -> Tensor:
 
 
 def eager_loop(v: Tensor) -> Tensor:
-    """The continued fractions from both ends, a site at a time."""
+    """The continued fractions from both ends, one site at a time."""
     diagonal = (v + (_ONSITE - _Z)).unbind(1)
     left = _denominators(diagonal)
     right = _denominators(diagonal[::-1])[::-1]

@@ -1,9 +1,9 @@
-"""The cases of `bkcore bench stability`: does a quantized model stay what it is while it reads on?
+"""The cases of `bkcore bench stability`: does a quantized model stay as good while it reads on?
 
-A quantized model and its float reference read the same long text. On the way the same probe is put
-behind what both have read, from states of growing age: what the quantized model has lost by then is
-the divergence of its next-token distributions on the probe. Beside it stand the certificates of
-its cores on the text at hand, and the memory of the process.
+A quantized model and its float reference read the same long text. At growing ages of their states,
+both also read the same probe. The divergence of the quantized model's next-token distributions on
+the probe shows what it has lost by then. The certificates of its cores on the current text and the
+memory of the process are recorded too.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Age:
 
     Attributes:
         position: tokens read before.
-        kl: mean divergence KL(reference || quantized) on the probe, nats a token.
+        kl: mean divergence KL(reference || quantized) on the probe, in nats per token.
         standard_error: of that mean.
-        worst: for each layer the largest error of its core over its certified bound, on the tokens
-            before: at most 1.
+        worst: for each layer, the largest ratio of its core's error to the certified bound on the
+            tokens before; at most 1.
         resident_bytes: of the process.
     """
 
@@ -61,7 +61,7 @@ class Stability:
     """The ages of a model, and how they were measured.
 
     Attributes:
-        protocol: checkpoint, reference, corpus, text_tokens (of the text that is repeated),
+        protocol: checkpoint, reference, corpus, text_tokens (length of the repeated text),
             probe_tokens, step and threads.
         ages: youngest first.
     """
@@ -97,7 +97,10 @@ def run_stability(
         warn(console, warning)
     text = encode(tokenizer, valid)
     if len(text) < _PROBE:
-        raise InputError(f"the validation text has {len(text)} tokens, the probe {_PROBE}")
+        raise InputError(
+            f"the validation text has {len(text)} tokens, but the probe takes {_PROBE}; give more "
+            "text"
+        )
     probe = text[None, :_PROBE]
     states = [model.first_state() for model in models]
     ages, seen = [], 0
@@ -130,16 +133,18 @@ def _pair(
     if quantized.quantization_state is not QuantizationState.QUANTIZED:
         raise InputError(
             f"the model in {checkpoint} is {quantized.quantization_state.value}, not quantized; "
-            "bkcore quantize makes one that is"
+            "quantize it with bkcore quantize"
         )
     if exact.quantization_state is not QuantizationState.FLOAT:
-        raise InputError(f"the reference in {reference} is not a float model")
+        raise InputError(
+            f"the reference in {reference} is not a float model; name the one that was quantized"
+        )
     check_tokenizers(tokenizer, other, checkpoint, reference)
     return (quantized, exact), tokenizer
 
 
 def positions(length: int) -> list[int]:
-    """1,000 and its tenfolds up to `length`, and that."""
+    """1,000, 10,000 and so on up to `length`, and `length` itself."""
     found = []
     position = FIRST
     while position < length:
@@ -149,7 +154,7 @@ def positions(length: int) -> list[int]:
 
 
 def report(result: Stability) -> dict[str, Any]:
-    """The JSON file; divergences in nats, quotients for each layer."""
+    """The JSON file, with divergences in nats and ratios for each layer."""
     return {"machine": machine(), **asdict(result)}
 
 
@@ -189,7 +194,7 @@ def _judge(
     ]
     before = next(_pieces(text, max(position - _CERTIFIED, 0), position, _CERTIFIED))
     worst = tuple(
-        # Where a bound is 0 so is the error, or the certificate is wrong and this is infinite.
+        # Where a bound is 0, so is the error; otherwise the certificate is wrong, and this is huge.
         float((c.error / c.bound.clamp(min=torch.finfo(torch.float64).tiny)).max())
         for c in core_certificates(models[0], before)
     )

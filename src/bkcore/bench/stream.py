@@ -1,6 +1,6 @@
 """The cases of `bkcore bench stream`: what one more token costs, early and late in a text.
 
-Two states of one model, young and old, are read on with the same tokens in alternation, so that the
+A model continues from two states, young and old, with the same tokens in alternation, so that the
 ratio of their times does not depend on what else the machine does.
 """
 
@@ -33,11 +33,11 @@ class StreamResult:
 
     Attributes:
         young, old: tokens read before the timed ones.
-        young_microseconds, old_microseconds: a token of one sequence, medians.
+        young_microseconds, old_microseconds: per token of one sequence, medians.
         ratio: old over young, the median of the pairs.
-        resident_growth_bytes: how far resident memory rose while the old state was read from an
-            eighth of its length to the whole.
-        state_bytes: of one sequence.
+        resident_growth_bytes: how far resident memory rose while the model read the last seven
+            eighths of the old text.
+        state_bytes: size of the state of one sequence.
     """
 
     young: int
@@ -55,10 +55,10 @@ def run_stream(console: Console, length: int) -> StreamResult:
 
     Raises:
         InputError: if `length` is below 8,000, or the system is not Linux.
-        BenchmarkError: if the logits of the streamed tokens are not those of the parallel pass.
+        BenchmarkError: if the streamed tokens' logits differ from those of the parallel pass.
     """
     if length < 8 * YOUNG:
-        raise InputError(f"length is {length}, but must be at least {8 * YOUNG}")
+        raise InputError(f"length must be at least {8 * YOUNG}, not {length}")
     require_counts()
     torch.manual_seed(0)
     model = LanguageModel(**MODEL).eval()
@@ -100,7 +100,7 @@ def report(result: StreamResult) -> dict[str, Any]:
 def summary(result: StreamResult) -> str:
     """A sentence for a terminal."""
     return (
-        f"{result.young_microseconds:,.0f} us a token at position {result.young:,}, "
+        f"{result.young_microseconds:,.0f} us per token at position {result.young:,}, "
         f"{result.old_microseconds:,.0f} us at {result.old:,}: {result.ratio:.3f} times as much. "
         f"Resident memory rose by {result.resident_growth_bytes / 1e6:.1f} MB over the last seven "
         f"eighths; a state is {result.state_bytes / 1e3:,.0f} KB."
@@ -130,7 +130,7 @@ def _check(model: ResNetBKForCausalLM, tokens: Tensor, state: StreamState) -> No
         error = float((logits[0, 0] - expected).abs().max())
         if not error <= 1e-3 * float(expected.abs().max()):
             raise BenchmarkError(
-                f"token {index} behind position {int(state.seen)} has logits that differ by "
+                f"the logits of token {index} after position {int(state.seen)} differ by "
                 f"{error:.2e} from those of the parallel pass"
             )
 

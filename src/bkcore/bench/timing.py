@@ -1,4 +1,4 @@
-"""How long calls take: functions timed in alternation, so that they share whatever else happens."""
+"""Timing: functions run in alternation, so that disturbances affect all of them alike."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SLOW_SECONDS = 0.5
 
 
 def interleaved(*functions: Call) -> tuple[float, ...]:
-    """Seconds a call of each function: the median over rounds that time one after the other.
+    """Seconds per call of each function: the median over rounds that time each in turn.
 
-    Every function is called twice before, to warm up. A round calls a fast function many times
-    in a row and takes the mean. The garbage collector is off.
+    Every function is first called twice to warm up. A round calls a fast function many times in a
+    row and takes the mean. The garbage collector is off.
     """
     with _without_collection():
         once = [_warm(function) for function in functions]

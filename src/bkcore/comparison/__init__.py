@@ -1,1 +1,1 @@
-"""Trainings side by side: mixers and other models, and the modes of quantization."""
+"""Comparisons of trainings: mixers and other models, and the quantization modes."""

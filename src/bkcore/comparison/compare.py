@@ -1,4 +1,4 @@
-"""The comparison: do the runs that are wanted, then put all that is finished into one report."""
+"""The comparison: do the requested runs, then report all finished ones."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from bkcore.text import load_corpus
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both parts.
+    """Both parts of the comparison.
 
     Attributes:
-        language, synthetic: their settings.
+        language, synthetic: the settings of each.
     """
 
     language: LanguageSettings
     synthetic: SyntheticSettings
 
     def runs(self, data: str | Path | None, seed: int | None) -> list[Run]:
-        """All runs, with the planned seeds or with one other."""
+        """All runs, with the planned seeds or with another one."""
         seeds = None if seed is None else (seed,)
         return [
             *LanguageComparison(load_corpus(data), self.language).runs(seeds),
@@ -50,44 +50,45 @@ def run_comparison(
     only: str = "",
     seed: int | None = None,
 ) -> dict[str, Any]:
-    """Do the runs whose names begin with `only`, and report all finished ones below `output`.
+    """Do the runs whose names start with `only`, and report all finished ones below `output`.
 
     Args:
         comparison: the settings.
         data: as in `bkcore.text.load_corpus`; None takes the embedded corpus.
         output: folder of the runs; each is in `group/contestant/seedN`.
-        console: where progress is drawn.
-        only: beginning of the names of the runs to do.
-        seed: instead of the planned seeds.
+        console: for the progress bar.
+        only: how the names of the runs to do start.
+        seed: used instead of the planned seeds.
 
     Returns:
-        `protocol`; `language` and `synthetic`, a row for each finished run; and `unfinished`, the
-        names of the planned runs that are not.
+        `protocol`; `language` and `synthetic`, one row per finished run; and `unfinished`, the
+        names of the planned runs that are not finished.
 
     Raises:
-        DataError: if the text is missing, unreadable or too small; before any training.
-        InputError: if no run is so called, or a folder was begun with other settings; likewise.
+        DataError: if the text is missing, unreadable or too small; raised before any training.
+        InputError: if no run has such a name, or a folder was begun with other settings; raised
+            before any training.
     """
     planned = comparison.runs(data, seed)
     chosen = [run for run in planned if run.name.startswith(only)]
     if not chosen:
         names = ", ".join(run.name for run in planned)
-        raise InputError(f"no run's name begins with {only!r}; there are {names}")
+        raise InputError(f"no run's name starts with {only!r}; the runs are {names}")
     for run in chosen:
         run.check(output)
         run.check_together(output)
         prepare_folder(output / run.name)
-    report(output, planned)  # runs that are finished and do not compare are refused now
+    report(output, planned)  # refuses incomparable finished runs now
     with Plan({run.name: run.weight for run in chosen}, console) as plan:
         for run in chosen:
             with plan.stage(run.name) as advance:
                 if not run.finish(output, advance):
-                    say(console, f"another process is at {run.name}")
+                    say(console, f"another process is doing {run.name}")
     return report(output, planned)
 
 
 def report(output: Path, planned: Sequence[Run]) -> dict[str, Any]:
-    """The finished runs as rows, with what they have in common as the protocol."""
+    """The finished runs as rows, and what they have in common as the protocol."""
     of_language = finished(output, language.GROUP)
     of_synthetic = finished(output, synthetic.GROUP)
     return {
@@ -122,8 +123,7 @@ def _common_protocol(results: Sequence[dict[str, Any]], group: str) -> dict[str,
 
 
 def _compared(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row of a language run, with its perplexity per byte, and its change against the
-    ablation."""
+    """The row of a language run, with its perplexity per byte and its change from the ablation."""
     scores = Scores.from_dict(result["scores"])
     size = result["protocol"]["evaluation"]["bytes"]
     row = {**result["row"], "ppl_byte": perplexity_per_byte(scores, size)}

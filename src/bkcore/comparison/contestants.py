@@ -1,4 +1,4 @@
-"""The models that are compared, each with one size left open so that all can be made equal."""
+"""The models to compare, each with one size left open so that all can be made equally large."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from bkcore.model import LanguageModel
 from bkcore.model.moe import MixtureOfExperts
 
 _BOUND = 0.0147
-"""Largest relative distance from the wanted number: 1.0147 / 0.9853 is below 1.03."""
+"""Largest relative deviation from the wanted number; 1.0147 / 0.9853 is below 1.03."""
 
 _LARGEST = 1 << 13
-"""Largest open size that is tried."""
+"""The largest open size to try."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What all contestants of one comparison share.
+    """The sizes that all contestants of one comparison share.
 
     Attributes:
         vocab_size: tokens.
         window: the longest sequence.
         width: of the residual stream, a multiple of 4.
-        layers: of GPT-2 and Llama, each attention and an MLP. Layers of Mamba have no MLP: it has
-            five of them for every three.
+        layers: of GPT-2 and Llama, each with attention and an MLP. Mamba's layers have no MLP, so
+            it gets five layers for every three of theirs.
         mixers: layers of ResNet-BK, whose MLPs may be small.
     """
 
@@ -55,10 +55,10 @@ class Contestant:
     """A kind of model.
 
     Attributes:
-        name: in file names, tables and JSON.
-        build: from a frame and the open size, a model with random weights.
+        name: for file names, tables and JSON.
+        build: builds a model with random weights from a frame and the open size.
         learning_rate: peak rate for language modelling.
-        size_name: what the open size is.
+        size_name: what the open size means.
     """
 
     name: str
@@ -72,10 +72,10 @@ def resnet_bk(
 ) -> PreTrainedModel:
     """ResNet-BK, or an ablation of it, with experts of `size` hidden units.
 
-    Six heads in three pairs that share 32 keys, values one and a half times as wide as the residual
-    stream. One expert a layer where mixers are compared, so that all parameters are
-    active ones: with more, an ablation, whose mixer is smaller, would have larger experts, and more
-    of them idle.
+    It has six heads in three pairs that share keys of size 32, and values one and a half times as
+    wide as the residual stream. Where mixers are compared, each layer has one expert, so that all
+    parameters are active. With more experts, an ablation, whose mixer is smaller, would get larger
+    experts and have more idle parameters.
     """
     return LanguageModel(
         frame.vocab_size,
@@ -158,10 +158,10 @@ MAMBA = Contestant("mamba", mamba, 5e-3, "inner channels")
 
 
 def open_size(contestant: Contestant, frame: Frame, parameters: int) -> int:
-    """The open size that brings active parameters nearest to a wanted number.
+    """The open size whose number of active parameters is closest to `parameters`.
 
     Raises:
-        InputError: if none comes near enough; two models within the bound differ by less than 3 %.
+        InputError: if none is close enough; two models within the bound differ by less than 3 %.
     """
 
     def active(size: int) -> int:
@@ -174,16 +174,16 @@ def open_size(contestant: Contestant, frame: Frame, parameters: int) -> int:
     if abs(found - parameters) > _BOUND * parameters:
         raise InputError(
             f"{contestant.name} cannot have {parameters:,} active parameters within "
-            f"{100 * _BOUND:.1f} %: the nearest is {found:,}, with {size} {contestant.size_name}; "
+            f"{100 * _BOUND:.1f} %; the closest is {found:,}, with {size} {contestant.size_name}; "
             f"change the frame {frame}"
         )
     return size
 
 
 def active_parameters(model: nn.Module) -> int:
-    """Parameters that serve one token: all but those of the experts that are not chosen.
+    """Parameters used for one token: all except those of experts that are not chosen.
 
-    A tied embedding counts once, and a table of positions in full.
+    A tied embedding counts once, and a position table counts in full.
     """
     return total_parameters(model) - sum(
         (len(mixture.experts) - mixture.experts_per_token) * total_parameters(mixture.experts[0])
@@ -193,5 +193,5 @@ def active_parameters(model: nn.Module) -> int:
 
 
 def total_parameters(model: nn.Module) -> int:
-    """All parameters, a shared one once."""
+    """All parameters; shared ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""The demo: train a model on text, quantize it in every mode, and judge what was saved."""
+"""The demo: train a model on text, quantize it in every mode, and evaluate what was saved."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ from bkcore.training.codes import schedule_for_codes, train_through_codes
 _CALIBRATION_BATCHES = 8
 
 CONTROL = "float32 control"
-"""What more training on the text would have given: float32 after as many steps as QAT."""
+"""The control: float32 after as many more steps on the text as QAT takes."""
 
 
 @dataclass(frozen=True)
 class DemoSettings:
     """Sizes and lengths of the demo.
 
-    The vocabulary is small and the experts are many, so that the float16 head of mixed precision
-    stays near a twentieth of the parameters.
+    A small vocabulary and many experts keep the float16 head of mixed precision at about a
+    twentieth of the parameters.
     """
 
     vocab_size: int = 2048
@@ -73,7 +73,7 @@ class DemoSettings:
 
     @property
     def training_tokens(self) -> int:
-        """Tokens that the float model is trained on."""
+        """How many tokens the float model is trained on."""
         return self.training.steps * self.training.batch_size * self.window
 
 
@@ -83,21 +83,22 @@ def run_demo(
     console: Console,
     settings: DemoSettings | None = None,
 ) -> dict[str, Any]:
-    """Train, calibrate, quantize, save, load in a new process and judge, in every mode.
+    """Train, calibrate, quantize, save, load in a new process and evaluate, in every mode.
 
     Args:
         data: as in `bkcore.text.load_corpus`; None takes the embedded corpus.
-        output: folder for the checkpoints, one folder each: float32 and the modes.
-        console: where progress is drawn.
+        output: folder for the checkpoints, one subfolder each for float32 and the modes.
+        console: for the progress bar.
         settings: sizes and lengths.
 
     Returns:
-        `rows`, one for float32 and one for each mode; `control`, the float model after the extra
-        training that QAT had; and the `protocol`.
+        `rows`, one for float32 and one for each mode; `control`, the float model after as much
+        extra training as QAT had; and the `protocol`.
 
     Raises:
-        DataError: if the text is missing, unreadable or too small; before any training.
-        InputError: if `output` cannot be written, or the validation text is one window; likewise.
+        DataError: if the text is missing, unreadable or too small; raised before any training.
+        InputError: if `output` cannot be written, or the validation text is a single window; raised
+            before any training.
     """
     settings = settings or DemoSettings()
     corpus = load_corpus(data)
@@ -112,7 +113,7 @@ def _folder(output: Path, name: str) -> Path:
 
 
 def _stages(settings: DemoSettings, corpus: Corpus) -> dict[str, float]:
-    """Stages and about how long each takes, in seconds on two cores."""
+    """The stages, with about how many seconds each takes on two cores."""
     step = 0.26
     judge = 8 + len(corpus.valid) / 60_000
     stages = {
@@ -131,7 +132,7 @@ def _stages(settings: DemoSettings, corpus: Corpus) -> dict[str, float]:
 
 
 class _Demo:
-    """The run: what its stages share."""
+    """A run of the demo: the state that its stages share."""
 
     def __init__(self, settings: DemoSettings, corpus: Corpus, output: Path, plan: Plan) -> None:
         self.settings = settings

@@ -54,18 +54,18 @@ CONTESTANTS: dict[Contestant, tuple[int, ...]] = {
     contestants.LLAMA: (0,),
     contestants.MAMBA: (0,),
 }
-"""Who takes part, and with which seeds."""
+"""The contestants, with their seeds."""
 
 
 class LanguageComparison:
-    """The runs over one corpus; its tokenizer is trained when the first of them needs it."""
+    """The runs on one corpus; its tokenizer is trained when the first run needs it."""
 
     def __init__(self, corpus: Corpus, settings: LanguageSettings) -> None:
         self.corpus = corpus
         self.settings = settings
 
     def runs(self, seeds: Sequence[int] | None = None) -> list[Run]:
-        """All runs, with the seeds of `CONTESTANTS` or with others."""
+        """All runs, with the seeds of `CONTESTANTS` or with other ones."""
         return [
             Run(
                 name=f"{GROUP}/{contestant.name}/seed{seed}",
@@ -90,9 +90,9 @@ class LanguageComparison:
 
     @property
     def frame(self) -> Frame:
-        """What the models have in common."""
+        """The sizes that the models share."""
         settings = self.settings
-        mixers = round(settings.layers * 5 / 3)  # with small perceptrons, as many as Mamba has
+        mixers = round(settings.layers * 5 / 3)  # as many as Mamba's layers, with small perceptrons
         return Frame(settings.vocab_size, settings.window, settings.width, settings.layers, mixers)
 
     def _open_size(self, contestant: Contestant) -> int:

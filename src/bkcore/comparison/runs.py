@@ -1,8 +1,8 @@
 """Runs that can be interrupted, continued, and shared among processes.
 
-A run has a folder of its own. `run.json` holds its settings from the start, so that a folder never
-mixes two settings; `result.json` appears, whole, when the run is finished; in between are the
-trainer's checkpoints. A lock keeps two processes from doing the same run.
+Each run has its own folder. `run.json` holds its settings from the start, so that a folder never
+mixes two settings. `result.json` appears, complete, when the run is finished; until then the folder
+holds the trainer's checkpoints. A lock keeps two processes from doing the same run.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from bkcore.outputs import write_json
 from bkcore.reading import read_json
 
 _OWN = {"learning_rate", "open_size", "seed", "task"}
-"""Settings that runs of one group need not share."""
+"""Settings that may differ between runs of one group."""
 
 Advance = Callable[[float], None]
-"""Called with the fraction of a run that is done."""
+"""Called with the fraction of the run that is done."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Run:
 
     Attributes:
         name: `group/contestant/seedN`, also the folder below the root of all runs.
-        settings: gives what the result depends on, as what JSON holds.
-        execute: does the work in a folder and gives the result, as what JSON holds.
+        settings: returns what the result depends on, in JSON values.
+        execute: does the work in a folder and returns the result, in JSON values.
         weight: about how many seconds it takes.
     """
 
@@ -44,10 +44,10 @@ class Run:
     weight: float
 
     def check(self, root: Path) -> None:
-        """Make sure that the run can be done, and its folder was not begun with other settings.
+        """Check that the run can be done, and that its folder was not begun with other settings.
 
         Raises:
-            InputError: if it cannot, or was; the message names the settings that differ.
+            InputError: otherwise; the message names the settings that differ.
         """
         path = root / self.name / "run.json"
         now = self.settings()
@@ -62,10 +62,10 @@ class Run:
             )
 
     def check_together(self, root: Path) -> None:
-        """Make sure that the result will compare with those of its group that are finished.
+        """Check that the result will be comparable with the finished ones of its group.
 
         Raises:
-            InputError: if something that all runs of a group share is not as in one of them.
+            InputError: if a setting that all runs of a group share differs from one of theirs.
         """
         now = self.settings()
         shared = sorted(now.keys() - _OWN)
@@ -74,15 +74,16 @@ class Run:
             different = [name for name in shared if other.get(name) != now[name]]
             if different:
                 raise InputError(
-                    f"{path.parent} was done with other settings, with which {self.name} cannot "
-                    f"be compared: {_differences(different, other, now)}; name another --output"
+                    f"{path.parent} was done with other settings, so {self.name} cannot be "
+                    f"compared with it: {_differences(different, other, now)}; name another "
+                    "--output"
                 )
 
     def finish(self, root: Path, advance: Advance) -> bool:
-        """Do the run, or what is left of it; a finished one costs nothing.
+        """Do the run, or what is left of it; a finished run takes no time.
 
         Returns:
-            False if another process is at it.
+            False if another process is doing it.
         """
         folder = root / self.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,7 @@ def _read(path: Path) -> dict[str, Any]:
         return dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
-            f"{path} cannot be read ({error}); remove its folder, and the run is done again"
+            f"{path} cannot be read ({error}); remove its folder to do the run again"
         ) from error
 
 
@@ -126,22 +127,22 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 class StepTimes:
-    """Seconds of each training step, kept in a file so that an interrupted run knows them, too."""
+    """Seconds of each training step, kept in a file so that they survive an interruption."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._last = perf_counter()
 
     def __call__(self, step: int) -> None:
-        """Note that a step has just ended."""
+        """Record that a step has just ended."""
         now = perf_counter()
         with self._path.open("a", encoding="utf-8") as file:
             file.write(f"{step} {now - self._last:.6f}\n")
         self._last = now
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of all steps together, and of the median step; a repeated one counts once."""
-        # Killed while it wrote, a process leaves half a line; the step is then done again.
+        """Seconds of all steps together, and of the median step; a repeated step counts once."""
+        # A process killed while writing leaves half a line; that step is then done again.
         lines = [line.split() for line in self._path.read_text(encoding="utf-8").splitlines()]
         times = {int(line[0]): float(line[1]) for line in lines if len(line) == 2}
         return {"seconds": sum(times.values()), "seconds_per_step": median(times.values())}

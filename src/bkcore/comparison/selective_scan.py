@@ -1,13 +1,13 @@
-r"""Mamba's selective scan without a graph of single steps.
+r"""Mamba's selective scan without an autograd graph of single steps.
 
-transformers' plain fallback indexes a tensor (B, H, N, S) once a site, so that autograd fills an
-array of that size for each of N sites: a training step of 2 M parameters on 16 x 256 tokens takes
-36 s there and 2.4 s here. What is computed is the same (Gu and Dao, "Mamba", 2023, algorithm 2):
-with ``a_i = exp(d_i A)``,
+transformers' plain fallback indexes a tensor (B, H, N, S) at every site, so autograd fills an array
+of that size for each of N sites: a training step of 2 M parameters on 16 x 256 tokens takes 36 s
+there and 2.4 s here. The computation is the same (Gu and Dao, "Mamba", 2023, algorithm 2): with
+``a_i = exp(d_i A)``,
 
     h_i = a_i h_{i-1} + d_i u_i B_i,    y_i = C_i . h_i.
 
-The adjoint is the mirrored recurrence. With ``l_i = dL/dh_i`` in total,
+The adjoint is the mirrored recurrence. With the total derivative ``l_i = dL/dh_i``,
 
     l_i = dL/dy_i C_i + a_{i+1} l_{i+1},
     dL/dC_i = sum_h dL/dy_i h_i,           dL/dB_i = sum_h l_i d_i u_i,
@@ -29,7 +29,7 @@ from transformers.models.mamba import modeling_mamba
 class _Scan(torch.autograd.Function):
     """d, u (N, B, 1, H), A (S, H), B, C (N, B, S, 1) -> y (N, B, H).
 
-    With channels last every sum over states runs along contiguous rows, in cache.
+    With channels last, every sum over states runs along contiguous rows, in cache.
     """
 
     @staticmethod
@@ -78,14 +78,14 @@ def selective_scan(
     delta_bias: Tensor,
     **options: Any,
 ) -> Tensor:
-    """What `mamba_selective_scan` of transformers gives for a whole sequence without a cache.
+    """The same result as transformers' `mamba_selective_scan`, for a whole sequence without cache.
 
     Args:
         hidden_states, dt, z: u, the raw time step and the gate, (B, H, N).
         A: (H, S), negative.
         B, C: (B, S, N).
         D, delta_bias: (H,).
-        options: those of transformers; only `delta_softplus=True` without a final state is known.
+        options: as in transformers; only `delta_softplus=True` without a final state is supported.
 
     Raises:
         NotImplementedError: for a final state, or a time step without softplus.
@@ -101,7 +101,7 @@ def selective_scan(
 
 @contextmanager
 def fast_selective_scan() -> Iterator[None]:
-    """Let transformers' Mamba models use `selective_scan` inside of the `with` block."""
+    """Make transformers' Mamba models use `selective_scan` inside a with block."""
     slow = modeling_mamba.mamba_selective_scan
     modeling_mamba.mamba_selective_scan = selective_scan
     try:

@@ -1,4 +1,4 @@
-"""Sizes and lengths of the comparison, apart from it so that the command need not import it."""
+"""Sizes and lengths of the comparison, in a separate file that the command imports quickly."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LanguageSettings:
-    """What all contestants share.
+    """Settings that all contestants share.
 
     Attributes:
-        training_tokens: at least so many are trained on, in whole steps.
+        training_tokens: the least number of tokens to train on, rounded up to whole steps.
         parameters: active parameters of each model.
     """
 
@@ -31,11 +31,11 @@ class LanguageSettings:
 
 @dataclass(frozen=True)
 class SyntheticSettings:
-    """What all runs share.
+    """Settings that all runs share.
 
     Attributes:
-        steps, batch_size: no sequence is seen twice.
-        test_sequences: accuracy is measured on so many others.
+        steps, batch_size: of training, in which no sequence is seen twice.
+        test_sequences: how many other sequences accuracy is measured on.
         learning_rate: peak rate, the same for all.
         parameters: active parameters of each model.
     """

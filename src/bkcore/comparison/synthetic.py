@@ -1,4 +1,4 @@
-"""The synthetic tasks: the same models, small, and their accuracy against distance."""
+"""The synthetic tasks: small versions of the same models, and their accuracy by distance."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ CONTESTANTS: tuple[Contestant, ...] = (
 )
 
 BUCKETS = ((7, 16), (16, 32), (32, 64), (64, 128))
-"""Distances from the first, up to and without the second."""
+"""Ranges of distances: from the first number up to, but not including, the second."""
 
 _TEST_SEED = 1 << 40
-"""Added to the seed of the training sequences, so that those of the test are others."""
+"""Added to the seed of the training sequences, so that the test sequences differ."""
 
 
 def runs(settings: SyntheticSettings, seeds: Sequence[int] = (0,)) -> list[Run]:
@@ -65,8 +65,8 @@ def _settings_of(
 
 
 def frame(task: Task, settings: SyntheticSettings) -> Frame:
-    """What the models for a task have in common."""
-    # Two layers: with more, convolutions alone would see further than the nearest answers.
+    """The sizes that the models for a task share."""
+    # Two layers: with more, convolutions alone would reach the nearest answers.
     return Frame(task.vocab_size, task.length, settings.width, settings.layers, settings.layers)
 
 
@@ -122,7 +122,7 @@ def _execute(
 
 @torch.inference_mode()
 def correct(model: PreTrainedModel, examples: Examples, batch_size: int) -> Tensor:
-    """Whether the likeliest of all tokens is the answer, for each question: bool (questions,)."""
+    """Whether the likeliest token is the answer to each question: bool (questions,)."""
     model.eval()
     found = []
     for ids, labels in _batches(examples, batch_size):
@@ -138,7 +138,7 @@ def _batches(examples: Examples, batch_size: int) -> Iterator[tuple[Tensor, Tens
 
 
 def by_distance(right: Tensor, distance: Tensor) -> list[dict[str, Any]]:
-    """Accuracy in each bucket of distances that has answers.
+    """Accuracy in each range of distances that has answers.
 
     Args:
         right: bool (questions,).

@@ -1,4 +1,4 @@
-"""The report's rows for a terminal of 80 columns."""
+"""The report as tables for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def language_table(report: dict[str, Any]) -> Table:
 
 
 def synthetic_table(report: dict[str, Any]) -> Table:
-    """Accuracies in percent, over all answers and against distance."""
+    """Accuracies in percent, over all answers and by distance."""
     distances = tuple(f"{low} to\n{high - 1}" for low, high in BUCKETS)
     table = _table(
         "Accuracy in percent, by the distance to the answer",

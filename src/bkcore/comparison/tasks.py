@@ -1,8 +1,8 @@
 """Three tasks that no short convolution can solve, as seeded generators.
 
-Each sequence asks for tokens that were written earlier in it. The loss is on the answers only. What
-is asked for is drawn so that it cannot be guessed from the last `BLIND` tokens: two layers of
-convolutions of width 4 see seven, and the answer always stands further back.
+Each sequence asks for tokens that appeared earlier in it, and only the answers count in the loss.
+The answers cannot be guessed from the last `BLIND` tokens: two layers of convolutions of width 4
+see seven tokens, and the answer is always further back.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
 BLIND = 7
-"""Tokens that tell nothing of the next answer."""
+"""How many of the last tokens say nothing about the next answer."""
 
 _IGNORED = -100
 
@@ -26,10 +26,10 @@ class Examples:
 
     Attributes:
         input_ids: int64 (B, N).
-        labels: int64 (B, N), in the convention of transformers: `labels[:, i]` is to be predicted
-            from `input_ids[:, :i]`; -100 where nothing is asked.
-        distance: int64 (B, N), where something is asked: how many tokens before the last one seen,
-            `input_ids[:, i - 1]`, the answer was written, at least `BLIND`; else 0.
+        labels: int64 (B, N), as in transformers: `labels[:, i]` is to be predicted from
+            `input_ids[:, :i]`; -100 where nothing is asked.
+        distance: int64 (B, N), where something is asked: how many tokens the answer was written
+            before the last one seen, `input_ids[:, i - 1]`, at least `BLIND`; elsewhere 0.
     """
 
     input_ids: Tensor
@@ -38,7 +38,7 @@ class Examples:
 
 
 class ExampleWindows(Dataset[dict[str, Tensor]]):
-    """Examples as a data set to train on."""
+    """Examples as a data set for training."""
 
     def __init__(self, examples: Examples) -> None:
         self._examples = examples
@@ -56,12 +56,12 @@ class Task:
     """A task.
 
     Attributes:
-        name: in file names, tables and JSON.
-        source: where it comes from.
+        name: for file names, tables and JSON.
+        source: the paper it comes from.
         vocab_size: tokens.
         length: N of its sequences.
-        chance: the best expected accuracy of a model that sees the last `BLIND` tokens only.
-        draw: gives so many sequences, by a generator.
+        chance: the best expected accuracy of a model that sees only the last `BLIND` tokens.
+        draw: draws a number of sequences with a generator.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Task:
 def recall(count: int, generator: Generator) -> Examples:
     """Multi-query associative recall: 16 keys with values, then each key once, in any order.
 
-    Token 0 fills the gaps, 1 to 63 are keys, 64 to 127 values. Keys of a sequence are distinct,
+    Token 0 fills the gaps, 1 to 63 are keys, 64 to 127 values. The keys of a sequence are distinct;
     values are drawn independently.
     """
     pairs, keys, values, length = 16, 63, 64, 128
@@ -93,9 +93,9 @@ def recall(count: int, generator: Generator) -> Examples:
 
 
 def copying(count: int, generator: Generator) -> Examples:
-    """Selective copying: 8 of 64 tokens count among blanks, and are asked for in their order.
+    """Selective copying: 8 of 64 tokens are not blanks, and are asked for in their order.
 
-    Token 0 is a blank, 1 asks for the next token, 2 to 17 are what is copied, drawn independently.
+    Token 0 is a blank, 1 asks for the next token, 2 to 17 are to be copied, drawn independently.
     """
     items, symbols, context = 8, 16, 64
     symbol = 2 + torch.randint(symbols, (count, items), generator=generator)
@@ -108,10 +108,10 @@ def copying(count: int, generator: Generator) -> Examples:
 
 
 def induction(count: int, generator: Generator) -> Examples:
-    """Induction: 64 distinct tokens of 128, then a repetition from a random one of them on.
+    """Induction: 64 distinct tokens of 128, then a repetition starting at a random one of them.
 
-    How far back it jumps, 8 to 64 tokens, is drawn for each sequence; the first token after the
-    jump cannot be known and is not asked for.
+    Each sequence jumps back by a random 8 to 64 tokens. The first token after the jump cannot be
+    known and is not asked for.
     """
     symbols, context, length = 128, 64, 128
     period = torch.randint(BLIND + 1, context + 1, (count, 1), generator=generator)
@@ -126,7 +126,7 @@ def induction(count: int, generator: Generator) -> Examples:
 TASKS = (
     Task("recall", "Arora et al., Zoology, 2023", 128, 128, 1 / 64, recall),
     Task("copying", "Gu and Dao, Mamba, 2023", 18, 73, 1 / 16, copying),
-    # Seven distinct tokens have just been seen, and the answer is none of them.
+    # The answer is none of the last `BLIND` tokens, which are distinct.
     Task("induction", "Olsson et al., 2022", 128, 128, 1 / (128 - BLIND), induction),
 )
 

@@ -154,7 +154,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
             raise ValueError("it does not name the files")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{folder} holds no token ids: {_INDEX} cannot be read ({error}); remove {folder}"
+            f"{folder} holds no token ids: {_INDEX} cannot be read ({error})"
         ) from error
     if version > FORMAT_VERSION:
         raise DataError(
