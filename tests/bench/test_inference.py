@@ -120,7 +120,7 @@ def test_dynamic_int8_reaches_the_layers_of_gpt2() -> None:
 
 
 def test_an_unknown_case_is_refused() -> None:
-    with pytest.raises(InputError, match="there are: layers, width 32, serving, rivals"):
+    with pytest.raises(InputError, match="the cases are layers, width 32, serving, rivals"):
         inference.run_inference(QUIET, "nonsense")
 
 

@@ -168,7 +168,7 @@ def test_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_case_raises() -> None:
-    with pytest.raises(InputError, match="there are: large, "):
+    with pytest.raises(InputError, match="the cases are large, "):
         run_kernels(quiet(), "nothing")
 
 

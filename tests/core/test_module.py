@@ -42,7 +42,7 @@ def test_has_no_state_and_prints_its_settings():
 
 @pytest.mark.parametrize("shape", [(6,), (5, 6), ()])
 def test_wrong_length_names_shape_and_remedy(shape):
-    with pytest.raises(ShapeError, match=r"v must be \(\.\.\., 5\), got .*another n_seq"):
+    with pytest.raises(ShapeError, match=r"v must be \(\.\.\., 5\), not .*another n_seq"):
         BirmanSchwingerCore(5)(torch.zeros(shape))
 
 

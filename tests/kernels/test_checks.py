@@ -140,7 +140,7 @@ def test_strides_change_no_bit_or_are_refused(name, tensor) -> None:
 def test_a_sparse_tensor_is_refused(name, tensor) -> None:
     args = arguments(name)
     args[tensor] = args[tensor].to_sparse()
-    with pytest.raises(InputError, match=f"{tensor} has the layout torch.sparse_coo"):
+    with pytest.raises(InputError, match=f"{tensor} must be dense, not torch.sparse_coo"):
         call(name, args)
 
 

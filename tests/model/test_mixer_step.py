@@ -190,11 +190,11 @@ def test_bad_input_raises():
             recall_step(*bad)
     with pytest.raises(ShapeError, match="psi must be"):
         recall_step(*good[:-1], good[-1][0])
-    with pytest.raises(ShapeError, match="no groups of 7 for 4 heads"):
+    with pytest.raises(ShapeError, match="groups of 7 that 4 heads share"):
         recall_step(*good[:2], good[2][..., :-1], *good[3:])
-    with pytest.raises(ShapeError, match="no groups of 7 for 4 heads"):
+    with pytest.raises(ShapeError, match="groups of 7 that 4 heads share"):
         recall_step(*good[:2], good[2][..., :0], *good[3:])
-    with pytest.raises(InputError, match="one for each of gate, barrier"):
+    with pytest.raises(InputError, match="one entry for each of gate, barrier"):
         recall_step(*good, rounding[:3])
     with pytest.raises(ShapeError, match="gate has 4 channels"):
         recall_step(*good, rounding[::-1])
@@ -206,7 +206,7 @@ def test_bad_input_raises():
         bad[7][2] = eta
         with pytest.raises(InputError, match="eta must be > 0"):
             recall_step(*bad, rounding)
-    with torch.enable_grad(), pytest.raises(BackendError, match=r"under no_grad\(\)"):
+    with torch.enable_grad(), pytest.raises(BackendError, match=r"under torch.no_grad\(\)"):
         recall_step(*good)
     with use_backend("reference"), pytest.raises(BackendError, match="native"):
         recall_step(*good)

@@ -1,20 +1,20 @@
-"""What the public functions take: kinds of values, and the range that they compute in.
+"""Checks of the public functions' arguments: types, and the range that the functions compute in.
 
-Numbers are Python's, NumPy's or tensors; tensors are never converted to numbers, so that gradients
-reach them. Values are looked at where that costs some microseconds and some percent of the sweep:
-numbers always, tensors on the CPU outside of tracing and `vmap`. On a GPU a look would wait for the
-device at every call, and is left out.
+Numbers may be Python's, NumPy's or tensors. Tensors are never converted to numbers, so that
+gradients reach them. Values are checked where that takes only microseconds and some percent of the
+sweep: numbers always, and tensors on the CPU outside tracing and `vmap`. On a GPU a check would
+synchronize with the device at every call, so it is left out.
 
 Range
 -----
-The continued fractions square the denominators d = a - z - t^2 g, and no square may leave the
-floating-point numbers. `|g| <= 1/eta` and `|Im d| >= eta` bound d by the arguments alone: between
+The continued fractions square the denominators d = a - z - t^2 g, and these squares must not
+overflow or underflow. `|g| <= 1/eta` and `|Im d| >= eta` bound |d| by the arguments alone: between
 eta and `|v| + |onsite| + |Re z| + eta + 2 t^2 / eta`. So with M = 1e18 in float32 and 1e150 in
-float64 everything is as accurate as round-off allows for
+float64, everything is as accurate as round-off allows for
 
     1/M <= eta <= M,    |v|, |onsite|, |Re z| <= M,    t^2 <= M eta.
 
-All else is refused. NaN goes through, and comes out.
+Anything else is refused, except NaN, which propagates to the result.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.kernels.checks import not_positive
 
 _LARGEST = {torch.float32: 1e18, torch.float64: 1e150}
-"""M, by the dtype of the computation."""
+"""M for each dtype of the computation."""
 
 
 def computing_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if a tensor is, else float32."""
+    """float64 if any tensor is float64, else float32."""
     is_double = any(x is not None and x.dtype == torch.float64 for x in tensors)
     return torch.float64 if is_double else torch.float32
 
@@ -44,7 +44,7 @@ def require_tensor(name: str, value: object) -> None:
     """Raise `DTypeError` unless this is a tensor."""
     if not isinstance(value, Tensor):
         raise DTypeError(
-            f"{name} must be a torch.Tensor, got {type(value).__name__}; use torch.as_tensor()"
+            f"{name} must be a torch.Tensor, not {type(value).__name__}; use torch.as_tensor()"
         )
 
 
@@ -52,39 +52,42 @@ def require_real_float(name: str, value: Tensor) -> None:
     """Raise `DTypeError` unless this is a real floating-point tensor."""
     require_tensor(name, value)
     if value.is_complex():
-        raise DTypeError(f"{name} must be real, got {value.dtype}; a potential is real: use .real")
+        raise DTypeError(f"{name} must be real, not {value.dtype}; use .real")
     if not value.is_floating_point():
-        raise DTypeError(f"{name} must be a floating-point tensor, got {value.dtype}; use .float()")
+        raise DTypeError(f"{name} must be a floating-point tensor, not {value.dtype}; use .float()")
 
 
 def require_complex(name: str, value: Tensor) -> None:
     """Raise `DTypeError` unless this is a complex tensor."""
     require_tensor(name, value)
     if not value.is_complex():
-        raise DTypeError(f"{name} must be complex, got {value.dtype}; use torch.complex()")
+        raise DTypeError(f"{name} must be complex, not {value.dtype}; use torch.complex()")
 
 
 def require_bool(name: str, value: bool) -> None:
     """Raise `DTypeError` unless this is True or False."""
     if not isinstance(value, bool):
-        raise DTypeError(f"{name} must be True or False, got {type(value).__name__}")
+        raise DTypeError(f"{name} must be True or False, not {type(value).__name__}")
 
 
 def real(
     name: str, value: object, like: Tensor | None = None, like_name: str = "v"
 ) -> float | Tensor:
-    """A real number as a float, or a real tensor as it is.
+    """A real number as a float, or a real tensor unchanged.
 
     Args:
-        like: a tensor on whose device it has to be; one without dimensions may be on any.
+        name: of the argument, for error messages.
+        value: the argument.
+        like: a tensor on whose device it must be; a tensor without dimensions may be on any.
+        like_name: its name.
 
     Raises:
         DTypeError: for anything else.
-        InputError: for a number beyond float64, or a tensor on another device.
+        InputError: for a number outside float64, or a tensor on another device.
     """
     if isinstance(value, Tensor):
         if value.is_complex() or value.dtype == torch.bool:
-            raise DTypeError(f"{name} must be real, got {value.dtype}")
+            raise DTypeError(f"{name} must be real, not {value.dtype}")
         if like is not None:
             require_device(name, value, like, like_name)
         return value
@@ -92,7 +95,7 @@ def real(
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         got = value if isinstance(value, numbers.Complex) else type(value).__name__
-        raise DTypeError(f"{name} must be real, a number or a tensor, got {got}")
+        raise DTypeError(f"{name} must be real, a number or a tensor, not {got}")
     return _in_float64(name, cast(SupportsFloat, value))
 
 
@@ -100,33 +103,33 @@ def real_number(name: str, value: object) -> float:
     """A real number, or a real tensor with one element and no gradient, as a float.
 
     Raises:
-        DTypeError, InputError: as in `real`, and for a tensor that is no number.
+        DTypeError, InputError: as in `real`, and for any other tensor.
     """
     value = real(name, value)
     if not isinstance(value, Tensor):
         return value
     if value.numel() != 1 or value.requires_grad or not _is_readable(value):
         raise InputError(
-            f"{name} must be a number, got a tensor of shape {tuple(value.shape)}"
+            f"{name} must be a number, not a tensor of shape {tuple(value.shape)}"
             f"{', which requires a gradient' if value.requires_grad else ''} on {value.device}"
         )
     return float(value.item())
 
 
 def split_z(z: object, like: Tensor) -> tuple[float | Tensor, float | Tensor]:
-    """Real and imaginary part of z, a complex number or tensor."""
+    """Real and imaginary parts of z, a complex number or tensor."""
     if isinstance(z, Tensor):
         if not z.is_complex():
-            raise InputError(f"z must be complex with Im z > 0, got a real tensor ({z.dtype})")
+            raise InputError(f"z must be complex with Im z > 0, not a real tensor ({z.dtype})")
         require_device("z", z, like)
         return z.real, z.imag
     if isinstance(z, bool) or not isinstance(z, numbers.Complex):
-        raise DTypeError(f"z must be a complex number or tensor, got {type(z).__name__}")
+        raise DTypeError(f"z must be a complex number or tensor, not {type(z).__name__}")
     return _in_float64("z", z.real), _in_float64("z", z.imag)
 
 
 def require_device(name: str, value: Tensor, like: Tensor, like_name: str = "v") -> None:
-    """Raise `InputError` unless a tensor is where `like` is, or has no dimensions and can move."""
+    """Raise `InputError` unless a tensor is on the device of `like` or has no dimensions."""
     if value.device != like.device and (value.ndim or value.is_meta):
         raise InputError(
             f"{name} is on {value.device} but {like_name} on {like.device}; move one of them"
@@ -134,7 +137,7 @@ def require_device(name: str, value: Tensor, like: Tensor, like_name: str = "v")
 
 
 def require_positive(name: str, value: float | Tensor) -> None:
-    """Raise `InputError` if a number or any element, so far as it is looked at, is not positive."""
+    """Raise `InputError` if a number, or any checked element of a tensor, is not positive."""
     smallest = _extremes(value)[0]
     if not smallest > 0:
         raise not_positive(name, smallest)
@@ -149,14 +152,15 @@ def require_range(
     eta_name: str = "Im z",
     tensor: str = "v",
 ) -> None:
-    """Raise `InputError` unless eta is positive and all results lie in this module's range.
+    """Raise `InputError` unless eta is positive and the arguments are in this module's range.
 
     Args:
-        dtype: what is computed in.
-        added: what is added up to the diagonal, by name.
-        eta, hopping: numbers, or tensors that broadcast against each other but for a last dimension
-            of sites or bonds.
-        tensor: the argument whose dtype decides.
+        dtype: of the computation.
+        added: the terms of the diagonal, by name.
+        eta, hopping: numbers, or tensors that broadcast against each other except for a last
+            dimension of sites or bonds.
+        eta_name: the name of eta.
+        tensor: the argument whose dtype determines that of the computation.
     """
     require_positive(eta_name, eta)
     largest = _LARGEST[dtype]
@@ -168,16 +172,18 @@ def require_range(
     smallest, high = _extremes(eta)
     if smallest < 1 / largest:
         raise InputError(
-            f"{eta_name} is down to {smallest:.3g}, and has to be at least {1 / largest:.0e} "
+            f"{eta_name} goes down to {smallest:.3g}, but must be at least {1 / largest:.0e} "
             f"{remedy}"
         )
     for name, x in {eta_name: max(high, 0.0), **added}.items():
         if not _is_within(x, largest) and (found := largest_modulus(x)) > largest:
-            raise InputError(f"{name} reaches {found:.3g}, and may reach {largest:.0e} {remedy}")
+            raise InputError(
+                f"{name} reaches {found:.3g}, but must not exceed {largest:.0e} {remedy}"
+            )
     found = _largest_ratio(hopping, eta)
     if found > math.sqrt(largest):
         raise InputError(
-            f"hopping / sqrt({eta_name}) reaches {found:.3g}, and may reach "
+            f"hopping / sqrt({eta_name}) reaches {found:.3g}, but must not exceed "
             f"{math.sqrt(largest):.0e} {remedy}"
         )
 
@@ -200,33 +206,33 @@ def _listed(found: Mapping[str, object]) -> str:
 
 
 def require_fits(name: str, value: Tensor, v: Tensor) -> None:
-    """Raise unless a real or complex tensor (..., N) broadcasts against v, or what v led to."""
+    """Raise unless a real or complex tensor (..., N) broadcasts against v, or a result of v."""
     require_tensor(name, value)
     if value.dtype == torch.bool:
-        raise DTypeError(f"{name} must be real or complex, got {value.dtype}")
+        raise DTypeError(f"{name} must be real or complex, not {value.dtype}")
     sites = v.shape[-1]
     if value.ndim == 0 or value.shape[-1] != sites:
         raise ShapeError(
-            f"{name} must have {sites} sites in its last dimension, got {tuple(value.shape)}"
+            f"{name} must have {sites} sites in its last dimension, not {tuple(value.shape)}"
         )
     broadcast_leading({name: value, "v": v})
     require_device(name, value, v)
 
 
 def require_alike(v: Tensor, v_perturbed: Tensor) -> None:
-    """Raise unless these are real potentials of the same sites, on one device."""
+    """Raise unless these are real potentials of equally many sites, on one device."""
     require_real_float("v", v)
     require_real_float("v_perturbed", v_perturbed)
     broadcast_leading({"v": v, "v_perturbed": v_perturbed})
     if v.shape[-1:] != v_perturbed.shape[-1:] or v.device != v_perturbed.device:
         raise ShapeError(
-            f"v_perturbed must have the sites of v, and be where it is; got {tuple(v.shape)} on "
-            f"{v.device} and {tuple(v_perturbed.shape)} on {v_perturbed.device}"
+            "v and v_perturbed must have equally many sites and be on one device, not "
+            f"{tuple(v.shape)} on {v.device} and {tuple(v_perturbed.shape)} on {v_perturbed.device}"
         )
 
 
 def broadcast_leading(arguments: dict[str, float | Tensor]) -> torch.Size:
-    """The common shape of all dimensions but the last; `ShapeError` if there is none."""
+    """The common shape of all dimensions except the last; `ShapeError` if there is none."""
     shapes = {k: x.shape[:-1] for k, x in arguments.items() if isinstance(x, Tensor)}
     try:
         return torch.broadcast_shapes(*shapes.values())
@@ -239,11 +245,11 @@ def _in_float64(name: str, value: SupportsFloat) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise InputError(f"{name} is beyond the numbers of float64") from None
+        raise InputError(f"{name} is too large for float64") from None
 
 
 def _is_readable(value: Tensor) -> bool:
-    """Whether a look at the values costs next to nothing."""
+    """Whether checking the values costs almost nothing."""
     plain = type(value) in (Tensor, torch.nn.Parameter)
     on_cpu = value.device.type == "cpu" and value.numel() > 0
     if not plain or not on_cpu or torch.compiler.is_compiling():
@@ -252,26 +258,26 @@ def _is_readable(value: Tensor) -> bool:
 
 
 def _extremes(x: float | Tensor) -> tuple[float, float]:
-    """Smallest and largest number that is no NaN; of a tensor that is not looked at (inf, -inf)."""
+    """Smallest and largest number that is not NaN; (inf, -inf) for a tensor that is not checked."""
     if not isinstance(x, Tensor):
         return x, x
     if not _is_readable(x):
         return math.inf, -math.inf
     low, high = torch.aminmax(x.detach())
-    if math.isnan(found := low.item()):  # one NaN hides everything else
+    if math.isnan(found := low.item()):  # a single NaN hides everything else
         x = x.detach()
         return x.nan_to_num(torch.inf).min().item(), x.nan_to_num(-torch.inf).max().item()
     return found, high.item()
 
 
 def largest_modulus(x: float | Tensor) -> float:
-    """The largest modulus that is no NaN; 0 of a tensor that is not looked at."""
+    """The largest modulus that is not NaN; 0 for a tensor that is not checked."""
     low, high = _extremes(x)
     return max(-low, high, 0.0)
 
 
 def _is_within(x: float | Tensor, largest: float) -> bool:
-    """Whether the norm, which is found fastest, shows that no modulus is above `largest`."""
+    """Whether the norm, the fastest check, shows that no modulus is above `largest`."""
     if not isinstance(x, Tensor):
         return abs(x) <= largest
     if not x.is_floating_point() or not _is_readable(x):

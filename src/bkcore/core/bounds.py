@@ -1,19 +1,20 @@
-"""What is known of a resolvent before it is computed, and of its error before it is measured.
+"""Bounds on a resolvent that hold before it is computed, and on its error before it is measured.
 
-For real v every Green's function here, two-sided or left-connected, lies in one disc
-(`disc_range`, `in_disc`); a left step brings two states in that disc closer
-(`contraction_factor`); and the change that a perturbed potential makes in the diagonal is
-bounded by the Ward identity `sum_j |G_ij|^2 = Im G_ii / eta`, without perturbation theory:
+For real v, every Green's function here, two-sided or left-connected, lies in one disc
+(`disc_range`, `in_disc`). A left step brings two states in that disc closer together
+(`contraction_factor`). The Ward identity `sum_j |G_ij|^2 = Im G_ii / eta` bounds the change of the
+diagonal under a perturbed potential, without perturbation theory:
 
     |G'_ii - G_ii| <= sqrt(sum_j |G_ij|^2 |dv_j|) sqrt(sum_j |G'_ij|^2 |dv_j|)   (ward_bound)
                    <= max|dv| sqrt(Im G_ii Im G'_ii) / eta                       (maximum_bound)
                    <= max|dv| / eta^2                                            (uniform_bound)
 
-The first line is the second resolvent identity `G' - G = -G diag(dv) G'` and the Cauchy-Schwarz
-inequality; the others follow from Ward and from the disc. All of it is exact mathematics: the
-computed sides carry the round-off of the sweeps that produce them.
+The first line combines the second resolvent identity `G' - G = -G diag(dv) G'` with the
+Cauchy-Schwarz inequality; the others follow from the Ward identity and from the disc. All of this
+is exact mathematics; the computed sides carry the round-off of their sweeps.
 
-`bkcore.core.enclosures` adds the round-off of float64, and bounds what is computed along a chain.
+`bkcore.core.enclosures` adds the round-off of float64, and bounds quantities propagated along a
+chain.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def disc_range(eta: Number) -> tuple[tuple[Number, Number], tuple[Number, Number
         eta: Im z > 0, a number or a tensor (one per channel, say).
 
     Returns:
-        `((-1/(2 eta), 1/(2 eta)), (0, 1/eta))`: of the real part, then of the imaginary part;
-        numbers or tensors as eta is.
+        `((-1/(2 eta), 1/(2 eta)), (0, 1/eta))` for the real and the imaginary part; numbers or
+        tensors, like eta.
 
     Raises:
         InputError: eta <= 0.
@@ -84,17 +85,17 @@ def disc_range(eta: Number) -> tuple[tuple[Number, Number], tuple[Number, Number
 def in_disc(G: Tensor, eta: float | Tensor, *, tolerance: float | None = None) -> Tensor:
     """Whether each G lies in the disc `|G - i/(2 eta)| <= 1/(2 eta)`.
 
-    It is tested as `eta |G|^2 <= Im G (1 + tolerance)`, the same disc written so that round-off
-    is relative to G even near 0, where strong potentials put it. Zero is in it, NaN is not.
+    The test is `eta |G|^2 <= Im G (1 + tolerance)`, the same disc written so that round-off is
+    relative to G even near 0, where strong potentials put it. Zero is in the disc, NaN is not.
 
     Args:
         G: complex Green's functions, any shape.
         eta: Im z > 0, a number or a tensor that broadcasts against G.
-        tolerance: relative; by default 16 units of round-off of G's dtype, since the states of a
-            single site lie on the circle itself.
+        tolerance: relative; by default 16 units of round-off of G's dtype, since single sites lie
+            on the circle itself.
 
     Returns:
-        bool, the shape of G and eta broadcast.
+        bool, in the broadcast shape of G and eta.
 
     Raises:
         DTypeError: G is not complex.
@@ -109,26 +110,26 @@ def in_disc(G: Tensor, eta: float | Tensor, *, tolerance: float | None = None) -
 
 
 def contraction_factor(hopping: Number, eta: Number) -> Number:
-    """`t^2 / (t^2 + eta^2)`: by how much, at least, one left step shrinks hyperbolic distance.
+    """`t^2 / (t^2 + eta^2)`: one left step shrinks hyperbolic distance at least by this factor.
 
-    The step `g -> 1 / (a - z - t^2 g)` is a dilation by t^2, a real shift, a shift up by eta, and
-    `w -> -1/w`, in the upper half-plane. All but the shift by eta are isometries of the metric
-    `|dw| / Im w`, and that one shrinks it by `y / (y + eta)` at height y, which is at most
-    `t^2 / eta` for states in the disc (the disc is geodesically convex, being a horodisc).
+    In the upper half-plane, the step `g -> 1 / (a - z - t^2 g)` is a dilation by t^2, a real shift,
+    a shift up by eta, and `w -> -1/w`. All except the shift by eta are isometries of the metric
+    `|dw| / Im w`. That shift shrinks it by `y / (y + eta)` at height y, where y is at most
+    `t^2 / eta` for states in the disc (which is geodesically convex, being a horodisc).
 
     Args:
         hopping: the bond t crossed by the step.
         eta: Im z > 0.
 
     Returns:
-        A factor in [0, 1), number or tensor as the arguments are.
+        A factor in [0, 1), a number or a tensor like the arguments.
 
     Raises:
         InputError: eta <= 0.
     """
     t, width = real("hopping", hopping), _checked_eta(eta)
     require_broadcast(hopping=t, eta=width)
-    # Divided by the larger of the two, so that no square leaves the numbers.
+    # Divided by the larger of the two, so that no square overflows.
     factor: Any
     if isinstance(t, Tensor) or isinstance(width, Tensor):
         dtype = torch.promote_types(torch.result_type(t, width), torch.get_default_dtype())
@@ -153,17 +154,17 @@ def ward_bound(
 ) -> Tensor:
     """A certified bound on `|G'_ii - G_ii|` (causal: on `|g'_i - g_i|`), in O(N).
 
-    `sqrt(sum_j |G_ij|^2 |dv_j|) sqrt(sum_j |G'_ij|^2 |dv_j|)` with `dv = v' - v`; for the
-    causal form G is the resolvent of the first i+1 sites, so only dv_0..dv_i enter. It grants each
-    site's perturbation its own reach, hence stays close to the error when a few dv_j are much
-    larger than the rest, which the max-forms do not; it is an equality when one dv_j alone differs
-    from 0.
+    It is `sqrt(sum_j |G_ij|^2 |dv_j|) sqrt(sum_j |G'_ij|^2 |dv_j|)` with `dv = v' - v`. In the
+    causal form, G is the resolvent of the first i+1 sites, so only dv_0..dv_i enter. Each site's
+    perturbation counts with its own reach. So the bound stays close to the error even if a few dv_j
+    are much larger than the rest, unlike the maximum forms, and it is an equality if only one dv_j
+    differs from 0.
 
     Args:
         v: real potential (..., N); N >= 1.
         v_perturbed: the potential after quantization, say; its shape broadcasts against that of v.
-        z: complex number, or tensor (..., 1) or (..., N); Im z > 0. Of these bounds, this one alone
-            does not need the same eta for all sites.
+        z: complex number, or tensor (..., 1) or (..., N); Im z > 0. This is the only one of the
+            bounds that does not need the same eta for all sites.
         hopping: number, or real tensor (..., N-1) or (..., 1), the same for both potentials.
         onsite: diagonal of H0, number or real tensor (..., N) or (..., 1).
         causal: bound the left-connected Green's function instead of the two-sided diagonal.
@@ -188,8 +189,8 @@ def ward_bound(
 def maximum_bound(dv: Tensor, G: Tensor, G_perturbed: Tensor, eta: float | Tensor) -> Tensor:
     """`max_j |dv_j| sqrt(Im G_ii Im G'_ii) / eta`: the Ward bound without a sweep of its own.
 
-    It needs only diagonals that are already there. For left-connected Green's functions the maximum
-    over j <= i would do; the one over all j taken here is never smaller.
+    It needs only the diagonals. For left-connected Green's functions, the maximum over j <= i would
+    be enough; the one over all j, used here, is never smaller.
 
     Args:
         dv: real perturbation (..., N).
@@ -215,7 +216,7 @@ def maximum_bound(dv: Tensor, G: Tensor, G_perturbed: Tensor, eta: float | Tenso
 
 
 def uniform_bound(dv: Tensor, eta: float | Tensor) -> Tensor:
-    """`max_j |dv_j| / eta^2`, which no site's error exceeds, whatever the potential.
+    """`max_j |dv_j| / eta^2`, a bound on the error of every site for any potential.
 
     Args:
         dv: real perturbation (..., N).
@@ -236,7 +237,7 @@ def uniform_bound(dv: Tensor, eta: float | Tensor) -> Tensor:
 
 def _require_sites(dv: Tensor) -> None:
     if dv.ndim == 0 or dv.shape[-1] == 0:
-        raise ShapeError(f"dv must be (..., N) with N >= 1, got {tuple(dv.shape)}")
+        raise ShapeError(f"dv must be (..., N) with N >= 1, not {tuple(dv.shape)}")
 
 
 def _checked_eta(eta: float | Tensor) -> float | Tensor:
@@ -244,5 +245,5 @@ def _checked_eta(eta: float | Tensor) -> float | Tensor:
     if isinstance(eta, Tensor) and eta.is_meta:
         return eta
     if not bool(torch.as_tensor(eta > 0).all()):
-        raise InputError(f"eta must be positive, got {eta}")
+        raise InputError(f"eta must be positive, not {eta}")
     return eta

@@ -1,41 +1,42 @@
-"""Balls that contain an exact result, of inputs that codes stand for.
+"""Balls that contain the exact result for float inputs, computed from quantized inputs.
 
-`diagonal_enclosure`, `propagated_enclosure` and `attention_enclosure` leave nothing out. Given the
-float inputs p and the inputs p' that stand for them (dequantized codes), each gives a ball that
-contains the *exact* result at p: its centre is the result at p' in float64, its radius covers the
-change from p' to p and all round-off of float64. Whatever stands for the result, rounded to
-float32 and to codes, clipped or not, then errs by at most `|it - centre| + radius`, and the first
-term is known exactly: it is what the codes and float32 cost (`Enclosure.bound`).
+`diagonal_enclosure`, `propagated_enclosure` and `attention_enclosure` account for every error.
+Given the float inputs p and the inputs p' that replace them (dequantized codes), each returns a
+ball that contains the *exact* result at p. Its centre is the result at p' in float64; its radius
+covers the change from p' to p and all round-off of float64. So any approximation of the result,
+whether rounded to float32 or to codes, clipped or not, errs by at most
+`|approximation - centre| + radius`. The first term is known exactly: it is the error of codes and
+float32 (`Enclosure.bound`).
 
 Round-off. u = 2^-53. The reciprocal of a complex number has a relative error below `sqrt(2) 4 u`,
 and a sum or product of reals one of u (Higham, *Accuracy and Stability of Numerical Algorithms*,
-2nd ed., section 3.6). So the computed continued fraction is the exact one of a diagonal that is off
-by rho_i, `|rho_i| <= 8 u (|1/g_i| + |v_i| + |onsite| + |z| + t^2 |g_{i-1}|)`, which is one more
-perturbation of the potential, complex this time; the resolvent identity does not mind. Radii are
-sums and products of numbers that are not negative, and are enlarged by what rounding may have
-taken from them.
+2nd ed., section 3.6). So the computed continued fraction is the exact one for a diagonal that is
+off by rho_i, `|rho_i| <= 8 u (|1/g_i| + |v_i| + |onsite| + |z| + t^2 |g_{i-1}|)`. That is one more
+perturbation of the potential, and the resolvent identity also holds for a complex one. Radii are
+sums and products of non-negative numbers, enlarged by the most that rounding can have taken off.
 
-Along the chain. For a causal chain whose bonds change, too, the identity takes the form of a
-recurrence. With A_i the diagonal of H - z,
+Along the chain. For a causal chain whose bonds also change, the identity becomes a recurrence. With
+A_i the diagonal of H - z,
 
     1/g'_i - 1/g_i = (A'_i - A_i) - (t'_i^2 - t_i^2) g'_{i-1} - t_i^2 (g'_{i-1} - g_{i-1})
 
     |g'_i - g_i| <= |g_i g'_i| (|c_i| + t_i^2 |g'_{i-1} - g_{i-1}|),
              c_i = A'_i - A_i - (t'_i^2 - t_i^2) g'_{i-1}.
 
-Unrolled it is `sum_j |G_ij| |G'_ij| |c_j|`: `ward_bound` before Cauchy and Schwarz, hence never
-above it. In the Hamiltonian of resolvent attention, A = 1 + t^2 + v - i eta, a bond and the site
-behind it change together, and what remains is `c_i = v'_i - v_i + (t'_i^2 - t_i^2)(1 - g'_{i-1})`:
-next to nothing of the bond, since g is close to 1 there (H = L L^T). With w'_i = k'_i u'_i^T + t'_i
-psi'_{i-1} the propagated source psi_i = g_i w_i obeys, entry by entry of the matrix,
+Unrolled, it is `sum_j |G_ij| |G'_ij| |c_j|`: `ward_bound` before the Cauchy-Schwarz inequality, and
+so never above it. In the Hamiltonian of resolvent attention, A = 1 + t^2 + v - i eta, a bond and
+the site after it change together, which leaves
+`c_i = v'_i - v_i + (t'_i^2 - t_i^2)(1 - g'_{i-1})`. The bond hardly contributes, since g is close
+to 1 there (H = L L^T). With w'_i = k'_i u'_i^T + t'_i psi'_{i-1}, the propagated source
+psi_i = g_i w_i obeys, for every entry of the matrix,
 
     |psi'_i - psi_i| <= |g'_i - g_i| |w'_i| + |g_i| (|k'_i u'_i^T - k_i u_i^T|
                         + |t'_i - t_i| |psi'_{i-1}| + |t_i| |psi'_{i-1} - psi_{i-1}|)
 
-and what is read from it `|out' - out| <= |(q' - q)^T psi'| + |q|^T |psi' - psi|`. Entry by entry is
-never above the same in norms. Moduli lose the phase, and Im psi, of first order in eta in
-resolvent attention, would be lost in the bound on Re psi. So every modulus is carried together with
-bounds on the real and on the imaginary part (`Moduli`).
+and the output obeys `|out' - out| <= |(q' - q)^T psi'| + |q|^T |psi' - psi|`. Bounds on every entry
+are never above the same bounds in norms. But moduli lose the phase: in resolvent attention Im psi
+is of first order in eta, and would be lost in the bound on Re psi. So every modulus is carried
+together with bounds on the real and the imaginary part (`Moduli`).
 """
 
 from __future__ import annotations
@@ -81,22 +82,22 @@ class Enclosure(NamedTuple):
 
     Attributes:
         centre: float64 or complex128.
-        radius: float64, not negative, of the same shape; NaN where an input was.
+        radius: float64, not negative, of the same shape; NaN where an input was NaN.
     """
 
     centre: Tensor
     radius: Tensor
 
     def bound(self, result: Tensor) -> Tensor:
-        """What `result` errs by at most, in float64: its distance from the centre, and radius."""
+        """The largest possible error of `result`, in float64: distance from the centre + radius."""
         return (result - self.centre).abs() * (1 + 4 * UNIT) + self.radius
 
 
 class AttentionEnclosure(NamedTuple):
     """Balls around g, complex (B, N, H), and around Re and Im of out, (B, N, H, U) each.
 
-    And one around Im g / eta, (B, N, H), whose centre is computed from the exact inputs: its radius
-    is round-off alone.
+    There is also one around Im g / eta, (B, N, H), whose centre is computed from the exact inputs,
+    so that its radius is only round-off.
     """
 
     g: Enclosure
@@ -115,17 +116,17 @@ def diagonal_enclosure(
     onsite: float | Tensor = -2.0,
     causal: bool = False,
 ) -> Enclosure:
-    """A ball that contains the exact diagonal of v, from one that was computed of v_perturbed.
+    """A ball that contains the exact diagonal for v, computed from v_perturbed.
 
-    Its radius is `ward_bound` and the round-off of float64. Let delta bound the backward errors
-    rho of the sweeps, found from what they returned. Each row of products of computed factors
-    is the row of a resolvent whose potential is off by delta at most. For delta <= eta / 2
-    such a resolvent has norm 2 / eta at most, so that with w_j = |dv_j| a computed
-    `sqrt(sum_j |G_ij|^2 w_j)` lacks at most `2 delta sqrt(max w) / eta^2`, and the centre is off by
-    `2 delta / eta^2` itself. Nor is the ball larger than the disc asks for.
+    Its radius is `ward_bound` plus the round-off of float64. Let delta bound the backward errors
+    rho of the sweeps; it is computed from their results. Each row of products of computed factors
+    is the row of a resolvent whose potential is off by at most delta. For delta <= eta / 2, such a
+    resolvent has norm at most 2 / eta. So with w_j = |dv_j|, a computed
+    `sqrt(sum_j |G_ij|^2 w_j)` is too small by at most `2 delta sqrt(max w) / eta^2`, and the centre
+    is off by at most `2 delta / eta^2`. The ball never reaches further than the disc requires.
 
     Args:
-        v: real potential (..., N), N >= 1, as it was.
+        v: the exact real potential (..., N), N >= 1.
         v_perturbed: the potential that the result was computed from, (..., N).
         z, hopping, onsite, causal: as in `ward_bound`; the same for both potentials.
 
@@ -175,15 +176,15 @@ def propagated_enclosure(
     hopping_perturbed: float | Tensor | None = None,
     onsite: float | Tensor = -2.0,
 ) -> tuple[Enclosure, Enclosure]:
-    """Balls that contain the exact g and psi of `causal_sweep` at v, source and hopping.
+    """Balls that contain the exact g and psi of `causal_sweep` for v, source and hopping.
 
     Args:
-        v, source: real (B, N, H), N >= 1, as they were.
+        v, source: exact inputs, real (B, N, H), N >= 1.
         v_perturbed, source_perturbed: what the result was computed from, (B, N, H).
         energy, onsite: number, or real tensor () or (H,).
         eta: number, or real tensor () or (H,), > 0.
-        hopping: number, or real tensor that broadcasts to (B, N, H), of any sign; in (B, N, H)
-            hopping i is the bond from site i - 1 to i, and that of the first site is not used.
+        hopping: number, or real tensor that broadcasts to (B, N, H), of any sign. In (B, N, H),
+            hopping i is the bond from site i - 1 to i, and that of the first site is ignored.
         hopping_perturbed: the same; None if it is exact.
 
     Returns:
@@ -205,7 +206,7 @@ def propagated_enclosure(
         require_real_float("source", b)
         if v.ndim != 3 or not v.shape[1] or not v.shape == potential.shape == b.shape:
             raise ShapeError(
-                "potentials and sources must be (B, N, H) like v, N >= 1, got "
+                "potentials and sources must be (B, N, H) like v, N >= 1, not "
                 f"{tuple(v.shape)}, {tuple(potential.shape)} and {tuple(b.shape)}"
             )
         both.append((potential.double(), b.double()[..., None], _bonds(t, v)))
@@ -225,19 +226,19 @@ def propagated_enclosure(
 def attention_enclosure(
     exact: AttentionInputs, perturbed: AttentionInputs, eta: Tensor
 ) -> AttentionEnclosure:
-    """Balls that contain what `resolvent_attention` gives, exactly, for the inputs `exact`.
+    """Balls that contain the exact result of `resolvent_attention` for the inputs `exact`.
 
-    The state before the first site is empty. The bound adds up moduli where rounding errors of
-    different sites and keys, independent of each other, add up in square: the longer the memory
-    and the wider the keys, the further it is above the error.
+    The state before the first site is empty. The bound adds up moduli, while independent rounding
+    errors of different sites and keys add up only in squares. So the longer the memory and the
+    wider the keys, the further the bound is above the error.
 
     Args:
-        exact: the inputs as they were, real.
+        exact: the exact inputs, real.
         perturbed: the inputs that the result was computed from, of the same shapes.
         eta: (H,), positive; the same for both.
 
     Returns:
-        The enclosures, in float64. O(N), time and memory.
+        The enclosures, in float64. O(N) in time and memory.
 
     Raises:
         DTypeError: an input is not real floating point.
@@ -268,8 +269,8 @@ def attention_enclosure(
 class _Chain(NamedTuple):
     """The inputs of the recurrences, in float64.
 
-    diagonal (B, N, H): A = H_ii - z, complex. size (B, N, H): the sum of the moduli it was added up
-    from. hopping (B, N, H): to the site before, 0 for the first. query, key (B, N, H, K), value
+    diagonal (B, N, H): A = H_ii - z, complex. size (B, N, H): the sum of the moduli of its terms.
+    hopping (B, N, H): to the previous site, 0 for the first. query, key (B, N, H, K), value
     (B, N, H, U).
     """
 
@@ -284,9 +285,9 @@ class _Chain(NamedTuple):
 def _enclose(
     exact: _Chain, perturbed: _Chain, eta: Tensor
 ) -> tuple[Enclosure, Enclosure, Tensor, tuple[Tensor, ...]]:
-    """Balls around g, of g' and of its own; out' (B, N, H, U); bounds on |out' - out|, Re and Im.
+    """Two balls around g, with centres g' and g; out' (B, N, H, U); bounds on Re, Im of out' - out.
 
-    The second ball around g has round-off alone for its radius.
+    The radius of the second ball around g is only round-off.
     """
     greens, unchanged, sizes, drifts = _green_drift(exact, perturbed, eta)
     keys, values = exact.key.shape[-1], exact.value.shape[-1]
@@ -309,7 +310,7 @@ def _enclose(
 def _green_drift(
     exact: _Chain, perturbed: _Chain, eta: Tensor
 ) -> tuple[Tensor, Enclosure, list[Moduli], list[Moduli]]:
-    """g' and a ball around g (B, N, H); site by site (B, H) bounds on g and g' - g, both exact."""
+    """g' and a ball around g, (B, N, H); and per site, (B, H), bounds on the exact g and g' - g."""
     g = g2 = torch.zeros_like(exact.diagonal[:, 0])
     lost = torch.zeros_like(eta) * g.real  # round-off of g
     drift = Moduli.of(g)
@@ -344,9 +345,9 @@ def _green_drift(
 def _psi_drift(
     a: _Chain, b: _Chain, psi: Tensor, drift: Moduli, g: Tensor, size: Moduli, change: Moduli
 ) -> tuple[Tensor, Moduli]:
-    """psi' (B, H, K, U) of a site and the bound on psi' - psi, from those of the site before.
+    """psi' (B, H, K, U) of a site and a bound on psi' - psi, from those of the previous site.
 
-    a, b: the exact and the perturbed inputs of the site. g: g'. size, change: of g and of g' - g.
+    a, b: exact and perturbed inputs of the site. g: g'. size, change: bounds on g and g' - g.
     """
     g, t, t2 = (x[..., None, None] for x in (g, a.hopping, b.hopping))
     size, change = (Moduli(*(x[..., None, None] for x in y.parts())) for y in (size, change))
@@ -364,7 +365,7 @@ def _psi_drift(
 def _read(
     query: Tensor, perturbed: Tensor, psi: Tensor, drift: Moduli
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """q'^T psi' (B, H, U), and bounds on the modulus and the parts of q'^T psi' - q^T psi."""
+    """q'^T psi' (B, H, U), and bounds on the modulus and parts of q'^T psi' - q^T psi."""
     out, moved = ((x[..., None] * psi).sum(-2) for x in (perturbed, perturbed - query))
     moduli = query.abs()[..., None]
     rounding = ((moduli + perturbed.abs()[..., None]) * psi.abs()).sum(-2)
@@ -373,7 +374,7 @@ def _read(
 
 
 def _bonds(hopping: float | Tensor, like: Tensor) -> Tensor:
-    """Hoppings (B, N, H) in float64 with none before the first site."""
+    """Hoppings (B, N, H) in float64, with 0 before the first site."""
     t = _float64(hopping, like)
     try:
         t = t.expand(like.shape).clone()
@@ -386,7 +387,7 @@ def _bonds(hopping: float | Tensor, like: Tensor) -> Tensor:
 def _backward_error(
     v: Tensor, z: complex | Tensor, hopping: float | Tensor, onsite: float | Tensor, causal: bool
 ) -> Tensor:
-    """How far, at most, the potential that the computed sections belong to is from v: (..., 1)."""
+    """A bound on the distance from v to the potential of the computed sections: (..., 1)."""
     squares = _float64(hopping, v).square()
     chain: dict[str, Any] = {"hopping": hopping, "onsite": onsite}
     left = resolvent_diagonal(v, z, causal=True, **chain)
@@ -410,7 +411,7 @@ def _backward_error(
 
 
 def _after(x: Tensor) -> Tensor:
-    """x with a zero before it."""
+    """x shifted by one site, with a zero first."""
     return torch.cat((x.new_zeros(*x.shape[:-1], 1), x), -1)
 
 
@@ -424,12 +425,12 @@ def _float64(x: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _double(x: Value) -> Value:
-    """A tensor in float64 or complex128; a number as it is."""
+    """A tensor in float64 or complex128; a number unchanged."""
     if not isinstance(x, Tensor):
         return x
     return cast(Value, x.to(torch.complex128 if x.is_complex() else torch.float64))
 
 
 def _reach_of_disc(centre: Tensor, eta: Tensor) -> Tensor:
-    """How far from the centre the disc reaches that contains every Green's function."""
+    """The largest distance from `centre` to a point of the disc of all Green's functions."""
     return ((centre - 0.5j / eta).abs() + 0.5 / eta) * (1 + 8 * UNIT)

@@ -19,23 +19,23 @@ from bkcore.errors import InputError, ShapeError
 
 
 class BirmanSchwingerCore(nn.Module):
-    """Potential in, diagonal of the resolvent G(z) = (H0 + diag(v) - z)^-1 out, in O(N).
+    """Maps a potential to the diagonal of the resolvent G(z) = (H0 + diag(v) - z)^-1, in O(N).
 
-    It has no parameters. For learned or per-site energies and hoppings use `resolvent_diagonal`.
+    It has no parameters. For learned or per-site energies and hoppings, use `resolvent_diagonal`.
 
     Args:
         n_seq: number of sites, 1 <= n_seq < 2^31.
-        epsilon: Im z, > 0. This and the numbers below are Python's, NumPy's or tensors with one
-            element; within the range of `bkcore.core.resolvent`, that of float64 at the start, and
-            that of the dtype of v in the forward pass.
+        epsilon: Im z, > 0. This and the numbers below may be Python's, NumPy's or tensors with one
+            element. They must be in the range of `bkcore.core.resolvent`: for float64 when the
+            module is built, and for the dtype of v in the forward pass.
         energy: Re z.
         hopping: off-diagonal entry of H0.
         onsite: diagonal entry of H0.
-        causal: left-connected Green's function, in which site i sees sites 0 ... i only.
+        causal: use the left-connected Green's function, in which site i sees only sites 0 ... i.
 
     Raises:
-        InputError: n_seq or epsilon is no such number, or a number is out of range.
-        DTypeError: a number is none, or complex; causal is no bool.
+        InputError: if n_seq or epsilon is not valid, or a number is out of range.
+        DTypeError: if a number is not a real number, or causal is not a bool.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class BirmanSchwingerCore(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(n_seq, bool) or not isinstance(n_seq, int) or not 1 <= n_seq < 2**31:
-            raise InputError(f"n_seq must be an integer of at least 1, below 2^31, got {n_seq!r}")
+            raise InputError(f"n_seq must be an integer of at least 1, below 2^31, not {n_seq!r}")
         require_bool("causal", causal)
         self.n_seq = n_seq
         self.epsilon = real_number("epsilon", epsilon)
@@ -59,7 +59,7 @@ class BirmanSchwingerCore(nn.Module):
         self.onsite = real_number("onsite", onsite)
         self.causal = causal
         if not self.epsilon > 0:
-            raise InputError(f"epsilon must be > 0, got {epsilon}: it is the imaginary part of z")
+            raise InputError(f"epsilon must be > 0, not {epsilon}; it is the imaginary part of z")
         self._require_range(torch.float64)
 
     def forward(self, v: Tensor) -> Tensor:
@@ -86,11 +86,11 @@ class BirmanSchwingerCore(nn.Module):
         )
 
     def check(self, v: Tensor) -> None:
-        """Raise what `forward` raises for potentials, but for their values, and for its numbers."""
+        """Check potentials as `forward` does, except for their values; and the core's numbers."""
         require_real_float("v", v)
         if v.ndim < 1 or v.shape[-1] != self.n_seq:
             raise ShapeError(
-                f"v must be (..., {self.n_seq}), got {tuple(v.shape)}; pad or cut the sequence, "
+                f"v must be (..., {self.n_seq}), not {tuple(v.shape)}; pad or cut the sequence, "
                 "or build the core with another n_seq"
             )
         self._require_range(computing_dtype(v))
@@ -109,6 +109,6 @@ class BirmanSchwingerCore(nn.Module):
 def _require_range(
     dtype: torch.dtype, energy: float, onsite: float, epsilon: float, hopping: float
 ) -> None:
-    """Look at the numbers of a core once, and not at every call."""
+    """Check the numbers of a core once, not at every call."""
     added = {"energy": energy, "onsite": onsite}
     require_range(dtype, added, epsilon, hopping, eta_name="epsilon")

@@ -1,4 +1,4 @@
-"""Sums and products of complex numbers of which only upper bounds are known."""
+"""Arithmetic with complex numbers of which only upper bounds are known."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moduli:
-    """Upper bounds on |x|, |Re x| and |Im x| of complex numbers x, real tensors of one shape.
+    """Upper bounds on |x|, |Re x| and |Im x| of complex numbers x, as real tensors of equal shape.
 
-    Products follow `|Re ab| <= |Re a||Re b| + |Im a||Im b|` and its like. That alone may grow by
-    sqrt(2) a factor where phases turn, hence the cut to the modulus.
+    Products use `|Re ab| <= |Re a||Re b| + |Im a||Im b|` and the like. Where phases turn, that
+    alone may grow by sqrt(2) per factor, so the parts are cut at the modulus.
     """
 
     modulus: Tensor
@@ -22,7 +22,7 @@ class Moduli:
 
     @staticmethod
     def of(x: Tensor) -> Moduli:
-        """Of complex numbers that are known."""
+        """The moduli of known complex numbers."""
         return Moduli(x.abs(), x.real.abs(), x.imag.abs())
 
     def __add__(self, other: Moduli) -> Moduli:
@@ -38,15 +38,15 @@ class Moduli:
         ).at_most(torch.inf)
 
     def times(self, factor: Tensor) -> Moduli:
-        """Of x times a real factor that is not negative."""
+        """Bounds on x times a non-negative real factor."""
         return Moduli(*(part * factor for part in self.parts()))
 
     def widened(self, by: Tensor) -> Moduli:
-        """Of x plus anything of modulus `by`."""
+        """Bounds on x plus anything of modulus at most `by`."""
         return Moduli(*(part + by for part in self.parts()))
 
     def at_most(self, modulus: Tensor | float) -> Moduli:
-        """Of x if |x| is known not to exceed `modulus`."""
+        """Bounds on x if |x| is known to be at most `modulus`."""
         cut = self.modulus.clamp(max=modulus)
         return Moduli(cut, torch.minimum(self.real, cut), torch.minimum(self.imag, cut))
 

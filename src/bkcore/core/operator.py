@@ -6,22 +6,22 @@ For `z = E + i eta` with `eta > 0` write `R0 = (H0 - z)^-1`. The operator of thi
     K(z) = |V|^(1/2) R0(z) V^(1/2),    V^(1/2) = sgn(V) |V|^(1/2),
 
 introduced by Birman (1961) and Schwinger (1961); Simon, *Trace Ideals and Their Applications*
-(2nd ed., AMS 2005), collects its properties. Nothing here forms a matrix, and nothing here is a
-continued fraction: those come from `bkcore.core.resolvent.resolvent_diagonal`.
+(2nd ed., AMS 2005), collects its properties. Nothing here forms a matrix. The continued fractions
+come from `bkcore.core.resolvent.resolvent_diagonal`.
 
-How a resolvent meets a vector in O(N). With `g` and `r` the left- and right-connected Green's
+Applying a resolvent to a vector in O(N). With `g` and `r` the left- and right-connected Green's
 functions, the entries of `G = (H - z)^-1` factor as (Economou, *Green's Functions in Quantum
 Physics*, 3rd ed., Springer 2006; Golub and Van Loan, *Matrix Computations*, section 4.3, for the
-elimination behind it)
+underlying elimination)
 
     G_ij = G_ii (-t_{i-1} g_{i-1}) (-t_{i-2} g_{i-2}) ... (-t_j g_j)          for j < i,
 
 and likewise with `r` for `j > i`. So `(G b)_i = G_ii (b_i + L_i + R_i)`, where `L` obeys
 `L_i = -t_{i-1} g_{i-1} (b_{i-1} + L_{i-1})` and `R` mirrors it: one sweep from each end,
 meeting at every site (a twisted factorization; Babuska 1972, Parlett and Dhillon 1997). Forward
-elimination and back substitution (the Thomas algorithm) cost the same, but subtract two numbers of
-size t/eta wherever a leading section of H has an eigenvalue at E; the meeting sweeps do not.
-Squared moduli of the same factors give the weighted row sums `sum_j |G_ij|^2 w_j`.
+elimination and back substitution (the Thomas algorithm) cost the same, but they subtract two
+numbers of size t/eta wherever a leading section of H has an eigenvalue at E. The two sweeps do not.
+The squared moduli of the same factors give the weighted row sums `sum_j |G_ij|^2 w_j`.
 """
 
 import math
@@ -50,7 +50,7 @@ __all__ = [
 Value = TypeVar("Value", bound=complex | Tensor)
 
 _COUNTABLE = 1e150
-"""The largest modulus that Sturm counts take, and the inverse of the smallest hopping."""
+"""The largest modulus that Sturm counts accept, and the inverse of the smallest hopping."""
 
 
 class BirmanSchwingerOperator:
@@ -67,10 +67,10 @@ class BirmanSchwingerOperator:
         InputError: Im z <= 0, or an argument is out of the range of `resolvent_diagonal`.
         ShapeError: N = 0, or the shapes do not broadcast.
 
-    Leading dimensions broadcast, so v (N,) and z (M, 1) make M operators. Results are complex64,
-    or complex128 for float64 v; real ones are float32 or float64 likewise. Everything is once
-    differentiable by autograd, except that |V|^(1/2) has an infinite slope at V = 0, which
-    `apply` meets; `log_det` does not.
+    Leading dimensions broadcast, so v (N,) and z (M, 1) give M operators. Results are complex64, or
+    complex128 for float64 v; real results are float32 or float64 accordingly. Autograd can
+    differentiate everything once. But |V|^(1/2) has an infinite slope at V = 0, which affects
+    `apply` and not `log_det`.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class BirmanSchwingerOperator:
             Complex (..., N).
 
         Raises:
-            DTypeError: x is no tensor of numbers.
+            DTypeError: x is not a real or complex tensor.
             ShapeError: x does not fit v.
         """
         require_fits("x", x, self._left)
@@ -104,25 +104,25 @@ class BirmanSchwingerOperator:
         return root * _solve(self._free, root * self.v.sgn() * x)
 
     def __matmul__(self, x: Tensor) -> Tensor:
-        """`K @ x` is `K.apply(x)`: the last dimension of x, a batch of vectors, is acted on."""
+        """`K @ x` is `K.apply(x)`: it acts on the last dimension of x, a batch of vectors."""
         return self.apply(x)
 
     def log_det(self) -> Tensor:
         """`log det(1 + K(z)) = log det(H - z) - log det(H0 - z)`, complex, shape (...).
 
-        The determinant of a section is the product of its `1/g_i`, so this is
-        `sum_i log(1/g_i) - sum_i log(1/g0_i)` with every argument in (-pi, 0), a continuous
-        function of z: its imaginary part is not reduced modulo 2 pi. The determinant itself
-        overflows. Source: Simon, *Trace Ideals*, chapter 3.
+        The determinant of a section is the product of its `1/g_i`. So this is
+        `sum_i log(1/g_i) - sum_i log(1/g0_i)` with every argument in (-pi, 0), which is continuous
+        in z: its imaginary part is not reduced modulo 2 pi. The determinant itself would overflow.
+        Source: Simon, *Trace Ideals*, chapter 3.
         """
         return self._free.left.log().sum(-1) - self._left.log().sum(-1)
 
     def spectral_shift(self) -> Tensor:
         """Krein's spectral shift at E = Re z, smoothed over eta; real, shape (...).
 
-        `sum_i [arg(1/g_i) - arg(1/g0_i)] / pi` with every argument in (-pi, 0). As eta goes to 0
-        it tends to the integer that the function `spectral_shift` counts, wherever E is an
-        eigenvalue neither of H nor of H0.
+        `sum_i [arg(1/g_i) - arg(1/g0_i)] / pi` with every argument in (-pi, 0). As eta goes to 0,
+        it tends to the integer that the function `spectral_shift` counts, unless E is an eigenvalue
+        of H or of H0.
         """
         return self.log_det().imag / math.pi
 
@@ -134,12 +134,12 @@ class BirmanSchwingerOperator:
     def hilbert_schmidt_bound(self) -> Tensor:
         """`||V||_2^2 max_i Im (R0)_ii / eta >= ||K||_2^2`; real, shape (...).
 
-        The matrix of `|R0_ij|^2` is symmetric with row sums `Im (R0)_ii / eta` (Ward), the
-        greatest of which bounds its norm (Schur's test). With one eta per site, the least counts.
+        The matrix of `|R0_ij|^2` is symmetric with row sums `Im (R0)_ii / eta` (Ward), and the
+        largest of these bounds its norm (Schur's test). With one eta per site, the smallest counts.
         """
         eta = torch.as_tensor(self.z.imag, dtype=self.v.dtype, device=self.v.device)
         eta = eta.amin(-1, keepdim=True) if eta.ndim else eta
-        # What is too small for a float counts as the smallest; the factors of a square, neither.
+        # Adding tiny covers what underflowed. The product is squared last, so its factors do not.
         largest = self._free.diagonal.imag.amax(-1, keepdim=True)
         largest = largest + torch.finfo(largest.dtype).tiny
         return (self.v * (largest / eta).sqrt()).square().sum(-1)
@@ -186,8 +186,8 @@ def weighted_row_norms(
 ) -> Tensor:
     """`sum_j |G_ij|^2 w_j` for every site i, in O(N).
 
-    With all weights 1 it equals `Im G_ii / eta` (the Ward identity), if eta is the same for all
-    sites; with weights eta_j it equals `Im G_ii` in any case.
+    With all weights 1 it equals `Im G_ii / eta` (the Ward identity) if eta is the same for all
+    sites. With weights eta_j it always equals `Im G_ii`.
 
     Args:
         v: real potential (..., N); N >= 1.
@@ -208,7 +208,7 @@ def weighted_row_norms(
     require_bool("causal", causal)
     require_tensor("weights", weights)
     if weights.is_complex():
-        raise DTypeError(f"weights must be real, got {weights.dtype}")
+        raise DTypeError(f"weights must be real, not {weights.dtype}")
     if not causal:
         sections = _sections(v, z, hopping, onsite)
         require_fits("weights", weights, sections.diagonal)
@@ -230,9 +230,9 @@ def spectral_shift(
 
     `N_A(E)` is the number of eigenvalues of A strictly below E. It equals the number of negative
     pivots `q_i = 1/g_i` in the limit eta -> 0 (Sylvester's law of inertia). The count is made in
-    float64; it is exact for a matrix within a few units of round-off of H, so it is the true
-    count unless an eigenvalue is that close to E (Kahan 1966; Demmel, *Applied Numerical Linear
-    Algebra*, section 5.3.4).
+    float64 and is exact for a matrix within a few units of round-off of H. So it is the true count
+    unless an eigenvalue is that close to E (Kahan 1966; Demmel, *Applied Numerical Linear Algebra*,
+    section 5.3.4).
 
     Args:
         v: real potential (..., N); N >= 1.
@@ -245,8 +245,8 @@ def spectral_shift(
 
     Raises:
         DTypeError: v is complex.
-        InputError: an argument is not finite, a count having no NaN to return; or above 1e150, or
-            a hopping is below 1e-150 without being 0.
+        InputError: an argument is not finite (a count cannot be NaN) or above 1e150, or a hopping
+            is below 1e-150 but not 0.
         ShapeError: N = 0, or the shapes do not broadcast.
     """
     free, squares = _shifted_free(v, energy, hopping, onsite)
@@ -254,10 +254,10 @@ def spectral_shift(
 
 
 class _Sections(NamedTuple):
-    """What all entries of a resolvent are made of.
+    """The factors of all entries of a resolvent.
 
     left, diagonal: g_i and G_ii, complex (..., N). rightward, leftward: the factors -t_i g_i and
-    -t_i r_{i+1} that an entry takes up in crossing bond i, complex (..., N-1).
+    -t_i r_{i+1} for crossing bond i, complex (..., N-1).
     """
 
     left: Tensor
@@ -281,12 +281,12 @@ def _sections(
 
 
 def _crossing(hopping: float | Tensor, connected: Tensor) -> Tensor:
-    """-t g in the dtype of g, whatever that of the hopping."""
+    """-t g, in the dtype of g."""
     return (-hopping * connected).to(connected.dtype)
 
 
 def _mirror(value: Value) -> Value:
-    """A number as it is; a tensor with its last dimension, if it has one, reversed."""
+    """A number unchanged; a tensor with its last dimension, if it has one, reversed."""
     return cast(Value, value.flip(-1)) if isinstance(value, Tensor) and value.ndim else value
 
 
@@ -301,7 +301,7 @@ def _row_norms(sections: _Sections, weights: Tensor) -> Tensor:
 
 
 def _meet(source: Tensor, rightward: Tensor, leftward: Tensor) -> Tensor:
-    """What reaches each site: its own source, and what both sides carry to it."""
+    """The sum that reaches each site: its own source, and what both sides carry to it."""
     from_right = _carry(source.flip(-1), leftward.flip(-1)).flip(-1)
     return source + _carry(source, rightward) + from_right
 
@@ -322,9 +322,9 @@ def _modulus2(x: Tensor) -> Tensor:
 def _count_below(diagonal: Tensor, squares: Tensor) -> Tensor:
     """Negative eigenvalues, counted by pivots: diagonal (..., N), squared bonds (..., N-1).
 
-    A pivot of exactly zero is taken for a tiny positive one. The next pivot is then hugely
-    negative (or minus infinity, which is as good), and the two count as one: their inertia. A last
-    pivot of zero is an eigenvalue of zero, and is not counted.
+    A pivot of exactly zero counts as a tiny positive one. The next pivot is then hugely negative or
+    minus infinity, and together they count once, which is their inertia. If the last pivot is zero,
+    zero is an eigenvalue, and it is not counted.
     """
     tiny = torch.finfo(torch.float64).tiny
     pivot = diagonal[..., 0]
@@ -341,15 +341,15 @@ def _shifted_free(
     """Diagonal (..., N) and squared bonds (..., N-1) of `H0 - E` in float64, checked."""
     require_tensor("v", v)
     if v.is_complex() or v.dtype == torch.bool:
-        raise DTypeError(f"v must be real, got {v.dtype}")
+        raise DTypeError(f"v must be real, not {v.dtype}")
     if v.ndim == 0 or v.shape[-1] == 0:
-        raise ShapeError(f"v must be (..., N) with N >= 1, got {tuple(v.shape)}")
+        raise ShapeError(f"v must be (..., N) with N >= 1, not {tuple(v.shape)}")
     energy, hopping, onsite = (
         torch.as_tensor(real(name, x, v), dtype=torch.float64, device=v.device)
         for name, x in (("energy", energy), ("hopping", hopping), ("onsite", onsite))
     )
     if energy.ndim and energy.shape[-1] != 1:
-        raise ShapeError(f"energy must be a number or (..., 1), got {tuple(energy.shape)}")
+        raise ShapeError(f"energy must be a number or (..., 1), not {tuple(energy.shape)}")
     free = v.new_zeros(v.shape[-1:], dtype=torch.float64)
     try:
         diagonal = free + onsite - energy
@@ -358,19 +358,19 @@ def _shifted_free(
     except RuntimeError as error:
         raise ShapeError(f"v, energy, hopping and onsite do not broadcast: {error}") from None
     if v.is_meta:
-        raise InputError("v is on the meta device and has no values to count by")
+        raise InputError("v is on the meta device, so it has no values to count with")
     for name, x in {"v": v, "energy": energy, "hopping": hopping, "onsite": onsite}.items():
         _require_countable(name, x)
     return diagonal, squares
 
 
 def _require_countable(name: str, x: Tensor) -> None:
-    """Raise unless the squares of what a pivot is made of are normal float64 numbers, or 0."""
+    """Raise unless the squares of a pivot's terms are normal float64 numbers or 0."""
     size = x.double().abs()
     bad = ~(size <= _COUNTABLE) | ((size < 1 / _COUNTABLE) & (size > 0) & (name == "hopping"))
     if bool(bad.any()):
         found = x[bad].flatten()[0].item() if x.ndim else x.item()
         raise InputError(
             f"{name} must be finite and at most {_COUNTABLE:.0e}, a hopping 0 or at least "
-            f"{1 / _COUNTABLE:.0e}, got {found}; choose other units of energy"
+            f"{1 / _COUNTABLE:.0e}, not {found}; choose other units of energy"
         )

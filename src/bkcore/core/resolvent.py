@@ -5,16 +5,16 @@ t beside it (the discrete Laplacian by default), and G(z) = (H - z)^-1 for Im z 
 fractions are the textbook ones for a chain (Haydock's recursion; `bkcore.kernels.ops.sweep` has
 the formulas and their derivative).
 
-All functions compute in float32, or in float64 if v (or the source) is float64: bfloat16 and
-float16 are converted, under autocast too, and parameters take the dtype of v. Gradients are exact,
-once differentiable, and reach every tensor argument.
+All functions compute in float32, or in float64 if v (or the source) is float64. bfloat16 and
+float16 are converted, also under autocast, and parameters take the dtype of v. Gradients are exact
+and reach every tensor argument; there are no second derivatives.
 
-Values are checked where that costs nothing to speak of: numbers always, tensors on the CPU outside
-of tracing and `vmap`. On a GPU the check would wait for the device at every call, and is left out:
-an Im z <= 0 there, or what is out of range, gives meaningless numbers.
+Values are checked where that costs next to nothing: numbers always, tensors on the CPU outside
+tracing and `vmap`. On a GPU the check would synchronize with the device at every call, so it is
+left out, and an Im z <= 0 or a value out of range gives meaningless numbers there.
 
 Range. With M = 1e18 in float32 and 1e150 in float64: 1/M <= Im z <= M; |v|, |onsite| and |Re z| up
-to M; and t^2 <= M Im z. The rest is refused (`bkcore.core.arguments` says why there is no more).
+to M; and t^2 <= M Im z. Anything else is refused (`bkcore.core.arguments` gives the reason).
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ def resolvent_diagonal(
 ) -> Tensor:
     """Diagonal of (H - z)^-1 for many chains at once.
 
-    All leading dimensions broadcast against each other, so that v of shape (N,) and z of shape
-    (M, 1) give one diagonal per energy, (M, N). A last dimension of 1 is shared by all sites.
+    All leading dimensions broadcast against each other, so v of shape (N,) and z of shape (M, 1)
+    give one diagonal per energy, (M, N). A last dimension of 1 is shared by all sites.
 
     Args:
         v: real potential (..., N), N >= 1.
         z: complex number or tensor (..., N) or (..., 1), Im z > 0.
         hopping: number or real tensor (..., N - 1) or (..., 1); of any sign, 0 cuts the chain.
         onsite: number or real tensor (..., N) or (..., 1).
-        causal: give the left-connected g_i instead, the last diagonal entry of the resolvent of
-            the first i + 1 sites, which depends on v_0 ... v_i only.
+        causal: return the left-connected g_i instead, the last diagonal entry of the resolvent of
+            the first i + 1 sites, which depends only on v_0 ... v_i.
 
     Returns:
         complex (..., N): complex64, or complex128 for float64 v. Every value lies in the disc
         |G - i/(2 eta)| <= 1/(2 eta) if Im z = eta is the same for all sites.
 
     Raises:
-        DTypeError: v, hopping or onsite is complex or no number, or v is an integer tensor.
+        DTypeError: v, hopping or onsite is complex or not a number, or v is an integer tensor.
         InputError: Im z <= 0, an argument is out of range (see the top of this module), or tensors
             are on different devices.
         ShapeError: N = 0, or the shapes do not broadcast.
@@ -85,7 +85,7 @@ def resolvent_diagonal_parts(
     require_bool("causal", causal)
     require_real_float("v", v)
     if v.ndim < 1 or v.shape[-1] < 1:
-        raise ShapeError(f"v must be (..., N) with N >= 1, got {tuple(v.shape)}")
+        raise ShapeError(f"v must be (..., N) with N >= 1, not {tuple(v.shape)}")
     sites = v.shape[-1]
     base, eta = split_z(z, v)
     hopping, onsite = real("hopping", hopping, v), real("onsite", onsite, v)
@@ -104,7 +104,7 @@ def resolvent_diagonal_parts(
         _rows("hopping", hopping, lead, sites - 1, v),
         two_sided=not causal,
     )
-    # Already in this order in memory, if there is anything, since v was passed chain by chain.
+    # Already in this order in memory, unless empty, since v was passed chain by chain.
     chains = parts[0].permute(2, 0, 1)
     if not chains.numel():  # PyTorch calls any empty tensor contiguous, whatever its strides
         chains = chains.clone(memory_format=torch.contiguous_format)
@@ -120,9 +120,9 @@ def causal_sweep(
     hopping: float | Tensor = 1.0,
     onsite: float | Tensor = -2.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Left-connected Green's function g, and with a source the propagated psi, as complex tensors.
+    """Left-connected Green's function g, and with a source also psi, as complex tensors.
 
-    See `causal_sweep_parts`, which takes the same arguments and copies nothing.
+    `causal_sweep_parts` takes the same arguments and copies nothing.
 
     Returns:
         g, complex (B, N, H); or (g, psi) if a source is given.
@@ -145,12 +145,12 @@ def causal_sweep_parts(
 ) -> Tensor:
     """One causal sweep along N for every batch element and channel.
 
-    g_i = 1 / (v_i + onsite - E - i eta - t^2 g_{i-1}) and psi_i = g_i (b_i + t psi_{i-1}): site i
-    depends on sites 0 ... i only.
+    g_i = 1 / (v_i + onsite - E - i eta - t^2 g_{i-1}) and psi_i = g_i (b_i + t psi_{i-1}), so site
+    i depends only on sites 0 ... i.
 
     Args:
         v: real potential (B, N, H), channels last, N >= 1.
-        source: b, real (B, N, H); None leaves psi out.
+        source: b, real (B, N, H); without it there is no psi.
         energy, hopping, onsite: number, or real tensor () or (H,).
         eta: number, or real tensor () or (H,), > 0.
 
@@ -166,12 +166,12 @@ def causal_sweep_parts(
     """
     require_real_float("v", v)
     if v.ndim != 3 or v.shape[1] < 1:
-        raise ShapeError(f"v must be (B, N, H) with N >= 1, got {tuple(v.shape)}")
+        raise ShapeError(f"v must be (B, N, H) with N >= 1, not {tuple(v.shape)}")
     if source is not None:
         require_real_float("source", source)
         if source.shape != v.shape:
             raise ShapeError(
-                f"source must have the shape of v, {tuple(v.shape)}, got {tuple(source.shape)}"
+                f"source must have the shape of v, {tuple(v.shape)}, not {tuple(source.shape)}"
             )
         require_device("source", source, v)
     dtype = computing_dtype(v, source)
@@ -189,7 +189,7 @@ def causal_sweep_parts(
 
 
 def _each(value: float | Tensor) -> float | Tensor:
-    """A number, or the numbers of every channel as chains of one site."""
+    """A number unchanged, or the numbers of all channels as chains of one site."""
     return value.unsqueeze(-1) if isinstance(value, Tensor) else value
 
 
@@ -201,7 +201,7 @@ def _difference(energy: float | Tensor, onsite: float | Tensor) -> float | Tenso
 
 
 def _rows(name: str, value: float | Tensor, lead: torch.Size, sites: int, like: Tensor) -> Tensor:
-    """(..., sites) or (..., 1) as (sites, lanes) or (1, lanes), in the dtype to compute in."""
+    """Turn (..., sites) or (..., 1) into (sites, lanes) or (1, lanes), in the computing dtype."""
     dtype, lanes = computing_dtype(like), math.prod(lead)
     if not isinstance(value, Tensor):
         return torch.full((1, lanes), value, dtype=dtype, device=like.device)
@@ -212,10 +212,10 @@ def _rows(name: str, value: float | Tensor, lead: torch.Size, sites: int, like: 
         return torch.zeros((1, lanes), dtype=dtype, device=like.device)
     if last not in (1, sites):
         raise ShapeError(
-            f"the last dimension of {name} must be {sites} or 1, got {tuple(value.shape)}"
+            f"the last dimension of {name} must be {sites} or 1, not {tuple(value.shape)}"
         )
     value = value.to(dtype)
-    if value.numel() == last:  # shared by all chains: no need to write it out for each
+    if value.numel() == last:  # shared by all chains, so not copied for each
         return value.reshape(last, 1).expand(last, lanes)
     return value.expand(*lead, last).reshape(lanes, last).t()
 
@@ -223,11 +223,11 @@ def _rows(name: str, value: float | Tensor, lead: torch.Size, sites: int, like: 
 def _check_channels(name: str, value: float | Tensor, v: Tensor) -> None:
     lanes = v.shape[2]
     if isinstance(value, Tensor) and value.shape not in ((), (lanes,)):
-        raise ShapeError(f"{name} must be a number or ({lanes},), got {tuple(value.shape)}")
+        raise ShapeError(f"{name} must be a number or ({lanes},), not {tuple(value.shape)}")
 
 
 def _channels(value: float | Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-    """A number or a tensor () or (H,) as (H,), on the device of v, in the dtype to compute in."""
+    """A number or a tensor () or (H,) as (H,), on v's device, in the computing dtype."""
     if not isinstance(value, Tensor):
         return v.new_full(v.shape[2:], value, dtype=dtype)
     return value.to(device=v.device, dtype=dtype).expand(v.shape[2:])

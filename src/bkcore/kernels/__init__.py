@@ -1,4 +1,4 @@
-"""The operators behind every public function, and the choice of what runs them."""
+"""The operators behind every public function, and the choice of their backend."""
 
 from bkcore.deprecated import moved_module, moved_names
 from bkcore.kernels.backends.selection import BackendInfo, describe_backends, use_backend

@@ -1,8 +1,8 @@
-"""What every operator asks of its arguments, below the backends.
+"""Checks that every operator makes of its arguments before a backend gets them.
 
-A tensor that passes here becomes an address: its shape, dtype, device and layout are all that a
-kernel knows of its memory. A wrong shape is a `ShapeError`, a wrong dtype a `DTypeError`, and a
-wrong device an `InputError`, in every operator.
+A tensor that passes becomes a raw address: its shape, dtype, device and layout are all that a
+kernel knows about its memory. In every operator, a wrong shape raises `ShapeError`, a wrong dtype
+`DTypeError`, and a wrong device `InputError`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.reading import shown
 
 Expected = tuple[Tensor | None, tuple[int, ...], torch.dtype]
-"""A tensor, or None for one that was not given, and the shape and dtype that it should have."""
+"""A tensor, or None if not given, and the shape and dtype it must have."""
 
 
 def check_tensors(
     expected: Mapping[str, Expected], device: torch.device, why: str | Callable[[], str] = ""
 ) -> None:
-    """Raise unless every tensor has its shape and dtype, and is a strided one on the device.
+    """Raise unless every tensor is strided, on the device, and of the expected shape and dtype.
 
     Args:
-        expected: by name.
-        why: where the shapes and dtypes come from, such as "for 5 channels"; a function is called
-            only if something is wrong.
+        expected: the tensors with their shapes and dtypes, by name.
+        device: where they must be.
+        why: where the shapes and dtypes come from, such as "for 5 channels"; or a function that
+            returns this, called only if something is wrong.
 
     Raises:
-        ShapeError, DTypeError, InputError: as in this module's text.
+        ShapeError, DTypeError, InputError: as at the top of this module.
     """
     for name, (x, shape, dtype) in expected.items():
         if x is None:
@@ -45,33 +46,33 @@ def _misfit(
 ) -> Exception:
     why = why and f" {why}"
     if x.dtype != dtype:
-        return DTypeError(f"{name} must be {dtype}{why}, got {x.dtype}")
+        return DTypeError(f"{name} must be {dtype}{why}, not {x.dtype}")
     if x.shape != shape:
-        return ShapeError(f"{name} must be {tuple(shape)}{why}, got {tuple(x.shape)}")
+        return ShapeError(f"{name} must be {tuple(shape)}{why}, not {tuple(x.shape)}")
     if x.device != device:
         return InputError(f"{name} is on {x.device} but the others are on {device}; move one")
-    return InputError(f"{name} has the layout {x.layout}: pass {name}.to_dense()")
+    return InputError(f"{name} must be dense, not {x.layout}; pass {name}.to_dense()")
 
 
 def check_plain(name: str, x: Tensor) -> None:
-    """Raise `ShapeError` unless the numbers of x lie in memory as they are, one after the other."""
+    """Raise `ShapeError` unless x is contiguous in memory, without a lazy negation."""
     if not x.is_contiguous() or x.is_neg():
         raise ShapeError(
-            f"{name} must be contiguous in memory: pass {name}.contiguous(), or "
+            f"{name} must be contiguous in memory; pass {name}.contiguous(), or "
             f"{name}.resolve_neg() for the imaginary part of a conjugate"
         )
 
 
 def not_positive(name: str, smallest: float) -> InputError:
-    """What to raise for a width of energies that is not positive."""
+    """The error for an eta, or Im z, that is not positive."""
     return InputError(
-        f"{name} must be > 0, got {smallest}: the resolvent is taken in the upper half plane; "
+        f"{name} must be > 0, not {smallest}; the resolvent is taken in the upper half-plane; "
         "give the energy a positive imaginary part, such as z = 1j"
     )
 
 
 def check_bits(bits: int) -> None:
-    """Raise `InputError` unless codes can have so many bits."""
+    """Raise `InputError` unless codes can have this many bits."""
     if type(bits) is not int or bits not in (4, 8):
         raise InputError(f"bits must be 4 or 8, not {shown(bits)}")
 
@@ -86,10 +87,9 @@ def check_group_size(group_size: int) -> None:
 
 
 def fit_group_size(group_size: int, size: int) -> int:
-    """The group size for so many channels: no more than there are, which is one group.
+    """Limit the group size to the number of channels, which is one group.
 
-    Whatever has a group size takes it through here, so that a large one costs no memory and
-    overflows nothing.
+    Every group size passes through here, so that a huge one takes no memory and overflows nothing.
 
     Raises:
         InputError: as `check_group_size`.
@@ -99,7 +99,7 @@ def fit_group_size(group_size: int, size: int) -> int:
 
 
 def count_groups(size: int, group_size: int) -> int:
-    """Groups of so many channels, a smaller last one included."""
+    """How many groups the channels make, including a smaller last one."""
     return -(-size // group_size)
 
 
@@ -112,8 +112,8 @@ def check_rounding(
     group_size: int,
     bits: int,
 ) -> int:
-    """Raise unless these round so many channels, as `round_channels` says; the group size
-    that fits them."""
+    """Raise unless these can round this many channels by `round_channels`; return the fitting group
+    size."""
     check_bits(bits)
     group_size = fit_group_size(group_size, channels)
     groups = (count_groups(channels, group_size),)
@@ -129,7 +129,7 @@ def check_rounding(
 def check_levels(
     name: str, levels: Tensor | None, shape: tuple[int, ...], device: torch.device, bits: int
 ) -> None:
-    """Raise unless levels, if there are any, are float32 of this shape on the device."""
+    """Raise unless levels, if given, are float32 of this shape on the device."""
     check_tensors(
         {name: (levels, shape, torch.float32)},
         device,
@@ -139,7 +139,7 @@ def check_levels(
 
 @dataclass(frozen=True)
 class ChannelRounding:
-    """How channels are rounded, checked once, for kernels that round on the way.
+    """How channels are rounded, checked once, for kernels that also round.
 
     Attributes:
         channels: C, whose last group may be smaller than `group_size`.
@@ -147,7 +147,7 @@ class ChannelRounding:
             contiguous.
 
     Raises:
-        ShapeError, DTypeError, InputError: they do not fit together.
+        ShapeError, DTypeError, InputError: if they do not fit together.
     """
 
     channels: int
@@ -170,5 +170,5 @@ class ChannelRounding:
                 check_plain(name, x)
 
     def is_of(self, scale: Tensor, zero: Tensor, levels: Tensor | None) -> bool:
-        """Whether it rounds with these very tensors, whatever numbers they hold by now."""
+        """Whether it uses these same tensor objects, whatever values they now hold."""
         return self.scale is scale and self.zero is zero and self.levels is levels

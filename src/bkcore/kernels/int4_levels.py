@@ -1,14 +1,14 @@
-"""What the 4-bit codes of a weight stand for: sixteen numbers of 8 bits, not evenly spaced.
+"""The levels of a weight's 4-bit codes: sixteen unevenly spaced 8-bit integers.
 
 Weights that share a scale have a heavy-tailed density: most are small, and a few set the scale. So
-levels are dense near 0 and sparse outside. A code c, -8 to 7, stands for
+the levels are dense near 0 and sparse further out. A code c, -8 to 7, stands for
 
     level(c) = round(127 sinh(a c / n) / sinh(a)),    n = 8 below 0 and 7 above,    a = 1.6,
 
 times its scale: companding by an inverse hyperbolic sine (for companded quantizers: Gersho and
-Gray, "Vector Quantization and Signal Compression", 1992, section 5.6). Both ends are +-127, so
-that products with INT8 activations are those of an INT8 weight. `docs/lab-notes.md` says how `a`
-was found and what even levels would cost.
+Gray, "Vector Quantization and Signal Compression", 1992, section 5.6). The ends are +-127, so
+products with INT8 activations are the same as for an INT8 weight. `docs/lab-notes.md` tells how `a`
+was chosen and what even levels would cost.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LEVELS = torch.tensor(INT4_LEVELS, dtype=torch.int8)
 
 
 def levels(device: torch.device) -> Tensor:
-    """`INT4_LEVELS` as int8 (16,) on a device; not to be changed."""
+    """`INT4_LEVELS` as int8 (16,) on a device; do not modify it."""
     return _LEVELS if device.type == "cpu" else _copy(device)
 
 
@@ -45,12 +45,13 @@ def _copy(device: torch.device) -> Tensor:
 
 
 def nearest_codes(x: Tensor, bits: int) -> Tensor:
-    """What codes of a weight stand for nearest to x: whole numbers at 8 bits, levels at 4.
+    """The values of a weight's codes nearest to x: integers at 8 bits, levels at 4.
 
-    Ties go to the even number, or to the lower level.
+    Ties go to the even integer, or to the lower level.
 
     Returns:
-        float32 in [-128, 127], of the shape of x. NaN is NaN at 8 bits and some level at 4.
+        float32 in [-128, 127], of the shape of x. NaN stays NaN at 8 bits, and gives some level at
+        4.
     """
     if bits == 8:
         return x.round().clamp(-128, 127)
@@ -59,7 +60,7 @@ def nearest_codes(x: Tensor, bits: int) -> Tensor:
 
 
 def saturates(x: Tensor, bits: int) -> Tensor:
-    """Which numbers lie beyond all codes; bool, of the shape of x."""
+    """Which numbers lie outside the range of the codes; bool, of the shape of x."""
     if bits == 8:
         return (x.round() < -128) | (x.round() > 127)
     return x.abs() > INT4_LEVELS[-1]

@@ -1,4 +1,4 @@
-"""How sweeps lie in memory: one site after the other, or one sequence after the other."""
+"""The memory layout of sweeps: one site after the other, or one sequence after the other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def computed_dtype(v: Tensor) -> torch.dtype:
-    """What a sweep of v computes in and returns."""
+    """The dtype in which a sweep of v computes, and of its result."""
     return torch.float32 if v.dtype == torch.bfloat16 else v.dtype
 
 
@@ -17,9 +17,8 @@ def sites_last(x: Tensor) -> bool:
 
 
 def empty_parts(v: Tensor, components: int) -> Tensor:
-    """Room for the parts (B, N, C, H) of v (B, N, H), with v's order of sites and lanes in memory:
-    contiguous, or (B, H, N, C), where the parts of a site are complex numbers, if v has its
-    sites last."""
+    """An empty tensor for the parts (B, N, C, H) of v (B, N, H), in v's memory order: contiguous,
+    or (B, H, N, C) if v has its sites last, so that the parts of a site are complex numbers."""
     batch, sites, lanes = v.shape
     dtype = computed_dtype(v)
     if sites_last(v):
@@ -28,7 +27,7 @@ def empty_parts(v: Tensor, components: int) -> Tensor:
 
 
 def empty_like_sites(parts: Tensor) -> Tensor:
-    """Room for (B, N, H) in the order in memory of parts (B, N, C, H)."""
+    """An empty tensor (B, N, H) in the memory order of parts (B, N, C, H)."""
     batch, sites, _, lanes = parts.shape
     if sites_last(parts):
         return parts.new_empty(batch, lanes, sites).transpose(1, 2)
@@ -41,8 +40,8 @@ def dense(x: Tensor) -> Tensor:
 
 
 def parameter_rows(x: Tensor) -> Tensor:
-    """A row that all sites share is made contiguous; rows of sites that are all one are copied,
-    so that a stride of 0 always means shared."""
+    """Make a row that all sites share contiguous, and copy rows that were expanded from one, so
+    that a stride of 0 always means shared."""
     return x.contiguous() if x.shape[0] == 1 or x.stride(0) == 0 else x
 
 

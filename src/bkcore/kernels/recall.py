@@ -1,4 +1,4 @@
-"""What the language model's mixer computes around resolvent attention, in PyTorch, differentiable.
+"""The computations of the language model's mixer around resolvent attention, in PyTorch.
 
 With queries and keys of unit length, and for every site i and head of a sequence:
 
@@ -9,15 +9,15 @@ With queries and keys of unit length, and for every site i and head of a sequenc
     real    = Re out / w^(1/2),   imag = Im out / eta / w^(3/2)
     result  = weight_0 value + weight_1 real + weight_2 imag
 
-By Ward's identity w_i = sum_j |R_ij|^2, R the last row of the resolvent of the sites so far. Where
-n sites are remembered alike, R_ij = 1, it is n. Then by Cauchy and Schwarz,
+By the Ward identity w_i = sum_j |R_ij|^2, with R the last row of the resolvent of the sites so far.
+If n sites are remembered equally, R_ij = 1, it is n. Then by the Cauchy-Schwarz inequality,
 
     |Re out_iu| <= w^(1/2) (sum_j u_ju^2)^(1/2),
 
-so that values that do not know of each other keep their size, however many are remembered, while
-copies of one add up to n^(1/2) times theirs: what is found can be counted, as it could not behind a
-norm of its own. Im R is of first order in eta, the last row of eta G G*; its power of w is one that
-was found to train well.
+so unrelated values keep their size, however many are remembered, while n copies of one value add up
+to n^(1/2) times its size. Copies can thus be counted, which a norm after the attention would
+prevent. Im R is of first order in eta (it is the last row of eta G G*); its power of w was chosen
+because it trains well.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def hopping_and_potential(
 ) -> tuple[Tensor, Tensor]:
     """t and v of gate and barrier (B, N, H), rate and height (H,), rounded from float64 to dtype.
 
-    PyTorch's vectors and single numbers round these functions differently in the last bit, which
-    would tell a stream from a whole text; behind float64 they agree.
+    PyTorch's vector and scalar code round these functions differently in the last bit, so a stream
+    would differ from a whole text. Computed in float64 and then rounded, they agree.
     """
     hopping = torch.exp(-2 * rate * torch.sigmoid(gate.double()))
     potential = height * F.softplus(barrier.double())
@@ -41,27 +41,27 @@ def hopping_and_potential(
 
 
 def for_every_head(x: Tensor, heads: int, groups: int) -> Tensor:
-    """What G groups of neighbouring heads share, (B, N, G K) -> (B, N, H, K)."""
+    """Repeat what G groups of neighbouring heads share: (B, N, G K) -> (B, N, H, K)."""
     grouped = x.unflatten(-1, (groups, 1, -1))
     return grouped.expand(-1, -1, -1, heads // groups, -1).flatten(2, 3)
 
 
 def over_memory(real: Tensor, imag: Tensor, memory: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
-    """`real / w^(1/2)` and `imag / (eta w^(3/2))`: what was found, whatever is remembered.
+    """`real / w^(1/2)` and `imag / (eta w^(3/2))`: the output, however much is remembered.
 
     Args:
-        real, imag: (B, N, H, U), what resolvent attention gives.
+        real, imag: (B, N, H, U), the output of resolvent attention.
         memory: (B, N, H), w.
         eta: (H,).
     """
     w = memory[..., None]
-    # Quotients are rounded correctly everywhere, but PyTorch's float32 root (MKL's) is not: behind
-    # float64 it is, and whatever computes it agrees.
+    # Division rounds correctly everywhere, but PyTorch's float32 square root (MKL's) does not.
+    # Computed in float64 and then rounded, it does, and all implementations agree.
     root = w.double().sqrt().to(w.dtype)
     return real / root, imag / eta[:, None] / (w * root)
 
 
 def features(value: Tensor, real: Tensor, imag: Tensor, weight: Tensor) -> Tensor:
-    """The value and both parts of what was found, (B, N, W) each, added with weights (3, W)."""
+    """The value and both parts of the output, (B, N, W) each, added with weights (3, W)."""
     a, b, c = weight
     return a * value + b * real + c * imag

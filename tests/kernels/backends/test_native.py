@@ -40,7 +40,7 @@ def test_an_extension_of_another_interface_is_refused_with_the_remedy(monkeypatc
     monkeypatch.setattr(native, "_native", loaded)
     monkeypatch.setattr(native, "_import_error", reason)
     monkeypatch.setattr(selection, "_warned", set())
-    said = rf"has the interface {found} and this Python code needs {native.INTERFACE}.*pip install"
+    said = rf"has interface {found}, but this Python code needs {native.INTERFACE}.*pip install"
     assert not describe_backends()["cpu"].available
     x = torch.ones(1, 2, 3)
     args = (x, None, torch.zeros(3), torch.ones(1, 3), torch.ones(1, 3), False)

@@ -184,7 +184,7 @@ def test_forced_absent_backend_raises_with_reason_and_remedy(no_extension):
 
 def test_absent_backend_from_the_environment_raises(no_extension, monkeypatch):
     monkeypatch.setattr(selection, "_environment", "cpu")
-    with pytest.raises(BackendError, match=r"'cpu' was asked for, but .*did not load"):
+    with pytest.raises(BackendError, match=r"'cpu' was requested, but .*did not load"):
         sweep(*chain())
 
 

@@ -386,7 +386,7 @@ def test_without_the_interpreter_it_refuses_cpu_tensors(monkeypatch):
 def test_no_gpu_is_a_clear_sentence(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(BackendError, match=r"'triton' was asked for, but PyTorch sees no GPU"):
+    with pytest.raises(BackendError, match=r"'triton' was requested, but PyTorch sees no GPU"):
         use_backend("triton").__enter__()
 
 
@@ -394,7 +394,7 @@ def test_missing_triton_is_a_clear_sentence_and_only_when_asked_for(monkeypatch)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "triton" else find(n))
     reason = describe_backends()["triton"].reason
-    assert reason == "Triton is not installed: pip install 'bkcore[gpu]'"
+    assert reason == "Triton is not installed; pip install 'bkcore[gpu]'"
     with pytest.raises(BackendError, match=r"pip install 'bkcore\[gpu\]'"):
         use_backend("triton").__enter__()
     with use_backend("auto"):

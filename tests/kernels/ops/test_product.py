@@ -147,7 +147,7 @@ def test_tensors_that_do_not_fit_are_refused():
         product(x[:, :39], codes, scales, 16, 8)
     with pytest.raises(ShapeError, match=r"scales must be \(20, 4\)"):
         product(x, codes, scales, 10, 8)
-    with pytest.raises(ShapeError, match=r"weight must be \(800, 40\).*got \(800,\)"):
+    with pytest.raises(ShapeError, match=r"weight must be \(800, 40\).*not \(800,\)"):
         product(x, codes.flatten(), scales, 16, 8)
     with pytest.raises(InputError, match="at least 1 wide"):
         product(x[0, 0], codes, scales, 16, 8)

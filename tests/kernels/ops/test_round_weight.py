@@ -140,13 +140,13 @@ def test_what_does_not_fit_is_refused():
         round_weight(weight, scale, 16, 2)
     with pytest.raises(InputError, match="group_size must be an integer >= 1, not 0"):
         round_weight(weight, scale, 0, 4)
-    with pytest.raises(ShapeError, match=r"weight must be \(O, K\), got \(40,\)"):
+    with pytest.raises(ShapeError, match=r"weight must be \(O, K\), not \(40,\)"):
         round_weight(weight[0], scale, 16, 4)
     with pytest.raises(
         ShapeError, match=r"scale must be \(5, 2\) for a weight \(5, 40\) in groups"
     ):
         round_weight(weight, scale, 32, 4)
     with pytest.raises(
-        DTypeError, match=r"weight must be torch.float32 for a weight .* got torch.float64"
+        DTypeError, match=r"weight must be torch.float32 for a weight .* not torch.float64"
     ):
         round_weight(weight.double(), scale, 16, 4)

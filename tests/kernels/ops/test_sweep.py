@@ -206,7 +206,7 @@ def test_second_derivative_raises(backend, form):
     args = arguments(form)
     v = args[0].requires_grad_()
     (first,) = torch.autograd.grad(sweep(*args).square().sum(), v, create_graph=True)
-    with pytest.raises(BackendError, match="once only"):
+    with pytest.raises(BackendError, match="only once"):
         first.sum().backward()
 
 
@@ -375,7 +375,7 @@ def test_many_tiles(per_site):
 
 
 def test_unknown_instruction_set_raises():
-    with pytest.raises(BackendError, match=r"there are: .*baseline"), native.use_isa("avx1024"):
+    with pytest.raises(BackendError, match=r"choose from .*baseline"), native.use_isa("avx1024"):
         pass
     assert native.isa() == native.supported_isas()[0]
 

@@ -1,4 +1,4 @@
-"""The backends, one a package, what they have to offer, and the choice between them."""
+"""The backends, one package each; their interface; and the choice between them."""
 
 from bkcore.deprecated import called_module
 

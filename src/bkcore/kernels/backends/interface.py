@@ -1,7 +1,7 @@
-"""What a backend has to offer: a function for every operator, and the arguments that it is given.
+"""The interface of a backend: one function per operator, and the arguments that it gets.
 
-A function gets its arguments as one bundle, checked, and laid out as the operator's file in
-`bkcore.kernels.ops` says, which also has their shapes and dtypes.
+A function gets its arguments as one bundle. They are checked, and laid out as described in the
+operator's file in `bkcore.kernels.ops`, which also gives their shapes and dtypes.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from bkcore.kernels.checks import ChannelRounding
 
 ATTENTION_CHUNK = 32
-"""Sites between two states that the attention keeps for its adjoint, which recomputes those
-between: 32 states of 32 x 32 are 256 KiB in float32."""
+"""The attention keeps a state every so many sites for its adjoint, which recomputes those between:
+32 states of 32 x 32 take 256 KiB in float32."""
 
 
 class Sweep(NamedTuple):
@@ -169,7 +169,7 @@ class RoundWeightBackward(NamedTuple):
 
 
 SweepGradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
-"""Of v, source, energy, eta and hopping; None stands for a source that was not given."""
+"""Gradients of v, source, energy, eta and hopping; None if there is no source."""
 
 AttentionResults = tuple[Tensor, Tensor, Tensor, Tensor]
 """g, out, psi and the checkpoints."""
@@ -179,9 +179,9 @@ AttentionResults = tuple[Tensor, Tensor, Tensor, Tensor]
 class Backend:
     """One implementation of every operator.
 
-    `absent()` says why the backend cannot be used here at all, with a remedy, or returns None.
-    `refuses(v)` says why it cannot take tensors of v's device and dtype, or returns None.
-    `describe()` returns (instruction set, threads), where they mean anything.
+    `absent()` returns why the backend cannot be used here at all, with a remedy; or None.
+    `refuses(v)` returns why it cannot take tensors of v's device and dtype; or None.
+    `describe()` returns (instruction set, threads), with None for what does not apply.
     `reads_bfloat16` says whether `sweep` and `sweep_backward` take a bfloat16 v and source.
     """
 
@@ -207,9 +207,9 @@ class Backend:
 
 
 def ordered_sum(terms: Tensor) -> Tensor:
-    """Sum over dimension 0 by halving, in an order that depends on the length alone.
+    """Sum over dimension 0 by halving, in an order that depends only on the length.
 
-    `Tensor.sum` may split the work differently for another number of threads; this cannot.
+    `Tensor.sum` may split the work differently for another number of threads; this does not.
     """
     while terms.shape[0] > 1:
         half = terms.shape[0] // 2

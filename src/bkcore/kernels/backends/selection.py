@@ -25,21 +25,21 @@ _environment = os.environ.get("BKCORE_BACKEND") or AUTO
 _choice: ContextVar[str | None] = ContextVar("bkcore_backend", default=None)
 _warned: set[str] = set()
 _NATIVE = {"cpu": "cpu", "cuda": "triton"}
-"""The backend of choice for tensors of a device; the reference takes those of all others."""
+"""The preferred backend for each device; the reference takes the tensors of all others."""
 
 _DEVICES = {backend: (device,) for device, backend in _NATIVE.items()}
 
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What is known of one backend on this machine.
+    """The status of one backend on this machine.
 
     Attributes:
         available: whether it can be used at all.
         reason: why not, with a remedy; empty if available.
-        isa: the instruction set of the native kernel; None where it means nothing.
-        threads: how many threads it will use; None where PyTorch decides.
-        used_for: the devices whose tensors it gets under the present choice: "cpu", "cuda",
+        isa: the instruction set of the native kernels; None if not applicable.
+        threads: how many threads it will use; None if PyTorch decides.
+        used_for: the devices whose tensors it gets under the current choice: "cpu", "cuda",
             "other".
     """
 
@@ -51,7 +51,7 @@ class BackendInfo:
 
 
 def describe_backends() -> dict[str, BackendInfo]:
-    """Every backend by name: whether it is here, and for which tensors it will be used now."""
+    """Every backend by name: whether it is available, and which tensors it currently gets."""
     choice = current_choice()
     return {name: _info(backend, choice) for name, backend in _BACKENDS.items()}
 
@@ -60,12 +60,12 @@ def describe_backends() -> dict[str, BackendInfo]:
 def use_backend(name: str) -> Iterator[None]:
     """Force a backend ("cpu", "triton", "reference") or "auto" inside a with block.
 
-    It wins over the environment variable BKCORE_BACKEND, which is read at import. A backward pass
-    uses the choice that was in force when its forward pass ran; only what `torch.compile` made of
-    one uses the choice that is in force when it runs itself.
+    It overrides the environment variable BKCORE_BACKEND, which is read at import. A backward pass
+    uses the choice in force during its forward pass, except under `torch.compile`, where it uses
+    the choice in force when it runs.
 
     Raises:
-        BackendError: the name is unknown, or that backend is absent.
+        BackendError: if the name is unknown, or the backend is not available.
     """
     if _known(name) != AUTO:
         _require_present(_BACKENDS[name])
@@ -83,15 +83,15 @@ def current_choice() -> str:
 
 def keep_choice(ctx: Any) -> None:
     """In the forward pass of an autograd function: remember the choice in force."""
-    # Dynamo cannot trace context variables, and the graphs it makes choose when they run.
+    # Dynamo cannot trace context variables; its graphs choose when they run.
     ctx.choice = None if torch.compiler.is_compiling() else current_choice()
 
 
 def kept_choice(ctx: Any) -> contextlib.AbstractContextManager[None]:
-    """In its backward pass: the choice that `keep_choice` remembered, in a with block.
+    """In its backward pass: restore the choice that `keep_choice` remembered, in a with block.
 
-    Autograd may run a backward pass after the forward pass's with block, or in a thread of its own,
-    which sees no context variable.
+    Autograd may run a backward pass after the forward pass's with block has ended, or in a thread
+    of its own, which does not see the context variable.
     """
     return contextlib.nullcontext() if ctx.choice is None else use_backend(ctx.choice)
 
@@ -100,7 +100,7 @@ def select(v: Tensor) -> Backend:
     """The backend that will take tensors like v.
 
     Raises:
-        BackendError: a forced backend is absent or cannot take this device or dtype.
+        BackendError: if a forced backend is not available or cannot take this device or dtype.
     """
     choice = current_choice()
     if choice == AUTO:
@@ -137,7 +137,7 @@ def _warn_once(device: str, reason: str) -> None:
 def _require_present(backend: Backend) -> None:
     reason = backend.absent()
     if reason is not None:
-        raise BackendError(f"backend {backend.name!r} was asked for, but {reason}")
+        raise BackendError(f"backend {backend.name!r} was requested, but {reason}")
 
 
 def _known(name: str) -> str:

@@ -73,19 +73,19 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Propagate key value^T along every chain and read it with the query; see this module's text.
 
-    Differentiable once in every tensor. A sequence cut in two, the second part started from the
-    state that the first left, gives the same bits as in one piece, except in Triton, which works in
-    chunks and gives the same to rounding.
+    Differentiable once in every tensor. If a sequence is cut in two, and the second part starts
+    from the final state of the first, the result has the same bits as in one piece; with Triton,
+    which works in chunks, it is equal up to rounding.
 
     Returns:
         g (B, N, H, 2), out (B, N, H, 2, U) and the last psi (B, H, 2, K, U).
 
     Raises:
-        ShapeError, DTypeError, InputError: the tensors do not fit together.
-        BackendError: a forced backend is absent or cannot take the tensors.
+        ShapeError, DTypeError, InputError: if the tensors do not fit together.
+        BackendError: if a forced backend is not available or cannot take the tensors.
     """
     tensors = (v, hopping, energy, eta, query, key, value, first_g, first_psi)
-    # The checkpoints are as large as the states of every 32nd site: only for a backward pass.
+    # The checkpoints hold the state of every 32nd site, so keep them only for a backward pass.
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     g, out, psi, _ = torch.ops.bkcore.attention.default(*tensors, keep)
     return g, out, psi
@@ -95,12 +95,12 @@ def check_attention(args: Attention) -> Attention:
     """Raise if the tensors of an attention do not fit together."""
     v, query, value = args.v, args.query, args.value
     if v.dtype not in _FLOATS:
-        raise DTypeError(f"v must be float32 or float64, got {v.dtype}")
+        raise DTypeError(f"v must be float32 or float64, not {v.dtype}")
     if v.ndim != 3 or v.shape[1] < 1:
-        raise ShapeError(f"v must be (B, N, H) with N >= 1, got {tuple(v.shape)}")
+        raise ShapeError(f"v must be (B, N, H) with N >= 1, not {tuple(v.shape)}")
     if query.ndim != 4 or value.ndim != 4:
         raise ShapeError(
-            "query and value must be (B, N, H, K) and (B, N, H, U), got "
+            "query and value must be (B, N, H, K) and (B, N, H, U), not "
             f"{tuple(query.shape)} and {tuple(value.shape)}"
         )
     batch, _, heads = v.shape

@@ -1,4 +1,4 @@
-"""What makes an operator of PyTorch out of its contract, the same way for every operator."""
+"""Turns a contract into a PyTorch operator, in the same way for every operator."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ def define(
     """Define the operator `torch.ops.bkcore.<name>`.
 
     Args:
+        name: of the operator.
         arguments: the bundle of `bkcore.kernels.backends.interface` that names the arguments, the
-            first of them a tensor.
+            first of which is a tensor.
         check: raises unless they fit together, and returns them with sizes brought into range.
-        run: lays checked arguments out in memory and has a backend compute.
-        like: what `run` returns, of the same shapes, dtypes and strides, with no numbers in it.
-        results: how many tensors that is; one is returned alone, more as a tuple.
+        run: lays checked arguments out in memory and calls a backend.
+        like: returns empty tensors with the shapes, dtypes and strides of the result of `run`.
+        results: how many tensors there are; one is returned alone, more as a tuple.
     """
     hints = typing.get_type_hints(arguments)
     taken = ", ".join(f"{_TYPES[hint]} {argument}" for argument, hint in hints.items())
@@ -58,11 +59,12 @@ def define_derivative(
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> None:
-    """Make an operator differentiable once, by the operator `<name>_backward`.
+    """Make an operator differentiable once, through the operator `<name>_backward`.
 
     Args:
+        name: of the operator.
         setup_context, backward: as for `torch.library.register_autograd`. The backward pass runs on
-            the backend that was chosen when its forward pass ran.
+            the backend that its forward pass used.
     """
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -80,12 +82,12 @@ def define_derivative(
 
 
 def define_vmap(name: str, vmap: Callable[..., Any]) -> None:
-    """Let `torch.func.vmap` map an operator; arguments as for `torch.library.register_vmap`."""
+    """Support `torch.func.vmap` of an operator; arguments as for `torch.library.register_vmap`."""
     torch.library.register_vmap(f"bkcore::{name}", vmap, lib=_library)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
     raise BackendError(
-        "the operators of bkcore can be differentiated once only; a second derivative was asked "
-        "for (create_graph=True, a gradient penalty or a Hessian), and it is not implemented"
+        "bkcore's operators can be differentiated only once, but a second derivative was requested "
+        "(by create_graph=True, a gradient penalty or a Hessian), which is not implemented"
     )

@@ -1,24 +1,24 @@
-"""Products with a weight in codes: the operator `bkcore::product`.
+"""Products with a quantized weight: the operator `bkcore::product`.
 
-Rows of activations are rounded to INT8, each with a scale of its own, and multiplied with the rows
-of a weight of 8 or 4 bits, which stays packed in memory. It has no derivative.
+Rows of activations are rounded to INT8, each with its own scale, and multiplied with the rows of an
+8-bit or 4-bit weight, which stays packed in memory. The operator has no derivative.
 
-The order of roundings, the same in every backend and on every machine:
+The order of roundings is the same in every backend and on every machine:
 
     scale_m = max_k |x_mk| / 127, but 1 if that is below the smallest normal number
     q_mk    = round(x_mk / scale_m)                             ties to even
     sum_mog = sum of q_mk w_ok over the inputs k of group g     exact, int32
     y_mo    = (float32(sum_mo0) s_o0 + float32(sum_mo1) s_o1 + ...) scale_m
 
-with groups added from the first to the last, each term rounded before it is added. So a row does
-not depend on what other rows there are. A row with NaN or infinity gives NaN throughout.
+with groups added from first to last, and each term rounded before it is added. So the result of a
+row does not depend on the other rows. A row with NaN or infinity gives NaN throughout.
 
 Layout
 ------
     x       float32 (..., K): M rows; contiguous in memory or copied
     weight  8 bits: int8 (O, K);  4 bits: uint8 (O, ceil(K / 2)), the even input low
             at 4 bits a code stands for w = level(code), see `bkcore.kernels.int4_levels`
-    scales  bfloat16 (O, G), s, of groups of `group_size` inputs, which beyond K is K;
+    scales  bfloat16 (O, G), s, of groups of `group_size` inputs (above K it means K);
             G = ceil(K / group_size)
     result  float32 (..., O)
 """
@@ -34,19 +34,19 @@ from bkcore.kernels.checks import check_bits, check_tensors, count_groups, fit_g
 from bkcore.kernels.ops.contract import define
 
 _LARGEST_GROUP = (2**31 - 1) // (128 * 127)
-"""Products of codes that an int32 holds the sum of, whatever they are."""
+"""How many products of codes an int32 can sum without overflow."""
 
 
 def product(x: Tensor, weight: Tensor, scales: Tensor, group_size: int, bits: int) -> Tensor:
-    """Multiply rows with the rows of a weight in codes; layout and roundings as in this module.
+    """Multiply rows with the rows of a quantized weight; layout and roundings as in this module.
 
     Returns:
         float32 (..., O).
 
     Raises:
-        ShapeError, DTypeError, InputError: the tensors do not fit together, bits is not 4 or 8, or
-            a group has more than 132,104 inputs.
-        BackendError: a forced backend is absent or cannot take the tensors.
+        ShapeError, DTypeError, InputError: if the tensors do not fit together, bits is not 4 or 8,
+            or a group has more than 132,104 inputs.
+        BackendError: if a forced backend is not available or cannot take the tensors.
     """
     out: Tensor = torch.ops.bkcore.product.default(x, weight, scales, group_size, bits)
     return out

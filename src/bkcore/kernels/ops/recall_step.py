@@ -1,14 +1,14 @@
-"""One site of resolvent attention with all that the language model does around it, in one call.
+"""One site of resolvent attention, with everything the language model computes around it, at once.
 
-A generated token needs one site of every layer, and calling PyTorch and the operators piece by
-piece costs ten times what the arithmetic does. `recall_step` gives, bit for bit, what these pieces
-give: the formulas of `bkcore.kernels.recall`, with gate, barrier, query, key, value, real and imag
-rounded by `round_channels`, or not, and the hopping 0 where g before is 0.
+A generated token needs one site of every layer, and calling PyTorch and the operators one by one
+takes ten times as long as the arithmetic. The result of `recall_step` is bit for bit that of the
+separate calls: the formulas of `bkcore.kernels.recall`, with gate, barrier, query, key, value, real
+and imag optionally rounded by `round_channels`, and with hopping 0 where the previous g is 0.
 
 Layout, all float32
 -------------------
     gate, barrier      (B, 1, H)
-    query, key         (B, 1, G K), G groups of neighbouring heads that share them; G divides H
+    query, key         (B, 1, G K), shared by G groups of neighbouring heads; G divides H
     value              (B, 1, H U)
     rate, height, eta  (H,), eta positive
     weight             (3, H U)
@@ -33,7 +33,7 @@ _PARTS = ("gate", "barrier", "query", "key", "value", "real", "imag")
 
 
 def has_recall_step(x: Tensor) -> bool:
-    """Whether `recall_step` takes tensors like x now: no gradient to keep, no graph to trace."""
+    """Whether `recall_step` takes tensors like x now: native kernels, no gradients, no tracing."""
     return (
         x.dtype == torch.float32
         and x.is_cpu
@@ -57,22 +57,26 @@ def recall_step(
     psi: Tensor,
     rounding: Sequence[ChannelRounding] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Move a stream one site ahead; formulas and layout are those of this module's text.
+    """Move a stream one site ahead; formulas and layout are at the top of this module.
 
     Args:
-        rounding: of gate, barrier, query, key, value, real and imag, all of the same bits; or none.
+        gate, barrier, query, key, value: the inputs of the new site.
+        rate, height, eta, weight: parameters.
+        g, psi: the state before the site.
+        rounding: one each for gate, barrier, query, key, value, real and imag, all with the same
+            bits; or empty for none.
 
     Returns:
-        The result, and the new g and psi; those given are not changed.
+        The result, and the new g and psi; the given state is not changed.
 
     Raises:
-        ShapeError, DTypeError, InputError: the tensors do not fit together, or an eta is not
+        ShapeError, DTypeError, InputError: if the tensors do not fit together, or an eta is not
             positive.
-        BackendError: `has_recall_step` says no.
+        BackendError: if `has_recall_step` is False.
     """
     if not has_recall_step(value):
         raise BackendError(
-            f"recall_step is for float32 tensors on the CPU under no_grad() and needs the native "
+            f"recall_step takes float32 CPU tensors under torch.no_grad() and needs the native "
             f"kernels; value is {value.dtype} on {value.device}"
         )
     args = RecallStep(gate, barrier, query, key, value, rate, height, eta, weight, g, psi)
@@ -86,12 +90,12 @@ def recall_step(
 def _check(args: RecallStep) -> None:
     query, psi = args.query, args.psi
     if psi.ndim != 5:
-        raise ShapeError(f"psi must be (B, H, 2, K, U), got {tuple(psi.shape)}")
+        raise ShapeError(f"psi must be (B, H, 2, K, U), not {tuple(psi.shape)}")
     batch, heads, _, keys, values = psi.shape
     shared, width = query.shape[-1] if query.ndim else 0, heads * values
     if not shared or not keys or shared % keys or heads % (shared // keys):
         raise ShapeError(
-            f"query has {shared} channels, which are no groups of {keys} for {heads} heads to share"
+            f"query has {shared} channels, but must have groups of {keys} that {heads} heads share"
         )
     chain, group, head = (batch, 1, heads), (batch, 1, shared), (heads,)
     shapes: tuple[tuple[int, ...], ...] = (
@@ -105,11 +109,14 @@ def _check(args: RecallStep) -> None:
 
 def _check_rounding(args: RecallStep, rounding: Sequence[ChannelRounding]) -> None:
     if len(rounding) != len(_PARTS):
-        raise InputError(f"rounding must be one for each of {', '.join(_PARTS)}, or none")
+        raise InputError(
+            f"rounding must have one entry for each of {', '.join(_PARTS)}, or be empty, not "
+            f"{len(rounding)} entries"
+        )
     rounded = (*args[:5], args.value, args.value)
     for name, x, part in zip(_PARTS, rounded, rounding, strict=True):
         if part.channels != x.shape[-1] or part.bits != rounding[0].bits:
             raise ShapeError(
-                f"{name} has {x.shape[-1]} channels, but is to be rounded as {part.channels} with "
+                f"{name} has {x.shape[-1]} channels, but its rounding is for {part.channels} with "
                 f"{part.bits} bits; {_PARTS[0]} has {rounding[0].bits} bits"
             )

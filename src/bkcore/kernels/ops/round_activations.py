@@ -1,21 +1,22 @@
-"""Rounding to what codes stand for: the operators `bkcore::round_channels` and `round_rows`.
+"""Rounding to the values of codes: the operators `bkcore::round_channels` and `round_rows`.
 
-The first gives, bit for bit, what `bkcore.quantization.affine.fake_quantize` gives, in one pass:
+In one pass, the first has bit for bit the result of `bkcore.quantization.affine.fake_quantize`:
 
     scale * (clamp(round(x / scale) + zero, -2^(bits-1), 2^(bits-1) - 1) - zero)
 
-with ties to even, or with levels scale * (level - zero), with the level that is nearest to
-x / scale + zero; halfway, the lower one. NaN stays NaN.
+with ties to even. With levels it is scale * (level - zero) for the level nearest to
+x / scale + zero, or the lower one if two are equally near. NaN stays NaN.
 
-The second gives scale times codes of what `bkcore::product` makes of its activations, rows (..., K)
-of float32, each with the INT8 scale of its largest number; see `bkcore.kernels.ops.product`. The
-first has a derivative in `round_channels_straight_through`, the second has none.
+The second rounds float32 rows (..., K) as `bkcore::product` rounds its activations, and returns
+scale times codes, each row with the INT8 scale of its largest number; see
+`bkcore.kernels.ops.product`. The first has a derivative in `round_channels_straight_through`, the
+second has none.
 
 Layout of `round_channels`
 -------------------------
     x       float32 (..., C), contiguous in memory or copied
     scale   bfloat16 (G,), zero  int8 (G,), of groups of `group_size` neighbouring channels; the
-            last one may be smaller: G = ceil(C / group_size); a group size beyond C is C
+            last one may be smaller: G = ceil(C / group_size); a group size above C means C
     levels  float32 (2^bits,), ascending: what the codes stand for in place of
             -2^(bits-1), ..., 2^(bits-1) - 1; optional
     result  float32 (..., C)
@@ -49,7 +50,7 @@ def round_channels(
     *,
     levels: Tensor | None = None,
 ) -> Tensor:
-    """Round x to what codes stand for; layout and rounding are those of this module's text.
+    """Round x to the values of codes; layout and rounding are at the top of this module.
 
     Returns:
         float32, of the shape of x.
@@ -63,7 +64,7 @@ def round_channels(
 
 
 def round_rows(x: Tensor) -> Tensor:
-    """Round every row of x (..., K) to INT8 with a scale of its own; see this module's text.
+    """Round every row of x (..., K) to INT8 with its own scale; see the top of this module.
 
     Returns:
         float32, of the shape of x.
@@ -118,12 +119,12 @@ def round_channels_straight_through(
 ) -> Tensor:
     """`round_channels` for training: differentiable in x, the scales and the levels.
 
-    The gradient passes straight through to x, and not where x lies beyond the outermost codes; that
-    of a scale is the gradient of learned step sizes (LSQ, Esser et al., ICLR 2020, eq. 3).
+    The gradient passes straight through to x, except where x lies outside the outermost codes. The
+    gradient of a scale is that of learned step sizes (LSQ, Esser et al., ICLR 2020, eq. 3).
 
     Args:
-        scale: float32 (G,), numbers that bfloat16 holds.
-        The others are those of `round_channels`.
+        scale: float32 (G,), with values that bfloat16 can hold. The others are as in
+            `round_channels`.
 
     Returns:
         float32, of the shape of x.
@@ -151,7 +152,7 @@ def _check_backward(args: RoundChannelsBackward) -> RoundChannelsBackward:
 def _check_rows(args: RoundRows) -> RoundRows:
     x = args.x
     if x.ndim < 1 or x.shape[-1] < 1:
-        raise ShapeError(f"x must be (..., K) with K >= 1, got {tuple(x.shape)}")
+        raise ShapeError(f"x must be (..., K) with K >= 1, not {tuple(x.shape)}")
     check_tensors({"x": (x, x.shape, torch.float32)}, x.device)
     return args
 

@@ -4,15 +4,15 @@ In one pass each way:
 
     code = clamp(round(w / scale), -128, 127),   value = scale * code         at 8 bits,
 
-with ties to even. At 4 bits the codes that are given are the nearest to w / scale of the sixteen
-levels of `bkcore.kernels.int4_levels`, the lower one halfway. NaN has a value of NaN, and some
-code.
+with ties to even. At 4 bits, the returned codes are those of the sixteen levels of
+`bkcore.kernels.int4_levels` that are nearest to w / scale, the lower one if two are equally near.
+NaN gets the value NaN and an arbitrary code.
 
 Layout
 ------
     weight  float32 (O, K)
     scale   bfloat16 (O, G), positive, of groups of `group_size` neighbouring columns; the last one
-            may be smaller: G = ceil(K / group_size); a group size beyond K is K
+            may be smaller: G = ceil(K / group_size); a group size above K means K
     result  codes int8 (O, K) and values float32 (O, K)
 """
 
@@ -35,11 +35,12 @@ def round_weight(
 ) -> tuple[Tensor, Tensor]:
     """Codes of a weight, and the values they stand for; layout and rounding as in the module.
 
-    The values are differentiable: straight through in the weight, 0 where it lies beyond the codes,
-    and in the scales by the gradient of learned step sizes (LSQ, Esser et al., ICLR 2020, eq. 3).
+    The values are differentiable: straight through in the weight, with 0 outside the range of the
+    codes, and by the gradient of learned step sizes in the scales (LSQ, Esser et al., ICLR 2020,
+    eq. 3).
 
     Args:
-        scale: float32 (O, G), numbers that bfloat16 holds.
+        scale: float32 (O, G), with values that bfloat16 can hold.
 
     Returns:
         int8 (O, K) and float32 (O, K).
@@ -79,7 +80,7 @@ def _check(args: RoundWeight, grad: Tensor | None = None) -> RoundWeight:
     weight = args.weight
     check_bits(args.bits)
     if weight.ndim != 2:
-        raise ShapeError(f"weight must be (O, K), got {tuple(weight.shape)}")
+        raise ShapeError(f"weight must be (O, K), not {tuple(weight.shape)}")
     rows, columns = weight.shape
     group_size = fit_group_size(args.group_size, columns)
     check_tensors(

@@ -21,9 +21,9 @@ Every lane (b, h) is one chain with the diagonal A_i = v_i - E - i eta_i of H - 
     r_i   = 1 / (A_i - t_i^2 r_{i+1})                   right-connected Green's function
     G_ii  = 1 / (A_i - t_{i-1}^2 g_{i-1} - t_i^2 r_{i+1})          two_sided=True
 
-For eta > 0 every denominator has an imaginary part of at most -eta, so that nothing needs to be
-clamped or rescaled. NaN goes through. Denominators are squared: their moduli have to lie between
-1e-18 and 1e18 in float32 (1e-150 and 1e150 in float64).
+For eta > 0, every denominator has an imaginary part of at most -eta, so nothing needs to be clamped
+or rescaled. NaN propagates. Denominators are squared, so their moduli must lie between 1e-18 and
+1e18 in float32 (1e-150 and 1e150 in float64).
 
 Derivative
 ----------
@@ -88,7 +88,7 @@ def sweep(
     hopping: Tensor,
     two_sided: bool = False,
 ) -> Tensor:
-    """Sweep every lane once; layout, formulas and range are those of this module's docstring.
+    """Sweep every lane once; layout, formulas and range are at the top of this module.
 
     Differentiable once in every tensor. Runs on the backend that `bkcore.kernels` chooses.
 
@@ -97,8 +97,8 @@ def sweep(
 
     Raises:
         ShapeError, DTypeError, InputError: the tensors do not fit together.
-        BackendError: a forced backend is absent or cannot take the tensors, or somebody asks for
-            a second derivative.
+        BackendError: a forced backend is not available or cannot take the tensors, or a second
+            derivative is requested.
     """
     parts: Tensor = torch.ops.bkcore.sweep.default(v, source, energy, eta, hopping, two_sided)
     return parts
@@ -108,9 +108,9 @@ def check_sweep(args: Sweep) -> Sweep:
     """Raise if the tensors of a sweep do not fit together."""
     v = args.v
     if v.dtype not in _FLOATS:
-        raise DTypeError(f"v must be float32, float64 or bfloat16, got {v.dtype}")
+        raise DTypeError(f"v must be float32, float64 or bfloat16, not {v.dtype}")
     if v.ndim != 3 or v.shape[1] < 1:
-        raise ShapeError(f"v must be (B, N, H) with N >= 1, got {tuple(v.shape)}")
+        raise ShapeError(f"v must be (B, N, H) with N >= 1, not {tuple(v.shape)}")
     check_source(args.two_sided, args.source)
 
     def why() -> str:
@@ -129,7 +129,7 @@ def check_sweep(args: Sweep) -> Sweep:
 def check_source(two_sided: bool, source: Tensor | None) -> None:
     """Raise if a two-sided sweep is given a source."""
     if two_sided and source is not None:
-        raise InputError("two_sided=True takes no source: only the causal sweep propagates one")
+        raise InputError("two_sided=True takes no source; only the causal sweep propagates one")
 
 
 def check_chain(
@@ -141,12 +141,12 @@ def check_chain(
     device: torch.device,
     why: Callable[[], str],
 ) -> None:
-    """Raise if these are no parameters (H,), (R, H), (R, H) of chains of size (N, H)."""
+    """Raise unless these are parameters (H,), (R, H), (R, H) of chains of size (N, H)."""
     sites, lanes = size
     for name, x, rows in (("eta", eta, sites), ("hopping", hopping, max(sites - 1, 1))):
         if x.ndim != 2 or x.shape[1] != lanes or x.shape[0] not in (1, rows):
             raise ShapeError(
-                f"{name} must be (1, {lanes}) or ({rows}, {lanes}) {why()}, got {tuple(x.shape)}"
+                f"{name} must be (1, {lanes}) or ({rows}, {lanes}) {why()}, not {tuple(x.shape)}"
             )
     check_tensors(
         {
@@ -165,11 +165,11 @@ def _check_backward(args: SweepBackward) -> SweepBackward:
     if args.two_sided and args.v is None:
         raise InputError("the adjoint of the two-sided sweep needs v, which is None")
     if parts.dtype not in _FLOATS[:2]:
-        raise DTypeError(f"parts must be float32 or float64, got {parts.dtype}")
+        raise DTypeError(f"parts must be float32 or float64, not {parts.dtype}")
     components = 2 if args.source is None else 4
     if parts.ndim != 4 or parts.shape[1] < 1 or parts.shape[2] != components:
         raise ShapeError(
-            f"parts must be (B, N, {components}, H) with N >= 1, got {tuple(parts.shape)}"
+            f"parts must be (B, N, {components}, H) with N >= 1, not {tuple(parts.shape)}"
         )
     batch, sites, _, lanes = parts.shape
 
@@ -217,7 +217,7 @@ def _readable(backend: Backend, x: Tensor) -> Tensor: ...
 @overload
 def _readable(backend: Backend, x: Tensor | None) -> Tensor | None: ...
 def _readable(backend: Backend, x: Tensor | None) -> Tensor | None:
-    """x, widened to float32 if it is bfloat16 and the backend does not read that itself."""
+    """x, widened to float32 if it is bfloat16 and the backend cannot read that."""
     if x is None or x.dtype != torch.bfloat16 or backend.reads_bfloat16:
         return x
     return x.float()
@@ -269,8 +269,8 @@ def _unfold(x: Tensor, size: int) -> Tensor:
 
 
 def _folded(info: Any, in_dims: tuple[int | None, ...], tensors: list[Any]) -> list[Any]:
-    """The arguments with what is mapped among their lanes: lanes are independent of each other, and
-    every parameter has a value for each."""
+    """The arguments with the mapped dimension moved into the lanes, which are independent and have
+    their own parameter values."""
     return [_fold(x, dim, info.batch_size) for x, dim in zip(tensors, in_dims, strict=False)]
 
 

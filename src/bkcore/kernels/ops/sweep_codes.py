@@ -1,8 +1,8 @@
 """The sweep from integer codes to integer codes: the operator `bkcore::sweep_codes`.
 
 A code q stands for scale * (q - zero), and a number x becomes clamp(round(x / scale) + zero), ties
-to even. The operator gives, bit for bit, what decoding, `bkcore::sweep` in float32 and encoding
-give, without the float tensors ever being in memory. It has no derivative.
+to even. The result is bit for bit that of decoding, `bkcore::sweep` in float32, and encoding, but
+the float tensors are never in memory. The operator has no derivative.
 
 Layout
 ------
@@ -15,11 +15,12 @@ Layout
     out_levels            (2 or 4, 2^bits)
     result      8 bits: int8 (B, N, C, H);  4 bits: uint8 (B, N, C, ceil(H / 2))
 
-With levels a code q stands for scale * (level of q - zero), where the lowest code has the first
-level, and x becomes the code whose level is nearest to x / scale + zero; halfway, the lower one.
+With levels, a code q stands for scale * (level of q - zero), where the lowest code has the first
+level. x becomes the code whose level is nearest to x / scale + zero, or the lower one if two are
+equally near.
 
-Scales are positive, normal float32 numbers. A NaN, which only NaN parameters can give, becomes the
-lowest code, and so does minus infinity.
+Scales are positive, normal float32 numbers. A NaN, which can come only from NaN parameters, becomes
+the lowest code, and so does minus infinity.
 """
 
 from __future__ import annotations
@@ -58,16 +59,16 @@ def sweep_codes(
         in_scale, in_zero: (1 or 2, 1 or N, H), of v and the source.
         out_scale, out_zero: (2 or 4, 1 or N, H), of Re g, Im g, Re psi, Im psi.
         bits: 8 or 4.
-        two_sided: give the two-sided diagonal G instead of g.
-        in_levels, out_levels: (1 or 2, 2^bits), (2 or 4, 2^bits): what the codes stand for, if they
-            are not uniform, ascending.
+        two_sided: return the two-sided diagonal G instead of g.
+        in_levels, out_levels: (1 or 2, 2^bits), (2 or 4, 2^bits): the ascending levels of the
+            codes, if they are not uniform.
 
     Returns:
-        Codes (B, N, 2 or 4, H) as v holds them.
+        Codes (B, N, 2 or 4, H), stored as in v.
 
     Raises:
         ShapeError, DTypeError, InputError: the tensors do not fit together, bits is not 4 or 8, a
-            scale is not a positive, normal number, or levels do not ascend.
+            scale is not a positive, normal number, or levels are not ascending.
         BackendError: a forced backend is absent or cannot take the tensors.
     """
     codes: Tensor = torch.ops.bkcore.sweep_codes.default(
@@ -99,7 +100,7 @@ def _check(args: SweepCodes) -> SweepCodes:
         )
     sites, lanes = v.shape[1], energy.shape[0]
     if sites < 1:
-        raise ShapeError(f"v must be (B, N, H) with N >= 1, got {tuple(v.shape)}")
+        raise ShapeError(f"v must be (B, N, H) with N >= 1, not {tuple(v.shape)}")
     check_source(args.two_sided, args.source)
 
     def why() -> str:
@@ -120,7 +121,7 @@ def _check(args: SweepCodes) -> SweepCodes:
     ):
         if x.ndim != 3 or x.shape[::2] != (parts, lanes) or x.shape[1] not in (1, sites):
             raise ShapeError(
-                f"{name} must be ({parts}, 1, {lanes}) or ({parts}, {sites}, {lanes}), got "
+                f"{name} must be ({parts}, 1, {lanes}) or ({parts}, {sites}, {lanes}), not "
                 f"{tuple(x.shape)}"
             )
         whole = name.endswith("zero") and x.dtype == torch.int8
@@ -156,7 +157,7 @@ def _like(args: SweepCodes) -> Tensor:
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
-    """x, contiguous, if it is there."""
+    """x made contiguous; None stays None."""
     return None if x is None else x.contiguous()
 
 
@@ -168,7 +169,7 @@ def require_normal(name: str, scale: Tensor) -> None:
 
 
 def require_ascending(name: str, levels: Tensor | None) -> None:
-    """Raise `InputError` unless each row of levels, if there are any, is finite and ascends."""
+    """Raise `InputError` unless each row of levels, if given, is finite and strictly ascending."""
     if levels is not None and not bool((levels.diff() > 0).all() & levels.isfinite().all()):
         raise InputError(
             f"{name} must be ascending, finite numbers, none twice; sort them, and drop NaN"

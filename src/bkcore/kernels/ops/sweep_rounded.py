@@ -1,14 +1,15 @@
-"""The sweep on numbers that are rounded to codes: the operator `bkcore::sweep_rounded`.
+"""The sweep of numbers rounded to codes: the operator `bkcore::sweep_rounded`.
 
-It gives, bit for bit, what rounding v, `bkcore::sweep` in float32 and rounding the result give, in
-one pass over memory: what a quantized core computes when floats go in and come out. Each part, v
-and Re and Im of the output, has a scale and a zero point for every `group_size` neighbouring sites;
-the last group may be smaller, and a group size beyond N is N. A number x is rounded to
+In one pass over memory, the result is bit for bit that of rounding v, `bkcore::sweep` in float32,
+and rounding its output. This is what a quantized core computes with float inputs and outputs. Each
+of v and Re and Im of the output has one scale and zero point for every `group_size` neighbouring
+sites; the last group may be smaller, and a group size above N means N. A number x is rounded to
 
     scale * (clamp(round(x / scale) + zero, -2^(bits-1), 2^(bits-1) - 1) - zero)
 
-as in `bkcore.quantization.affine`, or with levels to scale * (level - zero), with the level nearest
-to x / scale + zero; halfway, the lower one. NaN stays NaN. It has no derivative.
+as in `bkcore.quantization.affine`, or with levels to scale * (level - zero) for the level nearest
+to x / scale + zero, the lower one if two are equally near. NaN stays NaN. The operator has no
+derivative.
 
 Layout
 ------
@@ -53,7 +54,7 @@ def sweep_rounded(
     *,
     levels: Tensor | None = None,
 ) -> Tensor:
-    """Round, sweep, round; layout and rounding are those of this module's text.
+    """Round, sweep, round; layout and rounding are at the top of this module.
 
     Returns:
         (B, N, 2, H), in v's order in memory.
@@ -74,7 +75,7 @@ def _check(args: SweepRounded) -> SweepRounded:
     check_bits(bits)
     check_sweep(Sweep(v, None, args.energy, args.eta, args.hopping, args.two_sided))
     if v.dtype != torch.float32:
-        raise DTypeError(f"v must be float32, got {v.dtype}: codes are made from float32")
+        raise DTypeError(f"v must be float32, not {v.dtype}; codes are computed from float32")
     sites = v.shape[1]
     group_size = fit_group_size(args.group_size, sites)
     shape = (3, count_groups(sites, group_size))

@@ -1,8 +1,7 @@
-"""One site at a time: the causal sweep of a stream, with no dispatcher in the way.
+"""The causal sweep of a stream, one site at a time, bypassing PyTorch's dispatcher.
 
-A generated token needs one site of every layer's sweep, and PyTorch's dispatcher alone costs
-several times what the arithmetic does. `sweep_step` calls the kernel directly. It has no
-derivative.
+A generated token needs one site of every layer's sweep, and the dispatcher alone takes several
+times as long as the arithmetic. `sweep_step` calls the kernel directly. It has no derivative.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ def sweep_step(
 ) -> Tensor:
     """Move the state of a causal sweep one site ahead, in place.
 
-    Starting from zeros, the states are the rows of `bkcore.kernels.sweep`: bit for bit in the
-    native kernels for more than 8 chains (B * H), where the sweep does not compute in float64; to
-    rounding otherwise.
+    Starting from zeros, the states are the rows of `bkcore.kernels.sweep`. They are equal bit for
+    bit in the native kernels for more than 8 chains (B * H), where the sweep does not compute in
+    float64, and otherwise up to rounding.
 
     Args:
-        state: (B, C, H) contiguous: the site before, C = 2 or 4 parts as in
+        state: (B, C, H) contiguous, the previous site, with C = 2 or 4 parts as in
             `bkcore.kernels.ops.sweep`.
-        v, source: (B, H) contiguous, the new site; source belongs to C = 4.
-        energy, eta, hopping: (H,) contiguous, eta positive. The bond enters from the site before.
-            All tensors are of one dtype, float32 or float64, and on one device.
+        v, source: (B, H) contiguous, the new site; a source requires C = 4.
+        energy, eta, hopping: (H,) contiguous, eta positive. The hopping is the bond to the previous
+            site. All tensors have the same dtype, float32 or float64, and device.
 
     Returns:
         state.
@@ -54,12 +53,12 @@ def _check(args: SweepStep) -> None:
     state = args.state
     if state.ndim != 3 or state.shape[1] != (2 if args.source is None else 4):
         raise ShapeError(
-            "state must be (B, 2, H) without a source and (B, 4, H) with one, got "
+            "state must be (B, 2, H) without a source and (B, 4, H) with one, not "
             f"{tuple(state.shape)}"
         )
     dtype, device = state.dtype, state.device
     if dtype not in (torch.float32, torch.float64):
-        raise DTypeError(f"state must be float32 or float64, got {dtype}")
+        raise DTypeError(f"state must be float32 or float64, not {dtype}")
     batch, _, lanes = state.shape
     row, site = (lanes,), (batch, lanes)
     expected: dict[str, Expected] = {
@@ -78,6 +77,6 @@ def _check(args: SweepStep) -> None:
         check_plain(name, x)
         if differentiating and x.requires_grad:
             raise InputError(
-                f"sweep_step has no derivative, and {name} requires one: call it under "
+                f"sweep_step has no derivative, but {name} requires one; call it under "
                 "torch.no_grad(), or use bkcore.kernels.sweep"
             )

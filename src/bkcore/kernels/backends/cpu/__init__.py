@@ -1,4 +1,4 @@
-"""The CPU backend: kernels in C++, which are compiled when the package is installed."""
+"""The CPU backend: C++ kernels, compiled when the package is installed."""
 
 from bkcore.kernels.backends.cpu import attention, codes, native, sweep
 from bkcore.kernels.backends.interface import Backend

@@ -47,7 +47,7 @@ def attention_backward(args: AttentionBackward) -> tuple[Tensor, ...]:
     results = {
         "dv": torch.empty_like(v),
         "dhopping": torch.empty_like(args.hopping),
-        # One partial sum for each chain, so that the result does not depend on the threads.
+        # One partial sum per chain, so that the result does not depend on the number of threads.
         "denergy": v.new_empty(batch, heads),
         "deta": v.new_empty(batch, heads),
         "dquery": torch.empty_like(args.query),

@@ -1,4 +1,4 @@
-"""What is computed from codes and rounded to codes on a CPU."""
+"""Operators with integer codes, and rounding to codes, on a CPU."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def round_channels_backward(
     args: RoundChannelsBackward,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     x, (rows, channels) = args.x, _rows(args.x)
-    # Sums over rows are taken in shares of fixed size, so that they do not depend on the threads.
+    # Rows are summed in shares of fixed size, so that the sums do not depend on the threads.
     shares = -(-rows // native.rows_per_share())
     dx, dscale = torch.empty_like(x), x.new_zeros(shares, channels)
     dlevels = None if args.levels is None else x.new_zeros(shares, 2**args.bits)

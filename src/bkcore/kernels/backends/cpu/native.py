@@ -1,7 +1,7 @@
-"""The C++ extension: whether it is here, its instruction sets, and how tensors are handed to it.
+"""The C++ extension: whether it loaded, its instruction sets, and how tensors are passed to it.
 
-It takes raw addresses. `bkcore.kernels.checks` has seen to shapes, dtypes and devices before a
-tensor comes here, and the extension looks at how much memory there is (csrc/arguments.h).
+It takes raw addresses. `bkcore.kernels.checks` has checked shapes, dtypes and devices before a
+tensor gets here, and the extension checks the size of its memory (csrc/arguments.h).
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from bkcore.errors import BackendError
 from bkcore.host import last_level_cache
 
 INTERFACE = 1
-"""Counts what the functions of the extension take and give. It is one more with every change of
-that, here and in csrc/module.cpp, so that an extension which was compiled for other Python code
-is recognized."""
+"""Version of the extension's interface. Every change of its functions' arguments or results raises
+it, here and in csrc/module.cpp, so that an extension built for other Python code is recognized."""
 
 
 def _load() -> tuple[Any, str]:
-    """The extension, or None and why there is none."""
+    """The extension; or None, and why it cannot be used."""
     try:
         native = importlib.import_module("bkcore.kernels.backends.cpu._native")
     except ImportError as error:
         return None, str(error)
     found = getattr(native, "__interface__", None)
     if found != INTERFACE:
-        return None, f"it has the interface {found} and this Python code needs {INTERFACE}"
+        return None, f"it has interface {found}, but this Python code needs {INTERFACE}"
     return native, ""
 
 
@@ -43,7 +42,7 @@ _forced_isa = os.environ.get("BKCORE_CPU_ISA")
 _sequential = False
 
 CACHE_BYTES = last_level_cache() or 32 << 20
-"""Outputs beyond this size are written past the caches."""
+"""Outputs larger than this are written with stores that bypass the caches."""
 
 
 def absent() -> str | None:
@@ -59,30 +58,30 @@ def absent() -> str | None:
 
 def refuses(v: Tensor) -> str | None:
     if v.device.type != "cpu":
-        return f"it takes CPU tensors, not {v.device.type}: move them, or choose 'reference'"
+        return f"it takes CPU tensors, not {v.device.type}; move them, or choose 'reference'"
     return None
 
 
 def describe() -> tuple[str | None, int | None]:
-    """The instruction set in use, and the threads."""
+    """The instruction set in use, and the number of threads."""
     if _native is None:
         return None, None
     return isa(), torch.get_num_threads() if has_openmp() else 1
 
 
 def supported_isas() -> tuple[str, ...]:
-    """Instruction sets compiled in that this processor has, the best first."""
+    """The compiled instruction sets that this processor supports, best first."""
     return _supported
 
 
 def isa() -> str:
     """The instruction set in use: the best one, unless `use_isa` or BKCORE_CPU_ISA (read when
-    bkcore is imported) names another."""
+    bkcore is imported) selects another."""
     if _forced_isa is None:
         return _supported[0]
     if _forced_isa not in _supported:
         known = ", ".join(_supported)
-        raise BackendError(f"instruction set {_forced_isa!r} is not available; there are: {known}")
+        raise BackendError(f"instruction set {_forced_isa!r} is not available; choose from {known}")
     return _forced_isa
 
 
@@ -104,8 +103,8 @@ def has_openmp() -> bool:
 
 @contextlib.contextmanager
 def sequential() -> Iterator[None]:
-    """Sweep few, long chains site by site in every thread, instead of cut into blocks: for tests
-    and measurements."""
+    """Sweep few, long chains site by site in every thread, instead of in blocks; for tests and
+    measurements."""
     global _sequential
     before, _sequential = _sequential, True
     try:
@@ -119,28 +118,27 @@ def is_sequential() -> bool:
 
 
 def is_cut_into_blocks(chains: int, sites: int) -> bool:
-    """Whether so many chains of so many sites are swept in blocks, which round differently."""
+    """Whether this many chains of this many sites are swept in blocks, which round differently."""
     return bool(_native.few_and_long(chains, sites)) and not _sequential
 
 
 def rows_per_share() -> int:
-    """Rows whose gradients are summed one after the other."""
+    """How many rows' gradients are summed one after the other."""
     rows: int = _native.rows_per_share
     return rows
 
 
 def call(name: str, **arguments: Any) -> Any:
-    """Call a function of the extension, with the instruction set and the threads in force."""
+    """Call a function of the extension, with the current instruction set and threads."""
     arguments["isa"], arguments["threads"] = isa(), torch.get_num_threads()
     return getattr(_native, name)(arguments)
 
 
-# What the extension takes for a contiguous tensor: address and bytes. An empty tensor has no
-# address.
+# A contiguous tensor is passed as address and size in bytes. An empty tensor has no address.
 Buffer = tuple[int, int]
 
-# For any other: address, bytes of a number, and sizes and strides of batch, site, part and lane.
-# A stride of 0 is an axis that it lacks.
+# Any other is passed as address, bytes per number, and sizes and strides of batch, site, part and
+# lane. A stride of 0 means that the tensor does not have this axis.
 Layout = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
@@ -149,7 +147,7 @@ def buffer(x: Tensor | None) -> Buffer | None:
 
 
 _PLAIN = (int, bool, type(None))
-"""What is no tensor. `isinstance` would ask PyTorch, which takes longer than all else here."""
+"""Types that are not tensors. `isinstance(x, Tensor)` would take longer than all the rest."""
 
 
 def named(bundle: Any) -> dict[str, Any]:

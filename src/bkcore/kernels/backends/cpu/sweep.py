@@ -21,7 +21,7 @@ from bkcore.kernels.layout import empty_like_sites, empty_parts
 
 
 def chains(args: Sweep | SweepBackward | SweepCodes | SweepRounded) -> dict[str, Any]:
-    """The parameters of chains as the extension takes them."""
+    """The parameters of chains, in the form that the extension takes."""
     return {
         "energy": native.row(args.energy),
         "eta": native.rows(args.eta),
@@ -30,7 +30,7 @@ def chains(args: Sweep | SweepBackward | SweepCodes | SweepRounded) -> dict[str,
 
 
 def sizes(x: Tensor, lanes: int | None = None) -> dict[str, int]:
-    """Of x (B, N, H), or of codes of so many lanes."""
+    """The sizes of x (B, N, H), or of codes with this many lanes."""
     batch, sites, width = x.shape
     return {"batch": batch, "sites": sites, "lanes": width if lanes is None else lanes}
 
@@ -56,8 +56,8 @@ def sweep_backward(args: SweepBackward) -> SweepGradients:
     parts = args.parts
     dv = empty_like_sites(parts)
     dsource = None if args.source is None else empty_like_sites(parts)
-    # One partial sum for each batch element, so that the result does not depend on which thread
-    # worked on which element. The kernel adds to the ones that all sites share.
+    # One partial sum per batch element, so that the result does not depend on which thread worked
+    # on which element. The kernel adds to those that all sites share.
     batch, _, _, lanes = parts.shape
     denergy = parts.new_zeros(batch, 1, lanes)
     deta = parts.new_zeros(batch, *args.eta.shape)

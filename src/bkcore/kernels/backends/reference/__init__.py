@@ -1,4 +1,4 @@
-"""The reference: every operator in plain PyTorch, on any device, to be read and compared with."""
+"""The reference: every operator in plain PyTorch, on any device, to read and to compare with."""
 
 from bkcore.kernels.backends.interface import Backend
 from bkcore.kernels.backends.reference import attention, codes, sweep

@@ -1,4 +1,4 @@
-"""Resolvent attention in plain PyTorch, one step of Python per site, and the step around it."""
+"""Resolvent attention in plain PyTorch, one Python step per site, and the recall step."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def recall_step(
     rounding: Sequence[ChannelRounding],
     attention: Callable[[Attention], AttentionResults] = attention,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The step from its pieces, with the attention of any backend."""
+    """The step composed of its pieces, with the attention of any backend."""
     if bool((args.eta <= 0).any()):
         raise not_positive("eta", float(args.eta.min()))
 

@@ -1,4 +1,4 @@
-"""What is computed from codes and rounded to codes, in plain PyTorch."""
+"""Operators with integer codes, and rounding to codes, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def sweep_codes(args: SweepCodes) -> Tensor:
 
 
 def sweep_rounded(args: SweepRounded, sweep: Callable[[Sweep], Tensor] = sweep) -> Tensor:
-    """Round, sweep with any backend's sweep, and round."""
+    """Round, sweep with any backend's sweep, and round again."""
     bounds = None if args.levels is None else bounds_between(args.levels)
 
     def rounded(x: Tensor, part: int) -> Tensor:
@@ -74,7 +74,7 @@ def _round_sites(
     table: tuple[Tensor, Tensor] | None,
     args: SweepRounded,
 ) -> Tensor:
-    """x (B, N, H) rounded by the scales (G,) and zero points (G,) of its sites; the table holds
+    """Round x (B, N, H) by the scales (G,) and zero points (G,) of its sites; the table holds the
     levels and the bounds between them."""
     half = 1 << (args.bits - 1)
     group = torch.arange(x.shape[1], device=x.device) // args.group_size
@@ -89,7 +89,7 @@ def _round_sites(
 
 
 def bounds_between(levels: Tensor) -> Tensor:
-    """Halfway between neighbours: above bound i a number is nearer to level i + 1. (C, L)"""
+    """Midpoints between levels (C, L): above bound i, a number is nearer to level i + 1."""
     between = levels[:, :-1] + (levels[:, 1:] - levels[:, :-1]) / 2
     return torch.nn.functional.pad(between, (0, 1), value=torch.inf)
 
@@ -168,7 +168,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """INT8 codes (M, K) and float32 scales (M, 1) of the rows of x, as in `bkcore::product`."""
     scale = x.abs().amax(-1, keepdim=True) / 127
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale)
-    # The quotient is at most 127 up to rounding, so there is nothing to clamp.
+    # The quotient is at most 127 up to rounding, so no clamp is needed.
     return torch.where(scale.isfinite(), x / scale, 0.0).round_().to(torch.int8), scale
 
 
@@ -180,7 +180,7 @@ def round_rows(args: RoundRows) -> Tensor:
 def integer_product(
     codes: Tensor, row_scale: Tensor, weight_codes: Tensor, weight_scales: Tensor, group_size: int
 ) -> Tensor:
-    """Products of codes, rescaled in the order of roundings of `bkcore.kernels.ops.product`.
+    """Products of codes, rescaled with the roundings of `bkcore.kernels.ops.product` in order.
 
     Args:
         codes, row_scale: int8 (M, K) and float32 (M, 1), from `quantize_rows`.

@@ -1,7 +1,8 @@
-"""The sweep in plain PyTorch: any device, float32 and float64, one step of Python per site.
+"""The sweep in plain PyTorch: any device, float32 and float64, one Python step per site.
 
 It is the readable definition that the native kernels are compared with, and it is slow. The
-formulas and their derivation are in `bkcore.kernels.ops.sweep`. Complex tensors stay inside.
+formulas and their derivation are in `bkcore.kernels.ops.sweep`. Complex tensors are used only here,
+inside.
 """
 
 from __future__ import annotations
@@ -154,13 +155,13 @@ def _join(parts: Tensor, first: int) -> Tensor:
 
 
 def _cotangent(grad: Tensor, first: int) -> Tensor:
-    """dL/dRe - i dL/dIm, negated in memory: a lazily conjugated tensor is misread when the
-    operator is called from a compiled graph."""
+    """dL/dRe - i dL/dIm, really negated in memory: a compiled graph that calls the operator
+    misreads a lazily conjugated tensor."""
     return torch.complex(grad[:, :, first], -grad[:, :, first + 1])
 
 
 def _fold(per_site: Tensor, rows: int) -> Tensor:
-    """Sum (B, M, H) over the batch, and over M too for a parameter that all sites share."""
+    """Sum (B, M, H) over the batch, and also over M for a parameter that all sites share."""
     if rows == per_site.shape[1]:
         return ordered_sum(per_site)
     return ordered_sum(per_site.flatten(0, 1)).unsqueeze(0)

@@ -1,4 +1,4 @@
-"""The GPU backend: kernels in Triton, which are compiled when they are used for the first time."""
+"""The GPU backend: Triton kernels, compiled when first used."""
 
 from bkcore.kernels.backends.interface import Backend
 from bkcore.kernels.backends.reference import codes as reference

@@ -1,4 +1,4 @@
-"""Resolvent attention on a GPU: the host's side of `attention_kernels`."""
+"""Resolvent attention on a GPU: the host side of `attention_kernels`."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def attention_backward(args: AttentionBackward) -> tuple[Tensor, ...]:
 def _adjoint_of_g(
     args: AttentionBackward, local: Tensor, moved: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (B, N, H) of v, of eta at every site, and of the hopping, but for what enters the
-    first site."""
+    """Gradients (B, N, H) of v, of eta at every site, and of the hopping, without the part of what
+    enters the first site."""
     hopping, g, dg = args.hopping, args.g, args.dg
     batch, sites, heads = hopping.shape
     # c^g + <M, w>, conjugated as gradients are.
@@ -118,8 +118,8 @@ def recall_step(
 
 
 def _chains(args: Attention | AttentionBackward) -> Sweep:
-    """The arguments of a sweep (1, N, B * H) with a hopping of its own for every bond of every
-    chain. What enters the first site, t^2 g, joins its diagonal."""
+    """The arguments of a sweep (1, N, B * H) with a separate hopping for every bond of every chain.
+    The t^2 g that enters the first site is added to its diagonal."""
     batch, sites, heads = args.v.shape
     lanes = batch * heads
 
@@ -138,7 +138,7 @@ def _chains(args: Attention | AttentionBackward) -> Sweep:
 
 
 def _sizes(args: Attention | AttentionBackward) -> tuple[tuple[int, ...], dict[str, int]]:
-    """(N, H, chunks, K, U), and the sizes of tiles: powers of two, as products of them need."""
+    """(N, H, chunks, K, U), and the tile sizes, which must be powers of two for products."""
     _, sites, heads, keys = args.query.shape
     values = args.value.shape[3]
     tiles = {"KEYS": _tile(keys), "VALUES": _tile(values), "CHUNK": ATTENTION_CHUNK}

@@ -1,21 +1,21 @@
 """Triton kernels of `bkcore.kernels.ops.attention`, which has the formulas, in chunks of sites.
 
-With gates a_i = t_i g_i, a chunk that psi_in enters and that starts at site s has
+With gates a_i = t_i g_i, a chunk that starts at site s with the incoming state psi_in has
 
     psi_i = w_i psi_in + sum_{j <= i} X_ij k_j u_j^T
     w_i = a_s ... a_i,     X_ij = a_{j+1} ... a_i g_j
 
-so that within a chunk everything is products of matrices, as in other linear attentions (Yang et
-al., Gated Linear Attention Transformers with Hardware-Efficient Training, 2023, section 4). Only
-the states between chunks are found one after the other. With M the cotangent that enters a chunk
-from its right end e, A_lj = (q_l . k_j)(u_j . c_l) and Y_li = X_li / g_i,
+so within a chunk everything is a matrix product, as in other linear attentions (Yang et al., Gated
+Linear Attention Transformers with Hardware-Efficient Training, 2023, section 4). Only the states
+between chunks are computed one after the other. With M the cotangent that enters a chunk from its
+right end e, A_lj = (q_l . k_j)(u_j . c_l) and Y_li = X_li / g_i,
 
     M_i = sum_{l >= i} Y_li q_l c_l^T + Y_ei M
     <M_i, k_i u_i^T>   = sum_{l >= i} Y_li A_li + Y_ei k_i^T M u_i
     <M_i, psi_{i-1}>   = sum_{l >= i} Y_li (sum_{j < i} X_{i-1,j} A_lj + w_{i-1} q_l^T psi_in c_l)
                          + Y_ei (sum_{j < i} X_{i-1,j} k_j^T M u_j + w_{i-1} <M, psi_in>)
 
-and the rest of the adjoint is that of the sweep of g, with more cotangent.
+and the rest of the adjoint is that of the sweep of g, with an additional cotangent.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _dot(a, b):
 
 @triton.jit
 def _gates(hopping, g, chain, site, sites, heads, shift: tl.constexpr):
-    """a and g of the sites `site - shift`; 1 and 0 outside of the sequence."""
+    """a and g of the sites `site - shift`; 1 and 0 outside the sequence."""
     at = site - shift
     mask = (at >= 0) & (at < sites)
     place = chain + at * heads
@@ -103,7 +103,7 @@ def _store_rows(ptr, chain, site, sites, heads, size, x, PAD: tl.constexpr):
 
 @triton.jit
 def _matrix(keys, values, KEYS: tl.constexpr, VALUES: tl.constexpr):
-    """Places of a state's real parts, and which of them exist."""
+    """Offsets of a state's real parts, and a mask of those that exist."""
     row = tl.arange(0, KEYS)[:, None]
     column = tl.arange(0, VALUES)[None, :]
     return row * values + column, (row < keys) & (column < values)
@@ -197,7 +197,7 @@ def adjoint_states(
     sites, heads, chunks, keys, values,
     CHUNK: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """M that enters every chunk from its right, and the gradient of the first psi."""
+    """The M that enters every chunk from the right, and the gradient of the first psi."""
     head = tl.program_id(0) % heads
     batch = (tl.program_id(0) // heads).to(tl.int64)
     chain = batch * sites * heads + head

@@ -1,6 +1,6 @@
-"""What is computed from codes and rounded to codes on a GPU: the host's side of `product_kernels`.
+"""Operators with integer codes on a GPU: the host side of `product_kernels`.
 
-Roundings are PyTorch's, those of the reference.
+Rounding to codes is done by the reference's PyTorch code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def product(args: Product) -> Tensor:
     programs = -(-outputs // _OUTPUTS) * -(-rows // _ROWS)
     if programs:
         with on(x.device):
-            # A term is rounded before it is added, so the two must not be fused.
+            # A term is rounded before it is added, so no fused multiply-add.
             kernels("product").product[(programs,)](
                 *(codes, row_scale, weight, int4_levels.levels(x.device), args.scales, out),
                 *(rows, inputs, outputs, groups, args.group_size, weight.shape[1]),

@@ -1,7 +1,7 @@
 """Whether Triton can be used here, and how its kernels are launched.
 
-Triton is imported when the backend is used for the first time. On CPU tensors the kernels run only
-in Triton's interpreter (TRITON_INTERPRET=1 in the environment), which is for tests.
+Triton is imported when the backend is first used. On CPU tensors, the kernels run only in Triton's
+interpreter (TRITON_INTERPRET=1 in the environment), which is for tests.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ import torch
 from torch import Tensor
 
 _BLOCK = 32
-"""Lanes of a program, one warp."""
+"""Lanes per program: one warp."""
 
 _CHAIN_BLOCKS = 1 << 18
-"""Blocks of chains that fill a large GPU: 132 multiprocessors of up to 2,048 threads each."""
+"""How many blocks of chains fill a large GPU: 132 multiprocessors of up to 2,048 threads each."""
 
 _SHORTEST, _LONGEST = 32, 1024
-"""Sites of a block. A block's matrix is as large as 16 or 36 of its potentials."""
+"""Sites per block. A block's matrix takes as much memory as 16 or 36 of its potentials."""
 
 _GROUP = 64
-"""Blocks whose matrices one thread walks through; more of them are grouped first."""
+"""How many blocks' matrices one thread goes through; more blocks are first grouped."""
 
 
 def absent() -> str | None:
     """Why Triton cannot be used here, with what to do about it; None if it can."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install 'bkcore[gpu]'"
+        return "Triton is not installed; pip install 'bkcore[gpu]'"
     if not torch.cuda.is_available() and not _interpreted():
-        return "PyTorch sees no GPU: move to a machine with one, or choose 'cpu' or 'reference'"
+        return "PyTorch sees no GPU; move to a machine with one, or choose 'cpu' or 'reference'"
     return None
 
 
 def refuses(v: Tensor) -> str | None:
     if v.device.type != "cuda" and not (v.device.type == "cpu" and _interpreted()):
-        return f"it takes CUDA tensors, not {v.device.type}: move them, or choose 'reference'"
+        return f"it takes CUDA tensors, not {v.device.type}; move them, or choose 'reference'"
     return None
 
 
@@ -52,13 +52,13 @@ def kernels(name: str) -> Any:
 
 
 def on(device: torch.device) -> Any:
-    """The context in which kernels go to this device."""
+    """The context in which kernels run on this device."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
 def block_length(batch: int, sites: int, lanes: int, dtype: torch.dtype) -> int:
-    """Sites of a block: as many as leave enough blocks to fill a GPU. All, if there are chains
-    enough, or in float64, where nothing wider is left to find what enters a block."""
+    """Sites per block: few enough that the blocks fill a GPU. All sites if there are enough chains,
+    and in float64, since no wider type is left to compute what enters a block."""
     chains = max(batch * lanes, 1)
     if dtype == torch.float64 or chains >= _CHAIN_BLOCKS:
         return max(sites, 1)
@@ -83,7 +83,7 @@ class Launch:
         programs = blocks * -(-self.lanes // _BLOCK) * self.batch
         if programs == 0:
             return
-        # Products and sums are rounded one by one, as on a CPU without fused operations.
+        # Products and sums are rounded separately, as on a CPU without fused multiply-add.
         with on(self.device):
             kernel[(programs,)](
                 *args, **constants, BLOCK=_BLOCK, num_warps=1, enable_fp_fusion=False

@@ -1,5 +1,4 @@
-"""Pieces of the sweep's Triton kernels: complex numbers, where a program works, and what it reads
-and writes."""
+"""Parts of the sweep's Triton kernels: complex arithmetic, a program's place, reading and writing."""
 
 from __future__ import annotations
 
@@ -10,14 +9,14 @@ RESCALED = tl.constexpr(16)
 """Sites between two scalings of a block's matrix: 16 factors of 1e18 are below 1e308."""
 
 EXACT = tl.constexpr(12582912.0)
-"""1.5 * 2^23: float32 numbers beside it are integers, so adding and subtracting it rounds to them,
-ties to even. For numbers up to 2^22, which is beyond every code."""
+"""1.5 * 2^23: float32 numbers of this size are integers, so adding and subtracting it rounds to
+integers, ties to even. This works for numbers up to 2^22, larger than any code."""
 
 
 @triton.jit
 def program_place(blocks, lanes, BLOCK: tl.constexpr):
-    """Block, tile of lanes and batch element of a program. Tiles, which are neighbours in memory,
-    come first. Lanes and batch elements may lie far apart, so that their offsets are int64."""
+    """Block, tile of lanes and batch element of a program. Tiles come first, since they are
+    neighbours in memory. Lanes and batch elements may be far apart, so their offsets are int64."""
     program = tl.program_id(0)
     tiles = tl.cdiv(lanes, BLOCK)
     rest = program // tiles
@@ -79,7 +78,7 @@ def read(
 
 @triton.jit
 def encode(x, s, z, bounds, BITS: tl.constexpr, LEVELS: tl.constexpr):
-    """Codes (int32) of float64 numbers that are rounded to float32 first."""
+    """Codes (int32) of float64 numbers, which are first rounded to float32."""
     half: tl.constexpr = 1 << (BITS - 1)
     ratio = tl.div_rn(x.to(tl.float32), s)
     if LEVELS:

@@ -1,4 +1,4 @@
-"""Triton kernel of the product with a weight in codes, with the roundings of `bkcore::product`."""
+"""Triton kernel for products with a quantized weight, with the roundings of `bkcore::product`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def product(
     rows, inputs, outputs, groups, group_size, width,
     BITS: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """out (M, O) of codes (M, K) and weight (O, K), or (O, ceil(K / 2)) with two codes a byte.
+    """out (M, O) of codes (M, K) and weight (O, K), or (O, ceil(K / 2)) with two codes per byte.
 
-    These stand for `levels`, of the codes -8 to 7.
+    The 4-bit codes, -8 to 7, stand for `levels`.
     """
     tiles = tl.cdiv(outputs, OUTPUTS)
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -1,4 +1,4 @@
-"""The sweep on a GPU: the host's side of `sweep_kernels`."""
+"""The sweep on a GPU: the host side of `sweep_kernels`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bkcore.kernels.layout import empty_like_sites, empty_parts
 
 
 class _Quantizers:
-    """Codes that go in and come out; none of either for numbers."""
+    """Quantizers of the input and output codes; none if the kernels read and write numbers."""
 
     def __init__(
         self,
@@ -32,7 +32,8 @@ class _Quantizers:
         levels: Tensor | None = None,
         bounds: Tensor | None = None,
     ) -> None:
-        # A scale for all sites may go with a zero point for each, but the kernels have one stride.
+        # One scale may be shared by all sites while zero points are not, but the kernels use one
+        # stride for both.
         in_scale, in_zero = torch.broadcast_tensors(*inputs) if inputs else (dummy, dummy)
         out_scale, out_zero = torch.broadcast_tensors(*outputs) if outputs else (dummy, dummy)
         self.input = (
@@ -73,7 +74,7 @@ def sweep_codes(args: SweepCodes) -> Tensor:
 
 
 def _sweep_into(out: Tensor, args: Sweep, quantizers: _Quantizers) -> None:
-    """Sweep v and the source, numbers or codes, to numbers or codes."""
+    """Sweep v and the source; inputs and output may be numbers or codes."""
     v, source, energy, two_sided = args.v, args.source, args.energy, args.two_sided
     batch, sites, lanes = v.shape[0], v.shape[1], energy.shape[0]
     launch = Launch(batch, sites, lanes, energy.dtype, v.device)
@@ -116,8 +117,8 @@ def _contiguous(args: Sweep) -> Sweep:
 
 
 def _entering(launch: Launch, args: Sweep, quantizers: _Quantizers) -> tuple[Tensor, Tensor]:
-    """(g, psi) that enter the blocks from the left, and r from the right; anything if there is one
-    block only."""
+    """(g, psi) that enter the blocks from the left, and r from the right; arbitrary if there is
+    only one block."""
     v, source, energy, eta, hopping, two_sided = args
     if not launch.started:
         return energy, energy
@@ -148,7 +149,7 @@ def sweep_backward(args: SweepBackward) -> SweepGradients:
     site_eta, site_hopping = len(args.eta) > 1, len(args.hopping) > 1
 
     def terms(per_site: bool, rows: int) -> Tensor:
-        """A term for each row of a parameter, or for each block if all sites share it."""
+        """One term per row of a parameter, or per block if all sites share it."""
         shape = (batch, rows if per_site else launch.blocks, lanes)
         return torch.empty(shape, dtype=torch.float64, device=parts.device)
 
@@ -240,7 +241,7 @@ def _two_sided_adjoint(
 
 
 def _total(terms: Tensor, per_site: bool = False) -> Tensor:
-    """Sum (B, R, H) over the batch, and over R too for a parameter that all sites share."""
+    """Sum (B, R, H) over the batch, and also over R for a parameter that all sites share."""
     return ordered_sum(terms) if per_site else ordered_sum(terms.flatten(0, 1)).unsqueeze(0)
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the adjoint of the sweep, cut into blocks as `sweep_kernels` says."""
+"""Triton kernels of the adjoint of the sweep, cut into blocks as in `sweep_kernels`."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def two_sided_adjoint_maps(
     one = zero + 1.0
     base = (batch * blocks + block) * 2 * lanes
     for side in tl.static_range(2):
-        # T = sum + reach T_in; near is the g or r of the site before, on the side it comes from.
+        # T = sum + reach T_in; near is the g or r of the previous site, on the side it comes from.
         near_re, near_im = load_pair(right + base if side else left + base, lane, lanes, mask)
         sum_re, sum_im, reach_re, reach_im = zero, zero, one, zero
         for k in range(0, stop - first):
@@ -258,7 +258,7 @@ def two_sided_adjoint(
         if SITE_HOPPING:
             hop = load(hopping, (far - 1) * lanes + lane, mask & (i > 0))
         t = tl.where(i > 0, hop, 0.0)
-        # G^2 T of the site before, which reaches this one over r.
+        # G^2 T of the previous site, which reaches this one through r.
         w_re, w_im = multiply(center_re, center_im, center_re, center_im)
         w_re, w_im = multiply(w_re, w_im, sum_re, sum_im)
         row = batch * r_batch + far * r_site + lane * r_lane

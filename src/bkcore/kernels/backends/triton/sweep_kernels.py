@@ -1,24 +1,25 @@
 """Triton kernels of the sweep, parallel over batch, lanes and blocks of sites.
 
-Imported only where Triton is (see `launch.py`); formulas and derivatives are those of
-`bkcore.kernels.ops.sweep`. A chain is cut into blocks of LENGTH sites. A first kernel finds what
-each block does to what enters it, two small ones (`compose`, `enter`) find what does enter it, and
-a last one sweeps every block from there. Nothing is approximated: there is no warm-up window.
+Imported only if Triton is available (see `launch.py`); formulas and derivatives are those of
+`bkcore.kernels.ops.sweep`. A chain is cut into blocks of LENGTH sites. A first kernel computes the
+map of each block from its incoming to its outgoing state, two small ones (`compose`, `enter`)
+compute the state that enters each block, and a last one sweeps every block from there. Nothing is
+approximated: there is no warm-up window.
 
-What a block does is linear in homogeneous coordinates. With g = x / w and psi = s / w, one site is
+The map of a block is linear in homogeneous coordinates. With g = x / w and psi = s / w, one site is
 
     x' = w,   w' = A_i w - t_{i-1}^2 x,   s' = b_i w + t_{i-1} s
 
 (the continuants of the continued fraction; Jones and Thron, Continued Fractions, section 2.1). A
-block is the product of its sites' matrices, whose columns are swept side by side, and scaled by a
-common factor every few sites, which changes no quotient. The adjoints are affine in (Q, P), or in
-one number from either side, hence linear in (Q, P, 1). The last coordinate of every state is the
-one that is divided by; `compose` multiplies such matrices and `enter` applies them.
+block's matrix is the product of its sites' matrices. Its columns are swept side by side, and scaled
+by a common factor every few sites, which changes no quotient. The adjoints are affine in (Q, P), or
+in one number from either side, and so linear in (Q, P, 1). The last coordinate of every state is
+the divisor; `compose` multiplies such matrices and `enter` applies them.
 
-Where two blocks meet, one's last g has to agree with the g that the next was started from far
-below the round-off of the result, and what is known of it may be a forward error, larger than a
-backward one by a factor of up to 1/eta. So everything between loading and storing is float64.
-Tensors of float64 are swept in one block.
+Where two blocks meet, the last g of one must agree with the g that the next one started from, to
+far below the round-off of the result. That g may carry a forward error, which can exceed a backward
+error by a factor of up to 1/eta. So everything between loading and storing is float64. float64
+tensors are swept in one block.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def sweep_maps(
     hop = load(hopping, lane, mask)
     zero = tl.zeros([BLOCK], tl.float64)
     one = zero + 1.0
-    # Columns of the matrix: what comes of w = 1, of x (with a bond of t^2 = -1, put right at the
+    # Columns of the matrix: the images of w = 1, of x (with a bond of t^2 = -1, corrected at the
     # end) and of s.
     xw_re, xw_im, ww_re, ww_im, sw_re, sw_im = zero, zero, one, zero, zero, zero
     xx_re, xx_im, wx_re, wx_im, sx_re, sx_im = one, zero, zero, zero, zero, zero
@@ -138,7 +139,7 @@ def sweep_maps(
 
 @triton.jit
 def times(m_re, m_im, x_re, x_im):
-    """Products of entries; a zero of the matrix stands for no coupling, to a NaN either."""
+    """Products of entries; a zero in the matrix means no coupling, so 0 times NaN is 0."""
     coupled = (m_re != 0) | (m_im != 0)
     y_re, y_im = multiply(m_re, m_im, x_re, x_im)
     return tl.where(coupled, y_re, 0.0), tl.where(coupled, y_im, 0.0)
@@ -150,7 +151,7 @@ def compose(
     GROUP: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, REVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Products of the matrices of GROUP neighbouring blocks, the first to act rightmost."""
+    """Products of the matrices of GROUP neighbouring blocks, with the first block rightmost."""
     group, tile, batch = program_place(groups, lanes, BLOCK)
     lane = (tile * BLOCK + tl.arange(0, BLOCK))[:, None, None]
     row = tl.arange(0, PAD)[None, :, None]
@@ -184,8 +185,8 @@ def enter(
     GROUP: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, REVERSE: tl.constexpr,
     STARTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What enters every block of a group (B, blocks, DIM - 1, 2, H), from what enters the group:
-    zeros unless STARTED."""
+    """The state that enters every block of a group (B, blocks, DIM - 1, 2, H), from the state that
+    enters the group: zeros unless STARTED."""
     group, tile, batch = program_place(groups, lanes, BLOCK)
     tile = tile * BLOCK + tl.arange(0, BLOCK)
     lane = tile[:, None]
@@ -292,8 +293,8 @@ def two_sided(
     SITE_ETA: tl.constexpr, SITE_HOPPING: tl.constexpr,
     BITS: tl.constexpr, LEVELS: tl.constexpr, OUT_LEVELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """G_ii of every site of a block. What comes from the right of a site is kept in `from_right`,
-    which may be `out` itself: a place is read before it is overwritten."""
+    """G_ii of every site of a block. The part from the right of a site is kept in `from_right`,
+    which may be `out` itself, since every element is read before it is overwritten."""
     block, tile, batch = program_place(blocks, lanes, BLOCK)
     lane = tile * BLOCK + tl.arange(0, BLOCK)
     mask = lane < lanes
