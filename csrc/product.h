@@ -1,4 +1,4 @@
-// What the integer products and their caller agree on; the order of roundings is that of
+// The interface between the integer products and their caller; the order of roundings is that of
 // src/bkcore/kernels/ops/product.py.
 #pragma once
 
