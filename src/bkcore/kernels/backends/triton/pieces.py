@@ -1,4 +1,4 @@
-"""Parts of the sweep's Triton kernels: complex arithmetic, a program's place, reading and writing."""
+"""Parts of the sweep's Triton kernels: complex arithmetic, a program's place, loads and stores."""
 
 from __future__ import annotations
 
