@@ -66,10 +66,10 @@ class DemoSettings:
     )
     training: Schedule = field(
         default_factory=lambda: Schedule(
-            steps=450, batch_size=16, optimizer="muon", learning_rate=5e-3
+            steps=250, batch_size=16, optimizer="muon", learning_rate=5e-3
         )
     )
-    qat: Schedule = field(default_factory=lambda: schedule_for_codes(steps=45, batch_size=16))
+    qat: Schedule = field(default_factory=lambda: schedule_for_codes(steps=30, batch_size=16))
 
     @property
     def training_tokens(self) -> int:
