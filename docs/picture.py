@@ -1,4 +1,7 @@
-"""The figure at the top of the README; `make tables` draws it from `docs/data`."""
+"""The figure at the top of the README; `make tables` draws it.
+
+Its figures are those of the tables "overview" and "rivals": `docs.tables` finds them.
+"""
 
 from __future__ import annotations
 
@@ -8,40 +11,36 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 
 from docs.pages import ROOT
-from docs.tables import data
+from docs.tables import data, float32_bytes, sizes, times_as_fast
 
-SIZES = {
+LABELS = {
     "ptq_int8": "INT8",
     "mixed_precision": "mixed",
     "target_bits_4.5": "4.5 bits",
     "qat_int4": "INT4, trained to imitate",
     "ptq_int4": "INT4",
 }
-FLOAT32_MEGABYTES = 19.6
 RIVALS = {"GPT-2 INT8": "#9a9a9a", "Mamba INT8": "#5b5b5b"}
 WORK = {
-    "prefill at 4096 INT8": "read\n4,096 tokens",
-    "decode at 512 INT8": "write, at\ntoken 512",
-    "decode at 4096 INT8": "write, at\ntoken 4,096",
-    "decode at 16384 INT8": "write, at\ntoken 16,384",
+    ("prefill", 4096): "read\n4,096 tokens",
+    ("decode", 512): "write, at\ntoken 512",
+    ("decode", 4096): "write, at\ntoken 4,096",
+    ("decode", 16384): "write, at\ntoken 16,384",
 }
 ACCENT = "#1f6f8b"
 
 
 def quality(axes: plt.Axes) -> None:
     """Perplexity of the shipped model against its size in bytes."""
-    rows = {label: data(f"evaluate/{name}") for name, label in SIZES.items()}
-    float16 = data("evaluate/float16")["bytes"] / 1e6
-    axes.plot([FLOAT32_MEGABYTES, float16], [0, 0], "o", color="#5b5b5b")
-    axes.annotate(
-        "float32", (FLOAT32_MEGABYTES, 0), (0, 8), textcoords="offset points", ha="center"
-    )
-    axes.annotate("float16", (float16, 0), (0, 8), textcoords="offset points", ha="center")
-    for label, row in rows.items():
+    floats = {"float32": float32_bytes(), "float16": data("evaluate/float16")["bytes"]}
+    for label, size in floats.items():
+        axes.plot(size / 1e6, 0, "o", color="#5b5b5b")
+        axes.annotate(label, (size / 1e6, 0), (0, 8), textcoords="offset points", ha="center")
+    for name, row in sizes().items():
         size, change = row["bytes"] / 1e6, row["delta_pct"]
         spread = [[change - row["ci_low_pct"]], [row["ci_high_pct"] - change]]
         axes.errorbar(size, change, spread, fmt="o", color=ACCENT, capsize=2)
-        axes.annotate(label, (size, change), (8, 2), textcoords="offset points")
+        axes.annotate(LABELS[name], (size, change), (8, 2), textcoords="offset points")
     axes.set(
         xscale="log",
         xlim=(2.3, 26),
@@ -56,11 +55,10 @@ def quality(axes: plt.Axes) -> None:
 
 def speed(axes: plt.Axes) -> None:
     """Speed relative to well-known models of equal size, all in INT8."""
-    results = data("inference")["results"]
-    ratios = {(row["name"], row["baseline"]): row["ratio"] for row in results}
+    ratios = times_as_fast()
     width = 0.38
     for index, (rival, color) in enumerate(RIVALS.items()):
-        heights = [ratios[work, rival] for work in WORK]
+        heights = [ratios[(*work, rival)] for work in WORK]
         places = [place + (index - 0.5) * width for place in range(len(WORK))]
         bars = axes.bar(places, heights, width, color=color, label=f"as {rival.split()[0]}")
         axes.bar_label(bars, [f"{height:.1f}x" for height in heights], padding=2)

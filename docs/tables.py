@@ -122,9 +122,17 @@ def synthetic() -> str:
     return markdown(("task", "model", "chance", "all", *distances, "ms a step"), cells, left=2)
 
 
-def inference(wanted: str) -> list[dict[str, Any]]:
-    """The rows of `bkcore bench inference` whose names begin with `wanted`."""
-    return [row for row in data("inference")["results"] if row["name"].startswith(wanted)]
+THREADS = 2
+"""Threads of the comparisons that do not name them: all cores of the machine."""
+
+
+def inference(wanted: str, threads: int | None = None) -> list[dict[str, Any]]:
+    """The rows of `bkcore bench inference` whose names begin with `wanted`; None: any threads."""
+    return [
+        row
+        for row in data("inference")["results"]
+        if row["name"].startswith(wanted) and threads in (None, row["threads"])
+    ]
 
 
 def speed(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int], float]:
@@ -152,7 +160,7 @@ def widths() -> str:
 
 
 def serving() -> str:
-    rows = [row for row in inference("serving") if row["threads"] == 2]
+    rows = inference("serving", THREADS)
     modes = ("float32", "INT8", "INT4")
     rates = {(row["shape"][0], row["name"].split()[1]): row for row in rows}
     return markdown(
@@ -165,14 +173,22 @@ def serving() -> str:
     )
 
 
-def rivals() -> str:
-    rows = [row for row in inference("") if " at " in row["name"]]
-    columns = [f"{model} {mode}" for model in ("GPT-2", "Mamba") for mode in ("float32", "INT8")]
+def times_as_fast() -> dict[tuple[str, int, str], float]:
+    """As each rival in the same mode, by kind of work, context and rival: "decode", 512, "Mamba
+    INT8"."""
     ratios = {}
-    for row in rows:
+    for row in inference("", THREADS):
+        if " at " not in row["name"]:
+            continue
         kind, _, context, mode = row["name"].split()
         if row["baseline"].endswith(mode):
             ratios[kind, int(context), row["baseline"]] = row["ratio"]
+    return ratios
+
+
+def rivals() -> str:
+    columns = [f"{model} {mode}" for model in ("GPT-2", "Mamba") for mode in ("float32", "INT8")]
+    ratios = times_as_fast()
     places = sorted(
         {place[:2] for place in ratios}, key=lambda place: (place[0] != "prefill", place)
     )
@@ -244,9 +260,14 @@ def shipped() -> dict[str, Any]:
     return json.loads((ROOT / "checkpoints/wikitext2/training.json").read_text())
 
 
+def float32_bytes() -> int:
+    """Of the shipped model's parameters."""
+    return 4 * shipped()["parameters"]
+
+
 def smaller(row: dict[str, Any]) -> str:
-    """How many times smaller than the parameters of the shipped model in float32."""
-    return f"{4 * shipped()['parameters'] / row['bytes']:.1f}x"
+    """How many times smaller than the shipped model's parameters in float32."""
+    return f"{float32_bytes() / row['bytes']:.1f}x"
 
 
 def training() -> str:
@@ -306,8 +327,14 @@ SIZES = {
 }
 
 
+def sizes() -> dict[str, Any]:
+    """What quantization costs the shipped model: the rows of `SIZES`, by the names of their
+    files."""
+    return {name: data(f"evaluate/{name}") for name in SIZES.values()}
+
+
 def overview() -> str:
-    rows = [(label, data(f"evaluate/{name}")) for label, name in SIZES.items()]
+    rows = zip(SIZES, sizes().values(), strict=True)
     return markdown(
         ("", "MB", "smaller than float32", "perplexity, change in %", "95 % interval"),
         [[label, f"{row['bytes'] / 1e6:.2f}", smaller(row), *change(row)] for label, row in rows],

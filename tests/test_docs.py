@@ -96,3 +96,32 @@ def test_lines_are_short(page: Path) -> None:
     """Of tables, a row is a line. The README is written for another place."""
     lines = page.read_text().splitlines()
     assert [n for n, line in enumerate(lines, 1) if len(line) > 100 and line[:1] != "|"] == []
+
+
+def test_the_picture_shows_the_figures_of_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib import pyplot as plt
+
+    from docs import picture, tables
+
+    report = tables.data("inference")
+    others = [{**row, "threads": 1, "ratio": 77.0} for row in report["results"]]
+    read = tables.data
+    monkeypatch.setattr(
+        tables,
+        "data",
+        lambda name: {"results": report["results"] + others} if name == "inference" else read(name),
+    )
+    figure, (left, right) = plt.subplots(1, 2)
+    picture.speed(right)
+    picture.quality(left)
+    heights = [f"{bar.get_height():.1f}" for bar in right.patches]
+    table = [
+        [cell.strip() for cell in line.split("|")]
+        for line in tables.rivals().splitlines()
+        if line.startswith(("| prefill at 4", "| decode"))
+    ]
+    assert heights == [row[3] for row in table] + [row[5] for row in table]
+    plotted = [round(float(line.get_xdata()[0]), 2) for line in left.lines]
+    sizes = [float(line.split("|")[2]) for line in tables.overview().splitlines()[2:]]
+    assert {*sizes, round(4 * tables.shipped()["parameters"] / 1e6, 2)} <= set(plotted)
+    plt.close(figure)
