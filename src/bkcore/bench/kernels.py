@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -39,6 +37,7 @@ from bkcore.errors import BackendError, BenchmarkError, InputError
 from bkcore.host import last_level_cache, usable_cores
 from bkcore.kernels import describe_backends, sweep_codes, sweep_step
 from bkcore.kernels.backends.cpu import native
+from bkcore.processes import call_in_new_process
 from bkcore.quantization import affine
 from bkcore.quantization.packing import pack_int4
 
@@ -145,15 +144,15 @@ def large_shapes() -> list[Shape]:
 def fresh_memory(counts: Sequence[int]) -> Iterator[Result]:
     """Like `large`, but every result gets new memory from the system, page faults included."""
     shape = large_shapes()[0]
-    context = multiprocessing.get_context("spawn")
     for count in counts:
-        with ProcessPoolExecutor(1, mp_context=context) as process:
-            own, clone = process.submit(_time_with_fresh_memory, shape, count).result()
+        own, clone = call_in_new_process(_time_with_fresh_memory, shape, count)
         note = "both allocate, in a process that returns freed memory"
         yield Result("fresh memory/g", shape, count, own, clone, "clone", note=note)
 
 
-def _time_with_fresh_memory(shape: Shape, count: int) -> Sequence[float]:
+def _time_with_fresh_memory(
+    send: Callable[[object], None], shape: Shape, count: int
+) -> Sequence[float]:
     problem = random_problem("g", shape)
     return _time_forward(problem, true_parts(problem), count, _buffer(problem).clone)
 
