@@ -1,4 +1,9 @@
-"""The standalone quantized core: its API, its lifecycle and its promised numbers."""
+"""The standalone quantized core: its API, its lifecycle and its promised numbers.
+
+One long file, because it is run by its name: users accept the core by
+`pytest tests/test_quantized_birman_schwinger.py -v`, which is to try all that was promised of it.
+Its parts are tested in `tests/quantization`.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
 """The identities of K(z), each against a dense matrix or against LAPACK's eigenvalues.
 
-`U` is the unit round-off. The two-sweep solve has a backward error of a few U relative to the
-norm of H - z, and ||(H - z)^-1|| <= 1/eta, so a solution is off by a few U ||H - z|| / eta of
-||b|| / eta. `forward` states that tolerance; whatever needs another one says so where it stands.
+The tolerances are those of `tests.core.chains`.
 """
 
 import math
@@ -11,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import eigvalsh_tridiagonal
 from torch import Tensor
@@ -23,54 +21,23 @@ from bkcore.core.operator import (
     weighted_row_norms,
 )
 from bkcore.errors import DTypeError, InputError, ShapeError
-
-U = torch.finfo(torch.float64).eps / 2
-FEW = 64.0
-
-quick = settings(max_examples=40)
-sizes = st.integers(1, 24)
-seeds = st.integers(0, 2**31)
-etas = st.floats(0.05, 3.0)
-energies = st.floats(-6.0, 2.0)
-sigmas = st.sampled_from([0.1, 1.0, 5.0])
-
-
-def potential(seed: int, n: int, sigma: float) -> Tensor:
-    """Gaussian disorder in which every eighth site vanishes, so that sgn(0) is met too."""
-    v = sigma * torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    v[::8] = 0.0
-    return v
-
-
-def bonds(seed: int, n: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + 1)
-    return 1.5 * torch.randn(n - 1, dtype=torch.float64, generator=generator)
-
-
-def vector(seed: int, n: int) -> Tensor:
-    return torch.randn(n, dtype=torch.complex128, generator=torch.Generator().manual_seed(seed + 2))
-
-
-def dense(v: Tensor, hopping: Tensor) -> Tensor:
-    """H as a matrix, on-site -2."""
-    return torch.diag(v - 2.0) + torch.diag(hopping, 1) + torch.diag(hopping, -1)
-
-
-def resolvent(v: Tensor, z: complex, hopping: Tensor) -> Tensor:
-    n = v.shape[-1]
-    return torch.linalg.inv(dense(v, hopping) - z * torch.eye(n, dtype=torch.complex128))
-
-
-def matrix_of(apply: Callable[[Tensor], Tensor], n: int) -> Tensor:
-    """The matrix of a linear map, column by column."""
-    return apply(torch.eye(n, dtype=torch.complex128)).mT
-
-
-def forward(v: Tensor, z: complex, hopping: Tensor) -> float:
-    """Relative to ||b|| / eta; see the top of the file."""
-    norm = float(v.abs().max() + 2.0 + abs(z) + 2.0 * hopping.abs().sum().clamp(max=8.0))
-    return FEW * U * norm / z.imag
-
+from tests.core.chains import (
+    FEW,
+    U,
+    bonds,
+    dense,
+    energies,
+    etas,
+    forward,
+    matrix_of,
+    potential,
+    quick,
+    resolvent,
+    seeds,
+    sigmas,
+    sizes,
+    vector,
+)
 
 # ---------------------------------------------------------------- (H - z)^-1 applied to a vector
 
@@ -248,83 +215,6 @@ def test_minus_one_is_an_eigenvalue_of_K_exactly_at_the_levels_of_H() -> None:
         gap = float(np.abs(levels - energy).min())
         if not -4.5 < energy < 0.5:
             assert distance(float(energy)) >= 0.5 / (1.0 + float(v.abs().max()) / gap)
-
-
-# --------------------------------------------------------------------------------- spectral shift
-
-
-def counted_shift(v: Tensor, energy: float, hopping: Tensor) -> int:
-    """N_H0(E) - N_H(E) from LAPACK's eigenvalues."""
-    counts = []
-    for diagonal in (0 * v - 2.0, v - 2.0):
-        levels = diagonal.numpy()
-        if len(levels) > 1:
-            levels = eigvalsh_tridiagonal(levels, hopping.numpy())
-        # LAPACK's levels carry an error of a few U of the norm: within it nobody knows the count.
-        assume(np.abs(levels - energy).min() > 1e-12)
-        counts.append(int((levels < energy).sum()))
-    return counts[0] - counts[1]
-
-
-@quick
-@given(seeds, sizes, sigmas, st.floats(-12.0, 8.0))
-def test_spectral_shift_counts_eigenvalues(seed: int, n: int, sigma: float, energy: float) -> None:
-    v, t = potential(seed, n, sigma), bonds(seed, n)
-    t[::3] = 0.0  # broken bonds: 0/0 in a careless continued fraction
-    expected = counted_shift(v, energy, t)
-    assert int(spectral_shift(v, energy, hopping=t)) == expected
-
-
-@quick
-@given(st.lists(st.integers(-3, 3), min_size=1, max_size=12), st.integers(-6, 4))
-def test_spectral_shift_survives_zero_pivots(v: list[int], energy: int) -> None:
-    # Small integers make pivots vanish exactly, at most energies.
-    potential_ = torch.tensor(v, dtype=torch.float64)
-    expected = counted_shift(potential_, energy, torch.ones(len(v) - 1, dtype=torch.float64))
-    assert int(spectral_shift(potential_, float(energy))) == expected
-
-
-def test_spectral_shift_counts_strictly_below() -> None:
-    # Three free sites have levels -2 - sqrt 2, -2, -2 + sqrt 2; raised by 1, only one is below -2.
-    v = torch.ones(3, dtype=torch.float64)
-    assert int(spectral_shift(v, -2.0)) == 0
-    assert int(spectral_shift(v, math.nextafter(-2.0, 0.0))) == 1
-
-
-def test_spectral_shift_takes_many_energies_and_potentials() -> None:
-    v = torch.stack([potential(s, 11, 2.0) for s in range(3)])[:, None]
-    grid = torch.linspace(-8, 4, 7, dtype=torch.float64)[:, None]
-    shifts = spectral_shift(v, grid)
-    assert shifts.shape == (3, 7)
-    assert shifts.dtype == torch.int64
-    assert int(shifts[2, 4]) == int(spectral_shift(v[2, 0], float(grid[4])))
-
-
-def test_smoothed_spectral_shift_beyond_one_turn() -> None:
-    # Thirty strong wells take thirty levels below E: thirty half turns, not one principal argument.
-    v = torch.full((30,), -20.0, dtype=torch.float64)
-    smoothed = BirmanSchwingerOperator(v, -10.0 + 1e-6j).spectral_shift()
-    assert smoothed.dtype == torch.float64
-    # Each level at distance d >= 6 from E contributes at most eta / (pi d).
-    assert abs(float(smoothed) + 30.0) <= 60 * 1e-6 / (math.pi * 6.0)
-
-
-@quick
-@given(seeds, sizes, sigmas, st.floats(-12.0, 8.0))
-def test_smoothed_spectral_shift_tends_to_the_count(
-    seed: int, n: int, sigma: float, energy: float
-) -> None:
-    v, t, eta = potential(seed, n, sigma), bonds(seed, n), 1e-6
-    levels = np.concatenate(
-        [
-            np.linalg.eigvalsh(dense(v, t).numpy()),
-            np.linalg.eigvalsh(dense(0 * v, t).numpy()),
-        ]
-    )
-    assume(np.abs(levels - energy).min() > 1e-3)
-    smoothed = float(BirmanSchwingerOperator(v, complex(energy, eta), hopping=t).spectral_shift())
-    smear = (eta / np.abs(levels - energy)).sum() / math.pi  # atan(x) <= x, level by level
-    assert abs(smoothed - int(spectral_shift(v, energy, hopping=t))) <= smear + 1e-9
 
 
 # ---------------------------------------------------------------------------- Hilbert-Schmidt norm
