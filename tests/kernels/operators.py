@@ -133,7 +133,7 @@ def round_channels_straight_through(**sizes: int) -> Arguments:
 def round_weight(rows: int = 3, columns: int = 5, bits: int = 4, group_size: int = 2) -> Arguments:
     return {
         "weight": normal(rows, columns),
-        "scale": scales(rows, groups(columns, group_size)),
+        "scale": scales(rows, groups(columns, group_size)).float(),
         "group_size": group_size,
         "bits": bits,
     }
@@ -142,11 +142,6 @@ def round_weight(rows: int = 3, columns: int = 5, bits: int = 4, group_size: int
 def round_weight_backward(**sizes: int) -> Arguments:
     args = round_weight(**sizes)
     return {"grad": torch.randn_like(args["weight"]), **args}
-
-
-def round_weight_function(**sizes: int) -> Arguments:
-    args = round_weight(**sizes)
-    return {**args, "scale": args["scale"].float()}
 
 
 def attention(
@@ -242,7 +237,6 @@ FUNCTIONS: dict[str, Callable[..., Arguments]] = {
     "sweep_step": sweep_step,
     "recall_step": recall_step,
     "round_channels_straight_through": round_channels_straight_through,
-    "round_weight": round_weight_function,
     "attention": attention_function,
     **{
         name: OPERATORS[name]
@@ -253,6 +247,7 @@ FUNCTIONS: dict[str, Callable[..., Arguments]] = {
             "product",
             "round_rows",
             "round_channels",
+            "round_weight",
         )
     },
 }

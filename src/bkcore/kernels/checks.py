@@ -7,7 +7,7 @@ kernel knows about its memory. In every operator, a wrong shape raises `ShapeErr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,21 @@ def check_plain(name: str, x: Tensor) -> None:
             f"{name} must be contiguous in memory; pass {name}.contiguous(), or "
             f"{name}.resolve_neg() for the imaginary part of a conjugate"
         )
+
+
+def check_no_gradient(
+    function: str, instead: str, tensors: Iterable[tuple[str, Tensor | None]]
+) -> None:
+    """Raise `InputError` if one of the tensors requires a gradient, which a function without a
+    derivative would lose."""
+    if not torch.is_grad_enabled():
+        return
+    for name, x in tensors:
+        if x is not None and x.requires_grad:
+            raise InputError(
+                f"{function} has no derivative, and {name} requires one: call it under "
+                f"torch.no_grad(), or use {instead}"
+            )
 
 
 def not_positive(name: str, smallest: float) -> InputError:
@@ -143,8 +158,8 @@ class ChannelRounding:
 
     Attributes:
         channels: C, whose last group may be smaller than `group_size`.
-        scale, zero, levels, group_size, bits: as `round_channels` takes them; on the CPU,
-            contiguous.
+        scale, zero, levels, group_size, bits: as `round_channels` takes them; contiguous, on
+            one device.
 
     Raises:
         ShapeError, DTypeError, InputError: if they do not fit together.
@@ -162,7 +177,7 @@ class ChannelRounding:
             raise InputError(f"channels must be at least 0, not {self.channels}")
         tensors = self.scale, self.zero, self.levels
         group_size = check_rounding(
-            self.channels, torch.device("cpu"), *tensors, self.group_size, self.bits
+            self.channels, self.scale.device, *tensors, self.group_size, self.bits
         )
         object.__setattr__(self, "group_size", group_size)
         for name, x in zip(("scale", "zero", "levels"), tensors, strict=True):

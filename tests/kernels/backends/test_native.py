@@ -16,19 +16,39 @@ from bkcore.kernels import describe_backends, sweep, use_backend
 from bkcore.kernels.backends import selection
 from bkcore.kernels.backends.cpu import native
 
-MODULE = Path(__file__).parents[3] / "csrc" / "module.cpp"
+SOURCES = Path(__file__).parents[3] / "csrc"
 
-# The interface, and what its names are. Where they differ, functions of the extension take or give
-# something else: raise INTERFACE in native.py and kInterface in module.cpp, and put both here.
-INTERFACE = (1, "dff2a329949f3db8")
+# The interface, and a digest of what defines it. Where that differs, functions of the extension may
+# take or give something else. If they do, raise INTERFACE in native.py and kInterface in
+# module.cpp; put both here.
+INTERFACE = (1, "d50f234b7d9a963b")
 
 
-@pytest.mark.skipif(not MODULE.exists(), reason="the sources of the extension are not here")
-def test_an_interface_of_other_names_has_another_number():
-    names = re.findall(r'"(\w+)"', MODULE.read_text())
-    assert len(names) > 100
-    digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:16]
+def definition(module: str, arguments: str) -> list[str]:
+    """How every argument is read, of what type and by which name, and how memory is described."""
+    read = re.findall(r'(\w+(?:<[\w\s:]*>)?)\("(\w+)"', module)
+    code = re.sub(r"//.*", "", arguments)
+    return [*(" ".join(each) for each in read), *code.split()]
+
+
+@pytest.mark.skipif(not SOURCES.exists(), reason="the sources of the extension are not here")
+def test_another_interface_has_another_number():
+    module, arguments = ((SOURCES / name).read_text() for name in ("module.cpp", "arguments.h"))
+    parts = definition(module, arguments)
+    digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
     assert (native.INTERFACE, digest) == INTERFACE
+
+
+@pytest.mark.skipif(not SOURCES.exists(), reason="the sources of the extension are not here")
+def test_the_interface_is_names_types_and_the_layout_of_memory():
+    module, arguments = ((SOURCES / name).read_text() for name in ("module.cpp", "arguments.h"))
+    before = definition(module, arguments)
+    assert len(before) > 500
+    for old, new in (('"gate"', '"gates"'), ("<const float>(", "<const double>(")):
+        assert definition(module.replace(old, new, 1), arguments) != before
+    swapped = arguments.replace("std::tuple<Address, Index>", "std::tuple<Index, Address>")
+    assert definition(module, swapped) != before
+    assert definition(module, arguments + "// said otherwise\n") == before
 
 
 @pytest.mark.parametrize("found", [None, 0, native.INTERFACE + 1])
@@ -97,6 +117,21 @@ def test_what_is_written_to_is_not_expanded():
     sums = torch.zeros(1, 1, 1)
     with pytest.raises(ValueError, match="denergy is written to, but expanded along axis 3"):
         backward(denergy=layout(sums, sizes=(1, 1, 1, 1), strides=(0, 0, 0, 0)))
+
+
+def test_a_gradient_of_a_source_comes_with_a_source():
+    source = torch.ones(1, 2, 20)
+    with pytest.raises(ValueError, match="dsource comes without source"):
+        backward(dsource=layout(source))
+    parts = torch.ones(1, 2, 4, 20)
+    four = dict.fromkeys(("parts", "grad"), native.sequence_of_parts(parts))
+    with pytest.raises(ValueError, match="source comes without dsource"):
+        backward(**four, source=layout(source))
+
+
+def test_an_argument_that_is_not_known_is_named():
+    with pytest.raises(ValueError, match="nothing is not known"):
+        backward(nothing=None)
 
 
 def test_a_two_sided_sweep_has_no_source_and_threads_are_counted_from_1():

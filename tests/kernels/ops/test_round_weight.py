@@ -125,12 +125,11 @@ def test_it_does_not_depend_on_threads():
 
 def test_it_has_a_fake_form():
     weight, scale, _ = problem(5, 40, 16, 0)
-    stored = scale.bfloat16()
-    utils = ("test_schema", "test_faketensor")
+    utils = ("test_schema", "test_faketensor", "test_autograd_registration")
     ops = torch.ops.bkcore
-    torch.library.opcheck(ops.round_weight.default, (weight, stored, 16, 4), test_utils=utils)
+    torch.library.opcheck(ops.round_weight.default, (weight, scale, 16, 4), test_utils=utils)
     torch.library.opcheck(
-        ops.round_weight_backward.default, (weight, weight, stored, 16, 4), test_utils=utils
+        ops.round_weight_backward.default, (weight, weight, scale, 16, 4), test_utils=utils
     )
 
 

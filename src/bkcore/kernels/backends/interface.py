@@ -168,11 +168,57 @@ class RoundWeightBackward(NamedTuple):
     bits: int
 
 
-SweepGradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
-"""Gradients of v, source, energy, eta and hopping; None if there is no source."""
+class SweepGradients(NamedTuple):
+    """source is None if none was given."""
 
-AttentionResults = tuple[Tensor, Tensor, Tensor, Tensor]
-"""g, out, psi and the checkpoints."""
+    v: Tensor
+    source: Tensor | None
+    energy: Tensor
+    eta: Tensor
+    hopping: Tensor
+
+
+class AttentionResults(NamedTuple):
+    g: Tensor
+    out: Tensor
+    psi: Tensor
+    checkpoints: Tensor
+
+
+class AttentionGradients(NamedTuple):
+    v: Tensor
+    hopping: Tensor
+    energy: Tensor
+    eta: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    first_g: Tensor
+    first_psi: Tensor
+
+
+class RecallStepResults(NamedTuple):
+    features: Tensor
+    g: Tensor
+    psi: Tensor
+
+
+class RoundChannelsGradients(NamedTuple):
+    """scale has one for each channel, (C,); levels is None if there are none."""
+
+    x: Tensor
+    scale: Tensor
+    levels: Tensor | None
+
+
+class RoundWeightResults(NamedTuple):
+    codes: Tensor
+    values: Tensor
+
+
+class RoundWeightGradients(NamedTuple):
+    weight: Tensor
+    scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -195,14 +241,14 @@ class Backend:
     sweep_rounded: Callable[[SweepRounded], Tensor]
     sweep_step: Callable[[SweepStep], None]
     attention: Callable[[Attention], AttentionResults]
-    attention_backward: Callable[[AttentionBackward], tuple[Tensor, ...]]
-    recall_step: Callable[[RecallStep, Sequence[ChannelRounding]], tuple[Tensor, Tensor, Tensor]]
+    attention_backward: Callable[[AttentionBackward], AttentionGradients]
+    recall_step: Callable[[RecallStep, Sequence[ChannelRounding]], RecallStepResults]
     product: Callable[[Product], Tensor]
     round_channels: Callable[[RoundChannels], Tensor]
-    round_channels_backward: Callable[[RoundChannelsBackward], tuple[Tensor, Tensor, Tensor | None]]
+    round_channels_backward: Callable[[RoundChannelsBackward], RoundChannelsGradients]
     round_rows: Callable[[RoundRows], Tensor]
-    round_weight: Callable[[RoundWeight], tuple[Tensor, Tensor]]
-    round_weight_backward: Callable[[RoundWeightBackward], tuple[Tensor, Tensor]]
+    round_weight: Callable[[RoundWeight], RoundWeightResults]
+    round_weight_backward: Callable[[RoundWeightBackward], RoundWeightGradients]
     reads_bfloat16: bool = False
 
 
@@ -220,14 +266,27 @@ def ordered_sum(terms: Tensor) -> Tensor:
     return terms[0] if terms.shape[0] else terms.new_zeros(terms.shape[1:])
 
 
+def attention_chunks(sites: int) -> int:
+    """How many states the attention keeps of so many sites."""
+    return -(-sites // ATTENTION_CHUNK)
+
+
 def attention_shapes(args: Attention) -> list[tuple[int, ...]]:
     """Shapes of g, out, psi and the checkpoints."""
     batch, sites, heads, keys = args.query.shape
     values = args.value.shape[3]
-    chunks = -(-sites // ATTENTION_CHUNK) if args.keep else 0
+    chunks = attention_chunks(sites) if args.keep else 0
     return [
         (batch, sites, heads, 2),
         (batch, sites, heads, 2, values),
         (batch, heads, 2, keys, values),
         (batch, heads, chunks, 2, keys, values),
     ]
+
+
+def empty_attention_gradients(args: AttentionBackward) -> AttentionGradients:
+    """Room for the gradients of an attention."""
+    v, (batch, _, heads) = args.v, args.v.shape
+    chains = v, args.hopping, args.energy, args.eta
+    like = *chains, args.query, args.key, args.value, v.new_empty(batch, heads, 2), args.dpsi
+    return AttentionGradients(*(x.new_empty(x.shape) for x in like))

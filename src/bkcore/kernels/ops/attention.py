@@ -50,9 +50,11 @@ from bkcore.errors import DTypeError, ShapeError
 from bkcore.kernels.backends.interface import (
     Attention,
     AttentionBackward,
+    AttentionGradients,
     AttentionResults,
     Backend,
     attention_shapes,
+    empty_attention_gradients,
 )
 from bkcore.kernels.checks import check_tensors
 from bkcore.kernels.ops.contract import define, define_derivative
@@ -150,25 +152,17 @@ def _run(backend: Backend, args: Attention) -> AttentionResults:
     return backend.attention(Attention(*map(_plain, args)))
 
 
-def _run_backward(backend: Backend, args: AttentionBackward) -> tuple[Tensor, ...]:
+def _run_backward(backend: Backend, args: AttentionBackward) -> AttentionGradients:
     return backend.attention_backward(AttentionBackward(*map(_plain, args)))
 
 
-def _like(args: Attention) -> tuple[Tensor, ...]:
-    return tuple(args.v.new_empty(shape) for shape in attention_shapes(args))
-
-
-def _like_backward(args: AttentionBackward) -> tuple[Tensor, ...]:
-    batch, _, heads = args.v.shape
-    first_g = args.v.new_empty(batch, heads, 2)
-    chains = args.v, args.hopping, args.energy, args.eta
-    like = (*chains, args.query, args.key, args.value, first_g, args.dpsi)
-    return tuple(x.new_empty(x.shape) for x in like)
+def _like(args: Attention) -> AttentionResults:
+    return AttentionResults(*(args.v.new_empty(shape) for shape in attention_shapes(args)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, first_g, first_psi, _ = inputs
-    g, _, _, checkpoints = output
+    g, _, _, checkpoints = AttentionResults(*output)
     ctx.mark_non_differentiable(checkpoints)
     ctx.save_for_backward(*tensors, first_g, g, checkpoints)
     ctx.started = (first_g is not None, first_psi is not None)
@@ -176,7 +170,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     results = torch.ops.bkcore.attention_backward.default(*grads[:3], *ctx.saved_tensors)
-    *rest, first_g, first_psi = results
+    *rest, first_g, first_psi = AttentionGradients(*results)
     has_g, has_psi = ctx.started
     return *rest, first_g if has_g else None, first_psi if has_psi else None, None
 
@@ -187,7 +181,7 @@ define(
     AttentionBackward,
     _check_backward,
     _run_backward,
-    _like_backward,
+    empty_attention_gradients,
     results=9,
 )
 define_derivative("attention", _setup_context, _backward)

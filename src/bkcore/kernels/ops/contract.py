@@ -45,10 +45,12 @@ def define(
 
     def compute(*args: Any) -> Any:
         checked = check(arguments(*args))
-        return run(select(args[0]), checked)
+        found = run(select(args[0]), checked)
+        return found if results == 1 else tuple(found)
 
     def fake(*args: Any) -> Any:
-        return like(check(arguments(*args)))
+        made = like(check(arguments(*args)))
+        return made if results == 1 else tuple(made)
 
     _library.impl(name, compute, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bkcore::{name}", fake, lib=_library)

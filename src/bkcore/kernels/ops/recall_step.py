@@ -1,11 +1,12 @@
 """One site of resolvent attention, with everything the language model computes around it, at once.
 
-A generated token needs one site of every layer, and calling PyTorch and the operators one by one
-takes ten times as long as the arithmetic. The result of `recall_step` is bit for bit that of the
-separate calls: the formulas of `bkcore.kernels.recall`, with gate, barrier, query, key, value, real
-and imag optionally rounded by `round_channels`, and with hopping 0 where the previous g is 0.
+A generated token needs one site of every layer, and calling PyTorch and the operators piece by
+piece costs ten times what the arithmetic does. `recall_step` gives, bit for bit, what these pieces
+give: the formulas of `bkcore.kernels.recall`, with gate, barrier, query, key, value, real and imag
+rounded by `round_channels`, or not, and the hopping 0 where g before is 0. The CPU backend has a
+kernel for it; the others call the pieces. It has no derivative.
 
-Layout, all float32
+Layout, all float32, on one device
 -------------------
     gate, barrier      (B, 1, H)
     query, key         (B, 1, G K), shared by G groups of neighbouring heads; G divides H
@@ -23,23 +24,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bkcore.errors import BackendError, InputError, ShapeError
-from bkcore.kernels.backends.interface import RecallStep
+from bkcore.errors import InputError, ShapeError
+from bkcore.kernels.backends.interface import RecallStep, RecallStepResults
 from bkcore.kernels.backends.selection import select
-from bkcore.kernels.checks import ChannelRounding, check_tensors
+from bkcore.kernels.checks import ChannelRounding, check_no_gradient, check_tensors
 
-_CPU = torch.device("cpu")
 _PARTS = ("gate", "barrier", "query", "key", "value", "real", "imag")
 
 
 def has_recall_step(x: Tensor) -> bool:
-    """Whether `recall_step` takes tensors like x now: native kernels, no gradients, no tracing."""
+    """Whether `recall_step` takes tensors like x now: float32, no gradient to keep, no graph to
+    trace. Every backend has it, so that none is asked."""
     return (
         x.dtype == torch.float32
-        and x.is_cpu
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and select(x).name == "cpu"
     )
 
 
@@ -56,8 +55,8 @@ def recall_step(
     g: Tensor,
     psi: Tensor,
     rounding: Sequence[ChannelRounding] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Move a stream one site ahead; formulas and layout are at the top of this module.
+) -> RecallStepResults:
+    """Move a stream one site ahead; formulas and layout are those of this module's text.
 
     Args:
         gate, barrier, query, key, value: the inputs of the new site.
@@ -70,21 +69,17 @@ def recall_step(
         The result, and the new g and psi; the given state is not changed.
 
     Raises:
-        ShapeError, DTypeError, InputError: if the tensors do not fit together, or an eta is not
-            positive.
-        BackendError: if `has_recall_step` is False.
+        ShapeError, DTypeError: the tensors do not fit together.
+        InputError: a tensor is on another device, or requires a gradient, which would be lost; or,
+            looked at on the CPU only, an eta is not positive.
+        BackendError: a forced backend is absent or cannot take the tensors.
     """
-    if not has_recall_step(value):
-        raise BackendError(
-            f"recall_step takes float32 CPU tensors under torch.no_grad() and needs the native "
-            f"kernels; value is {value.dtype} on {value.device}"
-        )
     args = RecallStep(gate, barrier, query, key, value, rate, height, eta, weight, g, psi)
     _check(args)
     if rounding:
         _check_rounding(args, rounding)
     ready = RecallStep(*(x.resolve_neg().contiguous() for x in args))
-    return select(value).recall_step(ready, rounding)
+    return select(gate).recall_step(ready, rounding)
 
 
 def _check(args: RecallStep) -> None:
@@ -104,7 +99,11 @@ def _check(args: RecallStep) -> None:
         *((batch, heads, 2), (batch, heads, 2, keys, values)),
     )
     expected = zip(RecallStep._fields, args, shapes, strict=True)
-    check_tensors({name: (x, shape, torch.float32) for name, x, shape in expected}, _CPU)
+    check_tensors(
+        {name: (x, shape, torch.float32) for name, x, shape in expected}, args.gate.device
+    )
+    tensors = zip(RecallStep._fields, args, strict=True)
+    check_no_gradient("recall_step", "bkcore.kernels.attention and its pieces", tensors)
 
 
 def _check_rounding(args: RecallStep, rounding: Sequence[ChannelRounding]) -> None:
@@ -115,6 +114,8 @@ def _check_rounding(args: RecallStep, rounding: Sequence[ChannelRounding]) -> No
         )
     rounded = (*args[:5], args.value, args.value)
     for name, x, part in zip(_PARTS, rounded, rounding, strict=True):
+        if part.scale.device != x.device:
+            raise InputError(f"{name} is on {x.device}, but to be rounded on {part.scale.device}")
         if part.channels != x.shape[-1] or part.bits != rounding[0].bits:
             raise ShapeError(
                 f"{name} has {x.shape[-1]} channels, but its rounding is for {part.channels} with "

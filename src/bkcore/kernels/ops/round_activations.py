@@ -7,16 +7,19 @@ In one pass, the first has bit for bit the result of `bkcore.quantization.affine
 with ties to even. With levels it is scale * (level - zero) for the level nearest to
 x / scale + zero, or the lower one if two are equally near. NaN stays NaN.
 
-The second rounds float32 rows (..., K) as `bkcore::product` rounds its activations, and returns
-scale times codes, each row with the INT8 scale of its largest number; see
-`bkcore.kernels.ops.product`. The first has a derivative in `round_channels_straight_through`, the
-second has none.
+The second gives scale times codes of what `bkcore::product` makes of its activations, rows (..., K)
+of float32, each with the INT8 scale of its largest number; see `bkcore.kernels.ops.product`. It has
+no derivative. That of the first passes straight through to x, and not where x lies beyond the
+outermost codes; that of a scale is the gradient of learned step sizes (LSQ, Esser et al., ICLR
+2020, eq. 3).
 
 Layout of `round_channels`
 -------------------------
     x       float32 (..., C), contiguous in memory or copied
     scale   bfloat16 (G,), zero  int8 (G,), of groups of `group_size` neighbouring channels; the
-            last one may be smaller: G = ceil(C / group_size); a group size above C means C
+            last one may be smaller: G = ceil(C / group_size); a group size beyond C is C.
+            The operator takes float32 scales, too, of numbers that bfloat16 holds: a gradient of
+            them is not rounded. Backends get bfloat16.
     levels  float32 (2^bits,), ascending: what the codes stand for in place of
             -2^(bits-1), ..., 2^(bits-1) - 1; optional
     result  float32 (..., C)
@@ -36,9 +39,8 @@ from bkcore.kernels.backends.interface import (
     RoundChannelsBackward,
     RoundRows,
 )
-from bkcore.kernels.backends.selection import keep_choice, kept_choice
 from bkcore.kernels.checks import check_bits, check_rounding, check_tensors
-from bkcore.kernels.ops.contract import define
+from bkcore.kernels.ops.contract import define, define_derivative
 
 
 def round_channels(
@@ -59,6 +61,7 @@ def round_channels(
         ShapeError, DTypeError, InputError: the tensors do not fit together, or bits is not 4 or 8.
         BackendError: a forced backend is absent or cannot take the tensors.
     """
+    check_tensors({"scale": (scale, scale.shape, torch.bfloat16)}, x.device)
     out: Tensor = torch.ops.bkcore.round_channels.default(x, scale, zero, levels, group_size, bits)
     return out
 
@@ -77,37 +80,6 @@ def round_rows(x: Tensor) -> Tensor:
     return out
 
 
-class _RoundChannels(torch.autograd.Function):
-    """`round_channels` with float32 scales, straight through."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero: Tensor,
-        levels: Tensor | None,
-        group_size: int,
-        bits: int,
-    ) -> Tensor:
-        wanted = {"x": (x, x.shape, torch.float32), "scale": (scale, scale.shape, torch.float32)}
-        check_tensors(wanted, x.device)
-        x, stored = x.contiguous(), scale.to(torch.bfloat16)
-        keep_choice(ctx)
-        ctx.save_for_backward(x, stored, zero, levels)
-        ctx.group_size, ctx.bits = group_size, bits
-        return round_channels(x, stored, zero, group_size, bits, levels=levels)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, stored, zero, levels = ctx.saved_tensors
-        with kept_choice(ctx):
-            dx, dscale, dlevels = torch.ops.bkcore.round_channels_backward.default(
-                grads[0], x, stored, zero, levels, ctx.group_size, ctx.bits
-            )
-        return dx, dscale, None, None if levels is None else dlevels, None, None
-
-
 def round_channels_straight_through(
     x: Tensor,
     scale: Tensor,
@@ -119,9 +91,6 @@ def round_channels_straight_through(
 ) -> Tensor:
     """`round_channels` for training: differentiable in x, the scales and the levels.
 
-    The gradient passes straight through to x, except where x lies outside the outermost codes. The
-    gradient of a scale is that of learned step sizes (LSQ, Esser et al., ICLR 2020, eq. 3).
-
     Args:
         scale: float32 (G,), with values that bfloat16 can hold. The others are as in
             `round_channels`.
@@ -129,7 +98,8 @@ def round_channels_straight_through(
     Returns:
         float32, of the shape of x.
     """
-    out: Tensor = _RoundChannels.apply(x, scale, zero, levels, group_size, bits)
+    check_tensors({"scale": (scale, scale.shape, torch.float32)}, x.device)
+    out: Tensor = torch.ops.bkcore.round_channels.default(x, scale, zero, levels, group_size, bits)
     return out
 
 
@@ -141,8 +111,9 @@ def _check(args: RoundChannels, grad: Tensor | None = None) -> RoundChannels:
     check_tensors(
         {"x": (x, x.shape, torch.float32), "grad": (grad, x.shape, torch.float32)}, x.device
     )
-    group_size = check_rounding(x.shape[-1], x.device, *args[1:])
-    return RoundChannels(*args[:4], group_size, args.bits)
+    scale = args.scale.to(torch.bfloat16) if args.scale.dtype == torch.float32 else args.scale
+    group_size = check_rounding(x.shape[-1], x.device, scale, *args[2:])
+    return RoundChannels(x, scale, args.zero, args.levels, group_size, args.bits)
 
 
 def _check_backward(args: RoundChannelsBackward) -> RoundChannelsBackward:
@@ -191,6 +162,20 @@ def _like_backward(args: RoundChannelsBackward) -> tuple[Tensor, Tensor, Tensor]
     return dx, args.x.new_empty(args.scale.shape), args.x.new_empty(levels)
 
 
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, group_size, bits = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.form = group_size, bits
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    _, _, _, levels = ctx.saved_tensors
+    dx, dscale, dlevels = torch.ops.bkcore.round_channels_backward.default(
+        grad, *ctx.saved_tensors, *ctx.form
+    )
+    return dx, dscale, None, None if levels is None else dlevels, None, None
+
+
 define("round_channels", RoundChannels, _check, _run, _like)
 define(
     "round_channels_backward",
@@ -200,4 +185,5 @@ define(
     _like_backward,
     results=3,
 )
+define_derivative("round_channels", _setup_context, _backward)
 define("round_rows", RoundRows, _check_rows, _run_rows, _like)

@@ -11,8 +11,9 @@ NaN gets the value NaN and an arbitrary code.
 Layout
 ------
     weight  float32 (O, K)
-    scale   bfloat16 (O, G), positive, of groups of `group_size` neighbouring columns; the last one
-            may be smaller: G = ceil(K / group_size); a group size above K means K
+    scale   float32 (O, G), positive numbers that bfloat16 holds, so that a gradient of them is not
+            rounded, of groups of `group_size` neighbouring columns; the last one may be smaller:
+            G = ceil(K / group_size); a group size beyond K is K. Backends get it as bfloat16.
     result  codes int8 (O, K) and values float32 (O, K)
 """
 
@@ -24,10 +25,15 @@ import torch
 from torch import Tensor
 
 from bkcore.errors import ShapeError
-from bkcore.kernels.backends.interface import Backend, RoundWeight, RoundWeightBackward
-from bkcore.kernels.backends.selection import keep_choice, kept_choice
+from bkcore.kernels.backends.interface import (
+    Backend,
+    RoundWeight,
+    RoundWeightBackward,
+    RoundWeightGradients,
+    RoundWeightResults,
+)
 from bkcore.kernels.checks import check_bits, check_tensors, count_groups, fit_group_size
-from bkcore.kernels.ops.contract import define
+from bkcore.kernels.ops.contract import define, define_derivative
 
 
 def round_weight(
@@ -49,31 +55,8 @@ def round_weight(
         ShapeError, DTypeError, InputError: the tensors do not fit together, or bits is not 4 or 8.
         BackendError: a forced backend is absent or cannot take the tensors.
     """
-    codes, values = _RoundWeight.apply(weight, scale, group_size, bits)
+    codes, values = torch.ops.bkcore.round_weight.default(weight, scale, group_size, bits)
     return codes, values
-
-
-class _RoundWeight(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, scale: Tensor, group_size: int, bits: int
-    ) -> tuple[Tensor, Tensor]:
-        check_tensors({"scale": (scale, scale.shape, torch.float32)}, weight.device)
-        stored = scale.to(torch.bfloat16)
-        keep_choice(ctx)
-        ctx.save_for_backward(weight, stored)
-        ctx.format = group_size, bits
-        codes, values = torch.ops.bkcore.round_weight.default(weight, stored, group_size, bits)
-        ctx.mark_non_differentiable(codes)
-        return codes, values
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with kept_choice(ctx):
-            by_weight, by_scale = torch.ops.bkcore.round_weight_backward.default(
-                grads[1], *ctx.saved_tensors, *ctx.format
-            )
-        return by_weight, by_scale, None, None
 
 
 def _check(args: RoundWeight, grad: Tensor | None = None) -> RoundWeight:
@@ -86,7 +69,7 @@ def _check(args: RoundWeight, grad: Tensor | None = None) -> RoundWeight:
     check_tensors(
         {
             "weight": (weight, weight.shape, torch.float32),
-            "scale": (args.scale, (rows, count_groups(columns, group_size)), torch.bfloat16),
+            "scale": (args.scale, (rows, count_groups(columns, group_size)), torch.float32),
             "grad": (grad, weight.shape, torch.float32),
         },
         weight.device,
@@ -99,25 +82,43 @@ def _check_backward(args: RoundWeightBackward) -> RoundWeightBackward:
     return RoundWeightBackward(args.grad, *_check(RoundWeight(*args[1:]), args.grad))
 
 
-def _run(backend: Backend, args: RoundWeight) -> tuple[Tensor, Tensor]:
-    weight, scale, group_size, bits = args
-    ready = RoundWeight(weight.contiguous(), scale.contiguous(), group_size, bits)
-    return backend.round_weight(ready)
+def _ready(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.contiguous(), scale.to(torch.bfloat16).contiguous()
 
 
-def _run_backward(backend: Backend, args: RoundWeightBackward) -> tuple[Tensor, Tensor]:
+def _run(backend: Backend, args: RoundWeight) -> RoundWeightResults:
+    weight, scale, *form = args
+    return backend.round_weight(RoundWeight(*_ready(weight, scale), *form))
+
+
+def _run_backward(backend: Backend, args: RoundWeightBackward) -> RoundWeightGradients:
     grad, weight, scale, *form = args
-    tensors = grad.contiguous(), weight.contiguous(), scale.contiguous()
-    return backend.round_weight_backward(RoundWeightBackward(*tensors, *form))
+    ready = RoundWeightBackward(grad.contiguous(), *_ready(weight, scale), *form)
+    return backend.round_weight_backward(ready)
 
 
-def _like(args: RoundWeight) -> tuple[Tensor, Tensor]:
+def _like(args: RoundWeight) -> RoundWeightResults:
     shape = args.weight.shape
-    return args.weight.new_empty(shape, dtype=torch.int8), args.weight.new_empty(shape)
+    codes = args.weight.new_empty(shape, dtype=torch.int8)
+    return RoundWeightResults(codes, args.weight.new_empty(shape))
 
 
-def _like_backward(args: RoundWeightBackward) -> tuple[Tensor, Tensor]:
-    return args.weight.new_empty(args.weight.shape), args.weight.new_empty(args.scale.shape)
+def _like_backward(args: RoundWeightBackward) -> RoundWeightGradients:
+    like = args.weight, args.scale
+    return RoundWeightGradients(*(x.new_empty(x.shape) for x in like))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    weight, scale, *ctx.form = inputs
+    ctx.mark_non_differentiable(output[0])
+    ctx.save_for_backward(weight, scale)
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    by_weight, by_scale = torch.ops.bkcore.round_weight_backward.default(
+        grads[1], *ctx.saved_tensors, *ctx.form
+    )
+    return by_weight, by_scale, None, None
 
 
 define("round_weight", RoundWeight, _check, _run, _like, results=2)
@@ -129,3 +130,4 @@ define(
     _like_backward,
     results=2,
 )
+define_derivative("round_weight", _setup_context, _backward)

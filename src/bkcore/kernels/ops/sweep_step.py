@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bkcore.errors import DTypeError, InputError, ShapeError
+from bkcore.errors import DTypeError, ShapeError
 from bkcore.kernels.backends.interface import SweepStep
 from bkcore.kernels.backends.selection import select
-from bkcore.kernels.checks import Expected, check_plain, check_tensors
+from bkcore.kernels.checks import Expected, check_no_gradient, check_plain, check_tensors
 
 
 def sweep_step(
@@ -70,13 +70,8 @@ def _check(args: SweepStep) -> None:
         "hopping": (args.hopping, row, dtype),
     }
     check_tensors(expected, device, "like the state")
-    differentiating = torch.is_grad_enabled()
     for name, (x, _, _) in expected.items():
-        if x is None:
-            continue
-        check_plain(name, x)
-        if differentiating and x.requires_grad:
-            raise InputError(
-                f"sweep_step has no derivative, but {name} requires one; call it under "
-                "torch.no_grad(), or use bkcore.kernels.sweep"
-            )
+        if x is not None:
+            check_plain(name, x)
+    tensors = zip(SweepStep._fields, args, strict=True)
+    check_no_gradient("sweep_step", "bkcore.kernels.sweep", tensors)

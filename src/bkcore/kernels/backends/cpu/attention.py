@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bkcore.kernels.backends.cpu import native
 from bkcore.kernels.backends.interface import (
     ATTENTION_CHUNK,
     Attention,
     AttentionBackward,
+    AttentionGradients,
     AttentionResults,
     RecallStep,
+    RecallStepResults,
     attention_shapes,
+    empty_attention_gradients,
     ordered_sum,
 )
 from bkcore.kernels.checks import ChannelRounding, not_positive
@@ -35,36 +37,22 @@ def _sizes(args: Attention | AttentionBackward) -> dict[str, Any]:
 
 
 def attention(args: Attention) -> AttentionResults:
-    g, out, psi, checkpoints = (args.v.new_empty(shape) for shape in attention_shapes(args))
-    results = {"g": g, "out": out, "psi": psi, "checkpoints": checkpoints}
-    buffers = {name: native.buffer(x) for name, x in results.items()}
-    native.call("attention", **native.named(args), **_sizes(args), **buffers)
-    return g, out, psi, checkpoints
+    results = AttentionResults(*(args.v.new_empty(shape) for shape in attention_shapes(args)))
+    native.call("attention", **native.named(args), **_sizes(args), **native.named(results))
+    return results
 
 
-def attention_backward(args: AttentionBackward) -> tuple[Tensor, ...]:
-    v, (batch, _, heads) = args.v, args.v.shape
-    results = {
-        "dv": torch.empty_like(v),
-        "dhopping": torch.empty_like(args.hopping),
-        # One partial sum per chain, so that the result does not depend on the number of threads.
-        "denergy": v.new_empty(batch, heads),
-        "deta": v.new_empty(batch, heads),
-        "dquery": torch.empty_like(args.query),
-        "dkey": torch.empty_like(args.key),
-        "dvalue": torch.empty_like(args.value),
-        "dfirst_g": v.new_empty(batch, heads, 2),
-        "dfirst_psi": torch.empty_like(args.dpsi),
-    }
-    buffers = {name: native.buffer(x) for name, x in results.items()}
-    native.call("attention_backward", **native.named(args), **_sizes(args), **buffers)
-    results |= {name: ordered_sum(results[name]) for name in ("denergy", "deta")}
-    return tuple(results.values())
+def attention_backward(args: AttentionBackward) -> AttentionGradients:
+    batch, _, heads = args.v.shape
+    # One partial sum for each chain, so that the result does not depend on the threads.
+    energy, eta = args.v.new_empty(2, batch, heads)
+    grads = empty_attention_gradients(args)._replace(energy=energy, eta=eta)
+    results = {f"d{name}": buffer for name, buffer in native.named(grads).items()}
+    native.call("attention_backward", **native.named(args), **_sizes(args), **results)
+    return grads._replace(energy=ordered_sum(energy), eta=ordered_sum(eta))
 
 
-def recall_step(
-    args: RecallStep, rounding: Sequence[ChannelRounding]
-) -> tuple[Tensor, Tensor, Tensor]:
+def recall_step(args: RecallStep, rounding: Sequence[ChannelRounding]) -> RecallStepResults:
     batch, heads, _, keys, values = args.psi.shape
     features = torch.empty_like(args.value)
     g, psi = torch.empty_like(args.g), torch.empty_like(args.psi)
@@ -84,7 +72,7 @@ def recall_step(
     )
     if not computed:
         raise not_positive("eta", float(args.eta.min()))
-    return features, g, psi
+    return RecallStepResults(features, g, psi)
 
 
 def _rounding(part: ChannelRounding) -> dict[str, Any]:

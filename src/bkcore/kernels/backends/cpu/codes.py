@@ -11,9 +11,12 @@ from bkcore.kernels.backends.interface import (
     Product,
     RoundChannels,
     RoundChannelsBackward,
+    RoundChannelsGradients,
     RoundRows,
     RoundWeight,
     RoundWeightBackward,
+    RoundWeightGradients,
+    RoundWeightResults,
     SweepCodes,
     SweepRounded,
     ordered_sum,
@@ -93,9 +96,7 @@ def round_channels(args: RoundChannels) -> Tensor:
     return out
 
 
-def round_channels_backward(
-    args: RoundChannelsBackward,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def round_channels_backward(args: RoundChannelsBackward) -> RoundChannelsGradients:
     x, (rows, channels) = args.x, _rows(args.x)
     # Rows are summed in shares of fixed size, so that the sums do not depend on the threads.
     shares = -(-rows // native.rows_per_share())
@@ -110,7 +111,9 @@ def round_channels_backward(
         dscale=native.buffer(dscale),
         dlevels=native.buffer(dlevels),
     )
-    return dx, ordered_sum(dscale), None if dlevels is None else ordered_sum(dlevels)
+    return RoundChannelsGradients(
+        dx, ordered_sum(dscale), None if dlevels is None else ordered_sum(dlevels)
+    )
 
 
 def round_rows(args: RoundRows) -> Tensor:
@@ -122,19 +125,20 @@ def round_rows(args: RoundRows) -> Tensor:
     return out
 
 
-def round_weight(args: RoundWeight) -> tuple[Tensor, Tensor]:
-    rows, columns = args.weight.shape
-    codes, values = torch.empty_like(args.weight, dtype=torch.int8), torch.empty_like(args.weight)
-    results = {"codes": native.buffer(codes), "values": native.buffer(values)}
-    native.call("round_weight", **native.named(args), rows=rows, columns=columns, **results)
-    return codes, values
-
-
-def round_weight_backward(args: RoundWeightBackward) -> tuple[Tensor, Tensor]:
-    rows, columns = args.weight.shape
-    dweight, dscale = torch.empty_like(args.weight), args.weight.new_empty(args.scale.shape)
-    results = {"dweight": native.buffer(dweight), "dscale": native.buffer(dscale)}
-    native.call(
-        "round_weight_backward", **native.named(args), rows=rows, columns=columns, **results
+def round_weight(args: RoundWeight) -> RoundWeightResults:
+    weight, (rows, columns) = args.weight, args.weight.shape
+    results = RoundWeightResults(
+        torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight)
     )
-    return dweight, dscale
+    sizes = {"rows": rows, "columns": columns}
+    native.call("round_weight", **native.named(args), **sizes, **native.named(results))
+    return results
+
+
+def round_weight_backward(args: RoundWeightBackward) -> RoundWeightGradients:
+    weight, (rows, columns) = args.weight, args.weight.shape
+    grads = RoundWeightGradients(torch.empty_like(weight), weight.new_empty(args.scale.shape))
+    results = {"dweight": native.buffer(grads.weight), "dscale": native.buffer(grads.scale)}
+    sizes = {"rows": rows, "columns": columns}
+    native.call("round_weight_backward", **native.named(args), **sizes, **results)
+    return grads

@@ -79,7 +79,8 @@ def sweep_backward(args: SweepBackward) -> SweepGradients:
         deta=native.sequence(deta),
         dhopping=native.sequence(dhopping),
     )
-    return dv, dsource, ordered_sum(denergy)[0], ordered_sum(deta), ordered_sum(dhopping)
+    parameters = ordered_sum(denergy)[0], ordered_sum(deta), ordered_sum(dhopping)
+    return SweepGradients(dv, dsource, *parameters)
 
 
 def sweep_step(args: SweepStep) -> None:

@@ -11,8 +11,10 @@ from bkcore.kernels.backends.interface import (
     ATTENTION_CHUNK,
     Attention,
     AttentionBackward,
+    AttentionGradients,
     AttentionResults,
     RecallStep,
+    RecallStepResults,
     RoundChannels,
     ordered_sum,
 )
@@ -37,7 +39,7 @@ def attention(args: Attention) -> AttentionResults:
         all_g.append(g)
         outs.append((args.query[:, i, :, :, None] * psi).sum(2))
     checkpoints = torch.stack(kept, 2) if args.keep else psi[:, :, None][:, :, :0]
-    return (
+    return AttentionResults(
         _split(torch.stack(all_g, 1), 3),
         _split(torch.stack(outs, 1), 3),
         _split(psi, 2),
@@ -45,7 +47,7 @@ def attention(args: Attention) -> AttentionResults:
     )
 
 
-def attention_backward(args: AttentionBackward) -> tuple[Tensor, ...]:
+def attention_backward(args: AttentionBackward) -> AttentionGradients:
     c_g, c_out = _complex(args.dg, 3).conj(), _complex(args.dout, 3).conj()
     m, carry = _complex(args.dpsi, 2).conj(), torch.zeros_like(c_g[:, 0])
     all_g = _complex(args.g, 3)
@@ -69,16 +71,16 @@ def attention_backward(args: AttentionBackward) -> tuple[Tensor, ...]:
         carry, m = t**2 * p, (t * site)[..., None, None] * m
     p, dt, dq, dk, du = (torch.stack(row[::-1], 1) for row in zip(*rows, strict=True))
     denergy, deta = p.real.sum(1), -p.imag.sum(1)
-    return (
-        -p.real,
-        dt,
-        ordered_sum(denergy),
-        ordered_sum(deta),
-        dq,
-        dk,
-        du,
-        torch.view_as_real(carry.conj().resolve_conj()),
-        _split(m.conj(), 2),
+    return AttentionGradients(
+        v=-p.real,
+        hopping=dt,
+        energy=ordered_sum(denergy),
+        eta=ordered_sum(deta),
+        query=dq,
+        key=dk,
+        value=du,
+        first_g=torch.view_as_real(carry.conj().resolve_conj()),
+        first_psi=_split(m.conj(), 2),
     )
 
 
@@ -86,9 +88,9 @@ def recall_step(
     args: RecallStep,
     rounding: Sequence[ChannelRounding],
     attention: Callable[[Attention], AttentionResults] = attention,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The step composed of its pieces, with the attention of any backend."""
-    if bool((args.eta <= 0).any()):
+) -> RecallStepResults:
+    """The step from its pieces, with the attention of any backend."""
+    if args.eta.is_cpu and bool((args.eta <= 0).any()):  # a GPU would have to be waited for
         raise not_positive("eta", float(args.eta.min()))
 
     def rounded(part: int, x: Tensor) -> Tensor:
@@ -117,8 +119,8 @@ def recall_step(
         )
     )
     found = over_memory(out[:, :, :, 0], out[:, :, :, 1], g[..., 1] / args.eta, args.eta)
-    real, imag = (rounded(5 + part, x.reshape(batch, 1, -1)) for part, x in enumerate(found))
-    return features(value, real, imag, args.weight), g[:, 0], psi
+    real, imag = (rounded(5 + part, x.flatten(2)) for part, x in enumerate(found))
+    return RecallStepResults(features(value, real, imag, args.weight), g[:, 0], psi)
 
 
 def _attention_states(g: Tensor, args: AttentionBackward) -> list[Tensor]:

@@ -11,9 +11,12 @@ from bkcore.kernels.backends.interface import (
     Product,
     RoundChannels,
     RoundChannelsBackward,
+    RoundChannelsGradients,
     RoundRows,
     RoundWeight,
     RoundWeightBackward,
+    RoundWeightGradients,
+    RoundWeightResults,
     Sweep,
     SweepCodes,
     SweepRounded,
@@ -115,9 +118,7 @@ def round_channels(args: RoundChannels) -> Tensor:
     return s * (((x / s).round() + z).clamp(low, -low - 1) - z)
 
 
-def round_channels_backward(
-    args: RoundChannelsBackward,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def round_channels_backward(args: RoundChannelsBackward) -> RoundChannelsGradients:
     grad, levels = args.grad, args.levels
     s, z = _each_channel(args)
     ratio, low = args.x / s, -(1 << (args.bits - 1))
@@ -133,7 +134,8 @@ def round_channels_backward(
         outside, level = (place < levels[0]) | (place > levels[-1]), levels[index]
         by_levels = torch.zeros_like(levels).index_add_(0, index.flatten(), (grad * s).flatten())
     moved = level - z - ratio.masked_fill(outside, 0)
-    return grad.masked_fill(outside, 0), (grad * moved).flatten(0, -2).sum(0), by_levels
+    by_scale = (grad * moved).flatten(0, -2).sum(0)
+    return RoundChannelsGradients(grad.masked_fill(outside, 0), by_scale, by_levels)
 
 
 def _each_channel(args: RoundChannels | RoundChannelsBackward) -> tuple[Tensor, Tensor]:
@@ -142,20 +144,21 @@ def _each_channel(args: RoundChannels | RoundChannelsBackward) -> tuple[Tensor, 
     return args.scale.float()[channels], args.zero[channels]
 
 
-def round_weight(args: RoundWeight) -> tuple[Tensor, Tensor]:
+def round_weight(args: RoundWeight) -> RoundWeightResults:
     weight, each = args.weight, _each_column(args)
     codes = nearest_codes(weight / each, args.bits)
-    return torch.nan_to_num(codes).to(torch.int8), torch.where(weight.isnan(), weight, each * codes)
+    values = torch.where(weight.isnan(), weight, each * codes)
+    return RoundWeightResults(torch.nan_to_num(codes).to(torch.int8), values)
 
 
-def round_weight_backward(args: RoundWeightBackward) -> tuple[Tensor, Tensor]:
+def round_weight_backward(args: RoundWeightBackward) -> RoundWeightGradients:
     ratio = args.weight / _each_column(args)
     outside = saturates(ratio, args.bits)
     moved = nearest_codes(ratio, args.bits) - ratio.masked_fill(outside, 0)
     padding = -args.weight.shape[1] % args.group_size
     by_scale = torch.nn.functional.pad(args.grad * moved, (0, padding))
     grouped = by_scale.unflatten(1, (-1, args.group_size))
-    return args.grad.masked_fill(outside, 0), grouped.sum(-1)
+    return RoundWeightGradients(args.grad.masked_fill(outside, 0), grouped.sum(-1))
 
 
 def _each_column(args: RoundWeight | RoundWeightBackward) -> Tensor:

@@ -45,7 +45,7 @@ def sweep_backward(args: SweepBackward) -> SweepGradients:
         site, bond = _two_sided_adjoint(diagonal, t, _join(parts, 0), _cotangent(args.grad, 0))
     else:
         site, bond, dsource = _causal_adjoint(parts, args.grad, args.source, t)
-    return (
+    return SweepGradients(
         empty_like_sites(parts).copy_(-site.real),
         None if dsource is None else empty_like_sites(parts).copy_(dsource),
         ordered_sum(site.real.flatten(0, 1)),

@@ -11,10 +11,14 @@ from bkcore.kernels.backends.interface import (
     ATTENTION_CHUNK,
     Attention,
     AttentionBackward,
+    AttentionGradients,
     AttentionResults,
     RecallStep,
+    RecallStepResults,
     Sweep,
     SweepBackward,
+    attention_chunks,
+    attention_shapes,
     ordered_sum,
 )
 from bkcore.kernels.backends.reference import attention as reference
@@ -26,12 +30,11 @@ from bkcore.kernels.checks import ChannelRounding
 def attention(args: Attention) -> AttentionResults:
     v, query, key, value = args.v, args.query, args.key, args.value
     sizes, tiles = _sizes(args)
-    batch, sites, heads, keys, values = *query.shape, value.shape[3]
+    batch, sites, heads, _ = query.shape
     parts = sweep(_chains(args))
     g = parts.view(sites, 2, batch, heads).permute(2, 0, 3, 1).contiguous()
-    checkpoints = v.new_empty(batch, heads, sizes[2], 2, keys, values)
-    psi = v.new_empty(batch, heads, 2, keys, values)
-    out = v.new_empty(batch, sites, heads, 2, values)
+    _, *shapes = attention_shapes(args._replace(keep=True))
+    out, psi, checkpoints = (v.new_empty(shape) for shape in shapes)
     chain = (args.hopping, g)
     first = psi if args.first_psi is None else args.first_psi
     if batch * heads:
@@ -44,10 +47,10 @@ def attention(args: Attention) -> AttentionResults:
             kernels("attention").outputs[(batch * heads * sizes[2],)](
                 *(*chain, query, key, value, checkpoints, out, *sizes), **tiles
             )
-    return g, out, psi, checkpoints if args.keep else checkpoints[:, :, :0]
+    return AttentionResults(g, out, psi, checkpoints if args.keep else checkpoints[:, :, :0])
 
 
-def attention_backward(args: AttentionBackward) -> tuple[Tensor, ...]:
+def attention_backward(args: AttentionBackward) -> AttentionGradients:
     query, key, value = args.query, args.key, args.value
     hopping, g, dout, checkpoints = args.hopping, args.g, args.dout, args.checkpoints
     sizes, tiles = _sizes(args)
@@ -73,7 +76,8 @@ def attention_backward(args: AttentionBackward) -> tuple[Tensor, ...]:
         dhopping[:, 0] += 2 * (first[..., 0] * before[..., 0] - first[..., 1] * before[..., 1])
     dfirst_g = hopping[:, 0, :, None] * first * first.new_tensor([1, -1])
     denergy, deta = (ordered_sum(x.flatten(0, 1)) for x in (p[..., 0], -p[..., 1]))
-    return dv, dhopping, denergy, deta, dquery, dkey, dvalue, dfirst_g, dfirst_psi
+    chains = dv, dhopping, denergy, deta
+    return AttentionGradients(*chains, dquery, dkey, dvalue, dfirst_g, dfirst_psi)
 
 
 def _adjoint_of_g(
@@ -111,9 +115,8 @@ def _adjoint_of_g(
     return dv, deta, dhopping
 
 
-def recall_step(
-    args: RecallStep, rounding: Sequence[ChannelRounding]
-) -> tuple[Tensor, Tensor, Tensor]:
+def recall_step(args: RecallStep, rounding: Sequence[ChannelRounding]) -> RecallStepResults:
+    """Without a kernel of its own: the reference's pieces around the attention above."""
     return reference.recall_step(args, rounding, attention)
 
 
@@ -142,7 +145,7 @@ def _sizes(args: Attention | AttentionBackward) -> tuple[tuple[int, ...], dict[s
     _, sites, heads, keys = args.query.shape
     values = args.value.shape[3]
     tiles = {"KEYS": _tile(keys), "VALUES": _tile(values), "CHUNK": ATTENTION_CHUNK}
-    return (sites, heads, -(-sites // ATTENTION_CHUNK), keys, values), tiles
+    return (sites, heads, attention_chunks(sites), keys, values), tiles
 
 
 def _tile(size: int) -> int:

@@ -165,7 +165,7 @@ def sweep_backward(args: SweepBackward) -> SweepGradients:
         _two_sided_adjoint(launch, args, dv, results, rows)
     else:
         _causal_adjoint(launch, args, dv, dsource, results, rows)
-    return (
+    return SweepGradients(
         dv,
         dsource,
         _total(denergy)[0].to(parts.dtype),
