@@ -17,6 +17,8 @@
 #include <tuple>
 #include <type_traits>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 #include "isa.h"
 #include "sweep.h"
@@ -56,9 +58,16 @@ inline Index groups_of(Index size, Index group_size) {
 // was not given is None.
 class Arguments {
  public:
-  explicit Arguments(const nanobind::dict &given) : given_(given) {}
+  explicit Arguments(const nanobind::dict &given) : given_(given) { read_.reserve(given.size()); }
 
   bool has(const char *name) const { return !find(name).is_none(); }
+
+  // Of two that mean nothing without each other.
+  void together(const char *one, const char *other) const {
+    if (has(one) == has(other)) return;
+    if (!has(one)) std::swap(one, other);
+    refuse(std::string(one) + " comes without " + other);
+  }
 
   Index number(const char *name) { return take<Index>(name); }
 
@@ -94,7 +103,7 @@ class Arguments {
 
   template <class T>
   T *numbers_or_null(const char *name, std::initializer_list<Index> sizes) {
-    return has(name) ? numbers<T>(name, sizes) : missing<T *>();
+    return has(name) ? numbers<T>(name, sizes) : missing<T *>(name);
   }
 
   // Any tensor, (address, bytes of a number, sizes, strides), which must be at least as large as
@@ -135,14 +144,15 @@ class Arguments {
 
   template <class T>
   Strided<T> strided_or_null(const char *name, const Sizes &wanted) {
-    return has(name) ? strided<T>(name, wanted) : missing<Strided<T>>();
+    return has(name) ? strided<T>(name, wanted) : missing<Strided<T>>(name);
   }
 
   // Call this after reading all known arguments.
   void finish() const {
-    if (read_ != given_.size())
-      refuse("there are " + std::to_string(given_.size()) + " arguments, of which " +
-             std::to_string(read_) + " are known");
+    PyObject *name, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(given_.ptr(), &at, &name, &value);)
+      if (!was_read(name))
+        refuse(nanobind::cast<std::string>(nanobind::handle(name)) + " is not known");
   }
 
  private:
@@ -152,8 +162,15 @@ class Arguments {
     return nanobind::borrow(found);
   }
 
-  // A name as a Python string, made once for each place in the code that uses it: making and
-  // hashing a string takes longer than looking it up. Needs Python's lock.
+  // Names are the same object, most of the time.
+  bool was_read(PyObject *name) const {
+    return std::find(read_.begin(), read_.end(), name) != read_.end() ||
+           std::any_of(read_.begin(), read_.end(),
+                       [&](PyObject *known) { return PyUnicode_Compare(known, name) == 0; });
+  }
+
+  // A name as Python's string, made once for every place that has it: making and hashing one takes
+  // longer than looking it up. Under Python's lock.
   static PyObject *key(const char *name) {
     static std::unordered_map<const char *, PyObject *> known;
     PyObject *&found = known[name];
@@ -166,18 +183,18 @@ class Arguments {
     T value;
     if (!nanobind::try_cast<T>(find(name), value, false))
       refuse(std::string(name) + " is of another kind");
-    ++read_;
+    read_.push_back(key(name));
     return value;
   }
 
   template <class T>
-  T missing() {
-    ++read_;
+  T missing(const char *name) {
+    read_.push_back(key(name));
     return T{};
   }
 
   nanobind::dict given_;
-  std::size_t read_ = 0;
+  std::vector<PyObject *> read_;
 };
 
 }  // namespace

@@ -30,7 +30,8 @@ using Read = Strided<T> (Arguments::*)(const char *name, const Sizes &wanted);
 
 template <class T>
 Sweep<T> read_chains(Arguments &in, Read<const T> read = &Arguments::strided<const T>) {
-  Sweep<T> s{in.number("batch"), in.number("sites"), in.number("lanes")};
+  Sweep<T> s{};
+  s.batch = in.number("batch"), s.sites = in.number("sites"), s.lanes = in.number("lanes");
   if (s.sites < 1) refuse("there are " + std::to_string(s.sites) + " sites");
   s.energy = (in.*read)("energy", {s.batch, 1, 1, s.lanes});
   s.eta = (in.*read)("eta", {s.batch, s.sites, 1, s.lanes});
@@ -83,8 +84,8 @@ void sweep_backward(const nb::dict &given) {
     SweepBackward<T> a{s};
     a.grad = in.strided<const T>("grad", {s.batch, s.sites, has_source ? 4 : 2, s.lanes});
     a.dv = in.strided<T>("dv", site);
-    a.dsource =
-        has_source ? in.strided<T>("dsource", site) : in.strided_or_null<T>("dsource", site);
+    in.together("source", "dsource");
+    a.dsource = in.strided_or_null<T>("dsource", site);
     a.denergy = in.strided<T>("denergy", {s.batch, 1, 1, s.lanes});
     a.deta = in.strided<T>("deta", {s.batch, s.eta.site ? s.sites : 1, 1, s.lanes});
     a.dhopping = in.strided<T>("dhopping", {s.batch, s.hopping.site ? s.sites - 1 : 1, 1, s.lanes});
@@ -131,7 +132,7 @@ void sweep_rounded(const nb::dict &given) {
   s.groups = groups_of(sites, s.group_size);
   s.scale = in.numbers<const float>("scale", {3, s.groups});
   s.zero = in.numbers<const float>("zero", {3, s.groups});
-  if (in.has("levels") != in.has("bounds")) refuse("levels come without bounds, or bounds without");
+  in.together("levels", "bounds");
   s.levels = in.numbers_or_null<const float>("levels", {3, Index{1} << bits});
   s.bounds = in.numbers_or_null<const float>("bounds", {3, Index{1} << bits});
   in.finish();
@@ -146,7 +147,8 @@ void sweep_step(const nb::dict &given) {
   in.threads();  // a site is too little to share
   with_float_type(in, [&](auto zero) {
     using T = decltype(zero);
-    Sweep<T> s{in.number("batch"), 1, in.number("lanes")};
+    Sweep<T> s{};
+    s.batch = in.number("batch"), s.sites = 1, s.lanes = in.number("lanes");
     const Index parts = in.has("source") ? 4 : 2, lanes = s.lanes;
     const auto row = [](const T *p, Index by_batch) {
       return Strided<const T>{p, by_batch, 0, 0, 1};
@@ -164,8 +166,9 @@ void sweep_step(const nb::dict &given) {
 
 template <class T>
 Attention<T> read_attention(Arguments &in) {
-  Attention<T> a{in.number("batch"), in.number("sites"),  in.number("heads"),
-                 in.number("keys"),  in.number("values"), in.number("chunk")};
+  Attention<T> a{};
+  a.batch = in.number("batch"), a.sites = in.number("sites"), a.heads = in.number("heads");
+  a.keys = in.number("keys"), a.values = in.number("values"), a.chunk = in.number("chunk");
   if (a.chunk < 1) refuse("there are " + std::to_string(a.chunk) + " sites between two states");
   count({a.batch, a.sites, a.heads, a.keys, a.values});  // which must not overflow
   a.v = in.numbers<const T>("v", {a.batch, a.sites, a.heads});
@@ -229,7 +232,8 @@ void attention_backward(const nb::dict &given) {
 
 // Scale, zero point and levels for rows of channels; the caller sets the numbers to round.
 RoundChannels read_rounding(Arguments &in, Index rows, Index channels, Index bits) {
-  RoundChannels r{rows, channels, bits, in.number("group_size")};
+  RoundChannels r{};
+  r.rows = rows, r.channels = channels, r.bits = bits, r.group_size = in.number("group_size");
   const Index groups = groups_of(channels, r.group_size);
   r.scale = in.numbers<const std::uint16_t>("scale", {groups});
   r.zero = in.numbers<const std::int8_t>("zero", {groups});
@@ -257,8 +261,9 @@ bool recall_step(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
   const Index threads = in.threads(), bits = in.bits();
-  RecallStep s{in.number("batch"), in.number("heads"), in.number("groups"), in.number("keys"),
-               in.number("values")};
+  RecallStep s{};
+  s.batch = in.number("batch"), s.heads = in.number("heads"), s.groups = in.number("groups");
+  s.keys = in.number("keys"), s.values = in.number("values");
   if (s.groups < 1 || s.heads % s.groups) refuse("heads do not share their keys evenly");
   const Index width = count({s.heads, s.values}), shared = count({s.groups, s.keys});
   s.gate = in.numbers<const float>("gate", {s.batch, s.heads});
@@ -285,7 +290,9 @@ void product(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
   const Index threads = in.threads();
-  Product p{in.number("rows"), in.number("outputs"), in.number("inputs"), in.bits()};
+  Product p{};
+  p.rows = in.number("rows"), p.outputs = in.number("outputs"), p.inputs = in.number("inputs");
+  p.bits = in.bits();
   p.group_size = in.number("group_size");
   p.groups = groups_of(p.inputs, p.group_size);
   const Index width = ceil_divide(p.inputs, 8 / p.bits);
@@ -322,8 +329,7 @@ void round_channels_backward(const nb::dict &given) {
   a.grad = in.numbers<const float>("grad", {rows, channels});
   a.dx = in.numbers<float>("dx", {rows, channels});
   a.dscale = in.numbers<float>("dscale", {shares, channels});
-  if (in.has("levels") != in.has("dlevels"))
-    refuse("levels come without dlevels, or dlevels without");
+  in.together("levels", "dlevels");
   a.dlevels = in.numbers_or_null<float>("dlevels", {shares, Index{1} << bits});
   in.finish();
   const Unlocked unlocked;
@@ -343,7 +349,8 @@ void round_rows(const nb::dict &given) {
 }
 
 RoundWeight read_weight(Arguments &in) {
-  RoundWeight w{in.number("rows"), in.number("columns"), in.bits()};
+  RoundWeight w{};
+  w.rows = in.number("rows"), w.columns = in.number("columns"), w.bits = in.bits();
   w.group_size = in.number("group_size");
   w.groups = groups_of(w.columns, w.group_size);
   w.weight = in.numbers<const float>("weight", {w.rows, w.columns});
