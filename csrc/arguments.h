@@ -147,12 +147,15 @@ class Arguments {
     return has(name) ? strided<T>(name, wanted) : missing<Strided<T>>(name);
   }
 
-  // Call this after reading all known arguments.
+  // To be called when all that is known has been read, each once.
   void finish() const {
-    PyObject *name, *value;
-    for (Py_ssize_t at = 0; PyDict_Next(given_.ptr(), &at, &name, &value);)
-      if (!was_read(name))
-        refuse(nanobind::cast<std::string>(nanobind::handle(name)) + " is not known");
+    if (read_.size() == given_.size()) return;
+    for (const auto [name, value] : given_) {
+      const auto text = nanobind::cast<std::string>(name);
+      if (std::find(read_.begin(), read_.end(), text) == read_.end())
+        refuse(text + " is not known");
+    }
+    refuse("an argument is read twice");
   }
 
  private:
@@ -160,13 +163,6 @@ class Arguments {
     PyObject *const found = PyDict_GetItemWithError(given_.ptr(), key(name));
     if (!found) refuse(std::string(name) + " is missing");
     return nanobind::borrow(found);
-  }
-
-  // Names are the same object, most of the time.
-  bool was_read(PyObject *name) const {
-    return std::find(read_.begin(), read_.end(), name) != read_.end() ||
-           std::any_of(read_.begin(), read_.end(),
-                       [&](PyObject *known) { return PyUnicode_Compare(known, name) == 0; });
   }
 
   // A name as Python's string, made once for every place that has it: making and hashing one takes
@@ -183,18 +179,18 @@ class Arguments {
     T value;
     if (!nanobind::try_cast<T>(find(name), value, false))
       refuse(std::string(name) + " is of another kind");
-    read_.push_back(key(name));
+    read_.push_back(name);
     return value;
   }
 
   template <class T>
   T missing(const char *name) {
-    read_.push_back(key(name));
+    read_.push_back(name);
     return T{};
   }
 
   nanobind::dict given_;
-  std::vector<PyObject *> read_;
+  std::vector<const char *> read_;
 };
 
 }  // namespace

@@ -131,6 +131,9 @@ template <class T>
 void sweep_step(const Sweep<T> &s, Index batch, T *state) {
   Tile<T> tile = DirectTiles<T>(s, {batch, 0, s.lanes, false}).load(0, 1);
   tile.starts = false;
+  // Outputs have no memory of their own, and nothing is written to them. Steps from a null pointer
+  // are not defined.
+  tile.parts.data = state, tile.part = s.lanes;
   T *const rows[4] = {state, state + s.lanes, state + 2 * s.lanes, state + 3 * s.lanes};
   tile.source.data ? sweep_tile_with_source<T, Output::kNone>(tile, rows)
                    : sweep_tile<T, Output::kNone, false>(tile, rows[0], rows[1]);

@@ -38,7 +38,7 @@ def _sizes(args: Attention | AttentionBackward) -> dict[str, Any]:
 
 def attention(args: Attention) -> AttentionResults:
     results = AttentionResults(*(args.v.new_empty(shape) for shape in attention_shapes(args)))
-    native.call("attention", **native.named(args), **_sizes(args), **native.named(results))
+    native.call("attention", args, results, **_sizes(args))
     return results
 
 
@@ -47,8 +47,8 @@ def attention_backward(args: AttentionBackward) -> AttentionGradients:
     # One partial sum for each chain, so that the result does not depend on the threads.
     energy, eta = args.v.new_empty(2, batch, heads)
     grads = empty_attention_gradients(args)._replace(energy=energy, eta=eta)
-    results = {f"d{name}": buffer for name, buffer in native.named(grads).items()}
-    native.call("attention_backward", **native.named(args), **_sizes(args), **results)
+    results = {f"d{name}": native.buffer(x) for name, x in grads._asdict().items()}
+    native.call("attention_backward", args, **_sizes(args), **results)
     return grads._replace(energy=ordered_sum(energy), eta=ordered_sum(eta))
 
 
@@ -58,7 +58,7 @@ def recall_step(args: RecallStep, rounding: Sequence[ChannelRounding]) -> Recall
     g, psi = torch.empty_like(args.g), torch.empty_like(args.psi)
     computed = native.call(
         "recall_step",
-        **native.named(args),
+        args,
         batch=batch,
         heads=heads,
         groups=args.query.shape[-1] // keys,

@@ -76,8 +76,7 @@ def product(args: Product) -> Tensor:
     inputs, outputs = x.shape[-1], args.weight.shape[0]
     rows = x.numel() // inputs
     out = x.new_empty(*x.shape[:-1], outputs)
-    sizes = {"rows": rows, "inputs": inputs, "outputs": outputs}
-    native.call("product", **native.named(args), **sizes, out=native.buffer(out))
+    native.call("product", args, rows=rows, inputs=inputs, outputs=outputs, out=native.buffer(out))
     return out
 
 
@@ -90,9 +89,7 @@ def _rows(x: Tensor) -> tuple[int, int]:
 def round_channels(args: RoundChannels) -> Tensor:
     out = torch.empty_like(args.x)
     rows, channels = _rows(out)
-    native.call(
-        "round_channels", **native.named(args), rows=rows, channels=channels, out=native.buffer(out)
-    )
+    native.call("round_channels", args, rows=rows, channels=channels, out=native.buffer(out))
     return out
 
 
@@ -104,7 +101,7 @@ def round_channels_backward(args: RoundChannelsBackward) -> RoundChannelsGradien
     dlevels = None if args.levels is None else x.new_zeros(shares, 2**args.bits)
     native.call(
         "round_channels_backward",
-        **native.named(args),
+        args,
         rows=rows,
         channels=channels,
         dx=native.buffer(dx),
@@ -119,9 +116,7 @@ def round_channels_backward(args: RoundChannelsBackward) -> RoundChannelsGradien
 def round_rows(args: RoundRows) -> Tensor:
     out = torch.empty_like(args.x)
     rows, channels = _rows(out)
-    native.call(
-        "round_rows", **native.named(args), rows=rows, channels=channels, out=native.buffer(out)
-    )
+    native.call("round_rows", args, rows=rows, channels=channels, out=native.buffer(out))
     return out
 
 
@@ -130,8 +125,7 @@ def round_weight(args: RoundWeight) -> RoundWeightResults:
     results = RoundWeightResults(
         torch.empty_like(weight, dtype=torch.int8), torch.empty_like(weight)
     )
-    sizes = {"rows": rows, "columns": columns}
-    native.call("round_weight", **native.named(args), **sizes, **native.named(results))
+    native.call("round_weight", args, results, rows=rows, columns=columns)
     return results
 
 
@@ -139,6 +133,5 @@ def round_weight_backward(args: RoundWeightBackward) -> RoundWeightGradients:
     weight, (rows, columns) = args.weight, args.weight.shape
     grads = RoundWeightGradients(torch.empty_like(weight), weight.new_empty(args.scale.shape))
     results = {"dweight": native.buffer(grads.weight), "dscale": native.buffer(grads.scale)}
-    sizes = {"rows": rows, "columns": columns}
-    native.call("round_weight_backward", **native.named(args), **sizes, **results)
+    native.call("round_weight_backward", args, rows=rows, columns=columns, **results)
     return grads

@@ -128,8 +128,21 @@ def rows_per_share() -> int:
     return rows
 
 
-def call(name: str, **arguments: Any) -> Any:
-    """Call a function of the extension, with the current instruction set and threads."""
+_PLAIN = (int, bool, type(None))
+"""What is no tensor. `isinstance` would ask PyTorch, which takes longer than all else here."""
+
+
+def call(name: str, *bundles: Any, **arguments: Any) -> Any:
+    """Call a function of the extension, with the instruction set and the threads in force.
+
+    Args:
+        bundles: arguments or results of an operator, handed over by their names, and the contiguous
+            tensors among them as buffers.
+        arguments: all others, as the extension takes them.
+    """
+    for bundle in bundles:  # into the one dict that there is: another would have to be made
+        for field, x in zip(bundle._fields, bundle, strict=True):
+            arguments[field] = x if type(x) in _PLAIN else (x.data_ptr(), x.nbytes)
     arguments["isa"], arguments["threads"] = isa(), torch.get_num_threads()
     return getattr(_native, name)(arguments)
 
@@ -144,18 +157,6 @@ Layout = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 def buffer(x: Tensor | None) -> Buffer | None:
     return None if x is None else (x.data_ptr(), x.nbytes)
-
-
-_PLAIN = (int, bool, type(None))
-"""Types that are not tensors. `isinstance(x, Tensor)` would take longer than all the rest."""
-
-
-def named(bundle: Any) -> dict[str, Any]:
-    """The arguments of an operator by name, with buffers for tensors."""
-    return {
-        name: x if type(x) in _PLAIN else (x.data_ptr(), x.nbytes)
-        for name, x in zip(bundle._fields, bundle, strict=True)
-    }
 
 
 def sequence(x: Tensor | None) -> Layout | None:

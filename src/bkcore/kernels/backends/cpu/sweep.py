@@ -86,5 +86,4 @@ def sweep_backward(args: SweepBackward) -> SweepGradients:
 def sweep_step(args: SweepStep) -> None:
     batch, _, lanes = args.state.shape
     double = args.state.dtype == torch.float64
-    sizes = {"batch": batch, "lanes": lanes}
-    native.call("sweep_step", **native.named(args), **sizes, double=double)
+    native.call("sweep_step", args, batch=batch, lanes=lanes, double=double)

@@ -100,7 +100,7 @@ def recall_step(
         return round_channels(RoundChannels(x, r.scale, r.zero, r.levels, r.group_size, r.bits))
 
     gate, barrier, query, key, value = (rounded(part, x) for part, x in enumerate(args[:5]))
-    batch, heads, _, keys, values = args.psi.shape
+    _, heads, _, keys, values = args.psi.shape
     groups = query.shape[-1] // keys
     hopping, potential = hopping_and_potential(gate, barrier, args.rate, args.height, value.dtype)
     hopping = hopping * (args.g != 0).any(-1)[:, None]
