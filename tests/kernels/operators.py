@@ -253,6 +253,14 @@ FUNCTIONS: dict[str, Callable[..., Arguments]] = {
 }
 """Of `bkcore.kernels`."""
 
+DIFFERENTIABLE = {
+    "sweep": "sweep",
+    "attention": "attention",
+    "round_channels_straight_through": "round_channels",
+    "round_weight": "round_weight",
+}
+"""Functions with a derivative, and the operators that they call."""
+
 EVERY = [*(f"torch.ops.{name}" for name in OPERATORS), *FUNCTIONS]
 
 

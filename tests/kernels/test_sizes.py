@@ -16,7 +16,7 @@ from bkcore.errors import ShapeError
 from bkcore.kernels import use_backend
 from bkcore.kernels.backends.cpu import native
 from bkcore.kernels.checks import ChannelRounding
-from tests.kernels.operators import FUNCTIONS, arguments
+from tests.kernels.operators import DIFFERENTIABLE, FUNCTIONS, arguments
 
 SIZES = {
     "sweep": ("batch", "sites", "lanes"),
@@ -32,7 +32,6 @@ SIZES = {
     "recall_step": ("batch", "heads", "groups", "keys", "values"),
 }
 AT_LEAST_ONE = {"sites", "inputs", "groups"} | {("recall_step", "keys")}
-DIFFERENTIABLE = ("sweep", "attention", "round_channels_straight_through", "round_weight")
 CASES = [
     (name, zeros)
     for name, sizes in SIZES.items()

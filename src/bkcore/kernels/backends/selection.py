@@ -37,10 +37,10 @@ class BackendInfo:
     Attributes:
         available: whether it can be used at all.
         reason: why not, with a remedy; empty if available.
-        isa: the instruction set of the native kernels; None if not applicable.
-        threads: how many threads it will use; None if PyTorch decides.
-        used_for: the devices whose tensors it gets under the current choice: "cpu", "cuda",
-            "other".
+        isa: the instruction set of the native kernel; None where it means nothing.
+        threads: how many threads it will use; None where PyTorch decides.
+        used_for: the devices whose tensors it gets under the present choice: "cpu", "cuda",
+            "other" for those that no backend but the reference is for.
     """
 
     available: bool
@@ -161,7 +161,7 @@ def _info(backend: Backend, choice: str) -> BackendInfo:
 
 def _used_for(name: str, choice: str, available: bool) -> tuple[str, ...]:
     if choice != AUTO:
-        devices = _DEVICES.get(name, ("cpu", "cuda", "other"))
+        devices = _DEVICES.get(name, (*_NATIVE, "other"))
         return devices if name == choice and available else ()
     if name != "reference":
         return _DEVICES[name] if available else ()
