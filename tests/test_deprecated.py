@@ -11,7 +11,6 @@ import pytest
 import bkcore.core
 import bkcore.kernels
 from bkcore.kernels.backends.cpu import native
-from bkcore.kernels.backends.triton import launch
 from bkcore.kernels.int4_levels import INT4_LEVELS
 
 
@@ -27,21 +26,6 @@ def test_a_moved_module_is_imported_by_its_old_name() -> None:
         assert importlib.import_module("bkcore.kernels.weight_levels").INT4_LEVELS is INT4_LEVELS
     with pytest.warns(DeprecationWarning, match="backends.cpu.native.use_isa now"):
         assert importlib.import_module("bkcore.kernels.cpu").use_isa is native.use_isa
-
-
-def test_what_is_set_or_deleted_in_a_moved_module_is_refused_with_the_new_place() -> None:
-    old = importlib.import_module("bkcore.kernels.cpu")
-    where = "bkcore.kernels.cpu is bkcore.kernels.backends.cpu.native now"
-    with pytest.raises(AttributeError, match=f"{where}: set 'CACHE_BYTES' there"):
-        old.CACHE_BYTES = 7
-    with pytest.raises(AttributeError, match=f"{where}: delete 'CACHE_BYTES' there"):
-        del old.CACHE_BYTES
-    assert native.CACHE_BYTES != 7
-
-
-def test_the_length_of_blocks_in_triton_is_found_by_its_old_path() -> None:
-    with pytest.warns(DeprecationWarning, match="triton.launch.block_length now"):
-        assert bkcore.kernels.triton.block_length is launch.block_length
 
 
 def test_a_function_that_became_a_package_is_still_called() -> None:

@@ -58,14 +58,6 @@ class _MovedModule(ModuleType):
         _warn(f"{self.__name__}.{name}", f"{self._new}.{name}")
         return getattr(importlib.import_module(self._new), name)
 
-    # Passed on, what is set could not be undone: pytest's `monkeypatch` deletes what it did not
-    # find in the module's own dictionary.
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"{self.__name__} is {self._new} now: set {name!r} there")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"{self.__name__} is {self._new} now: delete {name!r} there")
-
 
 def _warn(old: str, new: str) -> None:
     warnings.warn(

@@ -38,5 +38,4 @@ __all__ = [
 
 __getattr__ = moved_names(__name__, {"step": "bkcore.kernels.sweep_step"})
 moved_module("bkcore.kernels.cpu", "bkcore.kernels.backends.cpu.native")
-moved_module("bkcore.kernels.triton", "bkcore.kernels.backends.triton.launch")
 moved_module("bkcore.kernels.weight_levels", "bkcore.kernels.int4_levels")
