@@ -3,29 +3,71 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import bkcore.core
 import bkcore.kernels
+from bkcore.deprecated import MODULES, NAMES
 from bkcore.kernels.backends.cpu import native
-from bkcore.kernels.int4_levels import INT4_LEVELS
+
+SOURCE = Path(__file__).parents[1] / "src"
 
 
-def test_a_moved_name_warns_and_is_the_new_one() -> None:
-    with pytest.warns(DeprecationWarning, match="bkcore.core.recall_step is bkcore.kernels.recall"):
-        assert bkcore.core.recall_step is bkcore.kernels.recall_step
-    with pytest.warns(DeprecationWarning, match="the next release removes the old name"):
-        assert bkcore.kernels.step is bkcore.kernels.sweep_step
+def imported(name: str) -> ModuleType:
+    if ".triton" in name:
+        pytest.importorskip("triton")
+    return importlib.import_module(name)
 
 
-def test_a_moved_module_is_imported_by_its_old_name() -> None:
-    with pytest.warns(DeprecationWarning, match="is bkcore.kernels.int4_levels.INT4_LEVELS now"):
-        assert importlib.import_module("bkcore.kernels.weight_levels").INT4_LEVELS is INT4_LEVELS
-    with pytest.warns(DeprecationWarning, match="backends.cpu.native.use_isa now"):
-        assert importlib.import_module("bkcore.kernels.cpu").use_isa is native.use_isa
+def a_name_of(module: ModuleType) -> str:
+    """A function or a class that a module defines itself, with a public name if there is one."""
+    own = [x for x, value in vars(module).items() if module.__name__ == _home(value)]
+    return min(own, key=lambda name: name.startswith("_"))
+
+
+def _home(value: object) -> str:
+    value = getattr(value, "fn", value)  # of a kernel of Triton
+    return getattr(value, "__module__", "") if callable(value) else ""
+
+
+@pytest.mark.parametrize(
+    ("old", "place"), [(old, place) for old, places in MODULES.items() for place in places]
+)
+def test_a_moved_module_has_the_names_of_the_new_ones(old: str, place: str) -> None:
+    new = imported(place)
+    package, _, leaf = old.rpartition(".")
+    module = imported(old)
+    assert getattr(imported(package), leaf) is module
+    if old == "bkcore.report":  # has modules only
+        return
+    name = a_name_of(new)
+    with pytest.warns(DeprecationWarning, match=re.escape(f"{old}.{name} is bkcore.")):
+        assert getattr(module, name) is getattr(new, name)
+
+
+@pytest.mark.parametrize("old", NAMES)
+def test_a_moved_name_is_the_new_one(old: str) -> None:
+    place, _, name = old.rpartition(".")
+    new_place, _, new = NAMES[old].rpartition(".")
+    with pytest.warns(DeprecationWarning, match=re.escape(f"{old} is {NAMES[old]} now; the next")):
+        assert getattr(imported(place), name) is getattr(imported(new_place), new)
+
+
+def test_what_has_moved_is_not_there_any_more() -> None:
+    """A file would be found first, and a name in a module would be taken without a warning."""
+    for old in MODULES:
+        path = SOURCE / old.replace(".", "/")
+        assert not path.exists()
+        assert not path.with_suffix(".py").exists()
+    for old in NAMES:
+        place, _, name = old.rpartition(".")
+        assert name not in vars(importlib.import_module(place))
 
 
 def test_a_function_that_became_a_package_is_still_called() -> None:
@@ -34,10 +76,38 @@ def test_a_function_that_became_a_package_is_still_called() -> None:
 
 
 def test_a_moved_module_is_found_by_its_path() -> None:
-    with pytest.warns(DeprecationWarning, match="bkcore.host.usable_cores now"):
-        assert bkcore.memory.usable_cores() >= 1
+    """In a fresh process: nothing else has imported it."""
+    code = """if True:
+        import bkcore
+        from bkcore.report import train
+        bkcore.memory.usable_cores(), bkcore.kernels.cpu.isa(), bkcore.report.curve.draw_curve
+        train.run_training
+    """
+    command = [sys.executable, "-W", "default", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    warnings = re.findall(r"<string>:(\d): DeprecationWarning: (\S+)", done.stderr)
+    moved = ["memory.usable_cores", "kernels.cpu.isa", "report.curve.draw_curve"]
+    expected = [("4", f"bkcore.{name}") for name in moved]
+    assert warnings == [*expected, ("5", "bkcore.report.train.run_training")]
+
+
+def test_what_is_set_in_a_moved_module_is_set_in_the_new_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "isa", native.isa)  # put back in the end
     with pytest.warns(DeprecationWarning, match="backends.cpu.native.isa now"):
-        assert bkcore.kernels.cpu.isa() == native.isa()
+        importlib.import_module("bkcore.kernels.cpu").isa = lambda: "none"
+    assert native.isa() == "none"
+
+
+def test_nothing_is_loaded_before_it_is_asked_for() -> None:
+    code = """if True:
+        import sys
+        import bkcore.training
+        from bkcore.deprecated import MODULES
+        sys.exit(not MODULES.keys().isdisjoint(sys.modules))
+    """
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_all_that_the_reference_names_is_there_at_once() -> None:
@@ -46,6 +116,8 @@ def test_all_that_the_reference_names_is_there_at_once() -> None:
 
 
 def test_other_names_are_missed_as_ever() -> None:
-    for module in (bkcore.core, bkcore.kernels):
+    for module in (bkcore.core, bkcore.kernels, bkcore, importlib.import_module("bkcore.memory")):
         with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
             _ = module.nothing
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("bkcore.report.nothing")

@@ -7,7 +7,7 @@ PyTorch takes a second, transformers longer.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bkcore.deprecated import moved_module
+from bkcore.deprecated import moved_names
 
 if TYPE_CHECKING:
     from bkcore.core import (
@@ -49,8 +49,7 @@ __all__ = [
 _PLACES = ("bkcore.core", "bkcore.quantization", "bkcore.model")
 _PACKAGES = ("core", "errors", "evaluation", "kernels", "model", "quantization", "text", "training")
 
-moved_module("bkcore.memory", "bkcore.host")
-moved_module("bkcore.products", "bkcore.training.onednn")
+_moved = moved_names(__name__)
 
 
 def __dir__() -> list[str]:
@@ -66,4 +65,4 @@ def __getattr__(name: str) -> Any:
         module = importlib.import_module(place)
         if name in module.__all__:
             return getattr(module, name)
-    raise AttributeError(f"module 'bkcore' has no attribute {name!r}")
+    return _moved(name)

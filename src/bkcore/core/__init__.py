@@ -17,10 +17,4 @@ __all__ = [
     "spectral_shift",
 ]
 
-__getattr__ = moved_names(
-    __name__,
-    {
-        name: f"bkcore.kernels.{name}"
-        for name in ("ChannelRounding", "has_recall_step", "recall_step")
-    },
-)
+__getattr__ = moved_names(__name__)

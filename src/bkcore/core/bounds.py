@@ -44,23 +44,7 @@ __all__ = [
     "ward_bound",
 ]
 
-__getattr__ = moved_names(
-    __name__,
-    {
-        "AttentionInputs": "bkcore.core.attention.AttentionInputs",
-        **{
-            name: f"bkcore.core.enclosures.{name}"
-            for name in (
-                "UNIT",
-                "AttentionEnclosure",
-                "Enclosure",
-                "attention_enclosure",
-                "diagonal_enclosure",
-                "propagated_enclosure",
-            )
-        },
-    },
-)
+__getattr__ = moved_names(__name__)
 
 Number = TypeVar("Number", float, Tensor)
 

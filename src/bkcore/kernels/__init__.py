@@ -1,6 +1,6 @@
 """The operators behind every public function, and the choice of their backend."""
 
-from bkcore.deprecated import moved_module, moved_names
+from bkcore.deprecated import moved_names
 from bkcore.kernels.backends.selection import BackendInfo, describe_backends, use_backend
 from bkcore.kernels.checks import ChannelRounding
 from bkcore.kernels.ops.attention import attention
@@ -36,6 +36,4 @@ __all__ = [
     "use_backend",
 ]
 
-__getattr__ = moved_names(__name__, {"step": "bkcore.kernels.sweep_step"})
-moved_module("bkcore.kernels.cpu", "bkcore.kernels.backends.cpu.native")
-moved_module("bkcore.kernels.weight_levels", "bkcore.kernels.int4_levels")
+__getattr__ = moved_names(__name__)

@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from bkcore.deprecated import moved_module
+from bkcore.deprecated import moved_names
 from bkcore.model.certificate import CoreCertificate, core_certificates
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.language_model import LanguageModel, ResNetBKForCausalLM
@@ -23,4 +23,4 @@ __all__ = [
     "core_certificates",
 ]
 
-moved_module("bkcore.model.quantized", "bkcore.model.conversion")
+__getattr__ = moved_names(__name__)

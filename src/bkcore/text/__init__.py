@@ -1,5 +1,6 @@
 """From text to token windows: corpora, the tokenizer, and windows for training and scoring."""
 
+from bkcore.deprecated import moved_names
 from bkcore.text.cache import cached_tokenizer, cached_tokens
 from bkcore.text.corpus import (
     Corpus,
@@ -47,3 +48,5 @@ __all__ = [
     "warning_of_other_text",
     "write_shards",
 ]
+
+__getattr__ = moved_names(__name__)

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
 
+from bkcore.deprecated import moved_names
 from bkcore.errors import DivergenceError, InputError, LifecycleError
 from bkcore.training import resuming
 from bkcore.training.callbacks import Clock, callbacks, curve
@@ -44,6 +45,8 @@ from bkcore.training.sharding import is_sharded
 
 Evaluation = Callable[[PreTrainedModel], Mapping[str, float]]
 """Scores a model; one of the numbers must be `loss`, where lower is better."""
+
+__getattr__ = moved_names(__name__)
 
 
 def train(
