@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from bkcore.quantization import affine
-from bkcore.quantization.observers import HistogramObserver, bin_centers
+from bkcore.quantization.observers import HistogramObserver
+from bkcore.quantization.range_search import bin_centers
 from bkcore.quantization.storage import StoredDtypes
 
 _SEGMENTS = {4: [1] * 15, 8: [1, 2, 4, 8, *[15] * 15, 8, 4, 2, 1]}

@@ -5,39 +5,36 @@ doubled and neighbouring bins are joined, which only loses resolution. The histo
 one that all values together give, whatever their order and batches. So observers can be merged, and
 processes that each see part of the data end up with the same counts.
 
-The range of the codes is then chosen from the histogram by one of `METHODS`. The extremes are a
-poor range: on v ~ N(0, 1), the range that minimizes the mean absolute error has a third less error
-than min-max at 8 bits, and half the error at 4.
-
+The range of the codes is then chosen from the histogram by one of `METHODS` (`range_search`).
 Errors need not all cost the same: each value may have a weight, and a search then minimizes the
 weighted error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bkcore.deprecated import moved_names
 from bkcore.errors import CalibrationError, InputError
-from bkcore.quantization import affine
+from bkcore.quantization import affine, range_search
+from bkcore.quantization.range_search import BINS, Histograms
 
 METHODS = ("minmax", "percentile", "mae", "mse")
 """Ways to choose a range: the extremes; the range that keeps a given percentage of the values; the
 range with the least mean absolute error; the one with the least mean squared error."""
 
-BINS = 2048
 WEIGHT_STEPS = 1024
 """Weights are stored as integer multiples of 1 / this, so sums do not depend on the order."""
 
-_CANDIDATES = 32
-_GROUPS_AT_ONCE = 64
 _SMALLEST = 2.0**-126
 _LARGEST = 2.0**115
 """4e34: with larger values, results such as the width of a range might overflow float32."""
+
+__getattr__ = moved_names(__name__)
 
 
 @dataclass(frozen=True)
@@ -182,8 +179,9 @@ class HistogramObserver:
         Raises:
             CalibrationError: if nothing was observed.
         """
+        histograms = self._histograms()
         ranges = {
-            name: self._range(name, bits, symmetric, percentile)
+            name: range_search.find_range(histograms, name, bits, symmetric, percentile)
             for name in (METHODS if method == "auto" else (method,))
         }
         if method == "auto":
@@ -215,20 +213,9 @@ class HistogramObserver:
             return sharing(zeros[-1])
         return min(map(sharing, zeros), key=lambda pair: self.error(pair[0], pair[1], bits, norm))
 
-    def _range(
-        self, method: str, bits: int, symmetric: bool, percentile: float
-    ) -> tuple[Tensor, Tensor]:
-        if method in ("mae", "mse"):
-            return self.search(bits, symmetric, 1 if method == "mae" else 2)
-        self._require_data()
-        low, high = self.low, self.high
-        if method == "percentile":
-            low, high = _percentile_range(self, symmetric, percentile)
-        return _finish(low, high, bits, symmetric)
-
     def error(self, scales: Tensor, zero_points: Tensor, bits: int, norm: int) -> float:
         """Summed weight * |error|^norm of all values, taken at the middle of their bins."""
-        values = bin_centers(self.half_range.float())
+        values = range_search.bin_centers(self.half_range.float())
         restored = affine.fake_quantize(values, scales[:, None], zero_points[:, None], bits)
         errors = (restored.double() - values.double()).abs()
         return float((errors**norm * self.costs).sum() / WEIGHT_STEPS)
@@ -236,16 +223,10 @@ class HistogramObserver:
     def clipped(self, scales: Tensor, zero_points: Tensor, bits: int) -> int:
         """How many observed values lie more than half a step outside the outermost codes."""
         qmin, qmax = affine.code_range(bits)
-        codes = bin_centers(self.half_range.float()) / scales[:, None] + zero_points[:, None]
+        values = range_search.bin_centers(self.half_range.float())
+        codes = values / scales[:, None] + zero_points[:, None]
         outside = (codes < qmin - 0.5) | (codes > qmax + 0.5)
         return int(self.counts[outside].sum())
-
-    def _require_data(self) -> None:
-        if self.empty:
-            raise CalibrationError(
-                "calibration saw no data; run forward passes between start_calibration() and "
-                "end_calibration()"
-            )
 
     def search(self, bits: int, symmetric: bool, norm: int) -> tuple[Tensor, Tensor]:
         """Scales (float32, storable) and zero points (int8) with the least weighted |error|^norm.
@@ -253,13 +234,15 @@ class HistogramObserver:
         Raises:
             CalibrationError: if nothing was observed.
         """
-        self._require_data()
-        parts = [
-            _search_group_ranges(self, slice(i, i + _GROUPS_AT_ONCE), bits, symmetric, norm)
-            for i in range(0, len(self.low), _GROUPS_AT_ONCE)
-        ]
-        scales, zero_points = zip(*parts, strict=True)
-        return torch.cat(scales), torch.cat(zero_points)
+        return range_search.least_error_range(self._histograms(), bits, symmetric, norm)
+
+    def _histograms(self) -> Histograms:
+        if self.empty:
+            raise CalibrationError(
+                "calibration saw no data; run forward passes between start_calibration() and "
+                "end_calibration()"
+            )
+        return Histograms(self.counts, self.costs, self.half_range, self.low, self.high)
 
 
 def require_usable(values: Tensor) -> None:
@@ -283,11 +266,6 @@ def _bins(values: Tensor, half_range: Tensor) -> Tensor:
     return torch.where(values < 0, BINS // 2 - 1 - distance, BINS // 2 + distance)
 
 
-def bin_centers(half_range: Tensor) -> Tensor:
-    """Middles of the bins, float32 (G, BINS), for half ranges (G,)."""
-    return ((torch.arange(BINS) + 0.5) * (2 / BINS) - 1) * half_range[:, None]
-
-
 def _widened(counts: Tensor, half_range: Tensor, target: Tensor) -> Tensor:
     """Widen histograms over [-R, R] to [-target, target], with target >= R powers of two."""
     counts = counts.clone()
@@ -303,165 +281,3 @@ def _join_neighbours(counts: Tensor) -> Tensor:
     joined = torch.zeros_like(counts)
     joined[:, BINS // 4 : 3 * BINS // 4] = counts.view(-1, BINS // 2, 2).sum(-1)
     return joined
-
-
-def affine_from_range(
-    low: Tensor, high: Tensor, bits: int, symmetric: bool
-) -> tuple[Tensor, Tensor]:
-    """Storable float32 scale and float zero point of the code range [low, high], elementwise.
-
-    An asymmetric range is first widened toward zero until a one-byte zero point can represent it:
-    at 8 bits until it contains zero, at 4 bits up to 8/9 of the way. A range that is only zero gets
-    scale 1.
-    """
-    qmin, qmax = affine.code_range(bits)
-    if symmetric:
-        width = torch.maximum(-low, high) / qmax
-        zero_point = torch.zeros_like(low)
-    else:
-        nearest = (qmin + 128) / (qmax + 128)
-        low, high = torch.minimum(low, nearest * high), torch.maximum(high, nearest * low)
-        width = (high - low) / (qmax - qmin)
-    scale = affine.storable(torch.where(width > 0, width, torch.ones_like(width)))
-    if not symmetric:
-        zero_point = torch.round(qmin - low / scale).clamp(-128, 127)
-    return scale, zero_point
-
-
-def _percentile_range(
-    observer: HistogramObserver, symmetric: bool, percentile: float
-) -> tuple[Tensor, Tensor]:
-    """The shortest range of whole bins that keeps `percentile` percent of each group's values.
-
-    A symmetric range leaves out the largest magnitudes. Any other leaves out at most half of the
-    excluded values at each end.
-    """
-    upper, lower = observer.counts[:, BINS // 2 :], observer.counts[:, : BINS // 2].flip(1)
-    outside = observer.counts.sum(1).double() * (1 - percentile / 100)
-    half = observer.half_range.float()
-
-    def reach(outward: Tensor, most_outside: Tensor) -> Tensor:
-        """The smallest end (G,) with at most `most_outside` of the counts (G, b) beyond it."""
-        beyond = outward.flip(1).cumsum(1)
-        bins_left_out = (beyond <= most_outside[:, None]).sum(1)
-        return half * (1 - bins_left_out * (2 / BINS))
-
-    if symmetric:
-        end = reach(upper + lower, outside)
-        high = torch.minimum(end, torch.maximum(-observer.low, observer.high))
-        return -high, high
-    counts = observer.counts
-    low = torch.maximum(-reach(counts.flip(1), outside / 2), observer.low)
-    return low, torch.minimum(reach(counts, outside / 2), observer.high)
-
-
-def _search_group_ranges(
-    observer: HistogramObserver, groups: slice, bits: int, symmetric: bool, norm: int
-) -> tuple[Tensor, Tensor]:
-    """Shrink each group's observed range to reduce its error, then try nearby scales."""
-    counts = observer.counts[groups]
-    used = counts.any(dim=0).nonzero().flatten()
-    first, last = int(used[0]), int(used[-1]) + 1
-    weights = observer.costs[groups, first:last].float()
-    centers = (torch.arange(first, last) + 0.5) * (2 / BINS) - 1
-    half = observer.half_range[groups].float()[:, None]
-    values = centers * half
-
-    def error(low: Tensor, high: Tensor) -> Tensor:
-        """Summed cost of candidate ranges: (G, C) -> (G, C)."""
-        return cost(*affine_from_range(low, high, bits, symmetric))
-
-    def cost(scale: Tensor, zero: Tensor) -> Tensor:
-        """Summed weight * |error|^norm of candidates (G, C)."""
-        columns = []
-        for s, z in zip(scale.unbind(1), zero.unbind(1), strict=True):
-            # Relative to the range, so that no power overflows float32.
-            errors = _bin_errors(values / half, s[:, None] / half, z[:, None], bits, norm)
-            columns.append((errors * weights).sum(1))
-        return torch.stack(columns, dim=1)
-
-    # Every batch reaches every group, so no group lacks data.
-    low, high = observer.low[groups], observer.high[groups]
-    if symmetric:
-        high = torch.maximum(-low, high)
-        low = -high
-        fractions = _fractions(bits)
-        best = error(low[:, None] * fractions, high[:, None] * fractions).argmin(1)
-        low, high = low * fractions[best], high * fractions[best]
-    else:
-        for _ in range(2):
-            low, high = _shrink_one_end(low, high, error, bits, move_low=False)
-            low, high = _shrink_one_end(low, high, error, bits, move_low=True)
-    scale, zero_point = affine_from_range(low, high, bits, symmetric)
-    widest, _ = affine_from_range(observer.low[groups], observer.high[groups], bits, symmetric)
-    scale, zero_point = _best_neighbour(scale, zero_point, widest, cost, shift=not symmetric)
-    return scale, zero_point.to(torch.int8)
-
-
-def _bin_errors(values: Tensor, scale: Tensor, zero: Tensor, bits: int, norm: int) -> Tensor:
-    """Mean |error|^norm in the bins with centres `values` (G, b); scale and zero are (G, 1).
-
-    Everything is in units of the histogram's half range, so bins are 2 / `BINS` wide.
-
-    At 4 bits a step is many bins wide, and the centre represents the whole bin. At 8 bits a bin may
-    be wider than a step, so inside the range the error is taken as uniform over a step.
-    """
-    if bits == 4:
-        return (affine.fake_quantize(values, scale, zero, bits) - values).abs() ** norm
-    qmin, qmax = affine.code_range(bits)
-    outer = values + values.sign() / BINS  # the bin's outer edge
-    beyond = torch.maximum((qmin - zero) * scale - outer, outer - (qmax - zero) * scale)
-    inside = scale / 4 if norm == 1 else scale**2 / 12
-    return torch.where(beyond > scale / 2, beyond.clamp(min=0) ** norm, inside)
-
-
-def _best_neighbour(
-    scale: Tensor,
-    zero_point: Tensor,
-    widest: Tensor,
-    cost: Callable[[Tensor, Tensor], Tensor],
-    *,
-    shift: bool,
-) -> tuple[Tensor, Tensor]:
-    """The best scale within 10 %, and with `shift` also the best of the adjacent zero points.
-
-    No scale exceeds `widest` (G,), with which the codes cover all values seen.
-
-    Zero points are integers. At 4 bits the error jumps by several percent from one to the next, so
-    searching the ends of the range alone does not find the best pair.
-    """
-    factors = torch.linspace(0.9, 1.1, 17).repeat(3 if shift else 1)
-    shifts = torch.arange(-1, 2).repeat_interleave(17) if shift else torch.zeros(17)
-    scales = torch.minimum(affine.storable(scale[:, None] * factors), widest[:, None])
-    zero_points = (zero_point[:, None] + shifts).clamp(-128, 127)
-    # The current pair comes first, so that it wins ties.
-    scales = torch.cat((scale[:, None], scales), 1)
-    zero_points = torch.cat((zero_point[:, None], zero_points), 1)
-    best = cost(scales, zero_points).argmin(1, keepdim=True)
-    return scales.gather(1, best).squeeze(1), zero_points.gather(1, best).squeeze(1)
-
-
-def _fractions(bits: int) -> Tensor:
-    """Fractions of the observed range to try; coarse codes gain from clipping more."""
-    return torch.linspace(1.0, 0.15 if bits == 4 else 0.3, _CANDIDATES)
-
-
-def _shrink_one_end(
-    low: Tensor,
-    high: Tensor,
-    error: Callable[[Tensor, Tensor], Tensor],
-    bits: int,
-    *,
-    move_low: bool,
-) -> tuple[Tensor, Tensor]:
-    """Move one end of the ranges [low, high], each (G,), to the least error."""
-    width = (high - low)[:, None] * _fractions(bits)
-    lows = high[:, None] - width if move_low else low[:, None].expand_as(width)
-    highs = high[:, None].expand_as(width) if move_low else low[:, None] + width
-    best = error(lows, highs).argmin(1, keepdim=True)
-    return lows.gather(1, best).squeeze(1), highs.gather(1, best).squeeze(1)
-
-
-def _finish(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    scale, zero_point = affine_from_range(low, high, bits, symmetric)
-    return scale, zero_point.to(torch.int8)
