@@ -21,11 +21,11 @@ import torch
 
 from bkcore.commands.receipt import size, tables, training
 from bkcore.errors import BKCoreError
-from bkcore.evaluation.judging import load_checkpoint
+from bkcore.evaluation.checkpoints import load_checkpoint
 from bkcore.evaluation.unfinished import Unfinished
 from bkcore.manifest import MANIFEST
-from bkcore.model import LanguageModel, StreamState
-from bkcore.model import receipt as receipts
+from bkcore.model import LanguageModel, StreamState, receipt_file
+from bkcore.model.receipt import problems
 from bkcore.text import encode, train_tokenizer
 from bkcore.training import resuming
 from bkcore.training.recipe import read_recipe
@@ -158,8 +158,8 @@ def use(folder: Path) -> None:
         with torch.no_grad():
             model(ids)
     if model.quantization_state == "quantized":
-        receipt = receipts.read(folder)
-        _ = tables(receipt), size(receipt, folder), training(receipt), receipts.problems(receipt)
+        receipt = receipt_file.read(folder)
+        _ = tables(receipt), size(receipt, folder), training(receipt), problems(receipt)
 
 
 def attack(do: Callable[[random.Random], None], name: str) -> int:

@@ -14,7 +14,8 @@ from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.kernels import recall_step, use_backend
 from bkcore.kernels.backends.cpu import native
 from bkcore.model import ResNetBKConfig
-from bkcore.model.mixer import CoreQuantizers, ResolventMixer
+from bkcore.model.core_quantizers import CoreQuantizers
+from bkcore.model.mixer import ResolventMixer
 from bkcore.model.state import LayerState
 from bkcore.quantization import QuantizationConfig
 

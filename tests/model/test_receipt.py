@@ -9,7 +9,7 @@ import torch
 
 from bkcore.errors import CalibrationError, CheckpointError, InputError, LifecycleError
 from bkcore.evaluation import sensitivity
-from bkcore.model import ResNetBKForCausalLM, conversion, core_certificates, receipt
+from bkcore.model import ResNetBKForCausalLM, conversion, core_certificates, receipt, receipt_file
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.moe import Expert, counting_load
 from bkcore.quantization import QuantizationConfig, linear
@@ -197,12 +197,12 @@ def test_it_is_saved_and_loaded_at_every_step(build, tmp_path):
     model.save_pretrained(tmp_path / "calibrated")
     later = ResNetBKForCausalLM.from_pretrained(tmp_path / "calibrated")
     with pytest.raises(CheckpointError, match="has no receipt"):
-        receipt.read(tmp_path / "calibrated")
+        receipt_file.read(tmp_path / "calibrated")
     model.apply_ptq()
     later.apply_ptq()
     assert later.receipt == model.receipt
     later.save_pretrained(tmp_path / "quantized")
-    assert receipt.read(tmp_path / "quantized") == model.receipt
+    assert receipt_file.read(tmp_path / "quantized") == model.receipt
     again = ResNetBKForCausalLM.from_pretrained(tmp_path / "quantized")
     assert again.receipt == model.receipt
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from bkcore.errors import CalibrationError, InputError
-from bkcore.model.mixer import CoreQuantizers, Phase, ResolventMixer
+from bkcore.model.core_quantizers import CoreQuantizers, Phase
+from bkcore.model.mixer import ResolventMixer
 from bkcore.model.moe import Expert
 from bkcore.quantization.config import Part, QuantizationConfig
 from bkcore.quantization.gptq import InputMoments, pack_weight_by_moments

@@ -24,8 +24,9 @@ from transformers.initialization import no_init_weights
 
 from bkcore import manifest
 from bkcore.errors import CheckpointError
-from bkcore.model import receipt
+from bkcore.model import receipt_file
 from bkcore.model.config import ResNetBKConfig
+from bkcore.model.receipt import Receipt
 from bkcore.model.request import ADAPTERS, Request, refuse_adapters
 from bkcore.quantization.storage import StoredDtypes
 from bkcore.reading import foreign, parse_json, shown
@@ -96,7 +97,7 @@ class Source:
     config: ResNetBKConfig
     tensors: dict[str, Any]
     generation: GenerationConfig | None
-    receipt: receipt.Receipt | None
+    receipt: Receipt | None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,7 +127,7 @@ def opened(request: Request, kind: type[PreTrainedModel]) -> Iterator[Source]:
     if manifest.GENERATION in digests:
         content = manifest.contents(folder, manifest.GENERATION, digests)
         generation = generation_from(content, folder / manifest.GENERATION)
-    found = receipt.find(folder, digests)
+    found = receipt_file.find(folder, digests)
     weights = sorted(filter(manifest.is_weights_file, digests))
     if request.variant is not None:
         _check_variant(request.variant, weights, folder)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import operator
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +12,13 @@ from torch.nn import functional as F
 from bkcore.core import causal_sweep_parts
 from bkcore.core.attention import AttentionInputs, attend
 from bkcore.errors import ShapeError
-from bkcore.kernels import ChannelRounding, has_recall_step, recall_step
+from bkcore.kernels import has_recall_step, recall_step
 from bkcore.kernels.recall import features, for_every_head, hopping_and_potential, over_memory
 from bkcore.model.config import ResNetBKConfig
+from bkcore.model.core_quantizers import CoreQuantizers
 from bkcore.model.state import LayerState
-from bkcore.quantization.complex_quantizer import ComplexQuantizer
-from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.linear import QuantizedLinear
 from bkcore.quantization.quantizers import GroupWiseQuantizer
-
-Phase = Literal["idle", "observe", "quantize"]
 
 _SHORTEST, _LONGEST = 8.0, 500.0
 """Initial memory lengths of the heads, log-spaced: sites until 1 - 1/e is forgotten."""
@@ -32,69 +28,6 @@ _BARRIER = math.exp(-6)
 
 _ETA = 1e-4
 """Initial broadening: a lossless chain forgets after about sqrt(2 / eta) = 140 sites."""
-
-
-class CoreQuantizers(nn.Module):
-    """Quantizers of the inputs and outputs of resolvent attention; none has scales per position.
-
-    Gates and barriers have one scale per head. Queries, keys, values and the attention's output
-    have one per channel. `phase` says what a call does: nothing, observe, or fake-quantize.
-    """
-
-    def __init__(
-        self, heads: int, keys: int, width: int, config: QuantizationConfig, *, learnable: bool
-    ) -> None:
-        super().__init__()
-        self.phase: Phase = "idle"
-        common: dict[str, Any] = {"bits": config.bits, "learnable": learnable, "norm": 2}
-        common |= {"observer": config.observer, "percentile": config.percentile}
-        common |= {"nonuniform": config.has_level_tables}
-
-        def real(channels: int, symmetric: bool) -> GroupWiseQuantizer:
-            size = 1 if config.per_channel else channels
-            return GroupWiseQuantizer(channels, size, symmetric=symmetric, **common)
-
-        # SiLU never goes below -0.28, so symmetric codes would waste half their range.
-        skewed = config.symmetric is True
-        self.gate = real(heads, skewed)
-        self.barrier = real(heads, skewed)
-        self.query = real(keys, skewed)
-        self.key = real(keys, skewed)
-        self.value = real(width, skewed)
-        # Unlike Im g, both parts of the output take either sign.
-        self.found = ComplexQuantizer(
-            width, config.per_channel, symmetric=config.symmetric is not False, **common
-        )
-
-        inputs = (self.gate, self.barrier, self.query, self.key, self.value)
-        self._parts = (*inputs, self.found.real, self.found.imag)
-        self._tables = [part.table for part in self._parts if part.table is not None]
-        self._held = [part._buffers for part in self._parts]
-        self._known: tuple[list[Tensor | None], list[ChannelRounding]] | None = None
-
-    def parts(self) -> tuple[GroupWiseQuantizer, ...]:
-        """The seven real quantizers, inputs first."""
-        return self._parts
-
-    @property
-    def rounds_only(self) -> bool:
-        """Whether a call only rounds to stored codes, with nothing to observe or learn."""
-        return self.phase == "quantize" and not self._parts[0].learnable
-
-    def rounding(self) -> list[ChannelRounding]:
-        """How `recall_step` is to round the seven parts."""
-        # Decoding asks for this at every token; checking that no tensor was replaced is quicker.
-        now = [tensor for held in self._held for tensor in held.values()]
-        now += [table.values for table in self._tables]
-        if self._known is None or not all(map(operator.is_, self._known[0], now)):
-            self._known = now, [part.rounding() for part in self._parts]
-        return self._known[1]
-
-    def apply_to(self, quantizer: GroupWiseQuantizer, x: Tensor) -> Tensor:
-        """Pass x (..., channels) through one quantizer as the phase asks."""
-        if self.phase == "observe":
-            quantizer.observe(x)
-        return quantizer.fake_quantize(x) if self.phase == "quantize" else x
 
 
 class CoreInputs(NamedTuple):

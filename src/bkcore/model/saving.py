@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from bkcore import manifest
 from bkcore.errors import BKCoreError, CheckpointError, InputError, LifecycleError
-from bkcore.model import receipt
+from bkcore.model import receipt_file
 from bkcore.model.loading import check_saved
 from bkcore.model.quantizing import QuantizableModel
 from bkcore.quantization.lifecycle import QuantizationState
@@ -53,7 +53,7 @@ def save(
             write(staged, **options)
         if options.get("is_main_process", True):
             if model.receipt is not None:
-                receipt.write(model.receipt, staged)
+                receipt_file.write(model.receipt, staged)
             check_saved(type(model), staged, place)
 
 
