@@ -19,7 +19,7 @@ from bkcore.commands import (
     receipt,
     train,
 )
-from bkcore.commands.process import Command, run
+from bkcore.commands.running import Command, run
 from bkcore.host import keep_freed_memory
 
 app = typer.Typer(

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from bkcore import cli
-from bkcore.bench import memory, plot, process
+from bkcore.bench import memory, plot, process_memory
 from bkcore.bench.memory import KINDS, Point, growth, markdown_table, measure, report, table
 from bkcore.errors import InputError
 
@@ -83,7 +83,7 @@ def test_a_point_is_what_a_step_needs(kind: str, monkeypatch: pytest.MonkeyPatch
 
 def test_the_peak_rises_by_what_is_touched_and_never_falls() -> None:
     code = (
-        "from bkcore.bench.process import peak_bytes as peak; start = peak(); "
+        "from bkcore.bench.process_memory import peak_bytes as peak; start = peak(); "
         "block = b'x' * 2**28; top = peak(); del block; print(top - start, peak() - top)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
@@ -120,6 +120,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least 1024"):
         memory.run_memory(Console(quiet=True), 1000)
-    monkeypatch.setattr(process, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(process_memory, "_STATUS", tmp_path / "status")
     with pytest.raises(InputError, match="only Linux"):
         memory.run_memory(Console(quiet=True), 2048)

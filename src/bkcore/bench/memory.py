@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bkcore.bench.machine import machine
-from bkcore.bench.process import peak_bytes, require_counts
+from bkcore.bench.process_memory import peak_bytes, require_counts
 from bkcore.display.progress import Plan
 from bkcore.errors import InputError
 from bkcore.evaluation.perplexity import score

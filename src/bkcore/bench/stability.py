@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from bkcore.bench.machine import machine
-from bkcore.bench.process import require_counts, resident_bytes
+from bkcore.bench.process_memory import require_counts, resident_bytes
 from bkcore.display.console import warn
 from bkcore.display.progress import Plan
 from bkcore.errors import InputError
-from bkcore.evaluation.judging import check_tokenizers, load_checkpoint
+from bkcore.evaluation.checkpoints import check_tokenizers, load_checkpoint
 from bkcore.model import ResNetBKForCausalLM, StreamState, core_certificates
 from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.text import encode, load_split, warning_of_other_text
@@ -112,7 +112,7 @@ def run_stability(
                     states[0] = _read(models[0], some, states[0])
                 seen += piece.shape[1]
                 advance(seen / length)
-            ages.append(_judge(models, states, text, probe, position))
+            ages.append(_measured(models, states, text, probe, position))
     protocol = {
         "checkpoint": str(checkpoint),
         "reference": str(reference),
@@ -181,7 +181,7 @@ def divergence(reference: Tensor, logits: Tensor) -> tuple[float, float]:
     return float(each.mean()), float(each.std() / len(each) ** 0.5)
 
 
-def _judge(
+def _measured(
     models: Sequence[ResNetBKForCausalLM],
     states: Sequence[StreamState],
     text: Tensor,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bkcore.bench.machine import machine
 from bkcore.bench.memory import MODEL
-from bkcore.bench.process import require_counts, resident_bytes
+from bkcore.bench.process_memory import require_counts, resident_bytes
 from bkcore.display.progress import Plan
 from bkcore.errors import BenchmarkError, InputError
 from bkcore.model import LanguageModel, ResNetBKForCausalLM, StreamState

@@ -24,7 +24,7 @@ from bkcore.comparison.contestants import (
 from bkcore.comparison.runs import Advance, Run, StepTimes
 from bkcore.comparison.selective_scan import fast_selective_scan
 from bkcore.comparison.settings import LanguageSettings
-from bkcore.evaluation.judging import check_length
+from bkcore.evaluation.evaluate import check_length
 from bkcore.evaluation.perplexity import (
     Protocol,
     Scores,

@@ -58,6 +58,11 @@ class Recipe:
     evaluation_batch_size: int = 16
     seed: int = 0
 
+    @property
+    def tokens_a_step(self) -> int:
+        """Tokens that a training step reads."""
+        return self.schedule.batch_size * self.window
+
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe as plain JSON values."""
         return asdict(self)

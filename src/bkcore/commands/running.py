@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -83,30 +82,7 @@ def keeping(what: str) -> Iterator[None]:
         raise
 
 
-def publish(show: Callable[[], None], *files: tuple[Path | None, Callable[[Path], None]]) -> None:
-    """Write a result to the requested files, then print it.
-
-    Raises:
-        OutputError: at the end, if some of it could not be written or printed.
-    """
-    failed = []
-    try:
-        for path, write in files:
-            try:
-                if path is not None:
-                    write(path)
-            except OutputError as error:
-                failed.append(str(error))
-    finally:
-        show()
-    if failed:
-        raise OutputError("; ".join(failed))
-    sys.stdout.flush()
-    if getattr(sys.stdout, "error", None) is not None:
-        raise _UnprintedError
-
-
-class _UnprintedError(OutputError):
+class UnprintedError(OutputError):
     """Standard output could not be written to; `run` reports it."""
 
 
@@ -139,7 +115,7 @@ def _exit_code(command: Callable[[], object]) -> int:
         command()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
-    except _UnprintedError:
+    except UnprintedError:
         return 0
     except BKCoreError as error:
         _complain(str(error))
