@@ -19,9 +19,7 @@ from typer.testing import CliRunner
 import bkcore
 from bkcore import cli
 from bkcore.commands import export, generate
-from bkcore.commands.process import publish
-from bkcore.errors import OutputError
-from bkcore.evaluation import judging
+from bkcore.evaluation import checkpoints, evaluate
 from bkcore.model import LanguageModel
 from bkcore.text import train_tokenizer
 from bkcore.training import trainer
@@ -62,9 +60,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a command in an empty folder and gives its exit code; models are judged in here."""
+    """Runs a command in an empty folder and gives its exit code; models are evaluated in here."""
     monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(judging, "evaluate_in_new_process", judging.evaluate_checkpoint)
+    monkeypatch.setattr(evaluate, "evaluate_in_new_process", evaluate.evaluate_checkpoint)
     monkeypatch.chdir(tmp_path)
     for name in ("float", "other", "int8", "text", "cjk", "recipe.yaml"):
         (tmp_path / name).symlink_to(folder / name)
@@ -151,18 +149,6 @@ def test_a_file_that_cannot_be_written_is_told_after_the_result(
     assert printed.err == "bkcore: /dev/full could not be written: No space left on device\n"
 
 
-def test_every_other_file_is_written_when_one_cannot_be(tmp_path: Path) -> None:
-    said: list[str] = []
-
-    def fail(path: Path) -> None:
-        raise OutputError(f"{path} is full")
-
-    files = ((Path("a"), fail), (None, fail), (Path("b"), lambda path: said.append(f"{path}")))
-    with pytest.raises(OutputError, match="a is full"):
-        publish(lambda: said.append("shown"), *files)
-    assert said == ["b", "shown"]
-
-
 @pytest.mark.parametrize("closed", [">&-", "2>&- <&-"])
 def test_streams_that_are_closed(folder: Path, tmp_path: Path, closed: str) -> None:
     """As a shell closes them: no file of the command takes their place."""
@@ -183,15 +169,15 @@ def test_streams_that_are_closed(folder: Path, tmp_path: Path, closed: str) -> N
 @pytest.mark.parametrize(
     ("where", "name", "arguments", "kept"),
     [
-        (judging, "score", EVALUATE, "kept keeps what was scored"),
+        (evaluate, "score", EVALUATE, "kept keeps what was scored"),
         (
             trainer,
             "train",
             ("train", "--config", "recipe.yaml", "--data", "text", "--output", "runs"),
             "runs keeps the checkpoints",
         ),
-        (judging, "load_checkpoint", ("generate", "float"), ""),
-        (judging, "load_checkpoint", ("export", "float", "half"), ""),
+        (checkpoints, "load_checkpoint", ("generate", "float"), ""),
+        (checkpoints, "load_checkpoint", ("export", "float", "half"), ""),
     ],
 )
 def test_an_interruption_is_a_sentence(
@@ -274,7 +260,7 @@ def test_refused_before_the_work(
     complaint: str,
 ) -> None:
     """Nothing is scored, calibrated or trained, and nothing is left."""
-    for name in ("evaluation.judging.score", "training.trainer.train", "comparison.demo.train"):
+    for name in ("evaluation.evaluate.score", "training.trainer.train", "comparison.demo.train"):
         monkeypatch.setattr(f"bkcore.{name}", None)
     monkeypatch.setattr(LanguageModel, "calibrate_quantization", None, raising=False)
     before = sorted(tmp_path.rglob("*"))
@@ -399,7 +385,7 @@ def test_library_functions_leave_the_logging_of_transformers_alone() -> None:
         for path in sorted(source.rglob("*.py"))
         if any(name in path.read_text(encoding="utf-8") for name in names)
     ]
-    assert found == ["commands/process.py", "evaluation/judging.py", "text/hub.py"]
+    assert found == ["commands/running.py", "evaluation/evaluate.py", "text/hub.py"]
 
 
 # ---- the program itself ------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from bkcore.cli import app
-from bkcore.evaluation.judging import load_checkpoint
+from bkcore.evaluation.checkpoints import load_checkpoint
 from bkcore.evaluation.perplexity import perplexity_per_word, score
 from bkcore.evaluation.samples import load_samples, samples_of
 from bkcore.text import (

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from bkcore.commands.demo import PROMPT, show_shipped
 from bkcore.display.console import Console
-from bkcore.evaluation.judging import load_checkpoint, save_checkpoint
+from bkcore.evaluation.checkpoints import load_checkpoint, save_checkpoint
 from bkcore.evaluation.samples import samples_of
 from bkcore.text import TokenWindows, encode, load_corpus
 

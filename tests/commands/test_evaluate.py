@@ -14,19 +14,19 @@ from typer.testing import CliRunner
 from bkcore.cli import app
 from bkcore.commands.evaluate import run_evaluation
 from bkcore.errors import InputError
-from bkcore.evaluation import judging
+from bkcore.evaluation import checkpoints, evaluate
 from bkcore.text import load_corpus, origin_of
 
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Judge in this process, which is quicker than starting another."""
-    monkeypatch.setattr(judging, "evaluate_in_new_process", judging.evaluate_checkpoint)
+    """Evaluate in this process, which is quicker than starting another."""
+    monkeypatch.setattr(evaluate, "evaluate_in_new_process", evaluate.evaluate_checkpoint)
 
 
 @pytest.fixture
 def quantized(fox_checkpoint: Path) -> Path:
-    model, tokenizer = judging.load_checkpoint(fox_checkpoint)
+    model, tokenizer = checkpoints.load_checkpoint(fox_checkpoint)
     model.configure_quantization("ptq_int4")
     model.calibrate_quantization([torch.randint(len(tokenizer), (2, 20))])
     folder = fox_checkpoint.parent / "int4"
@@ -44,7 +44,7 @@ def test_the_window_is_that_of_the_training(fox_checkpoint: Path, fox_text: Path
 def test_a_text_of_one_window_is_refused_before_it_is_scored(
     fox_checkpoint: Path, fox_text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judging, "score", None)
+    monkeypatch.setattr(evaluate, "score", None)
     with pytest.raises(InputError, match=r"and a window has 100000; one window"):
         run_evaluation(fox_checkpoint, fox_text, None, Console(quiet=True), 100_000)
 
@@ -80,9 +80,9 @@ def test_without_a_reference_nothing_is_compared(
 def test_another_text_than_the_models_own_is_said_loudly(
     fox_checkpoint: Path, fox_text: Path, tmp_path: Path
 ) -> None:
-    model, tokenizer = judging.load_checkpoint(fox_checkpoint)
+    model, tokenizer = checkpoints.load_checkpoint(fox_checkpoint)
     model.config.training_text = origin_of(load_corpus(fox_text))
-    judging.save_checkpoint(tmp_path / "knows", model, tokenizer)
+    checkpoints.save_checkpoint(tmp_path / "knows", model, tokenizer)
     quiet = Console(quiet=True)
     assert run_evaluation(tmp_path / "knows", fox_text, None, quiet)["warning"] is None
     assert run_evaluation(fox_checkpoint, fox_text, None, quiet)["warning"] is None

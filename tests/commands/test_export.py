@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from bkcore.commands.export import export_half
-from bkcore.commands.files import refuse_model
+from bkcore.commands.files import prepare_model
 from bkcore.commands.train import draw_curve
 from bkcore.errors import CheckpointError, InputError
-from bkcore.evaluation.judging import load_checkpoint
+from bkcore.evaluation.checkpoints import load_checkpoint
 
 
 def test_a_model_in_float16_is_half_as_large_and_computes_in_float32(
@@ -52,7 +52,7 @@ def test_what_cannot_be_exported_is_named(fox_checkpoint: Path, tmp_path: Path) 
 def test_a_model_that_cannot_be_told_is_not_written_over(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError, match="may hold a model"):
-        refuse_model(tmp_path)
+        prepare_model(tmp_path, tmp_path / "checkpoint")
 
 
 def test_a_full_disk_leaves_no_half(fox_checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -9,31 +9,31 @@ from pathlib import Path
 import pytest
 
 from bkcore.commands.bit_budget_tables import draw_frontier
-from bkcore.commands.files import prepare, refuse_model
+from bkcore.commands.files import Files, prepare_model
 from bkcore.commands.train import draw_curve
-from bkcore.errors import InputError
+from bkcore.errors import InputError, OutputError
 
 
 def test_one_place_for_two_outputs_is_refused(tmp_path: Path) -> None:
     file, folder = tmp_path / "a", tmp_path / "runs"
     (tmp_path / "link").symlink_to("a")
     for other in (file, tmp_path / "runs" / ".." / "a", tmp_path / "link"):
-        with pytest.raises(InputError, match="--json and --plot are both"):
-            prepare({"--json": file, "--plot": other})
+        with pytest.raises(InputError, match="--json and --markdown are both"):
+            Files(file, other).prepare()
     with pytest.raises(InputError, match="--json and --output are both"):
-        prepare({"--json": folder}, {"--output": folder})
+        Files(folder).prepare({"--output": folder})
     with pytest.raises(InputError, match=r"--json is .*, but --output needs a folder"):
-        prepare({"--json": file}, {"--output": file / "b"})
-    prepare({"--json": file, "--plot": None}, {"--output": folder, "--control": None})
-    prepare({"--json": Path(os.devnull), "--markdown": Path(os.devnull)})
+        Files(file).prepare({"--output": file / "b"})
+    Files(file).prepare({"--output": folder, "--control": None})
+    Files(Path(os.devnull), Path(os.devnull)).prepare()
     assert {path.name for path in tmp_path.iterdir()} == {"link"}
 
 
 @pytest.mark.parametrize("name", ["config.json", "receipt.json", "bkcore.json", "tokenizer.json"])
 def test_a_file_of_a_model_is_no_place_for_a_report(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"a file of the model in .*int8"):
-        prepare({"--json": tmp_path / "int8" / name}, {"OUTPUT": tmp_path / "int8"})
-    prepare({"--json": tmp_path / "int8" / "report.json"}, {"OUTPUT": tmp_path / "int8"})
+        Files(tmp_path / "int8" / name).prepare({"OUTPUT": tmp_path / "int8"})
+    Files(tmp_path / "int8" / "report.json").prepare({"OUTPUT": tmp_path / "int8"})
 
 
 def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
@@ -46,16 +46,16 @@ def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
     read = [model, str(text), tmp_path / "recipe.yaml", None]
     for name in ("model/config.json", "text/deep/a.txt", "recipe.yaml"):
         with pytest.raises(InputError, match="which is read; name another file"):
-            prepare({"--json": tmp_path / name}, read=read)
+            Files(tmp_path / name).prepare(read=read)
     for name in ("model/report.json", "text/deep/b.json", "text/new.txt"):
-        prepare({"--json": tmp_path / name}, read=read)
+        Files(tmp_path / name).prepare(read=read)
 
 
 @pytest.mark.parametrize("content", ["[1]", "3", '{"quantization": 3}', "{", "\xff"])
 def test_a_configuration_that_is_none_may_be_of_a_model(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match="may hold a model"):
-        refuse_model(tmp_path)
+        prepare_model(tmp_path, tmp_path / "checkpoint")
 
 
 @pytest.mark.filterwarnings("error")
@@ -78,6 +78,21 @@ def test_pictures_leave_out_what_is_not_finite(tmp_path: Path) -> None:
 def test_paths_that_cannot_be_are_refused_in_words(tmp_path: Path, name: str) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(InputError):
-        prepare({"--json": tmp_path / name})
+        Files(tmp_path / name).prepare()
     with pytest.raises(InputError):
-        prepare({}, {"--output": tmp_path / name})
+        Files().prepare({"--output": tmp_path / name})
+
+
+def test_every_other_file_is_written_when_one_cannot_be(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "a").mkdir()
+    files = Files(tmp_path / "a", tmp_path / "b", tmp_path / "c.svg")
+    with pytest.raises(OutputError, match="a could not be written"):
+        files.publish(
+            lambda: said.append("shown"),
+            {"one": 1},
+            "two",
+            lambda path: said.append(path.name),
+        )
+    assert said == ["c.svg", "shown"]
+    assert (tmp_path / "b").read_text() == "two"

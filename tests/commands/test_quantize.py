@@ -18,13 +18,13 @@ from bkcore.commands import quantize_steps
 from bkcore.commands.quantize_settings import QuantizeSettings
 from bkcore.commands.quantize_steps import UNIFORM_MODES, run_quantize
 from bkcore.errors import CheckpointError, DataError, DivergenceError, InputError, ReceiptError
-from bkcore.evaluation import judging
+from bkcore.evaluation import evaluate
 from bkcore.evaluation.calibration import CalibrationWindows
-from bkcore.evaluation.judging import load_checkpoint, save_checkpoint
+from bkcore.evaluation.checkpoints import load_checkpoint, save_checkpoint
 from bkcore.evaluation.rows import average_bits
 from bkcore.evaluation.samples import samples_of
 from bkcore.model import LanguageModel
-from bkcore.model.receipt import read
+from bkcore.model.receipt_file import read
 from bkcore.text import TokenWindows, encode, load_corpus, origin_of, spread, train_tokenizer
 from bkcore.training import train
 
@@ -318,7 +318,7 @@ def test_too_little_text_is_refused_before_calibration(
     checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CalibrationWindows, "batches", None)
-    monkeypatch.setattr(judging, "TOKENS_A_BATCH", 1 << 30)
+    monkeypatch.setattr(evaluate, "TOKENS_A_BATCH", 1 << 30)
     how = settings(mode="qat_int8", steps=3)
     with pytest.raises(DataError, match="a training step takes"):
         run_quantize(checkpoint, tmp_path / "out", text, how, QUIET)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from bkcore.cli import app
 from bkcore.errors import DataError
-from bkcore.evaluation.judging import load_checkpoint
+from bkcore.evaluation.checkpoints import load_checkpoint
 from bkcore.evaluation.perplexity import perplexity_per_word, score
 from bkcore.text import TokenWindows, count_words, encode, load_corpus, origin_of
 from bkcore.training import Schedule, train

@@ -14,7 +14,7 @@ from bkcore.cli import app
 from bkcore.comparison import demo
 from bkcore.comparison.demo import DemoSettings, run_demo
 from bkcore.errors import CheckpointError, DataError, InputError
-from bkcore.evaluation import judging, rows
+from bkcore.evaluation import checkpoints, evaluate, rows
 from bkcore.model import LanguageModel
 from bkcore.training import Schedule
 
@@ -48,7 +48,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new interpreter for each checkpoint takes seconds; one test of it is enough."""
-    monkeypatch.setattr(demo, "evaluate_in_new_process", judging.evaluate_checkpoint)
+    monkeypatch.setattr(demo, "evaluate_in_new_process", evaluate.evaluate_checkpoint)
 
 
 def run(text: Path, output: Path) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     """Folder and report of a demo."""
     folder = tmp_path_factory.mktemp("demo") / "one"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "evaluate_in_new_process", judging.evaluate_checkpoint)
+        patch.setattr(demo, "evaluate_in_new_process", evaluate.evaluate_checkpoint)
         return folder, run(text, folder)
 
 
@@ -96,16 +96,16 @@ def test_report_has_every_mode_and_repeats(
 
 def test_evaluate_agrees_with_the_demo(text: Path, finished: tuple[Path, dict[str, Any]]) -> None:
     output, report = finished
-    setting = judging.Setting((text / "valid.txt").read_text(), "valid", 32, 4, 1)
-    found = judging.evaluate_in_new_process(output / "ptq_int8", setting)
+    setting = evaluate.Setting((text / "valid.txt").read_text(), "valid", 32, 4, 1)
+    found = evaluate.evaluate_in_new_process(output / "ptq_int8", setting)
     row = rows.row("ptq_int8", found, found)
     assert row["ppl_token"] == report["rows"][1]["ppl_token"]
 
 
 def test_missing_checkpoint_is_an_error_of_the_parent_process(tmp_path: Path) -> None:
-    setting = judging.Setting("some text", "valid", 32, 4, 1)
+    setting = evaluate.Setting("some text", "valid", 32, 4, 1)
     with pytest.raises(CheckpointError, match="no checkpoint folder"):
-        judging.evaluate_in_new_process(tmp_path / "nothing", setting)
+        evaluate.evaluate_in_new_process(tmp_path / "nothing", setting)
 
 
 def test_bad_data_stops_before_training(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_generate_continues_a_text(finished: tuple[Path, dict[str, Any]]) -> Non
 def test_a_checkpoint_without_tokenizer_says_so(tmp_path: Path) -> None:
     LanguageModel(300, 16, 1, 16, num_experts=2, expert_size=8).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
-        judging.load_checkpoint(tmp_path)
+        checkpoints.load_checkpoint(tmp_path)
 
 
 def test_names_that_cannot_be_written_stop_before_training(text: Path, tmp_path: Path) -> None:

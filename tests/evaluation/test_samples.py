@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bkcore import manifest
 from bkcore.errors import CheckpointError
-from bkcore.evaluation.judging import load_checkpoint, save_checkpoint
+from bkcore.evaluation.checkpoints import load_checkpoint, save_checkpoint
 from bkcore.evaluation.samples import load_samples, samples_of
 from bkcore.model import LanguageModel
 from bkcore.text import TokenWindows, list_tokenizer, load_tokenizer, train_tokenizer

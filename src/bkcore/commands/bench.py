@@ -11,7 +11,7 @@ import typer
 
 from bkcore.commands.files import Files
 from bkcore.commands.options import SHIPPED, DataOption, JsonOption, PlotOption
-from bkcore.commands.process import Command
+from bkcore.commands.running import Command
 from bkcore.display.console import Console
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import typer
 
 from bkcore.commands.files import Files
 from bkcore.commands.options import DataOption, JsonOption
-from bkcore.commands.process import keeping, use_free_cores
+from bkcore.commands.running import keeping, use_free_cores
 from bkcore.comparison.settings import LanguageSettings, SyntheticSettings
 from bkcore.display.console import Console, say
 

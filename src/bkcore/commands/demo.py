@@ -11,7 +11,7 @@ from rich.table import Table
 
 from bkcore.commands.files import Files
 from bkcore.commands.options import SHIPPED, DataOption, JsonOption
-from bkcore.commands.process import use_free_cores
+from bkcore.commands.running import use_free_cores
 from bkcore.display.console import Console, bits_per_byte, number, say
 from bkcore.errors import BKCoreError, InputError
 
@@ -54,7 +54,7 @@ def show_shipped(console: Console, checkpoint: Path = SHIPPED) -> None:
 
 
 def _show(console: Console, checkpoint: Path) -> None:
-    from bkcore.evaluation.judging import load_float
+    from bkcore.evaluation.checkpoints import load_float
     from bkcore.evaluation.samples import load_samples
 
     model, tokenizer = load_float(checkpoint)

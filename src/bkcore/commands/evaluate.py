@@ -14,13 +14,13 @@ from rich.table import Table
 
 from bkcore.commands.files import Files
 from bkcore.commands.options import DataOption, JsonOption
-from bkcore.commands.process import keeping, use_free_cores
+from bkcore.commands.running import keeping, use_free_cores
 from bkcore.display.console import Console, bits_per_byte, number, warn
 from bkcore.display.progress import Plan
 from bkcore.outputs import prepare_folder
 
 if TYPE_CHECKING:
-    from bkcore.evaluation.judging import Evaluation, Setting
+    from bkcore.evaluation.evaluate import Evaluation, Setting
 
 
 def evaluate(
@@ -68,7 +68,7 @@ def run_evaluation(
     output: Path | None = None,
     publish: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Judge a checkpoint on the validation split, against itself or a reference.
+    """Evaluate a checkpoint on the validation split, against itself or a reference.
 
     Args:
         checkpoint: folder with a model and its tokenizer.
@@ -90,7 +90,8 @@ def run_evaluation(
         InputError: if `output` cannot be written, the text is a single window, or the reference has
             another tokenizer; raised before anything is scored.
     """
-    from bkcore.evaluation.judging import Setting, batch_of, check_tokenizers, load_checkpoint
+    from bkcore.evaluation.checkpoints import check_tokenizers, load_checkpoint
+    from bkcore.evaluation.evaluate import Setting, batch_of
     from bkcore.evaluation.perplexity import standard_error
     from bkcore.evaluation.rows import load_summary, row
     from bkcore.text import load_split, warning_of_other_text
@@ -111,8 +112,8 @@ def run_evaluation(
     with Plan(dict.fromkeys(names, 1.0), console) as plan:
         base = None
         if reference is not None:
-            base = _judge(plan, "reference", reference, setting, None)
-        found = _judge(plan, "checkpoint", checkpoint, setting, reference)
+            base = _evaluate(plan, "reference", reference, setting, None)
+        found = _evaluate(plan, "checkpoint", checkpoint, setting, reference)
     result = {
         **row(checkpoint.name, found, base or found),
         "standard_error_nats": standard_error(found.scores),
@@ -127,10 +128,10 @@ def run_evaluation(
     return result
 
 
-def _judge(
+def _evaluate(
     plan: Plan, name: str, checkpoint: Path, setting: Setting, reference: Path | None
 ) -> Evaluation:
-    from bkcore.evaluation.judging import evaluate_in_new_process
+    from bkcore.evaluation.evaluate import evaluate_in_new_process
 
     with plan.stage(name) as advance:
         return evaluate_in_new_process(

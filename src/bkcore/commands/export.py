@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from bkcore.commands.files import refuse_model
+from bkcore.commands.files import prepare_model
 from bkcore.display.console import Console, say
 from bkcore.errors import InputError
-from bkcore.outputs import prepare_folder
 
 
 def export(
@@ -34,13 +33,10 @@ def export_half(checkpoint: Path, output: Path) -> None:
             the same, or `output` holds a float model or cannot be written in.
         CheckpointError: if the checkpoint cannot be loaded, or the folder cannot be written.
     """
-    from bkcore.evaluation.judging import load_checkpoint, save_checkpoint
+    from bkcore.evaluation.checkpoints import load_checkpoint, save_checkpoint
     from bkcore.evaluation.samples import load_samples
 
-    if output.resolve() == checkpoint.resolve():
-        raise InputError(f"{output} is the checkpoint itself; name another folder")
-    refuse_model(output)
-    prepare_folder(output)
+    prepare_model(output, checkpoint)
     model, tokenizer = load_checkpoint(checkpoint)
     state = (model.config.quantization or {}).get("state", "float")
     if state != "float":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bkcore import manifest
-from bkcore.commands.process import publish
+from bkcore.commands.running import UnprintedError
 from bkcore.display.plots import prepare_plot
-from bkcore.errors import InputError
+from bkcore.errors import InputError, OutputError
 from bkcore.outputs import is_special, prepare_file, prepare_folder, write_json, write_text
 from bkcore.reading import read_json
 
@@ -41,15 +42,29 @@ class Files:
         folders: Mapping[str, Path | None] | None = None,
         read: Iterable[Path | str | None] = (),
     ) -> None:
-        """Test everything that will be written, without leaving a trace; arguments as in `prepare`.
+        """Test everything that will be written, without leaving a trace.
+
+        Args:
+            folders: to be written in, by the option that names each; None for those not requested.
+            read: files and folders that the command reads.
 
         Raises:
-            InputError: as in `prepare` and `prepare_plot`.
+            InputError: if something cannot be written, two outputs are in each other's way, or a
+                file that is read or belongs to a model would be lost.
         """
-        if self.plot is not None:
-            prepare_plot(self.plot)
-        files = {"--json": self.json, "--markdown": self.markdown, self.plot_option: self.plot}
-        prepare(files, folders, read)
+        named = {"--json": self.json, "--markdown": self.markdown, self.plot_option: self.plot}
+        files = {name: path for name, path in named.items() if path is not None}
+        places = {name: path for name, path in (folders or {}).items() if path is not None}
+        for name, path in files.items():
+            (prepare_plot if name == self.plot_option else prepare_file)(path)
+        for path in places.values():
+            prepare_folder(path)
+        real = {name: path for name, path in files.items() if not is_special(path)}
+        for (one, first), (other, second) in combinations([*real.items(), *places.items()], 2):
+            if first.resolve() == second.resolve():
+                raise InputError(f"{one} and {other} are both {first}; name another one")
+        for name, path in real.items():
+            _check_harmless(name, path, places, read)
 
     def publish(
         self,
@@ -69,41 +84,26 @@ class Files:
         Raises:
             OutputError: at the end, if some of it could not be written or printed.
         """
-        publish(
-            show,
+        writing = (
             (self.json, partial(write_json, report)),
             (self.markdown, partial(write_text, markdown)),
             (self.plot, draw),
         )
-
-
-def prepare(
-    files: Mapping[str, Path | None],
-    folders: Mapping[str, Path | None] | None = None,
-    read: Iterable[Path | str | None] = (),
-) -> None:
-    """Test everything that a command will write, without leaving a trace.
-
-    Args:
-        files, folders: by the option that names each; None for those not requested.
-        read: files and folders that the command reads.
-
-    Raises:
-        InputError: if something cannot be written, two outputs are in each other's way, or a file
-            that is read or belongs to a model would be lost.
-    """
-    wanted = {name: path for name, path in files.items() if path is not None}
-    places = {name: path for name, path in (folders or {}).items() if path is not None}
-    for path in wanted.values():
-        prepare_file(path)
-    for path in places.values():
-        prepare_folder(path)
-    real = {name: path for name, path in wanted.items() if not is_special(path)}
-    for (one, first), (other, second) in combinations([*real.items(), *places.items()], 2):
-        if first.resolve() == second.resolve():
-            raise InputError(f"{one} and {other} are both {first}; name another one")
-    for name, path in real.items():
-        _check_harmless(name, path, places, read)
+        failed = []
+        try:
+            for path, write in writing:
+                try:
+                    if path is not None:
+                        write(path)
+                except OutputError as error:
+                    failed.append(str(error))
+        finally:
+            show()
+        if failed:
+            raise OutputError("; ".join(failed))
+        sys.stdout.flush()
+        if getattr(sys.stdout, "error", None) is not None:
+            raise UnprintedError
 
 
 def _check_harmless(
@@ -142,7 +142,20 @@ def _is_of_checkpoint(name: str) -> bool:
     )
 
 
-def refuse_model(folder: Path) -> None:
+def prepare_model(folder: Path, checkpoint: Path) -> None:
+    """Test whether a model can be saved in a folder, without leaving a trace.
+
+    Raises:
+        InputError: if it is the folder of the checkpoint that is read, holds a float model or may
+            hold one, or cannot be written in.
+    """
+    if folder.resolve() == checkpoint.resolve():
+        raise InputError(f"{folder} is the checkpoint itself; name another folder")
+    _refuse_float(folder)
+    prepare_folder(folder)
+
+
+def _refuse_float(folder: Path) -> None:
     """Refuse to overwrite a float model. (A quantized one can be made again in minutes.)
 
     Raises:

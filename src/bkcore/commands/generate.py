@@ -10,7 +10,7 @@ import torch
 import typer
 
 from bkcore.commands.options import SHIPPED
-from bkcore.commands.process import use_free_cores
+from bkcore.commands.running import use_free_cores
 from bkcore.errors import InputError
 
 
@@ -50,7 +50,7 @@ def continue_text(checkpoint: Path, prompt: str, tokens: int, temperature: float
         InputError: if the prompt is empty, or contains lone surrogates.
         CheckpointError: if the checkpoint cannot be loaded.
     """
-    from bkcore.evaluation.judging import load_checkpoint
+    from bkcore.evaluation.checkpoints import load_checkpoint
 
     if not prompt:
         raise InputError("the prompt is empty; give at least one character")

@@ -11,9 +11,9 @@ import typer
 from bkcore.commands.bit_budget_tables import draw_frontier, frontier_table, sensitivity_table
 from bkcore.commands.files import Files
 from bkcore.commands.options import JsonOption
-from bkcore.commands.process import use_free_cores
 from bkcore.commands.quantize_settings import QuantizeSettings
 from bkcore.commands.receipt import show
+from bkcore.commands.running import use_free_cores
 from bkcore.display.console import Console, say, warn
 from bkcore.quantization.config import QAT_LEARNING_RATE, QuantizationConfig
 

@@ -117,8 +117,8 @@ class QuantizeSettings:
 
     def schedule(self, window: int) -> Schedule:
         """The training schedule of a QAT mode, for windows of this many tokens."""
-        from bkcore.evaluation.judging import batch_of
-        from bkcore.training.codes import schedule_for_codes
+        from bkcore.evaluation.evaluate import batch_of
+        from bkcore.training.qat import schedule_for_codes
 
         assert self.steps is not None
         rate = QAT_LEARNING_RATE if self.learning_rate is None else self.learning_rate

@@ -1,6 +1,6 @@
 """The steps of `bkcore quantize`, from a float checkpoint to a quantized one.
 
-They calibrate on the training text, never on text that models are judged on.
+They calibrate on the training text, never on text that models are evaluated on.
 """
 
 from __future__ import annotations
@@ -11,23 +11,22 @@ from typing import Any
 
 from rich.console import Console
 
-from bkcore.commands.files import refuse_model
+from bkcore.commands.files import prepare_model
 from bkcore.commands.quantize_settings import QuantizeSettings
 from bkcore.display.console import warn
 from bkcore.display.progress import Plan
 from bkcore.errors import DataError, InputError, ReceiptError
 from bkcore.evaluation.bit_budget import Search, calibrate_for_any_width, check_target
 from bkcore.evaluation.calibration import CalibrationWindows, calibration_text
-from bkcore.evaluation.judging import load_float, save_checkpoint
+from bkcore.evaluation.checkpoints import load_float, save_checkpoint
 from bkcore.evaluation.sensitivity import measure
 from bkcore.model import ResNetBKForCausalLM
 from bkcore.model.receipt import problems, problems_of_calibration, problems_of_size
-from bkcore.outputs import prepare_folder
 from bkcore.quantization.budget import Assignment, total_loss
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.text import TokenWindows
 from bkcore.training import train
-from bkcore.training.codes import train_through_codes
+from bkcore.training.qat import train_through_codes
 
 UNIFORM_MODES = ("ptq_int8", "ptq_int4", "mixed_precision")
 """Modes that the frontier of a bit budget is compared with."""
@@ -110,16 +109,12 @@ def run_quantize(
 
 
 def _check_folders(checkpoint: Path, output: Path, control: Path | None) -> None:
-    """Raise `InputError` if two folders are the same, a float model would be lost, or an output
-    folder cannot be written in."""
-    if output.resolve() == checkpoint.resolve():
-        raise InputError(f"{output} is the checkpoint itself; name another folder")
+    """Raise `InputError` unless both models can be saved, each in a folder of its own."""
     if control is not None and control.resolve() in (checkpoint.resolve(), output.resolve()):
         raise InputError(f"the control needs a folder of its own, not {control}")
     for folder in (output, control):
         if folder is not None:
-            refuse_model(folder)
-            prepare_folder(folder)
+            prepare_model(folder, checkpoint)
 
 
 def _check_strictly(found: Sequence[str]) -> None:
@@ -154,7 +149,7 @@ def _check_before(
         )
     if settings.target_bits is not None:
         check_target(model, settings.target_bits, settings.config.group_size)
-    if settings.has_budget and len(windows.judge().tokens) < 2 * length:
+    if settings.has_budget and len(windows.scorer().tokens) < 2 * length:
         raise InputError(
             f"a bit budget is judged on as many windows as calibration takes, but that is one of "
             f"{length} tokens, which tells nothing about the spread; allow more "
@@ -225,7 +220,7 @@ def _within_budget(
         batches = windows.for_sensitivity()
         found = measure(model, settings.config, batches, on_progress=advance)
     with plan.stage("spend the budget") as advance:
-        search = Search(model, found, windows.judge())
+        search = Search(model, found, windows.scorer())
         quantized, assignment = _spend(search, settings, advance)
         points = [search.point("saved", quantized, total_loss(assignment))]
     if settings.frontier:

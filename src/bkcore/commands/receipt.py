@@ -24,7 +24,7 @@ def receipt(
     json_file: JsonOption = None,
 ) -> None:
     """Print what quantization did to every tensor of a checkpoint."""
-    from bkcore.model.receipt import read
+    from bkcore.model.receipt_file import read
 
     files = Files(json_file)
     files.prepare(read=[checkpoint])

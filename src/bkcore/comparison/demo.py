@@ -13,13 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from bkcore.display.progress import Plan
 from bkcore.errors import DataError
-from bkcore.evaluation.judging import (
-    Evaluation,
-    Setting,
-    check_length,
-    evaluate_in_new_process,
-    save_checkpoint,
-)
+from bkcore.evaluation.checkpoints import save_checkpoint
+from bkcore.evaluation.evaluate import Evaluation, Setting, check_length, evaluate_in_new_process
 from bkcore.evaluation.rows import parameter_shares, row
 from bkcore.evaluation.samples import samples_of
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
@@ -35,7 +30,7 @@ from bkcore.text import (
     train_tokenizer,
 )
 from bkcore.training import Schedule, train
-from bkcore.training.codes import schedule_for_codes, train_through_codes
+from bkcore.training.qat import schedule_for_codes, train_through_codes
 
 _CALIBRATION_BATCHES = 8
 

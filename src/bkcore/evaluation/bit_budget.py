@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bkcore.errors import InputError
-from bkcore.evaluation.judging import Judge
+from bkcore.evaluation.evaluate import Scorer
 from bkcore.evaluation.perplexity import paired_change, perplexity_per_token
 from bkcore.evaluation.rows import average_bits
 from bkcore.evaluation.sensitivity import Sensitivity, units
@@ -85,18 +85,18 @@ class Search:
     Args:
         calibrated: ready for `apply_ptq`; not changed.
         found: the sensitivities of all its units.
-        judge: scores on held-out text.
+        scorer: scores on held-out text.
     """
 
     def __init__(
-        self, calibrated: ResNetBKForCausalLM, found: Sequence[Sensitivity], judge: Judge
+        self, calibrated: ResNetBKForCausalLM, found: Sequence[Sensitivity], scorer: Scorer
     ) -> None:
         self.calibrated = calibrated
-        self.judge = judge
+        self.scorer = scorer
         self.choices = _choices(calibrated, found)
         widest = {unit: max(widths, key=_bytes) for unit, widths in self.choices.items()}
         self.bytes_a_bit = sum(choice.bytes / choice.bits for choice in widest.values())
-        self.reference = judge(calibrated)  # its forward passes are still float
+        self.reference = scorer(calibrated)  # its forward passes are still float
 
     def within(self, bits: float) -> Assignment:
         """The best assignment with at most this many bits per weight on average, with scales.
@@ -132,7 +132,7 @@ class Search:
         while best is None or low < high:
             middle = high if best is None else (low + high) // 2
             model = self.quantize(assignments[middle])
-            change = paired_change(self.reference, self.judge(model))
+            change = paired_change(self.reference, self.scorer(model))
             done += 1
             on_progress(min(1.0, done / (rounds + 1)))
             if change.high_pct <= max_increase:
@@ -149,7 +149,7 @@ class Search:
 
     def point(self, name: str, model: ResNetBKForCausalLM, loss: float | None) -> dict[str, Any]:
         """A row of the frontier: a quantized model, with the loss predicted for it."""
-        scores = self.judge(model)
+        scores = self.scorer(model)
         change = paired_change(self.reference, scores)
         assert model.receipt is not None
         return {

@@ -1,6 +1,6 @@
 """The text for quantizing a checkpoint: windows to calibrate on, to hold out, and to train on.
 
-It is training text, never the text that models are judged on.
+It is training text, never the text that models are evaluated on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from bkcore.errors import InputError
-from bkcore.evaluation.judging import Judge, batch_of
+from bkcore.evaluation.evaluate import Scorer, batch_of
 from bkcore.evaluation.samples import load_samples, windows_for
 from bkcore.model import ResNetBKForCausalLM
 from bkcore.text import (
@@ -125,7 +125,7 @@ class CalibrationWindows:
         ids = torch.cat(self.batches())
         return ids[:: max(1, ids.numel() // _SENSITIVITY_TOKENS)].split(self.batch_size)
 
-    def judge(self) -> Judge:
-        """A judge with as many windows as calibration takes, but different ones."""
+    def scorer(self) -> Scorer:
+        """It scores models on as many windows as calibration takes, but different ones."""
         held_out = spread(self.all, self._count, self._count)
-        return Judge(held_out.flatten(), self.length, self.batch_size, self.bos_id)
+        return Scorer(held_out.flatten(), self.length, self.batch_size, self.bos_id)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bkcore.evaluation.judging import Evaluation
+from bkcore.evaluation.evaluate import Evaluation
 from bkcore.evaluation.perplexity import (
     Protocol,
     Scores,

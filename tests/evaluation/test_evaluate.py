@@ -1,41 +1,17 @@
-"""Judging a checkpoint: progress with error bars, and no score lost to an interruption."""
+"""Evaluating a checkpoint: progress with error bars, and no score lost to an interruption."""
 
-import errno
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bkcore import manifest
 from bkcore.errors import CheckpointError, OutputError
-from bkcore.evaluation.judging import (
-    Progress,
-    Setting,
-    evaluate_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from bkcore.evaluation.evaluate import Progress, Setting, evaluate_checkpoint
 from bkcore.evaluation.perplexity import perplexity_per_token, standard_error
-from bkcore.model import LanguageModel
-from bkcore.text import load_tokenizer, tokenizer_hash, train_tokenizer
-
-TEXT = "".join(f"the fox sees {n * n % 17} birds and {n % 5} trees .\n" for n in range(300))
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = train_tokenizer(TEXT, 300)
-    torch.manual_seed(0)
-    LanguageModel(
-        len(tokenizer), 16, 1, 32, num_experts=3, experts_per_token=1, expert_size=8
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+from tests.evaluation.helpers import TEXT, full
 
 
 def setting(folder: Path | None) -> Setting:
@@ -139,91 +115,8 @@ def test_a_pipe_is_no_unfinished_evaluation(checkpoint: Path, tmp_path: Path) ->
         evaluate_checkpoint(checkpoint, setting(tmp_path))
 
 
-def full(*args: Any, **kwargs: Any) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
 def test_scores_that_cannot_be_kept(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("bkcore.outputs.os.replace", full)
     with pytest.raises(OutputError, match=r"unfinished-.* could not be written: No space left"):
         interrupted(checkpoint, tmp_path, batches=3)
     assert not list(tmp_path.iterdir())
-
-
-# ---- a model and its tokenizer ---------------------------------------------------------------
-
-
-def test_the_tokenizer_must_be_the_listed_one(checkpoint: Path, tmp_path: Path) -> None:
-    """Also one of the same size: every id would mean another word."""
-    folder = tmp_path / "model"
-    shutil.copytree(checkpoint, folder)
-    other = train_tokenizer(TEXT[::-1], 300)
-    other.save_pretrained(tmp_path / "other")
-    shutil.copy(tmp_path / "other" / "tokenizer.json", folder / "tokenizer.json")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json was truncated or altered"):
-        load_checkpoint(folder)
-
-
-def test_a_folder_of_an_older_version_is_told_what_to_do(checkpoint: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(checkpoint, folder)
-    content = json.loads((folder / manifest.MANIFEST).read_text())
-    for name in manifest.TOKENIZER_FILES:
-        content["sha256"].pop(name, None)
-    (folder / manifest.MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match=r"call bkcore\.text\.list_tokenizer\(folder\)"):
-        load_checkpoint(folder)
-    manifest.list_tokenizer(folder)
-    load_checkpoint(folder)
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
-    LanguageModel(270, 16, 1, 32, num_experts=2, expert_size=8).save_pretrained(tmp_path)
-    train_tokenizer(TEXT, 280).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="it is the tokenizer of another model"):
-        load_checkpoint(tmp_path)
-
-
-def test_both_are_saved_or_none(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(checkpoint, folder)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    tokenizer = train_tokenizer(TEXT[::-1], 290)
-    model = LanguageModel(len(tokenizer), 16, 1, 32, num_experts=2, expert_size=8)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(tokenizer), "_save_pretrained", full)
-        with pytest.raises(CheckpointError, match="No space left"):
-            save_checkpoint(folder, model, tokenizer)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    save_checkpoint(folder, model, tokenizer)
-    loaded, again = load_checkpoint(folder)
-    assert torch.equal(loaded.embedding.weight, model.embedding.weight)
-    assert tokenizer_hash(again) == tokenizer_hash(tokenizer)
-    assert manifest.verify(folder).keys() == {path.name for path in folder.iterdir()} - {
-        manifest.MANIFEST
-    }
-
-
-def test_a_save_in_between_mixes_nothing(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(checkpoint, folder)
-    tokenizer = train_tokenizer(TEXT[::-1], 290)
-    other = LanguageModel(len(tokenizer), 16, 1, 32, num_experts=2, expert_size=8)
-
-    def load_later(*arguments: Any) -> Any:
-        save_checkpoint(folder, other, tokenizer)
-        return load_tokenizer(*arguments)
-
-    monkeypatch.setattr("bkcore.evaluation.judging.load_tokenizer", load_later)
-    with pytest.raises(CheckpointError, match="was truncated or altered"):
-        load_checkpoint(folder)
-
-
-def test_the_old_name_warns() -> None:
-    from bkcore.evaluation import checkpoints
-
-    with pytest.warns(DeprecationWarning, match=r"is bkcore\.evaluation\.judging\.load_check"):
-        assert checkpoints.load_checkpoint is load_checkpoint

@@ -1,4 +1,4 @@
-"""Judging a saved checkpoint: loaded from its files and measured in a separate process."""
+"""Evaluating a saved checkpoint: loaded from its files and measured in a separate process."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from bkcore import manifest
 from bkcore.errors import CheckpointError, InputError
+from bkcore.evaluation.checkpoints import check_tokenizers, load_checkpoint
 from bkcore.evaluation.logits import LanguageModel
 from bkcore.evaluation.perplexity import (
     Protocol,
@@ -25,15 +25,14 @@ from bkcore.evaluation.perplexity import (
     score,
     standard_error,
 )
-from bkcore.evaluation.samples import windows_for, write_samples
+from bkcore.evaluation.samples import windows_for
 from bkcore.evaluation.unfinished import Unfinished
 from bkcore.host import keep_freed_memory
 from bkcore.manifest import model_bytes
 from bkcore.model import ResNetBKForCausalLM
 from bkcore.model.moe import counting_load
 from bkcore.processes import ProcessDiedError, call_in_new_process
-from bkcore.text import count_words, encode, load_tokenizer, tokenizer_hash
-from bkcore.text.saved import CheckpointTokenizer, largest_id
+from bkcore.text import count_words, encode, tokenizer_hash
 
 TOKENS_A_BATCH = 4096
 _SPEED_BATCHES = 9
@@ -46,7 +45,7 @@ def batch_of(window: int) -> int:
 
 @dataclass(frozen=True)
 class Setting:
-    """How checkpoints are judged.
+    """How checkpoints are evaluated.
 
     Attributes:
         text: the split to score.
@@ -67,8 +66,8 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Scores models on one text, against the float model.
+class Scorer:
+    """Scores models on one text.
 
     Attributes:
         tokens: int64 (tokens,), the windows concatenated.
@@ -212,21 +211,6 @@ def check_length(tokens: Tensor, window: int) -> None:
         )
 
 
-def check_tokenizers(
-    tokenizer: PreTrainedTokenizerFast,
-    other: PreTrainedTokenizerFast,
-    folder: Path,
-    reference: Path,
-) -> None:
-    """Raise `InputError` if two checkpoints have different tokenizers."""
-    if tokenizer_hash(tokenizer) != tokenizer_hash(other):
-        raise InputError(
-            f"{folder} and {reference} have different tokenizers, so their tokens cannot be "
-            "compared; give --reference the float model that was quantized, or one with the "
-            "same tokenizer"
-        )
-
-
 def _score(
     model: ResNetBKForCausalLM,
     tokens: Tensor,
@@ -291,67 +275,6 @@ def _progress(scores: Scores, tokens: int) -> Progress:
     perplexity = perplexity_per_token(scores)
     error = perplexity * standard_error(scores) if len(scores.nll) > 1 else None
     return Progress(scores.total_tokens / tokens, perplexity, error)
-
-
-def load_checkpoint(folder: Path) -> tuple[ResNetBKForCausalLM, CheckpointTokenizer]:
-    """Load a model and its tokenizer, both checked against the manifest.
-
-    Weights saved in float16 or bfloat16 are widened, so that everything computes in float32.
-
-    Raises:
-        CheckpointError: if either is missing, damaged or not listed, or they do not belong
-            together.
-    """
-    digests = manifest.read(folder)  # once, so that both are from the same checkpoint
-    model = ResNetBKForCausalLM.from_pretrained(folder, digests=digests).eval()
-    if model.dtype in (torch.float16, torch.bfloat16):
-        model.float()
-    tokenizer = load_tokenizer(folder, digests)
-    if largest_id(tokenizer) >= model.config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer in {folder} has the id {largest_id(tokenizer)}, but the model has only "
-            f"{model.config.vocab_size} tokens; it is the tokenizer of another model"
-        )
-    return model, tokenizer
-
-
-def load_float(checkpoint: Path) -> tuple[ResNetBKForCausalLM, PreTrainedTokenizerFast]:
-    """Load a float model and its tokenizer.
-
-    Raises:
-        InputError: if it is quantized.
-        CheckpointError: if either is missing or damaged.
-    """
-    model, tokenizer = load_checkpoint(checkpoint)
-    if model.quantization_state != "float":
-        raise InputError(
-            f"{checkpoint} is {model.quantization_state.value}; "
-            "quantize the float checkpoint it was made from"
-        )
-    return model, tokenizer
-
-
-def save_checkpoint(
-    folder: Path,
-    model: ResNetBKForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    samples: Tensor | None = None,
-) -> None:
-    """Save a model and its tokenizer, both or neither, replacing the model in the folder.
-
-    Args:
-        folder: where to save them.
-        model, tokenizer: must belong together.
-        samples: token ids (windows, length) of the training text, for later calibration.
-
-    Raises:
-        CheckpointError: if it cannot be written.
-    """
-    with manifest.saving_checkpoint(folder) as staged:
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        if samples is not None:
-            write_samples(samples, staged)
 
 
 def evaluate_in_new_process(
