@@ -240,7 +240,7 @@ def test_totals_and_perplexities() -> None:
     assert perplexity_per_word(scores, 14) == pytest.approx(math.exp(0.5))
     assert standard_error(scores) == 0.0
     assert perplexity_per_word(make_scores([1e6], [1000]), 1) == math.inf
-    with pytest.raises(InputError, match="words is 0"):
+    with pytest.raises(InputError, match="words must be at least 1, not 0"):
         perplexity_per_word(scores, 0)
 
 

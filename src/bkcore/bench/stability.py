@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bkcore.bench.machine import machine
 from bkcore.bench.process_memory import require_counts, resident_bytes
+from bkcore.bench.settings import FIRST_AGE, MOST_A_CALL
 from bkcore.display.console import warn
 from bkcore.display.progress import Plan
 from bkcore.errors import InputError
@@ -30,9 +31,7 @@ from bkcore.model import ResNetBKForCausalLM, StreamState, core_certificates
 from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.text import encode, load_split, warning_of_other_text
 
-FIRST = 1_000
 _PROBE = 2_048
-_REFERENCE_STEP = 4_096
 _CERTIFIED = 512
 
 
@@ -106,7 +105,7 @@ def run_stability(
     ages, seen = [], 0
     with Plan({"read": length / 10_000}, console) as plan, plan.stage("read") as advance:
         for position in positions(length):
-            for piece in _pieces(text, seen, position, _REFERENCE_STEP):
+            for piece in _pieces(text, seen, position, MOST_A_CALL):
                 states[1] = _read(models[1], piece, states[1])
                 for some in piece.split(step, 1):
                     states[0] = _read(models[0], some, states[0])
@@ -146,7 +145,7 @@ def _pair(
 def positions(length: int) -> list[int]:
     """1,000, 10,000 and so on up to `length`, and `length` itself."""
     found = []
-    position = FIRST
+    position = FIRST_AGE
     while position < length:
         found.append(position)
         position *= 10

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bkcore.bench.settings import FIRST_AGE, MOST_A_CALL
 from bkcore.commands.files import Files
 from bkcore.commands.options import SHIPPED, DataOption, JsonOption, PlotOption
 from bkcore.commands.running import Command
@@ -24,8 +25,6 @@ MarkdownOption = Annotated[Path | None, typer.Option(help="Also write a Markdown
 OnlyOption = Annotated[
     str, typer.Option(help="Only cases whose names start with this; a wrong name lists them.")
 ]
-
-_MOST_A_CALL = 4_096
 
 
 def _publish(files: Files, console: Console, results: Sequence[Result]) -> None:
@@ -121,15 +120,15 @@ def stability(
     ] = SHIPPED,
     data: DataOption = None,
     json_file: JsonOption = None,
-    length: Annotated[int, typer.Option(min=1_000, help="Tokens to read.")] = 1_000_000,
+    length: Annotated[int, typer.Option(min=FIRST_AGE, help="Tokens to read.")] = 1_000_000,
     step: Annotated[
         int,
         typer.Option(
             min=1,
-            max=_MOST_A_CALL,
-            help=f"Tokens per call, at most {_MOST_A_CALL:,}; 1 reads as decoding does.",
+            max=MOST_A_CALL,
+            help=f"Tokens per call, at most {MOST_A_CALL:,}; 1 reads as decoding does.",
         ),
-    ] = _MOST_A_CALL,
+    ] = MOST_A_CALL,
 ) -> None:
     """Read a text over and over: does a quantized model stay as close to the float one?"""
     from bkcore.bench.stability import report, run_stability, table

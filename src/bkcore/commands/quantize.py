@@ -15,7 +15,7 @@ from bkcore.commands.quantize_settings import QuantizeSettings
 from bkcore.commands.receipt import show
 from bkcore.commands.running import use_free_cores
 from bkcore.display.console import Console, say, warn
-from bkcore.quantization.config import QAT_LEARNING_RATE, QuantizationConfig
+from bkcore.quantization.config import MODES, QAT_LEARNING_RATE, QuantizationConfig
 
 if TYPE_CHECKING:
     from bkcore.evaluation.sensitivity import Sensitivity
@@ -28,7 +28,7 @@ def quantize(
     mode: Annotated[
         str | None,
         typer.Option(
-            help="ptq_int8, ptq_int4, mixed_precision, qat_int8 or qat_int4. "
+            help=f"{', '.join(MODES[:-1])} or {MODES[-1]}. "
             f"Default: {QuantizeSettings.mode}, or {QuantizationConfig.MIXED_PRECISION} with a "
             "bit budget."
         ),
