@@ -355,7 +355,7 @@ def _arguments(
         greater_is_better=False,
         report_to="none",
         disable_tqdm=True,
-        log_level="error",
+        log_level_replica="passive",  # as for the first process: the caller's level stays
     )
 
 
