@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bkcore import host
 
@@ -88,3 +89,10 @@ def test_a_cache_that_says_nothing_is_left_out(tmp_path: Path, monkeypatch: Any)
     assert host.last_level_cache() == 1 << 20
     monkeypatch.setattr(host, "_CACHES", tmp_path / "none")
     assert host.last_level_cache() is None
+
+
+def test_thread_count_comes_back() -> None:
+    before = torch.get_num_threads()
+    with host.torch_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before

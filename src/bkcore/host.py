@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 # Constants from glibc's malloc.h.
@@ -46,6 +47,19 @@ def free_cores(seconds: float = 0.2) -> int:
         (idle_then, all_then), (idle_now, all_now) = before[core], after[core]
         idle += (idle_now - idle_then) / max(all_now - all_then, 1)
     return max(1, min(usable_cores(), round(idle)))
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let PyTorch, and bkcore with it, use `count` threads inside a with block."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _core_times() -> dict[int, tuple[int, int]]:

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from itertools import chain, repeat
 
 import pytest
-import torch
 
 from bkcore.bench import timing
-from bkcore.bench.timing import interleaved, torch_threads
+from bkcore.bench.timing import interleaved
 
 
 class Clock:
@@ -64,10 +63,3 @@ def test_collection_comes_back_after_an_error() -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         interleaved(fail)
     assert gc.isenabled()
-
-
-def test_thread_count_comes_back() -> None:
-    before = torch.get_num_threads()
-    with torch_threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-    assert torch.get_num_threads() == before

@@ -120,3 +120,14 @@ def test_scores_that_cannot_be_kept(checkpoint: Path, tmp_path: Path, monkeypatc
     with pytest.raises(OutputError, match=r"unfinished-.* could not be written: No space left"):
         interrupted(checkpoint, tmp_path, batches=3)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_threads_of_a_setting_are_for_its_evaluation_only(checkpoint: Path) -> None:
+    before, seen = torch.get_num_threads(), []
+
+    def look(progress: Progress) -> None:
+        seen.append(torch.get_num_threads())
+
+    evaluate_checkpoint(checkpoint, Setting(TEXT, "valid", 32, 40, before + 1), None, look)
+    assert set(seen) == {before + 1}
+    assert torch.get_num_threads() == before

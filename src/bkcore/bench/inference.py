@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from bkcore.bench import rival_models
 from bkcore.bench.result import Result
-from bkcore.bench.timing import Call, interleaved, torch_threads
+from bkcore.bench.timing import Call, interleaved
 from bkcore.display.progress import Plan
 from bkcore.errors import BenchmarkError, InputError
+from bkcore.host import torch_threads
 from bkcore.kernels import use_backend
 from bkcore.model import LanguageModel, ResNetBKForCausalLM, StreamState
 from bkcore.quantization import QuantizationConfig

@@ -29,12 +29,12 @@ from bkcore.bench.problem import (
 )
 from bkcore.bench.result import Result
 from bkcore.bench.rival_solvers import comparison, missing_rivals
-from bkcore.bench.timing import Call, interleaved, torch_threads
+from bkcore.bench.timing import Call, interleaved
 from bkcore.core.resolvent import resolvent_diagonal_parts
 from bkcore.display.console import say
 from bkcore.display.progress import Plan
 from bkcore.errors import BackendError, BenchmarkError, InputError
-from bkcore.host import last_level_cache, usable_cores
+from bkcore.host import last_level_cache, torch_threads, usable_cores
 from bkcore.kernels import describe_backends, sweep_codes, sweep_step
 from bkcore.kernels.backends.cpu import native
 from bkcore.processes import call_in_new_process

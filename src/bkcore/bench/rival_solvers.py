@@ -15,8 +15,9 @@ from torch._higher_order_ops.associative_scan import associative_scan
 
 from bkcore.bench.problem import Problem, check_parts, true_parts
 from bkcore.bench.result import Result
-from bkcore.bench.timing import interleaved, torch_threads
+from bkcore.bench.timing import interleaved
 from bkcore.core.resolvent import resolvent_diagonal_parts
+from bkcore.host import torch_threads
 
 BATCH = 16
 SITES = (128, 512, 2048, 8192, 32768, 65536)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 
-import torch
+from bkcore.deprecated import moved_names
 
 Call = Callable[[], object]
 
@@ -17,6 +17,8 @@ SECONDS = 0.3  # timed for every pair of functions, at least
 _ROUNDS = 7
 _ROUNDS_IF_SLOW = 3
 _SLOW_SECONDS = 0.5
+
+__getattr__ = moved_names(__name__)
 
 
 def interleaved(*functions: Call) -> tuple[float, ...]:
@@ -35,17 +37,6 @@ def interleaved(*functions: Call) -> tuple[float, ...]:
             for function, count, times in zip(functions, counts, found, strict=True):
                 times.append(_mean_seconds(function, count))
     return tuple(median(times) for times in found)
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let PyTorch, and bkcore with it, use `count` threads inside a with block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _warm(function: Call) -> float:

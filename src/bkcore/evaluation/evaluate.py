@@ -27,7 +27,7 @@ from bkcore.evaluation.perplexity import (
 )
 from bkcore.evaluation.samples import windows_for
 from bkcore.evaluation.unfinished import Unfinished
-from bkcore.host import keep_freed_memory
+from bkcore.host import keep_freed_memory, torch_threads
 from bkcore.manifest import model_bytes
 from bkcore.model import ResNetBKForCausalLM
 from bkcore.model.moe import counting_load
@@ -164,7 +164,16 @@ def evaluate_checkpoint(
             the model's logits are not finite.
         OutputError: if the scores so far cannot be saved.
     """
-    torch.set_num_threads(setting.threads)
+    with torch_threads(setting.threads):
+        return _evaluation(folder, setting, reference, on_progress)
+
+
+def _evaluation(
+    folder: Path,
+    setting: Setting,
+    reference: Path | None,
+    on_progress: Callable[[Progress], None],
+) -> Evaluation:
     model, tokenizer = load_checkpoint(folder)
     tokens = encode(tokenizer, setting.text)
     check_length(tokens, setting.window)
