@@ -62,7 +62,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "bkcore.report.receipt": ("bkcore.commands.receipt", "bkcore.evaluation.rows"),
     "bkcore.report.recipe": ("bkcore.training.recipe",),
     "bkcore.report.train": ("bkcore.commands.train_steps",),
-    "bkcore.text.files": ("bkcore.text.pieces",),
+    "bkcore.text.files": ("bkcore.text.text_files",),
     "bkcore.training.checkpoints": ("bkcore.training.resuming",),
 }
 """From the path of a module to those that have its names now. `bkcore.kernels.attention` and

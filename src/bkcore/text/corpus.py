@@ -11,7 +11,7 @@ from bkcore.errors import DataError
 from bkcore.text import hub
 from bkcore.text.embedded import embedded_parts
 from bkcore.text.heldout import split_blocks
-from bkcore.text.pieces import read_pieces, with_line_end
+from bkcore.text.text_files import read_pieces, with_line_end
 
 MIN_TRAIN_CHARACTERS = 20_000
 MIN_VALID_CHARACTERS = 2_000

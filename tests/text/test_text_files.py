@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bkcore.errors import DataError
-from bkcore.text import pieces
+from bkcore.text import text_files
 from bkcore.text.heldout import split_blocks
 
 TEXTS = st.text(alphabet="ab\r\né世\ufeff😀", max_size=40)
@@ -20,8 +20,8 @@ def test_pieces_join_to_the_file(tmp_path: Path, text: str, size: int) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "_PIECE_BYTES", size)
-        found = list(pieces.read_pieces(path))
+        patch.setattr(text_files, "_PIECE_BYTES", size)
+        found = list(text_files.read_pieces(path))
     expected = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     assert "".join(found) == expected
     assert all(found)
@@ -33,9 +33,9 @@ def test_the_bad_byte_is_named(tmp_path: Path, before: str, size: int, bad: byte
     path = tmp_path / "text.txt"
     path.write_bytes(before.encode() + bad)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "_PIECE_BYTES", size)
+        patch.setattr(text_files, "_PIECE_BYTES", size)
         with pytest.raises(DataError, match=f"byte {len(before.encode())} cannot"):
-            list(pieces.read_pieces(path))
+            list(text_files.read_pieces(path))
 
 
 @SHARED_FOLDER
@@ -44,15 +44,15 @@ def test_the_first_nul_is_named(tmp_path: Path, before: str, size: int) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(before.encode() + b"\0a\0")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "_PIECE_BYTES", size)
+        patch.setattr(text_files, "_PIECE_BYTES", size)
         with pytest.raises(DataError, match=f"text.txt.* first at byte {len(before.encode())},"):
-            list(pieces.read_pieces(path))
+            list(text_files.read_pieces(path))
 
 
 def test_line_ends_are_added_where_they_lack() -> None:
-    assert "".join(pieces.with_line_end(["a\n", "b"])) == "a\nb\n"
-    assert "".join(pieces.with_line_end(["a", "\n"])) == "a\n"
-    assert list(pieces.with_line_end([])) == []
+    assert "".join(text_files.with_line_end(["a\n", "b"])) == "a\nb\n"
+    assert "".join(text_files.with_line_end(["a", "\n"])) == "a\n"
+    assert list(text_files.with_line_end([])) == []
 
 
 @given(
