@@ -1,12 +1,14 @@
 # make demo         set up .venv and run the main job
 # make bench        set up .venv and time the kernels
 # make check        set up .venv and run lint, types and the fast tests
-# make test         set up .venv and run lint, types and all tests
+# make test         set up .venv and run lint, types and all tests but the slow ones
+# make test-slow    set up .venv and run the slow tests: the same promises for more sizes and forms
 # make test-cpp     the tests of the kernels in C++, which `make test` runs, too; they need CMake and doctest
 # make docs         set up .venv and build the documentation in build/site, links checked
 # make tables       write the tables of the documentation again, from docs/data
 # make test-lowest  set up .venv-lowest with the lowest versions allowed and run the tests of LOWEST
 # make sanitize     the tests in C++ and ROUNDS rounds of the fuzzer from SEED on, under sanitizers
+# make coverage     `make test`, and what the tests run through, lines and branches, by package
 # make coverage-cpp what the tests in C++ run through, lines and branches, by gcov
 
 PYTHON ?= python3
@@ -26,7 +28,8 @@ ROUNDS ?= 2000
 SEED ?= 1
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo bench lint check test test-cpp test-lowest sanitize coverage-cpp docs docs-serve tables setup clean
+.PHONY: demo bench lint check test test-slow test-cpp test-lowest sanitize coverage coverage-cpp \
+	docs docs-serve tables setup clean
 
 demo: setup
 	$(BIN)/bkcore demo $(ARGS)
@@ -42,13 +45,24 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/typos
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.h csrc/tests/*.cpp)
 
 check: lint
 	$(subst python,$(BIN)/python,$(PYTEST)) -m fast $(ARGS)
 
 test: lint test-cpp
-	$(subst python,$(BIN)/python,$(PYTEST)) $(ARGS)
+	$(subst python,$(BIN)/python,$(PYTEST)) -m "not slow" \
+		$(if $(COVERAGE),--cov --cov-report=json:$(measured)) $(ARGS)
+	$(if $(COVERAGE),$(BIN)/python .ci/coverage_table.py $(measured))
+
+test-slow: setup
+	$(subst python,$(BIN)/python,$(PYTEST)) -m slow $(ARGS)
+
+measured := build/coverage/python.json
+
+coverage: COVERAGE := 1
+coverage: test
 
 test-cpp:
 ifneq ($(or $(CI),$(shell command -v cmake)),)
@@ -62,13 +76,12 @@ sanitize:
 	$(call build-cpp,sanitize,fuzz,-DBKCORE_INSTRUMENT=sanitize)
 	build/sanitize/csrc/tests/fuzz $(ROUNDS) $(SEED)
 
-coverage-cpp:
-	$(call build-cpp,coverage,check,-DBKCORE_INSTRUMENT=coverage)
-	$(PYTHON) -m venv build/gcovr
-	build/gcovr/bin/python -m pip install --quiet gcovr
-	build/gcovr/bin/gcovr --root . --filter csrc/ --exclude csrc/tests/ --object-directory build/coverage
-	build/gcovr/bin/gcovr --root . --filter csrc/ --exclude csrc/tests/ --object-directory build/coverage \
-		--txt-metric branch --exclude-throw-branches --exclude-unreachable-branches
+gcovr := $(BIN)/gcovr --root . --filter csrc/ --exclude csrc/tests/ --object-directory build/coverage-cpp
+
+coverage-cpp: setup
+	$(call build-cpp,coverage-cpp,check,-DBKCORE_INSTRUMENT=coverage)
+	$(gcovr)
+	$(gcovr) --txt-metric branch --exclude-throw-branches --exclude-unreachable-branches
 
 # build-cpp FOLDER, TARGET, OPTIONS: configure the kernels without Python, and build a target.
 define build-cpp

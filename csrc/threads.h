@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <vector>
 
@@ -66,6 +67,9 @@ inline void *aligned(std::vector<std::byte> &memory, std::size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
   // This call may not touch what an earlier, larger call left behind.
   ASAN_POISON_MEMORY_REGION(start + bytes, memory.data() + memory.size() - (start + bytes));
+#endif
+#if defined(BKCORE_POISON)
+  std::memset(start, 0xFF, bytes);  // all NaN, so that tests notice what nobody wrote in this call
 #endif
   return start;
 }

@@ -1,6 +1,7 @@
 """Fixtures and settings that several folders of tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # As the command `bkcore` does (bkcore/__main__.py), before PyTorch is imported.
@@ -9,6 +10,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests.poison import poisoned_memory
 
 # Without a GPU, the Triton kernels are tested in Triton's interpreter. This must be set before
 # anything imports Triton.
@@ -47,6 +50,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(item.path == folder or folder in item.path.parents for folder in folders):
             item.add_marker(pytest.mark.fast)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned() -> Iterator[None]:
+    """Have reading what was never written go wrong in every test."""
+    with poisoned_memory():
+        yield
 
 
 @pytest.fixture(scope="session")

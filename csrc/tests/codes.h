@@ -75,7 +75,7 @@ inline void set_code(std::uint8_t *row, Index i, Index bits, int code) {
   if (bits == 8)
     row[i] = static_cast<std::uint8_t>(code);
   else
-    row[i / 2] = static_cast<std::uint8_t>(row[i / 2] | (code & 0xF) << (i % 2 * 4));
+    row[i / 2] = static_cast<std::uint8_t>(i % 2 ? row[i / 2] | (code & 0xF) << 4 : code & 0xF);
 }
 
 }  // namespace

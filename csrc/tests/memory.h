@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <new>
 
@@ -44,6 +45,12 @@ inline std::shared_ptr<void> allocate(std::size_t bytes, Place place) {
   return {start, [mapped, all](void *) { munmap(mapped, all); }};
 }
 
+// What nobody has written yet: NaN, or the largest whole number.
+template <class T>
+constexpr T kUnwritten = std::numeric_limits<T>::has_quiet_NaN
+                             ? std::numeric_limits<T>::quiet_NaN()
+                             : std::numeric_limits<T>::max();
+
 // Contiguous numbers; null if there are none.
 template <class T>
 class Buffer {
@@ -53,7 +60,7 @@ class Buffer {
       : size_(count),
         memory_(allocate(static_cast<std::size_t>(count) * sizeof(T), place)),
         data_(static_cast<T *>(memory_.get())) {
-    for (T &x : *this) x = T{};
+    for (T &x : *this) x = kUnwritten<T>;
   }
   template <class Make>
   static Buffer of(Index count, Make make, Place place = Place::kHeap) {

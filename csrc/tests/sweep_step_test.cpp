@@ -98,7 +98,7 @@ TEST_CASE_TEMPLATE("steps are the sweep, to the bit", T, float, double) {
 TEST_CASE("a step from NaN is NaN, and one of nothing does nothing") {
   for_isas([](const Isa &isa) {
     const Stream<float> p(1, 1, 3, true);
-    const Buffer<float> state(4 * 3);
+    const auto state = Buffer<float>::of(4 * 3, [] { return 0; });
     state[1] = kNaN;
     run_sweep_step(isa, p.arguments(0, 1), state.data());
     for (Index c = 0; c < 4; ++c) {

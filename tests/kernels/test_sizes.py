@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 
 import pytest
@@ -47,15 +46,6 @@ def on(backend: str) -> AbstractContextManager[object]:
     if backend not in BACKENDS[:2]:
         stack.enter_context(native.use_isa(backend))
     return stack
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """PyTorch fills new memory with NaN, and scratch memory is full of what was there before."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def run(name: str, backend: str, **sizes: int) -> list[Tensor]:

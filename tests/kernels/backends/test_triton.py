@@ -136,21 +136,12 @@ def test_blocks_are_backward_stable(log_eta, log_v, hop, seed):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_output_element_is_written(short_blocks, deterministic, form):
+def test_every_output_element_is_written(short_blocks, form):
     for per_site, (batch, sites, lanes) in [(False, (2, 1, 1)), (True, (1, 17, 33))]:
         args = arguments(form, batch, sites, lanes, torch.float32, per_site)
         parts = sweep(*moved(args)).cpu()
         assert parts.isfinite().all()
         assert all(x.isfinite().all() for x in gradients(args, torch.ones_like(parts)))
-
-
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    """In this mode PyTorch fills every new empty tensor with NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1, device=DEVICE).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("form", ["g", "psi"])
@@ -255,8 +246,9 @@ def test_codes_with_a_scale_for_all_sites_and_a_zero_for_each(short_blocks, form
 
 def test_lanes_may_lie_far_apart():
     """Further than 2^31 numbers from the first; of the 4 GiB a few pages are touched."""
-    far = torch.empty(2**31 + 8, dtype=torch.bfloat16, device=DEVICE)
-    v = far.as_strided((1, 2, 3), (3 * 2**30, 1, 2**30))
+    far = torch.UntypedStorage(2**32 + 16, device=DEVICE)  # torch.empty is poisoned here
+    v = torch.empty(0, dtype=torch.bfloat16, device=DEVICE)
+    v.set_(far, 0, (1, 2, 3), (3 * 2**30, 1, 2**30))
     v.copy_(torch.arange(6.0).view(1, 2, 3))
     rest = moved(arguments("g", 1, 2, 3, torch.float32))[1:]
     assert torch.equal(sweep(v, *rest), sweep(v.clone(), *rest))
@@ -316,7 +308,7 @@ def test_steps_equal_the_sweep(dtype, with_source):
         ((1, 33, 1, 4, 18), False, torch.float32),
     ],
 )
-def test_attention_and_its_gradients(deterministic, shape, first, dtype):
+def test_attention_and_its_gradients(shape, first, dtype):
     p = test_attention.problem(*shape, first=first, eta=0.3)
     with use_backend("reference"):
         want = attention_results(p, torch.float64, "cpu")

@@ -1,0 +1,44 @@
+"""Print how many lines and branches of each package the tests ran through.
+
+Usage: coverage_table.py REPORT, which is what `coverage json` writes.
+"""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+SOURCE = Path("src/bkcore")
+
+
+def sums(report: Path) -> dict[str, Counter[str]]:
+    """What coverage.py counts in each file, added up by package, and all of it last."""
+    by_package: dict[str, Counter[str]] = {}
+    files = json.loads(report.read_text())["files"]
+    for name in sorted(files):
+        package = ".".join(("bkcore", *Path(name).relative_to(SOURCE).parent.parts))
+        by_package.setdefault(package, Counter()).update(files[name]["summary"])
+    return {**by_package, "all": sum(by_package.values(), Counter())}
+
+
+def main(report: Path) -> None:
+    table = Table("package", title="What the tests in Python run through, in %")
+    for name in ("lines", "of", "branches", "of"):
+        table.add_column(name, justify="right")
+    for package, found in sums(report).items():
+        lines, branches = found["num_statements"], found["num_branches"]
+        table.add_row(
+            package,
+            f"{100 * found['covered_lines'] / max(lines, 1):.1f}",
+            f"{lines:,}",
+            f"{100 * found['covered_branches'] / max(branches, 1):.1f}",
+            f"{branches:,}",
+        )
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
