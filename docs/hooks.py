@@ -22,7 +22,8 @@ FIGURES = {"tutorials/disordered-chain.md": ("disordered-chain.svg",)}
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files that are generated at build time."""
-    for uri, content in {"reference/commands.md": commands(), **figures()}.items():
+    made: dict[str, str | bytes] = {"reference/commands.md": commands(), **figures()}
+    for uri, content in made.items():
         files.append(File.generated(config, uri, content=content))
     for uri, path in mathjax().items():
         files.append(File.generated(config, uri, abs_src_path=str(path)))

@@ -9,6 +9,7 @@ import matplotlib as mpl
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 from docs.pages import ROOT
 from docs.tables import data, float32_bytes, sizes, times_as_fast
@@ -30,7 +31,7 @@ WORK = {
 ACCENT = "#1f6f8b"
 
 
-def quality(axes: plt.Axes) -> None:
+def quality(axes: Axes) -> None:
     """Perplexity of the shipped model against its size in bytes."""
     floats = {"float32": float32_bytes(), "float16": data("evaluate/float16")["bytes"]}
     for label, size in floats.items():
@@ -53,7 +54,7 @@ def quality(axes: plt.Axes) -> None:
     axes.minorticks_off()
 
 
-def speed(axes: plt.Axes) -> None:
+def speed(axes: Axes) -> None:
     """Speed relative to well-known models of equal size, all in INT8."""
     ratios = times_as_fast()
     width = 0.38

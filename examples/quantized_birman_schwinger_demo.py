@@ -11,7 +11,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bkcore import BirmanSchwingerCore, create_quantized_birman_schwinger
+from bkcore import (
+    BirmanSchwingerCore,
+    QuantizedBirmanSchwingerCore,
+    create_quantized_birman_schwinger,
+)
 
 N_SEQ = 512
 MODES = ("ptq_int8", "qat_int8", "ptq_int4", "qat_int4")
@@ -23,7 +27,7 @@ def potentials(batches: int, seed: int) -> list[torch.Tensor]:
     return [torch.randn(8, N_SEQ, generator=generator) for _ in range(batches)]
 
 
-def train_step_sizes(model, batches: list[torch.Tensor]) -> None:
+def train_step_sizes(model: QuantizedBirmanSchwingerCore, batches: list[torch.Tensor]) -> None:
     """QAT of a bare core: its only parameters are the step sizes of its quantizers."""
     exact = BirmanSchwingerCore(N_SEQ)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)

@@ -60,7 +60,9 @@ def poisoned_memory() -> Iterator[None]:
     """
     with torch.device("cpu"):
         torch.empty(0)  # PyTorch notes which functions take a device, the real ones
-    makers = [(torch, name) for name in ("empty", "empty_like", "empty_strided", "empty_permuted")]
+    makers: list[tuple[Any, str]] = [
+        (torch, name) for name in ("empty", "empty_like", "empty_strided", "empty_permuted")
+    ]
     makers += [(Tensor, name) for name in ("new_empty", "new_empty_strided")]
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in makers:

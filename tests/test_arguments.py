@@ -64,7 +64,13 @@ SWEEP = {"v": potential(B, N, H), "source": potential(B, N, H), "energy": 0.1, "
 DIAGONAL = {"v": V, "z": 1j, **CHAIN, "causal": False}
 OPERATOR = bkcore.core.BirmanSchwingerOperator(V, 1j)
 REAL, COMPLEX = bkcore.GroupWiseQuantizer, bkcore.ComplexQuantizer
-OPTIONS = {"bits": 8, "symmetric": True, "learnable": False, "norm": 1, "observer": None}
+OPTIONS: dict[str, Any] = {
+    "bits": 8,
+    "symmetric": True,
+    "learnable": False,
+    "norm": 1,
+    "observer": None,
+}
 OPTIONS |= {"percentile": 99.0, "nonuniform": False, "shared_zero_point": False, "group_size": 2}
 NUMBERS = {"epsilon": 1.0, "energy": 0.0, **CHAIN, "causal": False}
 
@@ -237,9 +243,9 @@ def test_numbers_of_any_kind_give_the_same_bits(half):
     z = torch.complex(half, half) if isinstance(half, Tensor) else complex(half, half)
     want = bkcore.resolvent_diagonal(v, 0.5 + 0.5j, hopping=0.5, onsite=0.5)
     assert torch.equal(bkcore.resolvent_diagonal(v, z, **options), want)
-    got = bkcore.causal_sweep(chain, energy=half, eta=half, **options)
-    want = bkcore.causal_sweep(chain, energy=0.5, eta=0.5, hopping=0.5, onsite=0.5)
-    assert torch.equal(got, want)
+    got: Any = bkcore.causal_sweep(chain, energy=half, eta=half, **options)
+    expected: Any = bkcore.causal_sweep(chain, energy=0.5, eta=0.5, hopping=0.5, onsite=0.5)
+    assert torch.equal(got, expected)
     inputs = attention()
     got, want = (
         bkcore.resolvent_attention(**{**inputs, "eta": eta})[0]

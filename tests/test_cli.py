@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -371,7 +372,7 @@ def test_transformers_is_quiet_during_a_command_only(
     monkeypatch.setattr(generate, "continue_text", look)
     result = CliRunner().invoke(cli.app, ["generate", str(folder / "float")])
     assert result.exit_code == 130
-    assert seen == [(transformers_logging.ERROR, False)]
+    assert seen == [(logging.ERROR, False)]
     after = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     assert after == before
 

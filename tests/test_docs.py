@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -45,7 +46,8 @@ def commands(page: Path) -> list[list[str]]:
 def test_commands_can_be_called_so(page: Path) -> None:
     group = typer.main.get_command(app)
     for arguments in commands(page):
-        command, context = group, typer.Context(group)
+        command: Any = group
+        context = typer.Context(group)
         while hasattr(command, "commands"):
             name, command, arguments = command.resolve_command(context, arguments)
         command.make_context(name, list(arguments))  # refuses what it does not know

@@ -57,8 +57,8 @@ def test_a_core_that_is_busy_is_not_free(
         )
 
     monkeypatch.setattr(host, "_STATISTICS", statistics)
-    monkeypatch.setattr(host.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
-    monkeypatch.setattr(host.time, "sleep", pass_time)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1}, raising=False)
+    monkeypatch.setattr("time.sleep", pass_time)
     assert host.free_cores() == free
 
 
@@ -77,7 +77,7 @@ def test_cores_that_the_system_numbers_otherwise_are_free(tmp_path: Path, monkey
     statistics = tmp_path / "stat"
     statistics.write_text(core(0, 50, 1000))
     monkeypatch.setattr(host, "_STATISTICS", statistics)
-    monkeypatch.setattr(host.os, "sched_getaffinity", lambda process: {6, 7}, raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {6, 7}, raising=False)
     assert host.free_cores(0) == 2
 
 

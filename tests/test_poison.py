@@ -40,7 +40,9 @@ def test_both_parts_of_complex_numbers_are_nan(make: Callable[[torch.dtype], Ten
 
 @each_maker
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.int64], ids=str)
-def test_integers_are_the_largest(make: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> None:
+def test_integers_are_the_largest(
+    make: Callable[[torch.dtype], Tensor], dtype: torch.dtype
+) -> None:
     assert (make(dtype) == torch.iinfo(dtype).max).all()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -134,7 +135,7 @@ def test_per_tensor_has_one_scale():
 
 
 def test_core_options_reach_the_core():
-    options = {"energy": 0.3, "hopping": 0.7, "onsite": -1.0, "causal": True}
+    options: dict[str, Any] = {"energy": 0.3, "hopping": 0.7, "onsite": -1.0, "causal": True}
     core = QuantizedBirmanSchwingerCore(N, "ptq_int8", 0.25, **options)
     v = torch.randn(3, N)
     assert torch.equal(core(v), BirmanSchwingerCore(N, 0.25, **options)(v))
@@ -537,7 +538,7 @@ def with_every_zero_point(core: QuantizedBirmanSchwingerCore) -> dict[str, Tenso
     """The state dict as it was before zero points that need not be stored were left out."""
     found = core.state_dict()
     for name in ("v_quantizer", "G_quantizer.real", "G_quantizer.imag"):
-        found[f"{name}.zero_points"] = core.get_submodule(name).zero_points.clone()
+        found[f"{name}.zero_points"] = core.get_buffer(f"{name}.zero_points").clone()
     fields = json.loads(bytes(found["_extra_state"].tolist()))
     fields["nonuniform"] = fields["nonuniform"] or core.quant_config.nonuniform is not False
     found["_extra_state"] = torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
@@ -582,9 +583,10 @@ def test_gradients_reach_the_potentials_and_the_scales(mode):
     v = torch.randn(8, N, requires_grad=True)
     features, _ = core(v, return_diagnostics=True)
     features.square().sum().backward()
+    assert v.grad is not None
     assert torch.isfinite(v.grad).all()
     assert (v.grad != 0).float().mean() > 0.9
-    gradients = [parameter.grad for parameter in core.parameters()]
+    gradients = [p.grad for p in core.parameters() if p.grad is not None]
     # Scales of v, Re and Im; by default steps and first levels only at 8 bits.
     assert len(gradients) == 3 * (3 if mode == "qat_int8" else 1)
     assert all(torch.isfinite(gradient).all() and gradient.any() for gradient in gradients)
@@ -802,8 +804,8 @@ def test_the_bound_covers_the_error(seed, n_seq, mode, eta, hopping, energy, cau
 def codes_beyond(quantizer, x) -> int:
     """Counted one number at a time."""
     count = 0
-    levels = torch.arange(quantizer.qmin, quantizer.qmax + 1)
-    levels = (levels if quantizer.table is None else quantizer.table.values).tolist()
+    even = torch.arange(quantizer.qmin, quantizer.qmax + 1)
+    levels = (even if quantizer.table is None else quantizer.table.values).tolist()
     low = levels[0] - (levels[1] - levels[0]) / 2
     high = levels[-1] + (levels[-1] - levels[-2]) / 2
     for row in x.tolist():

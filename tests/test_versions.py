@@ -28,7 +28,7 @@ def allowed(*extras: str) -> dict[str, Requirement]:
 def pinned(name: str) -> dict[str, str]:
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    versions = {}
+    versions: dict[str, str] = {}
     for each in requirements:
         (specifier,) = each.specifier
         assert specifier.operator == "=="

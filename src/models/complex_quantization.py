@@ -1,3 +1,3 @@
 """The complex quantizer under its first import path."""
 
-from bkcore.quantization import ComplexQuantizer  # noqa: F401
+from bkcore.quantization import ComplexQuantizer as ComplexQuantizer

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from transformers import GPT2LMHeadModel
 
 from bkcore import cli
 from bkcore.bench import gpu, rival_models
@@ -57,13 +58,13 @@ def test_the_models_that_are_timed_are_of_one_size():
 
 def test_a_model_that_computes_nonsense_gets_no_speed(monkeypatch):
     monkeypatch.setattr(gpu, "SHAPES", ())
-    init = gpu.GPT2LMHeadModel.__init__
+    init = GPT2LMHeadModel.__init__
 
     def broken(self, *args, **options):
         init(self, *args, **options)
         torch.nn.init.constant_(self.lm_head.weight, torch.nan)
 
-    monkeypatch.setattr(gpu.GPT2LMHeadModel, "__init__", broken)
+    monkeypatch.setattr(GPT2LMHeadModel, "__init__", broken)
     with pytest.raises(BenchmarkError, match="the loss of GPT2LMHeadModel is nan"):
         gpu.run_gpu(Console(quiet=True), DEVICE, once)
 

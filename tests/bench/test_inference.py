@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_wrong_products_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         inference.build(32)
 
 
-def test_a_forgetful_stream_is_not_timed() -> None:
+def test_a_forgetful_stream_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = inference.build(32)["float32"]
     true = model.forward
 
@@ -97,7 +98,7 @@ def test_a_forgetful_stream_is_not_timed() -> None:
         state = cache_params and model.first_state()
         return true(ids, cache_params=state, **options)
 
-    model.forward = forgetful
+    monkeypatch.setattr(model, "forward", forgetful)
     with pytest.raises(BenchmarkError, match="streamed token"):
         inference.check_stream(model)
 
@@ -114,7 +115,7 @@ def test_dynamic_int8_reaches_the_layers_of_gpt2() -> None:
     assert len(linear) >= 4
     exact, coded = (gpt2.models[name](text).logits for name in ("float32", "INT8"))
     assert 0 < (exact - coded).abs().max() / exact.abs().max() < 0.2
-    decode = rival_models.decoder(gpt2.models["float32"], text[:, :11], text[:, 11:])
+    decode: Any = rival_models.decoder(gpt2.models["float32"], text[:, :11], text[:, 11:])
     for _ in range(2):  # the second call comes behind the same text as the first
         assert torch.allclose(decode().logits[0, 0], exact[0, 11], atol=1e-5)
 

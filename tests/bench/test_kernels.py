@@ -160,7 +160,7 @@ def test_command_writes_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'bkcore\[plot\]'"):
         plots.prepare_plot(Path("plot.svg"))
     with pytest.raises(InputError, match=r"\.png or \.svg"):

@@ -36,8 +36,8 @@ def test_all_rivals_are_tested() -> None:
 
 
 def test_what_is_missing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rival_solvers.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(rival_solvers.shutil, "which", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     assert set(missing_rivals()) == {"compiled scan", "banded solver"}
     assert [rival.name for rival in rivals()] == ["eager loop", "dense inverse"]
 

@@ -31,7 +31,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: found.now)
+    monkeypatch.setattr("bkcore.bench.timing.time.perf_counter", lambda: found.now)
     return found
 
 

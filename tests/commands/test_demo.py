@@ -19,7 +19,7 @@ from bkcore.text import TokenWindows, encode, load_corpus
 def shown(checkpoint: Path) -> list[str]:
     console = Console(file=io.StringIO())
     show_shipped(console, checkpoint)
-    return console.file.getvalue().splitlines()  # type: ignore[attr-defined, no-any-return]
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
 @pytest.fixture

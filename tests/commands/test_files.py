@@ -43,7 +43,7 @@ def test_what_is_read_is_not_replaced(tmp_path: Path) -> None:
     names = ("model/config.json", "model/report.json", "text/deep/a.txt", "text/deep/b.json")
     for name in (*names, "recipe.yaml"):
         (tmp_path / name).touch()
-    read = [model, str(text), tmp_path / "recipe.yaml", None]
+    read: list[Path | str | None] = [model, str(text), tmp_path / "recipe.yaml", None]
     for name in ("model/config.json", "text/deep/a.txt", "recipe.yaml"):
         with pytest.raises(InputError, match="which is read; name another file"):
             Files(tmp_path / name).prepare(read=read)

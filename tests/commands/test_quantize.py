@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,8 +51,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("float")
     torch.manual_seed(0)
     tokenizer = train_tokenizer(TRAIN, 300)
-    sizes = {"num_experts": 2, "experts_per_token": 2, "expert_size": 24, "key_size": 4}
-    model = LanguageModel(len(tokenizer), 16, 1, 32, embedding_multiplier=1.0, **sizes)
+    sizes: dict[str, Any] = {
+        "num_experts": 2,
+        "experts_per_token": 2,
+        "expert_size": 24,
+        "key_size": 4,
+    }
+    model: Any = LanguageModel(len(tokenizer), 16, 1, 32, embedding_multiplier=1.0, **sizes)
     torch.nn.init.normal_(model.layers[0].mixer.out_proj.weight, std=0.3)
     model.embedding.weight.data.mul_(20)
     model.layers[0].experts.experts[1].down.weight.data.mul_(1e-3)
@@ -90,6 +96,7 @@ def test_the_saved_model_is_the_one_of_the_python_interface(
 ) -> None:
     found = run_quantize(checkpoint, tmp_path, text, settings(mode="ptq_int4", strict=True), QUIET)
     model, tokenizer = load_checkpoint(tmp_path)
+    assert model.quant_config is not None
     assert model.quant_config.mode == "ptq_int4"
     assert model.quant_config.group_size == 8
     assert model.receipt == read(tmp_path) == found["receipt"]
@@ -236,6 +243,7 @@ def test_a_budget_of_bits_is_kept_and_loads_by_itself(
     model, _ = load_checkpoint(tmp_path)
     assert average_bits(found["receipt"]) <= bits
     given = {entry["name"]: entry["bits"] for entry in found["receipt"]["weights"]}
+    assert model.quant_config is not None
     assert given == model.quant_config.tensor_bits
     assert len(set(given.values())) > 1
     # What is nearly deaf never gets more than what is not.
@@ -279,7 +287,7 @@ def test_strict_names_what_is_amiss_and_writes_nothing(
 ) -> None:
     model, tokenizer = load_checkpoint(checkpoint)
     with torch.no_grad():  # with one expert a token, all go to the first
-        model.layers[0].experts.router.weight.zero_()
+        model.get_parameter("layers.0.experts.router.weight").zero_()
     model.config.experts_per_token = 1
     model.save_pretrained(tmp_path / "deaf")
     tokenizer.save_pretrained(tmp_path / "deaf")
@@ -300,7 +308,7 @@ def test_what_calibration_missed_is_refused_before_training(
 ) -> None:
     model, tokenizer = load_checkpoint(checkpoint)
     with torch.no_grad():  # with one expert a token, all go to the first
-        model.layers[0].experts.router.weight.zero_()
+        model.get_parameter("layers.0.experts.router.weight").zero_()
     model.config.experts_per_token = 1
     model.save_pretrained(tmp_path / "deaf")
     tokenizer.save_pretrained(tmp_path / "deaf")
@@ -400,7 +408,7 @@ def test_samples_in_the_checkpoint_do_what_its_text_does(
     checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     source = without_data(checkpoint, text, tmp_path / "float")
-    options = {"mode": "ptq_int4", "group_size": 8, "min_size": 0}
+    options: dict[str, Any] = {"mode": "ptq_int4", "group_size": 8, "min_size": 0}
     tensors = []
     for data, name in ((text, "one"), (None, "two")):
         found = run_quantize(source, tmp_path / name, data, QuantizeSettings(**options), QUIET)
@@ -408,7 +416,9 @@ def test_samples_in_the_checkpoint_do_what_its_text_does(
         tensors.append((tmp_path / name / "model.safetensors").read_bytes())
     assert found["corpus"] == f"{text.name}, samples in the checkpoint"
     assert tensors[0] == tensors[1]
-    assert load_checkpoint(tmp_path / "two")[0].config.training_text["name"] == text.name
+    origin = load_checkpoint(tmp_path / "two")[0].config.training_text
+    assert origin is not None
+    assert origin["name"] == text.name
 
 
 def test_without_a_text_that_does_it_asks_for_one(

@@ -37,7 +37,7 @@ def test_equals_transformers_with_gradients(sites: int) -> None:
     results = []
     for scan in (modeling_mamba.mamba_selective_scan, selective_scan):
         y = scan(**given, delta_softplus=True)
-        results.append((y, *torch.autograd.grad((y * weight).sum(), given.values())))
+        results.append((y, *torch.autograd.grad((y * weight).sum(), tuple(given.values()))))
     for name, expected, found in zip(["y", *given], *results, strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5, msg=name)
 

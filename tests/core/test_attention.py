@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,9 +14,7 @@ from bkcore import resolvent_attention
 from bkcore.errors import DTypeError, InputError, ShapeError
 
 
-def problem(
-    sites: int = 12, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> dict[str, Tensor]:
+def problem(sites: int = 12, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -113,8 +113,9 @@ def test_gradients():
     leaves = [x.requires_grad_() for x in p.values()]
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        out, g, state = resolvent_attention(**dict(zip(p, tensors, strict=True)))
-        again, _, (_, psi) = resolvent_attention(*tensors, state=state)
+        given: dict[str, Any] = dict(zip(p, tensors, strict=True))
+        out, g, state = resolvent_attention(**given)
+        again, _, (_, psi) = resolvent_attention(**given, state=state)
         return out, g, again, psi
 
     assert torch.autograd.gradcheck(function, leaves)

@@ -5,6 +5,7 @@ the round-off of float64 that the radii claim to cover, continued fractions of 5
 """
 
 import math
+from typing import Any
 
 import mpmath  # PyTorch needs sympy, which needs it
 import pytest
@@ -89,8 +90,8 @@ def test_the_round_off_of_float64_is_enclosed(seed: int, n: int, eta: float) -> 
         assert encloses(ball, exact)
         if eta >= 1e-3:
             assert ball.radius.max() < 1e-9 / eta**2
-    chain = {"energy": 0.0, "eta": eta, "onsite": 0.0, "hopping": t[None, :, None]}
-    shaped = [x[None, :, None] for x in (v, b, v, b)]
+    chain: dict[str, Any] = {"energy": 0.0, "eta": eta, "onsite": 0.0, "hopping": t[None, :, None]}
+    shaped: list[Any] = [x[None, :, None] for x in (v, b, v, b)]
     for ball, exact in zip(propagated_enclosure(*shaped, **chain), (g, psi), strict=True):
         assert encloses(ball, exact)
 
@@ -239,7 +240,8 @@ def test_attention_is_enclosed(
     assert ((imag.centre - out.imag).abs() <= imag.radius + slack * scale).all()
     assert ((memory.centre - green.imag / width).abs() <= memory.radius + slack / width).all()
     # The centre is what attention makes of the inputs that are used; float32 is bounded, too.
-    result, _, _ = resolvent_attention(*(x.float() for x in used), width.float())
+    inputs: list[Any] = [x.float() for x in (*used, width)]
+    result, _, _ = resolvent_attention(*inputs)
     assert (real.bound(result.real) >= (result.real - out.real).abs() - slack * scale).all()
 
 

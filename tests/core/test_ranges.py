@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -86,8 +87,8 @@ def assert_backward_stable(v, energy, eta, t, onsite, left, whole=None, right=No
 @given(problem=problems(), as_tensors=st.booleans())
 def test_the_diagonal(backend, problem, as_tensors):
     _dtype, v, energy, eta, t, onsite = problem
-    z = complex(energy, eta)
-    options = {"hopping": t, "onsite": onsite}
+    z: Any = complex(energy, eta)
+    options: dict[str, Any] = {"hopping": t, "onsite": onsite}
     if as_tensors:
         z = torch.tensor([z], dtype=torch.complex128)
         options = {name: torch.tensor([x], dtype=torch.float64) for name, x in options.items()}
@@ -133,8 +134,8 @@ def test_the_causal_sweep(problem):
     scale = (g.abs().double() * (1 + abs(t) * before.abs().double())).nan_to_num(torch.inf)
     info = torch.finfo(g.real.dtype)
     if bool((scale < info.max).all()):  # else psi itself leaves the floating-point numbers
-        error = (psi - wanted).abs()
-        assert bool((error <= ROUNDINGS * info.eps * scale + 8 * info.tiny).all())
+        distance = (psi - wanted).abs()
+        assert bool((distance <= ROUNDINGS * info.eps * scale + 8 * info.tiny).all())
 
 
 @settings(max_examples=150)
@@ -267,8 +268,8 @@ def test_chains_have_ranges_of_their_own():
     torch.testing.assert_close(G * unit.float(), one.expand_as(G), rtol=1e-5, atol=0)
     eta = unit.flatten()
     g = causal_sweep(v.float().t()[None], energy=0.0, eta=eta, hopping=eta, onsite=-2 * eta)
-    one = causal_sweep(v[15].float()[None, :, None], energy=0.0, eta=1.0)
-    torch.testing.assert_close(g * eta.float(), one.expand_as(g), rtol=1e-5, atol=0)
+    middle: Any = causal_sweep(v[15].float()[None, :, None], energy=0.0, eta=1.0)
+    torch.testing.assert_close(g * eta.float(), middle.expand_as(g), rtol=1e-5, atol=0)
 
 
 def test_values_are_not_looked_at_where_that_is_impossible():

@@ -23,6 +23,7 @@ def test_the_fewest_bits_are_those_of_the_narrowest_weights(group_size: int) -> 
         quantized = LanguageModel(50, 16, 1, 16, num_experts=2, expert_size=24)
         quantized.configure_quantization(config)
         quantized.calibrate_quantization([torch.arange(48).view(2, 24)])
+        assert quantized.receipt is not None
         least.append(average_bits(quantized.receipt))
     check_target(model, min(least), group_size)
     with pytest.raises(InputError, match="allow more bits"):

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -103,12 +104,13 @@ def test_scores_belong_to_no_graph_and_to_no_inference_mode() -> None:
 
 def test_every_part_of_a_model_gets_its_mode_back() -> None:
     model = random_bigram()
-    model.add_module("frozen", nn.Dropout().eval())
+    frozen = nn.Dropout()
+    model.add_module("frozen", frozen)
     model.train()
-    model.frozen.eval()
+    frozen.eval()
     score(model, random_tokens(20), window=8, batch_size=4, bos_id=BOS)
     assert model.modes == [False, False]
-    assert (model.training, model.frozen.training) == (True, False)
+    assert (model.training, frozen.training) == (True, False)
     model.eval()
     score(model, random_tokens(20), window=8, batch_size=4, bos_id=BOS)
     assert not model.training
@@ -136,7 +138,7 @@ def test_an_interrupted_scoring_continues_to_the_same_bits(
 ) -> None:
     steps: list[Scores] = []
     model, tokens = random_bigram(), random_tokens(count)
-    setting = {"window": window, "batch_size": batch_size, "bos_id": BOS}
+    setting: dict[str, Any] = {"window": window, "batch_size": batch_size, "bos_id": BOS}
     whole = score(model, tokens, on_batch=steps.append, **setting)
     place = data.draw(st.integers(0, len(steps) - 1))
     model.batches.clear()

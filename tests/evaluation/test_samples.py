@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ SAMPLES = torch.arange(4 * 16).view(4, 16) % VOCAB
 
 def save(folder: Path, samples: Tensor | None) -> None:
     tokenizer = train_tokenizer("a text of a few words " * 40, VOCAB)
-    sizes = {"num_experts": 2, "expert_size": 8, "key_size": 4, "num_heads": 2}
+    sizes: dict[str, Any] = {"num_experts": 2, "expert_size": 8, "key_size": 4, "num_heads": 2}
     save_checkpoint(folder, LanguageModel(VOCAB, 8, 1, 16, **sizes), tokenizer, samples)
 
 

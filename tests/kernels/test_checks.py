@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -181,7 +182,8 @@ def test_a_group_size_fits_what_there_is() -> None:
     assert fit_group_size(3, 16) == 3
     assert fit_group_size(3, 0) == 1
     assert [count_groups(n, 4) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
-    for wrong in (True, 1.0, None):
+    wrongs: list[Any] = [True, 1.0, None]
+    for wrong in wrongs:
         with pytest.raises(InputError, match="group_size must be an integer >= 1"):
             fit_group_size(wrong, 4)
 
@@ -201,7 +203,7 @@ def test_a_group_size_fits_what_there_is() -> None:
     ],
 )
 def test_a_rounding_that_does_not_fit_is_refused(changes, error, words) -> None:
-    good = {
+    good: dict[str, Any] = {
         "channels": 5,
         "scale": torch.ones(5).bfloat16(),
         "zero": torch.zeros(5, dtype=torch.int8),

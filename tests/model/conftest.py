@@ -85,10 +85,16 @@ def _build(
 ) -> ResNetBKForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        sizes = {"vocab_size": VOCABULARY, "d_model": 24, "n_layers": 2, "n_seq": 32, "key_size": 7}
+        sizes: dict[str, Any] = {
+            "vocab_size": VOCABULARY,
+            "d_model": 24,
+            "n_layers": 2,
+            "n_seq": 32,
+            "key_size": 7,
+        }
         sizes |= {"num_experts": 4, "experts_per_token": 2, "expert_size": 40}
         sizes |= {"embedding_multiplier": 5.0, **dict(options)}
-        model = LanguageModel(**sizes)
+        model: Any = LanguageModel(**sizes)
         for layer in model.layers:
             torch.nn.init.normal_(layer.mixer.out_proj.weight, std=0.2)
             if model.config.mixer == "resolvent":

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bkcore.errors import CheckpointError, InputError, ShapeError
-from bkcore.model import ResNetBKForCausalLM, StreamState
+from bkcore.model import StreamState
 from tests.model.helpers import read
 
 # Whole vectors of 32 numbers: in a ragged rest PyTorch rounds SiLU differently.
@@ -185,7 +185,7 @@ def test_what_cannot_be_streamed_is_named(build, tokens, tmp_path):
 def test_mixers_without_a_state_generate_all_the_same(build, tokens):
     prompt = tokens(1, 5).clamp(min=1)
     for mixer in ("convolution", "green"):
-        model: ResNetBKForCausalLM = build(mixer=mixer)
+        model = build(mixer=mixer)
         out = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=3, do_sample=False,
             pad_token_id=0,

@@ -36,7 +36,7 @@ def test_sequences_come_and_go_in_one_batch(build, tokens, mode):
     outputs = [model(prompt, use_cache=True) for prompt in prompts]
     state = StreamState.batch([output.cache_params for output in outputs[:3]])
     logits = torch.cat([output.logits[:, -1] for output in outputs[:3]])
-    rows, found = [0, 1, 2], [[], [], [], []]
+    rows, found = [0, 1, 2], [list[int]() for _ in range(4)]
     for step in range(16):
         if step == 4:  # the last one joins
             state = StreamState.batch([state, outputs[3].cache_params])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -16,7 +18,11 @@ def test_it_is_built_from_keywords():
     assert isinstance(model, ResNetBKForCausalLM)
     config = model.config
     assert (config.vocab_size, config.d_model, config.n_layers, config.n_seq) == (100, 16, 1, 20)
-    assert config.num_experts == len(model.layers[0].experts.experts) == 3
+    assert (
+        config.num_experts
+        == len(list(model.get_submodule("layers.0.experts.experts").children()))
+        == 3
+    )
     assert model.quant_config is None
 
 
@@ -42,7 +48,12 @@ def test_logits_of_any_length(build, tokens, executed_form, shape):
 @torch.no_grad()
 def test_the_smallest_sizes(tokens, size, mode):
     """One column is where an integer product once read beyond its matrix."""
-    options = {"d_model": 8, "num_experts": 2, "experts_per_token": 1, "expert_size": 6}
+    options: dict[str, Any] = {
+        "d_model": 8,
+        "num_experts": 2,
+        "experts_per_token": 1,
+        "expert_size": 6,
+    }
     options |= {"num_heads": 1, "key_size": 1, **size}
     model = LanguageModel(61, n_layers=1, **options).eval()
     ids = tokens(2, 40)
@@ -142,10 +153,10 @@ def test_gradients_reach_every_parameter(build, tokens):
 @pytest.mark.parametrize("form", [(None, "float"), ("qat_int4", "training")])
 def test_the_trainer_changes_weights_and_repeats_with_its_seed(build, tokens, form):
     ids = tokens(12, 16)
-    items = [{"input_ids": row, "labels": row} for row in ids]
+    items: Any = [{"input_ids": row, "labels": row} for row in ids]
     schedule = Schedule(steps=3, batch_size=4, learning_rate=1e-2)
     start = build(*form).state_dict()
-    results, steps = [], []
+    results, steps = [], list[int]()
     for seed in (0, 0, 1):
         model = build(*form)
         log = train(model, items, schedule, seed=seed, on_step=steps.append)

@@ -35,7 +35,7 @@ def new(**options: Any) -> ResNetBKForCausalLM:
 
 def trainer(model: Any, folder: Any, *, padded: bool = False, **options: Any) -> Trainer:
     given = ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
-    arguments = {"use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 8}
+    arguments: dict[str, Any] = {"use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 8}
     arguments |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     arguments |= {"learning_rate": 1e-2, "logging_steps": 1, "log_level": "error"}
     arguments |= {name: value for name, value in options.items() if name not in given}
@@ -98,7 +98,7 @@ def test_subclasses_are_known_too(tmp_path):
 
 def test_a_compiled_model_refuses_what_would_not_shift(tmp_path):
     torch._dynamo.reset()
-    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    options: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "eager"}
     with pytest.raises(InputError, match="leave out torch_compile, or label_smoothing_factor"):
         trainer(new(), tmp_path, label_smoothing_factor=0.05, **options).train()
     compiled = first_loss(trainer(new(), tmp_path, **options))
@@ -112,7 +112,8 @@ def test_a_loss_of_ones_own_has_the_balance_to_add(tmp_path):
         return loss / num_items_in_batch + outputs.aux_loss
 
     results = []
-    for options in ({}, {"compute_loss_func": own}):
+    ways: list[dict[str, Any]] = [{}, {"compute_loss_func": own}]
+    for options in ways:
         model = new(load_balancing=1.0)
         loss = first_loss(trainer(model, tmp_path, **options))
         results.append([torch.tensor(loss), *(p.detach() for p in model.parameters())])
@@ -144,13 +145,14 @@ def test_metrics_see_logits_and_nothing_else(tmp_path, smoothing):
     ).evaluate()
     assert torch.equal(torch.from_numpy(seen[1][0]), logits.argmax(-1))
     # A state that is asked for is no prediction.
-    with_state = [{**item, "use_cache": True} for item in items()]
+    with_state: Any = [{**item, "use_cache": True} for item in items()]
     trained.data_collator = lambda rows: {
         "input_ids": torch.stack([row["input_ids"] for row in rows]),
         "labels": torch.stack([row["labels"] for row in rows]),
         "use_cache": True,
     }
-    assert trained.predict(with_state).predictions.shape == (8, 14, 61)
+    predictions: Any = trained.predict(with_state).predictions
+    assert predictions.shape == (8, 14, 61)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_the_trainer_checkpoints(build, tokens, tmp_path):
     found = []
     for wanted in (False, True):
         model = build()
-        calls = []
+        calls: list[int] = []
         model.layers[0].mixer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         arguments = TrainingArguments(
             output_dir=tmp_path,

@@ -13,17 +13,22 @@ from bkcore.errors import InputError
 from bkcore.model import ResNetBKConfig, ResNetBKForCausalLM
 from tests.model.helpers import edit, refused, sign
 
+
+def of(name: str, *values: Any) -> list[tuple[str, Any]]:
+    return [(name, value) for value in values]
+
+
 WRONG: list[tuple[str, Any]] = [
-    *(("vocab_size", x) for x in (True, 61.0, "61", None, [61], {}, -1, 0, 10**30)),
-    *(("n_seq", x) for x in (0, 2**31, None)),
-    *(("dropout", x) for x in ("x", None, True, float("nan"), 1, -0.1, [0])),
-    *(("norm_eps", x) for x in (float("inf"), -1, 10**400, "0")),
-    *(("embedding_multiplier", x) for x in (0, None, float("inf"), {"__float__": "NaN"})),
-    *(("mixer", x) for x in (3, None, [], "other")),
-    *(("chunked_loss", x) for x in (1, None, "true")),
-    *(("use_cache", x) for x in (0, [])),
-    *(("key_groups", x) for x in (0, 3, True, "2")),
-    *(("quantization", x) for x in (2, "ptq_int8", [], {"mode": []}, {"mode": 1})),
+    *of("vocab_size", True, 61.0, "61", None, [61], {}, -1, 0, 10**30),
+    *of("n_seq", 0, 2**31, None),
+    *of("dropout", "x", None, True, float("nan"), 1, -0.1, [0]),
+    *of("norm_eps", float("inf"), -1, 10**400, "0"),
+    *of("embedding_multiplier", 0, None, float("inf"), {"__float__": "NaN"}),
+    *of("mixer", 3, None, [], "other"),
+    *of("chunked_loss", 1, None, "true"),
+    *of("use_cache", 0, []),
+    *of("key_groups", 0, 3, True, "2"),
+    *of("quantization", 2, "ptq_int8", [], {"mode": []}, {"mode": 1}),
     ("quantization", {"mode": "ptq_int8", "state": "calibrating"}),
     ("quantization", {"mode": "ptq_int8", "state": "unknown"}),
     ("quantization", {"mode": "ptq_int8", "state": ["quantized"]}),
@@ -31,18 +36,18 @@ WRONG: list[tuple[str, Any]] = [
     ("quantization", {"mode": "ptq_int8", "more": 1}),
     ("quantization", {"mode": "ptq_int8", "group_size": 1e400}),
     ("quantization", {"mode": "ptq_int8", "tensor_bits": {"embedding": 4.0}}),
-    *(("architectures", x) for x in (3, "ResNetBKForCausalLM", [3])),
-    *(("dtype", x) for x in ("nonsense", 3, "int8", "__name__", ["float32"])),
-    *(("torch_dtype", x) for x in ("nonsense", 3)),
-    *(("id2label", x) for x in (3, {"x": "y"}, {"0": 1})),
-    *(("label2id", x) for x in (3, {"x": "y"})),
-    *(("transformers_version", x) for x in ([], 5)),
-    *(("model_type", x) for x in ("gpt2", 3)),
-    *(("is_encoder_decoder", x) for x in (True, 1)),
-    *(("num_labels", x) for x in (10**9, "2", -1)),
-    *(("auto_map", x) for x in (3, {"AutoModel": 3})),
-    *(("attn_implementation", x) for x in ("org/model", 3)),
-    *(("pad_token_id", x) for x in ("0", 2**40, [None])),
+    *of("architectures", 3, "ResNetBKForCausalLM", [3]),
+    *of("dtype", "nonsense", 3, "int8", "__name__", ["float32"]),
+    *of("torch_dtype", "nonsense", 3),
+    *of("id2label", 3, {"x": "y"}, {"0": 1}),
+    *of("label2id", 3, {"x": "y"}),
+    *of("transformers_version", [], 5),
+    *of("model_type", "gpt2", 3),
+    *of("is_encoder_decoder", True, 1),
+    *of("num_labels", 10**9, "2", -1),
+    *of("auto_map", 3, {"AutoModel": 3}),
+    *of("attn_implementation", "org/model", 3),
+    *of("pad_token_id", "0", 2**40, [None]),
     *(
         (name, 3)
         for name in ("attribute_map", "to_dict", "quantization_config", "per_layer_config")
@@ -83,7 +88,8 @@ def test_notes_in_a_configuration_are_kept(build: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = ResNetBKForCausalLM.from_pretrained(tmp_path).config
     assert {name: getattr(loaded, name) for name in notes} == notes
-    assert ResNetBKConfig(sep_token_id=3).sep_token_id == 3
+    other: dict[str, Any] = {"sep_token_id": 3}
+    assert ResNetBKConfig(**other).sep_token_id == 3
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
@@ -106,9 +112,9 @@ def test_json_that_is_too_deep(folder: Path, file: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("temperature", x) for x in ("x", True, 1e400, [])),
-        *(("top_k", x) for x in ("x", [1])),
-        *(("do_sample", x) for x in (1, "x")),
+        *of("temperature", "x", True, 1e400, []),
+        *of("top_k", "x", [1]),
+        *of("do_sample", 1, "x"),
         ("watermarking_config", 3),
         ("max_new_tokens", -5),
         ("to_dict", 3),

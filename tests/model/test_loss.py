@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -92,10 +94,12 @@ def test_a_frozen_head_and_frozen_states():
     hidden = torch.randn(1, 9, 4)
     labels = torch.randint(6, (1, 9))
     next_token_loss(head, hidden, labels, 6).backward()
+    assert head.weight.grad is not None
     assert head.weight.grad.any()
     head.requires_grad_(False)
     hidden.requires_grad_()
     next_token_loss(head, hidden, labels, 6).backward()
+    assert hidden.grad is not None
     assert hidden.grad.any()
 
 
@@ -160,13 +164,17 @@ def test_logits_in_pieces(build, tokens, executed_form):
 @torch.no_grad()
 def test_scoring_never_holds_the_logits_of_a_long_window(build, tokens, executed_form, monkeypatch):
     model, text = build(*executed_form), tokens(150)
-    options = {"window": 64, "batch_size": 2, "bos_id": 0}
+    options: dict[str, Any] = {"window": 64, "batch_size": 2, "bos_id": 0}
     whole = score(lambda ids: model(ids).logits, text, **options)
     monkeypatch.setattr(logits, "_CHUNK_ELEMENTS", 10 * 61)
-    rows = []
-    model.embedding.logits = lambda hidden: (
-        rows.append(len(hidden)) or type(model.embedding).logits(model.embedding, hidden)
-    )
+    rows: list[int] = []
+    head = model.embedding.logits
+
+    def counted(hidden: torch.Tensor) -> torch.Tensor:
+        rows.append(len(hidden))
+        return head(hidden)
+
+    monkeypatch.setattr(model.embedding, "logits", counted)
     pieces = score(model, text, **options)
     assert rows == [*[10] * 12, 8, 10, 10, 2]
     torch.testing.assert_close(pieces.nll, whole.nll, rtol=1e-5, atol=0)

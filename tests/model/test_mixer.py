@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from bkcore.core import resolvent_attention
 from bkcore.errors import LifecycleError
+from bkcore.kernels.recall import over_memory
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
 from bkcore.model.config import MIXER_TRAITS
 from bkcore.model.mixer import (
@@ -18,7 +19,6 @@ from bkcore.model.mixer import (
     causal_convolution,
     convolution,
     depthwise,
-    over_memory,
     unit_length,
 )
 from bkcore.text import TokenWindows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import silu
@@ -15,10 +17,10 @@ from bkcore.model import (
 )
 from bkcore.model.mixer import Features, ResolventMixer, gated
 
-WIDE = {"value_size": 9, "key_groups": 2}
+WIDE: dict[str, Any] = {"value_size": 9, "key_groups": 2}
 
 
-def randomize(model: ResNetBKForCausalLM) -> None:
+def randomize(model: Any) -> None:
     for layer in model.layers:
         torch.nn.init.normal_(layer.mixer.features.weight)
 
@@ -49,9 +51,9 @@ def test_features_are_a_gated_sum():
 def test_heads_of_a_group_share_queries_and_keys():
     """Their own queries and keys, made equal, find the same."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 61, "d_model": 24, "num_heads": 6, "key_size": 7}
-    shared = ResolventMixer(ResNetBKConfig(**sizes, key_groups=2))
-    apart = ResolventMixer(ResNetBKConfig(**sizes))
+    sizes: dict[str, Any] = {"vocab_size": 61, "d_model": 24, "num_heads": 6, "key_size": 7}
+    shared: Any = ResolventMixer(ResNetBKConfig(**sizes, key_groups=2))
+    apart: Any = ResolventMixer(ResNetBKConfig(**sizes))
     for mixer in (shared, apart):
         mixer.reset()
         mixer.features.reset()
@@ -70,7 +72,7 @@ def test_heads_of_a_group_share_queries_and_keys():
 
 
 def test_they_begin_with_the_value_and_re():
-    model = LanguageModel(61, d_model=24, n_layers=1, key_size=7, **WIDE)
+    model: Any = LanguageModel(61, d_model=24, n_layers=1, key_size=7, **WIDE)
     weight = model.layers[0].mixer.features.weight
     assert torch.equal(weight, torch.tensor([[1.0], [1.0], [0.1]]).expand(3, 36))
 

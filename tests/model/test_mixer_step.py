@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -22,12 +23,12 @@ from bkcore.quantization import QuantizationConfig
 MODES = (None, "ptq_int8", "ptq_int4")
 
 
-def mixer(mode: str | None, *, seed: int = 0, flat: bool = False, **sizes: int) -> ResolventMixer:
+def mixer(mode: str | None, *, seed: int = 0, flat: bool = False, **sizes: int) -> Any:
     """A mixer with strong gates and barriers, quantized as `mode` says."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        defaults = {"vocab_size": 9, "d_model": 24, "num_heads": 4, "key_size": 7}
-        made = ResolventMixer(ResNetBKConfig(**{**defaults, **sizes})).eval()
+        defaults: dict[str, Any] = {"vocab_size": 9, "d_model": 24, "num_heads": 4, "key_size": 7}
+        made: Any = ResolventMixer(ResNetBKConfig(**{**defaults, **sizes})).eval()
         for parameter in made.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         made.log_eta.data.sub_(4)
@@ -44,14 +45,14 @@ def mixer(mode: str | None, *, seed: int = 0, flat: bool = False, **sizes: int) 
     return made
 
 
-def read(made: ResolventMixer, x: Tensor, *, in_pieces: bool) -> tuple[Tensor, LayerState]:
+def read(made: Any, x: Tensor, *, in_pieces: bool) -> tuple[Tensor, LayerState]:
     """Site by site, by the kernel or by what it stands for."""
     made = copy.deepcopy(made)
     if in_pieces:
         made._steps = lambda inputs: False
     else:
         made.recall = None  # not to be called
-    outs, state = [], None
+    outs, state = [], made.first_state(len(x))
     with torch.no_grad():
         for site in x.unbind(1):
             out, state = made(site[:, None], state)
@@ -164,7 +165,7 @@ def test_what_it_is_not_for_takes_the_pieces():
     assert torch.equal(made(x, state)[0], made(x, LayerState(**vars(state)))[0])
 
 
-def arguments(made: ResolventMixer) -> list[Tensor]:
+def arguments(made: ResolventMixer) -> list[Any]:
     state = made.first_state(2)
     inputs, _, _ = made.core_inputs(torch.randn(2, 1, 24), state)
     cores = [made.log_rate.exp(), made.log_barrier.exp(), made.log_eta.exp()]
@@ -177,7 +178,7 @@ def arguments(made: ResolventMixer) -> list[Tensor]:
 def test_bad_input_raises():
     made = mixer("ptq_int8")
     good, rounding = arguments(made), made.quantizers.rounding()
-    recall_step(*good, rounding)
+    recall_step(*[*good, rounding])
     names = ("gate", "barrier", "query", "key", "value", "rate", "height", "eta", "weight", "g")
     for index, name in enumerate(names):
         if name == "value":
@@ -198,9 +199,9 @@ def test_bad_input_raises():
     with pytest.raises(InputError, match="one entry for each of gate, barrier"):
         recall_step(*good, rounding[:3])
     with pytest.raises(ShapeError, match="gate has 4 channels"):
-        recall_step(*good, rounding[::-1])
+        recall_step(*[*good, rounding[::-1]])
     with pytest.raises(ShapeError, match="with 4 bits; gate has 8"):
-        recall_step(*good, [*rounding[:-1], mixer("ptq_int4").quantizers.rounding()[-1]])
+        recall_step(*[*good, [*rounding[:-1], mixer("ptq_int4").quantizers.rounding()[-1]]])
     for eta in (0.0, -1e-3):
         bad = list(good)
         bad[7] = good[7].clone()

@@ -6,6 +6,7 @@ import copy
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from bkcore.model import ResNetBKConfig, ResNetBKForCausalLM, moe
 from bkcore.model.moe import Expert, MixtureOfExperts, counting_load
 
 
-def mixture(**options) -> MixtureOfExperts:
-    sizes = {
+def mixture(**options) -> Any:
+    sizes: dict[str, Any] = {
         "d_model": 12,
         "num_experts": 5,
         "experts_per_token": 2,
@@ -26,7 +27,7 @@ def mixture(**options) -> MixtureOfExperts:
     return MixtureOfExperts(ResNetBKConfig(**{**sizes, **options})).eval()
 
 
-def dense(layer: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
+def dense(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Token by token, in float64, with no batching at all."""
     layer = layer.double()
     out = torch.empty_like(x, dtype=torch.float64)
@@ -120,6 +121,7 @@ def test_gradients_reach_the_router_and_every_expert_that_served():
     layer = mixture().train()
     x = torch.randn(4, 30, 12, requires_grad=True)
     layer(x)[0].square().sum().backward()
+    assert x.grad is not None
     assert (x.grad.abs().sum(-1) > 0).all()
     assert all(parameter.grad.any() for parameter in layer.parameters())
 
@@ -185,7 +187,7 @@ def test_what_a_token_gets_does_not_depend_on_how_many_there_are(rows):
     assert torch.equal(layer(x[:, :rows])[0], layer(x)[0][:, :rows])
 
 
-def skip_the_idle(layer: MixtureOfExperts, tokens: torch.Tensor, chosen: torch.Tensor):
+def skip_the_idle(layer: Any, tokens: torch.Tensor, chosen: torch.Tensor):
     """Serve as outside of training: experts without tokens are not called."""
     order = chosen.flatten().argsort(stable=True)
     batches = tokens[order // layer.experts_per_token].split(layer._load_of(chosen).tolist())
@@ -346,7 +348,7 @@ def test_one_expert_is_saved_and_trained(build, tokens, tmp_path):
 def test_an_expert_trains_on_whole_blocks_of_rows(rows):
     """Few shapes, for the kernels that are made for each; what is filled up leaves no trace."""
     torch.manual_seed(0)
-    expert = Expert(ResNetBKConfig(vocab_size=10, d_model=8, expert_size=12)).train()
+    expert: Any = Expert(ResNetBKConfig(vocab_size=10, d_model=8, expert_size=12)).train()
     seen = []
     expert.up.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     x = torch.randn(rows, 8, requires_grad=True)

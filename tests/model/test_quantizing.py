@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from bkcore.errors import CalibrationError, CheckpointError, InputError, LifecycleError
 from bkcore.model import LanguageModel, conversion
@@ -28,6 +29,7 @@ def test_a_new_model_is_float(mode):
 
 def test_the_default_mode_is_ptq_int8():
     model = LanguageModel(61, 16, 1, use_quantized_bk_core=True)
+    assert model.quant_config is not None
     assert model.quant_config.mode == "ptq_int8"
 
 
@@ -57,7 +59,7 @@ def test_a_mode_without_quantization_is_refused():
     ],
 )
 def test_a_model_without_a_mode_has_no_steps(build, step):
-    arguments = [[]] if step == "calibrate_quantization" else []
+    arguments: list[list[Tensor]] = [[]] if step == "calibrate_quantization" else []
     with pytest.raises(LifecycleError, match=rf"{step}\(\) needs a quantization mode"):
         getattr(build(), step)(*arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_training_beats_rounding_afterwards(build, tokens, mode):
     with torch.no_grad():
         # Before any step the two are one and the same function.
         assert torch.equal(trained(ids).logits, nearest(ids).logits)
-    items = [{"input_ids": row, "labels": row} for row in ids]
+    items: Any = [{"input_ids": row, "labels": row} for row in ids]
     train(trained, items, Schedule(steps=10, batch_size=8, learning_rate=3e-3))
     trained.eval().convert()
     with torch.no_grad():
@@ -94,6 +95,6 @@ def test_training_beats_rounding_afterwards(build, tokens, mode):
 
 
 def test_a_converted_model_is_not_trained(build, tokens, mode):
-    data = [{"input_ids": ids, "labels": ids} for ids in tokens(4, 8)]
+    data: Any = [{"input_ids": ids, "labels": ids} for ids in tokens(4, 8)]
     with pytest.raises(LifecycleError, match="its weights are codes, which cannot be trained"):
         train(build(mode, "quantized"), data, Schedule(1, 2, 1e-3))

@@ -299,7 +299,7 @@ def test_bits_that_cannot_be_are_refused(build):
     with pytest.raises(InputError, match=r"takes \(4, 8\)"):
         QuantizationConfig("qat_int8", tensor_bits={"embedding": 16})
     with pytest.raises(InputError, match="must be a dictionary"):
-        QuantizationConfig("ptq_int8", tensor_bits=[8])
+        QuantizationConfig("ptq_int8", tensor_bits=[8])  # type: ignore[arg-type]
     model = build()
     with pytest.raises(LifecycleError, match="needs a quantization mode"):
         model.assign_bits({"embedding": 8})

@@ -266,7 +266,7 @@ def test_saving_the_model_again_does_not_hide_a_damaged_tokenizer(
 def test_the_auto_class_loads_every_layout(models: Any, tmp_path: Path) -> None:
     for layout in LAYOUTS:
         save(models[layout], layout, tmp_path / layout)
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / layout)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / layout)
         assert type(loaded) is ResNetBKForCausalLM
         own = models[layout].state_dict()
         assert all(torch.equal(x, own[name]) for name, x in loaded.state_dict().items())

@@ -240,7 +240,7 @@ def test_a_save_that_is_killed_between_its_renames_is_noticed(saved, build, monk
     folder, _ = saved
     import os
 
-    rename, done = os.replace, []
+    rename, done = os.replace, list[str]()
 
     def replace_one(source, target):
         if str(target).startswith(str(folder)) and done:

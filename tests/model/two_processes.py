@@ -5,6 +5,7 @@ Usage: torchrun ... two_processes.py FOLDER.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,14 @@ MODES = ("ptq_int4", "qat_int8")
 
 def build(mode: str) -> ResNetBKForCausalLM:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "d_model": 16, "n_layers": 1, "num_experts": 3, "expert_size": 24}
-    model = LanguageModel(**sizes)
+    sizes: dict[str, Any] = {
+        "vocab_size": 50,
+        "d_model": 16,
+        "n_layers": 1,
+        "num_experts": 3,
+        "expert_size": 24,
+    }
+    model: Any = LanguageModel(**sizes)
     torch.nn.init.normal_(model.layers[0].mixer.out_proj.weight, std=0.2)
     model.configure_quantization(QuantizationConfig(mode, group_size=16, min_size=0))
     return model

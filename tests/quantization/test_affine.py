@@ -73,6 +73,7 @@ def test_gradient_is_straight_through_inside_and_zero_outside(bits):
     qmin, qmax = affine.code_range(bits)
     x = torch.tensor([qmin - 0.6, qmin + 0.3, 0.0, qmax - 0.3, qmax + 0.6], requires_grad=True)
     affine.fake_quantize(x, torch.tensor(1.0), 0, bits).sum().backward()
+    assert x.grad is not None
     assert x.grad.tolist() == [0, 1, 1, 1, 0]
 
 
@@ -99,6 +100,7 @@ def test_a_tiny_scale_does_not_make_nan_of_the_gradients():
     x = torch.tensor([1e3, -1e3, torch.inf], requires_grad=True)
     scale = torch.tensor(1e-37, requires_grad=True)
     affine.fake_quantize(x, scale, 0, 8).sum().backward()
+    assert x.grad is not None
     assert x.grad.tolist() == [0, 0, 0]
     assert scale.grad == 127 - 128 + 127
 

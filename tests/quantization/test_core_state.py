@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def spoiled(value: Tensor) -> list[object]:
     ]
 
 
-def assert_refused(core: nn.Module, entries: object, **options) -> None:
+def assert_refused(core: nn.Module, entries: Any, **options) -> None:
     """It raises, and the core is what it was: as a module, and in what it computes."""
     before, form = copy.deepcopy(core.state_dict()), sorted(dict(core.named_parameters()))
     with pytest.raises(CheckpointError):

@@ -107,6 +107,7 @@ def test_frozen_saved_and_loaded_the_values_stay(bits):
     fresh = quantizer(bits)
     fresh.load_state_dict(made.state_dict())
     assert torch.equal(fresh.half().fake_quantize(x)[1:], before[1:])
+    assert fresh.table is not None
     assert fresh.table.stored_levels.dtype == torch.bfloat16
     assert made.storage_bytes == 2 * 3 + {4: 32, 8: 48}[bits]
 
@@ -122,6 +123,7 @@ def test_gradients(bits):
     out = levels.fake_quantize(x, scale, zero, values)
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
     (out * weight).sum().backward()
+    assert x.grad is not None
     assert torch.equal(x.grad, weight * torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]))
     index = levels.nearest(x / scale + zero, values)
     expected = torch.zeros(2**bits).index_add(0, index, weight * 0.5)
@@ -149,6 +151,7 @@ def test_values_whose_errors_cost_next_to_nothing_count_alike():
         made.start_calibration()
         made.observe(x, weight)
         made.end_calibration()
+        assert made.table is not None
         tables.append(made.table.values)
     assert torch.equal(*tables)
 
@@ -164,6 +167,8 @@ def test_levels_may_be_chosen_by_the_calibration_alone(bits):
         quantizer.calibrate(x)
     assert not list(stored.parameters())
     learned.freeze()
+    assert learned.table is not None
+    assert stored.table is not None
     assert torch.equal(learned.table.values, stored.table.values)
     assert torch.equal(learned.fake_quantize(x), stored.fake_quantize(x))
 
@@ -176,5 +181,7 @@ def test_a_table_of_inference_mode_is_worked_out_again_when_it_is_loaded():
             quantizer.calibrate(data)
             quantizer.fake_quantize(x)
         one.load_state_dict(other.state_dict())
+        assert one.table is not None
+        assert other.table is not None
         assert torch.equal(one.table.values, other.table.values)
         assert torch.equal(one.fake_quantize(x), other.fake_quantize(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -235,7 +236,8 @@ def test_training_backward_is_that_of_the_dequantized_product(bits, group_size):
     training = trainable(torch.randn(9, 20), bits, group_size)
     x, cotangent = torch.randn(15, 20, requires_grad=True), torch.randn(15, 9)
     QuantizedLinear(training)(x).backward(cotangent)
-    found = (x.grad.clone(), training.weight.grad.clone(), training.log_scales.grad.clone())
+    leaves = (x, training.weight, training.log_scales)
+    found = [leaf.grad.clone() for leaf in leaves if leaf.grad is not None]
 
     training.zero_grad()
     codes, token_scale = quantize_rows(x.detach())
@@ -259,7 +261,8 @@ def test_wild_steps_leave_trainable_weights_usable():
         out.sum().backward()
         assert (training.scales() > 0).all()
         assert torch.isfinite(out).all()
-        assert all(torch.isfinite(parameter.grad).all() for parameter in training.parameters())
+        gradients = [parameter.grad for parameter in training.parameters()]
+        assert all(grad is not None and torch.isfinite(grad).all() for grad in gradients)
 
 
 # ---- embedding -----------------------------------------------------------------------------
@@ -267,7 +270,7 @@ def test_wild_steps_leave_trainable_weights_usable():
 
 def embeddings() -> dict[str, QuantizedEmbedding]:
     weight = torch.randn(10, 6)
-    kinds = {
+    kinds: dict[str, Any] = {
         "int8": pack_weight(weight, 8, 6),
         "int4": pack_weight(weight, 4, 4),
         "half": HalfWeight.from_float(weight),

@@ -6,6 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -183,7 +184,7 @@ def test_a_quantizer_that_cannot_be_calibrated_keeps_its_scales(build, bad):
 
 
 def test_hooks_modules_and_containers_come_back_in_place():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).train()
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).train()
     model.history = deque([1])
     held, modules = model.history, model._modules
     weight, first = model[0].weight, model[0]
@@ -216,7 +217,7 @@ def test_hooks_modules_and_containers_come_back_in_place():
 
 
 def test_a_block_that_succeeds_changes_what_it_says():
-    model = nn.Linear(2, 2)
+    model: Any = nn.Linear(2, 2)
     with all_or_nothing(model):
         model.extra = 1
     assert model.extra == 1

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def split(rows: list[str], column: str = "text") -> "datasets.Dataset":
+def split(rows: list[str], column: str = "text") -> Any:
     return datasets.Dataset.from_dict({column: rows, "number": list(range(len(rows)))})
 
 
@@ -79,7 +80,7 @@ def test_a_saved_data_set_without_validation_holds_blocks_out(tmp_path: Path) ->
     ],
 )
 def test_what_a_data_set_must_hold(
-    tmp_path: Path, splits: "dict[str, datasets.Dataset]", complaint: str | None
+    tmp_path: Path, splits: dict[str, Any], complaint: str | None
 ) -> None:
     datasets.DatasetDict(splits).save_to_disk("saved")
     if complaint is None:

@@ -6,6 +6,7 @@ process reaches with the whole batch.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ TEXTS = torch.randint(0, 50, (3, 4, 5), generator=torch.Generator().manual_seed(
 def build(mode: str | None) -> ResNetBKForCausalLM:
     """Float64, and without load balancing, which is not linear in the batch."""
     torch.manual_seed(0)
-    sizes = {"d_model": 16, "n_layers": 2, "num_experts": 8, "experts_per_token": 1}
+    sizes: dict[str, Any] = {"d_model": 16, "n_layers": 2, "num_experts": 8, "experts_per_token": 1}
     model = LanguageModel(vocab_size=50, expert_size=8, load_balancing=0.0, **sizes)
     if mode is not None:
         model.configure_quantization(mode)
@@ -38,7 +39,7 @@ def checkpointed(model: ResNetBKForCausalLM, reentrant: bool | None) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
 
 
-def train(model: ResNetBKForCausalLM, run: nn.Module, parts: int, share: slice) -> list[Tensor]:
+def train(model: ResNetBKForCausalLM, run: Any, parts: int, share: slice) -> list[Tensor]:
     """The weights after some steps, on a share of every part of every batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for batch in TEXTS:

@@ -38,7 +38,13 @@ def run(output: Path, weights: Path, on_step: Callable[[int], None] | None = Non
     torch.manual_seed(1)
     # 5 batches an epoch, so that the third epoch is reached; dropout draws random numbers.
     tokens = torch.randint(0, 40, (22 * 8,))
-    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8, "vocab_size": 40}
+    sizes: dict[str, Any] = {
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 8,
+        "vocab_size": 40,
+    }
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
 
     def evaluation(model: Any) -> dict[str, float]:
@@ -91,7 +97,7 @@ def killed_writing(name: str) -> Callable[[], None]:
                 os.truncate(path, os.path.getsize(path) // 2)
                 die()
 
-        torch.save = save
+        torch.save = save  # type: ignore[assignment]
         run(FOLDER / "killed", FOLDER / "none")
 
     return work
@@ -107,7 +113,7 @@ def killed_deleting() -> None:
         if path.name == "model.safetensors":
             die()
 
-    Path.unlink = unlink  # type: ignore[method-assign]
+    Path.unlink = unlink  # type: ignore[assignment, method-assign]
     run(FOLDER / "killed", FOLDER / "none")
 
 

@@ -30,7 +30,7 @@ def sharp(seed: int) -> ResNetBKForCausalLM:
     """A model that is sure of something, as one that begins is not."""
     model = small(seed)
     with torch.no_grad():
-        model.embedding.weight.mul_(20)
+        model.get_parameter("embedding.weight").mul_(20)
     return model.eval()
 
 
@@ -151,7 +151,13 @@ def test_a_chunked_loss_and_parts_of_a_batch_change_nothing() -> None:
 
 def test_other_models_can_learn_and_teach() -> None:
     def gpt2() -> PreTrainedModel:
-        sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 50}
+        sizes: dict[str, Any] = {
+            "n_embd": 16,
+            "n_layer": 1,
+            "n_head": 2,
+            "n_positions": 16,
+            "vocab_size": 50,
+        }
         return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
 
     model, teacher = gpt2(), sharp(1)
@@ -203,7 +209,8 @@ def test_what_is_remembered_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 2), (torch.float64, 8)])
 def test_what_is_remembered_takes_two_bytes_a_number(dtype: torch.dtype, size: int) -> None:
-    teacher = Teacher(sharp(1).to(dtype), remembers=True)
+    model: Any = sharp(1)
+    teacher = Teacher(model.to(dtype), remembers=True)
     for _ in range(2):
         teacher.says(IDS)
     kept = [said for said, _ in teacher._said.values()]

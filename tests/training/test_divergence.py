@@ -40,7 +40,7 @@ def test_a_model_that_refuses_to_compute_has_diverged() -> None:
     def ruin(step: int) -> None:
         if step == 2:
             with torch.no_grad():
-                model.layers[0].mixer.log_eta.fill_(-1e4)
+                model.get_parameter("layers.0.mixer.log_eta").fill_(-1e4)
 
     with pytest.raises(DivergenceError, match="after 2 steps: eta must be > 0"):
         train(model, WINDOWS, schedule(), on_step=ruin)
@@ -67,7 +67,7 @@ def test_data_that_are_wrong_later_on_are_no_divergence() -> None:
 def test_a_teacher_without_numbers_is_noticed() -> None:
     teacher = small()
     with torch.no_grad():
-        teacher.embedding.weight.fill_(float("nan"))
+        teacher.get_parameter("embedding.weight").fill_(float("nan"))
     with pytest.raises(InputError, match="the teacher's logits are not finite"):
         train(small(), WINDOWS, schedule(), teacher=teacher)
 

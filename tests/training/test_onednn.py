@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from bkcore.training.onednn import onednn_products
 # The largest error of a sum of n products, whatever its order, is about n units of its terms' sum
 # of magnitudes (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1).
 UNIT = 2.0**-24
+
+MKLDNN: Any = torch.backends.mkldnn  # whose type lacks `matmul`
 
 
 def factors(*shape: int) -> torch.Tensor:
@@ -46,17 +50,17 @@ def test_gradients_do_too() -> None:
 
 
 def test_the_setting_is_put_back() -> None:
-    before = torch.backends.mkldnn.matmul.fp32_precision
+    before = MKLDNN.matmul.fp32_precision
     with pytest.raises(ZeroDivisionError), onednn_products():
         raise ZeroDivisionError
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert MKLDNN.matmul.fp32_precision == before
 
 
 def test_rounded_factors_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.backends.mkldnn.matmul.fp32_precision
+    before = MKLDNN.matmul.fp32_precision
     monkeypatch.setattr(onednn, "_is_exact", lambda size: size < 100)
     with onednn_products():
-        assert torch.backends.mkldnn.matmul.fp32_precision == before
+        assert MKLDNN.matmul.fp32_precision == before
 
 
 def test_bfloat16_is_seen() -> None:

@@ -1,5 +1,7 @@
 """Muon for the matrices between hidden features, AdamW for all else, as one optimizer."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,13 +18,19 @@ RATE = 1e-2
 
 def resnet_bk() -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {"num_experts": 2, "expert_size": 24, "num_heads": 2, "key_size": 4}
+    sizes: dict[str, Any] = {"num_experts": 2, "expert_size": 24, "num_heads": 2, "key_size": 4}
     return LanguageModel(50, 16, 1, 16, **sizes)
 
 
 def gpt2(tied: bool) -> PreTrainedModel:
     torch.manual_seed(0)
-    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 50}
+    sizes: dict[str, Any] = {
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 16,
+        "vocab_size": 50,
+    }
     config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, tie_word_embeddings=tied)
     return GPT2LMHeadModel(config).eval()  # no dropout
 

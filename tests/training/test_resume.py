@@ -235,7 +235,8 @@ def test_impossible_requests(tmp_path: Path) -> None:
 
 
 def test_training_takes_onednn_and_leaves_the_setting_alone() -> None:
-    matmul = torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn  # whose type lacks `matmul`
+    matmul = mkldnn.matmul
     before, seen = matmul.fp32_precision, set()
     with onednn_products():
         wanted = matmul.fp32_precision

@@ -28,7 +28,13 @@ SCHEDULE = Schedule(steps=4, batch_size=4, learning_rate=5e-3, save_every=2)
 def small(kind: str = "ours") -> PreTrainedModel:
     torch.manual_seed(0)
     if kind == "ours":
-        sizes = {"d_model": 16, "n_layers": 1, "n_seq": 16, "num_experts": 2, "expert_size": 16}
+        sizes: dict[str, Any] = {
+            "d_model": 16,
+            "n_layers": 1,
+            "n_seq": 16,
+            "num_experts": 2,
+            "expert_size": 16,
+        }
         return LanguageModel(vocab_size=50, **sizes)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 50}
     return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
@@ -87,7 +93,7 @@ def test_what_is_in_the_way_is_said_before_the_work(tmp_path, kind, resume):
         if kind == "dangling link":
             shutil.rmtree(target)
         place.symlink_to(target)
-    before, steps = files(tmp_path), []
+    before, steps = files(tmp_path), list[int]()
     with pytest.raises(CheckpointError, match=r"checkpoint-2 .*is in the way of a checkpoint"):
         train(small(), WINDOWS, SCHEDULE, output=output, resume=resume, on_step=steps.append)
     assert steps == []

@@ -109,9 +109,10 @@ def codes(form: str, bits: int, levels: bool, lanes: int = 6) -> None:
     inputs, outputs = torch.ones(2, 1, lanes), torch.ones(parts, 1, lanes)
     table = torch.zeros(4, 2**bits) if levels else None
     source = v if form == "psi" else None
-    quantizers = (inputs, inputs, outputs, outputs, table, table)
-    chain = row[0], row, row
-    BACKEND.sweep_codes(SweepCodes(v, source, *chain, *quantizers, bits, form == "two_sided"))
+    quantizers: tuple[Any, ...] = (inputs, inputs, outputs, outputs, table, table)
+    chain: tuple[Any, ...] = (row[0], row, row)
+    given = [v, source, *chain, *quantizers, bits, form == "two_sided"]
+    BACKEND.sweep_codes(SweepCodes(*given))
 
 
 def attention(

@@ -7,6 +7,7 @@ import importlib
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -74,9 +75,11 @@ def test_the_extension_here_has_the_interface():
     assert native._load() == (native._native, "")
 
 
-def layout(x: torch.Tensor, **other: object) -> native.Layout:
+def layout(x: torch.Tensor, **other: Any) -> native.Layout:
     """x (B, N, H) as the extension takes it, but for what `other` says of sizes or strides."""
-    address, width, sizes, strides = native.sequence(x)
+    found = native.sequence(x)
+    assert found is not None
+    address, width, sizes, strides = found
     return address, width, other.get("sizes", sizes), other.get("strides", strides)
 
 

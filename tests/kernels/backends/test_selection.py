@@ -50,7 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     computing = set(OPERATORS) | {"sweep_step", "recall_step"}
     for name in ("cpu", "reference"):
         backend = selection._BACKENDS[name]
-        spies = {function: spied(backend, function) for function in computing}
+        spies: dict[str, Any] = {function: spied(backend, function) for function in computing}
         monkeypatch.setitem(selection._BACKENDS, name, replace(backend, **spies))
     return log
 
@@ -81,7 +81,8 @@ def test_auto_takes_the_native_kernel(calls):
 
 
 def test_forced_backend_runs_backward_too_and_is_undone(calls):
-    v, *rest = chain()
+    given: list[Any] = list(chain())
+    v, *rest = given
     with use_backend("reference"):
         assert describe_backends()["reference"].used_for == (*selection._NATIVE, "other")
         assert describe_backends()["cpu"].used_for == ()

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from bkcore.kernels.backends import selection, triton
 from bkcore.kernels.backends.triton import launch
 from tests.kernels.ops import test_attention, test_sweep, test_sweep_codes
 from tests.kernels.ops.test_sweep import BACKWARD_CONSTANT, DTYPES, FORMS, Arguments, arguments
+from tests.slow import combinations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -42,7 +44,7 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def moved(args: Arguments) -> Arguments:
-    return tuple(x.to(DEVICE) if isinstance(x, Tensor) else x for x in args)  # type: ignore[return-value]
+    return tuple(x.to(DEVICE) if isinstance(x, Tensor) else x for x in args)
 
 
 def gradients(args: Arguments, grad: Tensor) -> tuple[Tensor, ...]:
@@ -50,7 +52,7 @@ def gradients(args: Arguments, grad: Tensor) -> tuple[Tensor, ...]:
 
 
 def wide(args: Arguments) -> Arguments:
-    return tuple(x.double() if isinstance(x, Tensor) else x for x in args)  # type: ignore[return-value]
+    return tuple(x.double() if isinstance(x, Tensor) else x for x in args)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -63,8 +65,10 @@ def test_matches_the_dense_oracle(short_blocks, form, dtype, per_site, batch, si
     assert (got - test_sweep.expected(args)).abs().max() <= test_sweep.forward_tolerance(args)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("per_site", [False, True])
+@pytest.mark.parametrize(
+    ("form", "per_site"),
+    combinations(FORMS, [False, True], quick=[("psi", True), ("two_sided", False)]),
+)
 def test_blocks_and_groups_are_exact(short_blocks, form, per_site):
     """float64 inside: the sequential result, rounded once. 39 sites are 10 blocks in 4 groups, and
     these are in 2."""
@@ -81,6 +85,7 @@ def test_blocks_and_groups_are_exact(short_blocks, form, per_site):
         assert (a - b).abs().max() <= limit * torch.finfo(torch.float32).eps * b.abs().max()
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(
     st.sampled_from(FORMS),
@@ -103,17 +108,18 @@ def test_equals_the_cpu_backend_on_any_shape(form, per_site, batch, sites, lanes
         assert (a - b).abs().max() <= 1e3 * torch.finfo(torch.float32).eps * b.abs().max()
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("per_site", [False, True])
-@pytest.mark.parametrize("sites", [1, 3])
+@pytest.mark.parametrize(
+    ("form", "per_site", "sites"),
+    combinations(FORMS, [False, True], [1, 3], quick=[("psi", True, 3), ("two_sided", False, 3)]),
+)
 def test_gradcheck_on_every_input(form, per_site, sites):
     *tensors, two_sided = moved(arguments(form, 1, sites, 2, per_site=per_site))
     inputs = [x.requires_grad_() for x in tensors if x is not None]
 
-    def call(*given: Tensor) -> Tensor:
-        v, *rest = given
+    def call(*given: Any) -> Tensor:
+        v, *rest = *given, two_sided
         source = rest.pop(0) if form == "psi" else None
-        return sweep(v, source, *rest, two_sided)
+        return sweep(v, source, *rest)
 
     assert torch.autograd.gradcheck(call, inputs)
 
@@ -135,7 +141,7 @@ def test_blocks_are_backward_stable(log_eta, log_v, hop, seed):
         assert error.max().item() <= BACKWARD_CONSTANT * torch.finfo(torch.float32).eps
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", combinations(FORMS, quick=["psi", "two_sided"]))
 def test_every_output_element_is_written(short_blocks, form):
     for per_site, (batch, sites, lanes) in [(False, (2, 1, 1)), (True, (1, 17, 33))]:
         args = arguments(form, batch, sites, lanes, torch.float32, per_site)
@@ -175,7 +181,7 @@ def test_empty_batch_and_no_lanes(batch, lanes):
     assert gradients(args, parts)[2].shape == (lanes,)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", combinations(FORMS, quick=["psi"]))
 def test_order_in_memory_changes_no_bit(short_blocks, form):
     args = moved(arguments(form, 2, 20, 3, torch.float32))
     v, source, *rest = args
@@ -197,8 +203,8 @@ def test_bfloat16_is_read_and_computed_with_in_float32(name, form):
     if name == "cpu" and DEVICE != "cpu":
         pytest.skip("it takes CPU tensors only")
     v, source, *rest = moved(arguments(form, 2, 6, 3, torch.float32))
-    half = [None if x is None else x.bfloat16() for x in (v, source)]
-    same = [None if x is None else x.float() for x in half]
+    half: list[Any] = [None if x is None else x.bfloat16() for x in (v, source)]
+    same: list[Any] = [None if x is None else x.float() for x in half]
     with use_backend(name):
         parts = sweep(*half, *rest)
         assert parts.dtype == torch.float32
@@ -224,9 +230,13 @@ def test_the_public_sweep_leaves_bfloat16_to_the_kernel(monkeypatch):
     assert read == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("per_site", [False, True])
+@pytest.mark.parametrize(
+    ("form", "bits", "per_site"),
+    combinations(
+        *(FORMS, [4, 8], [False, True]),
+        quick=[("psi", 4, True), ("psi", 8, False), ("two_sided", 8, True), ("g", 4, False)],
+    ),
+)
 def test_codes_equal_decode_sweep_encode(short_blocks, form, bits, per_site):
     for shape in [(2, 1, 1), (1, 18, 35)]:
         p = on_device(test_sweep_codes.problem(form, bits, shape, rows=shape[1] if per_site else 1))
@@ -280,7 +290,7 @@ def test_nan_becomes_the_lowest_code():
     assert (test_sweep_codes.call(p)[..., 3] == -128).all()
 
 
-def on_device(p: dict[str, object]) -> dict[str, object]:
+def on_device(p: dict[str, Any]) -> dict[str, Any]:
     return {k: x.to(DEVICE) if isinstance(x, Tensor) else x for k, x in p.items()}
 
 
@@ -317,14 +327,14 @@ def test_attention_and_its_gradients(shape, first, dtype):
         assert (a.cpu() - b).abs().max() <= 400 * torch.finfo(dtype).eps * b.abs().max()
 
 
-def attention_results(p: dict[str, Tensor | None], dtype: torch.dtype, device: str) -> list[Tensor]:
-    leaves = {
+def attention_results(p: dict[str, Any], dtype: torch.dtype, device: str) -> list[Tensor]:
+    leaves: dict[str, Any] = {
         k: None if x is None else x.to(device, dtype).detach().requires_grad_()
         for k, x in p.items()
     }
     results = attention(**leaves)
     waves = (torch.arange(x.numel(), device=device).cos().to(dtype).view(x.shape) for x in results)
-    sum((x * wave).sum() for x, wave in zip(results, waves, strict=True)).backward()
+    torch.stack([(x * w).sum() for x, w in zip(results, waves, strict=True)]).sum().backward()
     return [*(x.detach() for x in results), *(x.grad for x in leaves.values() if x is not None)]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,7 +28,7 @@ def problem(
     eta: float = 0.1,
     first: bool = False,
     seed: int = 0,
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     """Potentials of order one around the edge of the band, hoppings in (0, 1)."""
     random = torch.Generator().manual_seed(seed)
 
@@ -47,7 +49,7 @@ def problem(
     }
 
 
-def oracle(p: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+def oracle(p: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """g (B, N, H) and out (B, N, H, U) from dense inverses in complex128."""
     v, t, query, key, value = (
         p[name].double() for name in ("v", "hopping", "query", "key", "value")
@@ -118,11 +120,14 @@ def test_backends_agree_on_any_shape(batch, sites, heads, keys, values, first, s
     p = problem(batch, sites, heads, keys, values, first=first, seed=seed)
     results, gradients = [], []
     for name in ("cpu", "reference"):
-        leaves = {k: None if x is None else x.clone().requires_grad_() for k, x in p.items()}
+        leaves: dict[str, Any] = {
+            k: None if x is None else x.clone().requires_grad_() for k, x in p.items()
+        }
         with use_backend(name):
             outputs = attention(**leaves)
             weights = [torch.cos(torch.arange(x.numel()).double()).view_as(x) for x in outputs]
-            sum((x * w).sum() for x, w in zip(outputs, weights, strict=True)).backward()
+            sums = [(x * w).sum() for x, w in zip(outputs, weights, strict=True)]
+            torch.stack(sums).sum().backward()
         results.append(outputs)
         gradients.append([x.grad for x in leaves.values() if x is not None])
     for ours, theirs in zip(
@@ -165,7 +170,7 @@ def test_a_stream_cut_anywhere_is_the_same_bits(sites, cut, seed):
 
 
 def test_threads_change_no_bit():
-    p = {
+    p: dict[str, Any] = {
         k: None if x is None else x.requires_grad_()
         for k, x in problem(4, 70, 4, 32, 32, dtype=torch.float32).items()
     }
@@ -175,7 +180,7 @@ def test_threads_change_no_bit():
         for count in (1, 2):
             torch.set_num_threads(count)
             outputs = attention(**p)
-            total = sum(x.square().sum() for x in outputs)
+            total = torch.stack([x.square().sum() for x in outputs]).sum()
             leaves = [x for x in p.values() if x is not None]
             results.append([*outputs, *torch.autograd.grad(total, leaves)])
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -146,9 +147,9 @@ def test_the_adjoint_does_not_depend_on_threads():
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            leaves = [x.clone().requires_grad_(), scale.float().requires_grad_()]
+            leaves: list[Any] = [x.clone().requires_grad_(), scale.float().requires_grad_()]
             levels_ = torch.arange(16.0, requires_grad=True)
-            out = round_channels_straight_through(*leaves, zero, 4, 4, levels=levels_)
+            out = round_channels_straight_through(leaves[0], leaves[1], zero, 4, 4, levels=levels_)
             results.append(torch.autograd.grad(out, [*leaves, levels_], torch.cos(x)))
     finally:
         torch.set_num_threads(threads)
@@ -185,6 +186,7 @@ def test_a_stored_quantizer_rounds_as_the_learned_one(nonuniform):
         quantizer.freeze()
         assert torch.equal(quantizer.fake_quantize(2 * x), learned)
         if nonuniform:
+            assert quantizer.table is not None
             quantizer.table.stored_levels[0] -= 1  # not what was looked up before
             assert not torch.equal(quantizer.fake_quantize(2 * x), learned)
 

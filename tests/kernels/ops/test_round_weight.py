@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,10 @@ def oracle(weight, each, bits, grad):
     """Codes, and the gradients by the weight and by the scale of each number, in float64."""
     if bits == 8:
         codes = affine.quantize(weight, each, 0, bits)
-        wide = [weight.double().requires_grad_(), each.double().requires_grad_()]
-        return codes, *torch.autograd.grad(affine.fake_quantize(*wide, 0, bits), wide, grad)
+        wide: list[Any] = [weight.double().requires_grad_(), each.double().requires_grad_()]
+        return codes, *torch.autograd.grad(
+            affine.fake_quantize(wide[0], wide[1], 0, bits), wide, grad
+        )
     ratio, levels = weight / each, torch.tensor(INT4_LEVELS).double()
     # Of two levels that are equally near the first, which is the lower one.
     codes = levels[(ratio.double()[..., None] - levels).abs().argmin(-1)]
@@ -58,13 +61,13 @@ def test_it_is_the_rounding_of_each_group(rows, columns, group_size, bits, seed)
     grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
     # By scale in float64, where only the rounding of the result to float32 is left to differ.
     codes, by_weight, by_each = oracle(weight, each, bits, grad.double())
-    leaves = [weight.requires_grad_(), scale.requires_grad_()]
+    leaves: list[Any] = [weight.requires_grad_(), scale.requires_grad_()]
     padded = torch.nn.functional.pad(by_each, (0, -columns % group_size))
     by_scale = padded.unflatten(1, (-1, group_size)).sum(-1)
     for name in ("reference", *ISAS):
         backend, isa = on(name)
         with backend, isa:
-            found, values = round_weight(*leaves, group_size, bits)
+            found, values = round_weight(leaves[0], leaves[1], group_size, bits)
             got = torch.autograd.grad(values, leaves, grad)
         assert found.dtype == torch.int8
         assert torch.equal(found.float(), codes)
@@ -115,8 +118,8 @@ def test_it_does_not_depend_on_threads():
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            leaves = [weight.clone().requires_grad_(), scale.clone().requires_grad_()]
-            codes, values = round_weight(*leaves, 33, 4)
+            leaves: list[Any] = [weight.clone().requires_grad_(), scale.clone().requires_grad_()]
+            codes, values = round_weight(leaves[0], leaves[1], 33, 4)
             results.append((codes, values, *torch.autograd.grad(values, leaves, torch.cos(weight))))
     finally:
         torch.set_num_threads(threads)

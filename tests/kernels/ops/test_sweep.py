@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from bkcore.kernels.backends.cpu import native
 BACKENDS = ["reference", "cpu"]
 DTYPES = [torch.float32, torch.float64]
 FORMS = ["g", "psi", "two_sided"]
-Arguments = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, bool]
+Arguments = tuple[Any, ...]
+"""v, source or None, energy, eta, hopping, two_sided."""
 
 
 @pytest.fixture(params=BACKENDS)
@@ -55,7 +57,7 @@ def arguments(
     hopping = normal(max(sites - 1, 1) if per_site else 1, lanes)
     tensors = (v, source, normal(lanes), eta, hopping)
     cast = [None if x is None else x.to(dtype) for x in tensors]
-    return *cast, form == "two_sided"  # type: ignore[return-value]
+    return *cast, form == "two_sided"
 
 
 def expected(args: Arguments) -> Tensor:
@@ -170,10 +172,10 @@ def test_gradcheck_on_every_input(backend, form, per_site, sites):
     *tensors, two_sided = arguments(form, 2, sites, 2, per_site=per_site)
     inputs = [x.requires_grad_() for x in tensors if x is not None]
 
-    def call(*given: Tensor) -> Tensor:
-        v, *rest = given
+    def call(*given: Any) -> Tensor:
+        v, *rest = *given, two_sided
         source = rest.pop(0) if form == "psi" else None
-        return sweep(v, source, *rest, two_sided)
+        return sweep(v, source, *rest)
 
     assert torch.autograd.gradcheck(call, inputs)
 
@@ -181,7 +183,8 @@ def test_gradcheck_on_every_input(backend, form, per_site, sites):
 def gradients(args: Arguments, grad: Tensor) -> tuple[Tensor, ...]:
     inputs = [x.detach().clone().requires_grad_() for x in args[:-1] if x is not None]
     given = iter(inputs)
-    parts = sweep(*(None if x is None else next(given) for x in args[:-1]), args[-1])
+    leaves: Arguments = (*(None if x is None else next(given) for x in args[:-1]), args[-1])
+    parts = sweep(*leaves)
     return torch.autograd.grad(parts, inputs, grad)
 
 
@@ -252,7 +255,8 @@ def test_every_output_element_is_written(backend, form, per_site):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(1, 40, 300), (3, 30, 130), (16, 40, 33), (200, 60, 1)])
 def test_thread_count_changes_no_bit(backend, threads, form, shape):
-    args = arguments(form, *shape, torch.float32, per_site=shape[0] == 3)
+    batch, sites, lanes = shape
+    args = arguments(form, batch, sites, lanes, torch.float32, per_site=batch == 3)
     results = []
     for count in (1, 2, 5):
         torch.set_num_threads(count)
@@ -290,7 +294,7 @@ def test_every_instruction_set(form, dtype, lanes):
 def test_blocks_of_long_chains(backend, form, per_site, batch, sites, lanes):
     """Few chains are cut into blocks, float64 inside: the result is the sequential one, rounded."""
     args = arguments(form, batch, sites, lanes, torch.float32, per_site)
-    wide = tuple(x.double() if isinstance(x, Tensor) else x for x in args)
+    wide: Arguments = tuple(x.double() if isinstance(x, Tensor) else x for x in args)
     with use_backend("reference"):
         want = sweep(*wide)
     got = sweep(*args)
@@ -391,10 +395,11 @@ def test_empty_batch_and_no_lanes(backend, batch, lanes):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("per_site", [False, True])
 def test_opcheck(backend, form, per_site):
-    *tensors, two_sided = arguments(form, per_site=per_site)
+    args = arguments(form, per_site=per_site)
+    *tensors, two_sided = args
     inputs = [None if x is None else x.clone().requires_grad_() for x in tensors]
     torch.library.opcheck(torch.ops.bkcore.sweep.default, (*inputs, two_sided))
-    parts = sweep(*tensors, two_sided)
+    parts = sweep(*args)
     v, *rest = tensors
     torch.library.opcheck(
         torch.ops.bkcore.sweep_backward.default,
@@ -402,7 +407,7 @@ def test_opcheck(backend, form, per_site):
     )
 
 
-def replace(args: Arguments, **changes: object) -> list[object]:
+def replace(args: Arguments, **changes: object) -> list[Any]:
     names = ("v", "source", "energy", "eta", "hopping", "two_sided")
     return [changes.get(name, value) for name, value in zip(names, args, strict=True)]
 

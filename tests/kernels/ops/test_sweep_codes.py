@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def problem(
     rows: int = 1,
     width: float = 1.0,
     seed: int = 0,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Random codes and quantizers; `width` shrinks the output scales, so that codes saturate."""
     generator = torch.Generator().manual_seed(seed)
     lanes = shape[2]
@@ -62,7 +63,7 @@ def problem(
     }
 
 
-def call(p: dict[str, object]) -> Tensor:
+def call(p: dict[str, Any]) -> Tensor:
     """The operator, on packed codes where they are packed, with its codes unpacked."""
     if p["bits"] == 8:
         return sweep_codes(**p)
@@ -70,12 +71,12 @@ def call(p: dict[str, object]) -> Tensor:
     return unpack_int4(sweep_codes(**{**p, **packed}), p["v"].shape[2])
 
 
-def expected(p: dict[str, object]) -> Tensor:
-    decoded = [
+def expected(p: dict[str, Any]) -> Tensor:
+    decoded: list[Any] = [
         None if p[k] is None else affine.dequantize(p[k].float(), p["in_scale"][n], p["in_zero"][n])
         for n, k in enumerate(("v", "source"))
     ]
-    parts = sweep(*decoded, p["energy"], p["eta"], p["hopping"], p["two_sided"])
+    parts = sweep(decoded[0], decoded[1], p["energy"], p["eta"], p["hopping"], p["two_sided"])
     scale, zero = p["out_scale"].transpose(0, 1), p["out_zero"].transpose(0, 1)
     return affine.quantize(parts, scale, zero, p["bits"]).to(torch.int8)
 
@@ -113,16 +114,16 @@ def levels(parts: int, bits: int, seed: int) -> Tensor:
     return (sums * 256).round() / 256
 
 
-def expected_with_levels(p: dict[str, object]) -> Tensor:
+def expected_with_levels(p: dict[str, Any]) -> Tensor:
     """By definition: every level is tried."""
     low, _ = affine.code_range(p["bits"])
-    decoded = [
+    decoded: list[Any] = [
         None
         if p[k] is None
         else p["in_scale"][n] * (p["in_levels"][n][p[k].long() - low] - p["in_zero"][n])
         for n, k in enumerate(("v", "source"))
     ]
-    parts = sweep(*decoded, p["energy"], p["eta"], p["hopping"], p["two_sided"])
+    parts = sweep(decoded[0], decoded[1], p["energy"], p["eta"], p["hopping"], p["two_sided"])
     ratio = parts / p["out_scale"].transpose(0, 1) + p["out_zero"].transpose(0, 1)
     distance = (ratio.double().unsqueeze(-1) - p["out_levels"][:, None]).abs()
     return (distance.argmin(-1) + low).to(torch.int8)

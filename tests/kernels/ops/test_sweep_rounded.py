@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def problem(
     chains_first: bool = True,
     width: float = 1.0,
     seed: int = 0,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Random potentials and quantizers; `width` shrinks the scales, so that codes saturate."""
     generator = torch.Generator().manual_seed(seed)
     low, high = affine.code_range(bits)
@@ -57,7 +58,7 @@ def problem(
     }
 
 
-def rounded(x: Tensor, p: dict[str, object], part: int) -> Tensor:
+def rounded(x: Tensor, p: dict[str, Any], part: int) -> Tensor:
     """x (..., N, H) as the quantizer of a part rounds it."""
     groups = torch.arange(x.shape[1]) // p["group_size"]
     scale, zero = p["scale"][part][groups, None], p["zero"][part][groups, None]
@@ -69,7 +70,7 @@ def rounded(x: Tensor, p: dict[str, object], part: int) -> Tensor:
     return torch.where(x.isnan(), x, scale * (level - zero))
 
 
-def expected(p: dict[str, object]) -> Tensor:
+def expected(p: dict[str, Any]) -> Tensor:
     v = rounded(p["v"], p, 0)
     parts = sweep(v, None, p["energy"], p["eta"], p["hopping"], p["two_sided"])
     return torch.stack([rounded(parts[:, :, c], p, 1 + c) for c in range(2)], 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -22,10 +24,11 @@ def arguments(form: str, size: int = 3) -> list[Tensor]:
     return tensors if form == "psi" else [tensors[0], *tensors[2:]]
 
 
-def call(form: str, *tensors: Tensor) -> Tensor:
-    v, *rest = tensors
+def call(form: str, *tensors: Any) -> Tensor:
+    rest: list[Any] = [*tensors, form == "two_sided"]
+    v = rest.pop(0)
     source = rest.pop(0) if form == "psi" else None
-    return sweep(v, source, *rest, form == "two_sided")
+    return sweep(v, source, *rest)
 
 
 def subsets(form: str) -> list[list[int]]:
