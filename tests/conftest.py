@@ -1,5 +1,6 @@
 """Fixtures and settings that several folders of tests share."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,12 @@ def poisoned() -> Iterator[None]:
     """Have reading what was never written go wrong in every test."""
     with poisoned_memory():
         yield
+
+
+def pytest_collection_finish() -> None:
+    """Have the garbage collector pass over what lives as long as the tests: modules and tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -12,29 +12,27 @@ import torch
 from bkcore import host
 
 FAULTS = """
-import resource, sys, torch
+import resource, torch
 from bkcore.host import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
 def fill():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(1 << 24)  # 64 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print([fill() for _ in range(20)][-1])
+keep_freed_memory()
 # Not at once: small blocks may be put where the large one was, until there are places for them.
 print([fill() for _ in range(20)][-1])
 """
 
 
-# It cannot be undone, so it is tried in a process of its own.
-def faults(choice: str) -> int:
-    command = [sys.executable, "-c", FAULTS, choice]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="it is about glibc's malloc")
 def test_large_tensors_come_to_take_no_new_pages() -> None:
+    # It cannot be undone, so it is tried in a process of its own.
+    command = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    let_go, kept = map(int, done.stdout.split())
     # 64 MiB are 16,384 pages of 4 KiB, or 32 huge ones of 2 MiB.
-    assert faults("keep") < 16 < faults("let go")
+    assert kept < 16 < let_go
 
 
 def core(number: int, busy: int, idle: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -41,6 +42,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "_CALIBRATION", (2, 40))
     monkeypatch.setattr(rival_models, "_WIDTH", 64)
     monkeypatch.setattr("bkcore.bench.timing.SECONDS", 1e-3)
+    monkeypatch.setattr("bkcore.bench.timing._ROUNDS", 1)
+    monkeypatch.setattr(inference, "build", cache(inference.build))
 
 
 def test_every_case_and_its_target() -> None:
