@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,7 @@ def test_a_signal_ends_a_process_and_the_one_that_it_waits_for(folder: Path) -> 
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while not children.read_text():
             assert process.poll() is None
+            time.sleep(0.01)
         process.terminate()
         printed, _ = process.communicate(timeout=60)
     assert process.returncode == 143
