@@ -50,7 +50,10 @@ def save(folder: Path, mode: str, width: int, layers: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc, as Linux has it")
-@pytest.mark.parametrize(("mode", "share"), [("ptq_int8", 0.26), ("ptq_int4", 0.135)])
+@pytest.mark.parametrize(
+    ("mode", "share"),
+    [pytest.param("ptq_int8", 0.26, marks=pytest.mark.slow), ("ptq_int4", 0.135)],
+)
 def test_loading_makes_no_float_copy(mode: str, share: float, tmp_path: Path) -> None:
     save(tmp_path / "small", mode, 32, 1)
     float_bytes = save(tmp_path / "large", mode, 256, 4)

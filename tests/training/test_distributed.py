@@ -14,10 +14,15 @@ from bkcore.model import ResNetBKForCausalLM
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
-def in_processes(count: int, script: Path, *arguments: str) -> str:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+def in_two_processes(script: Path, *arguments: str) -> str:
+    return run(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *arguments
+    )
+
+
+def run(*arguments: str | Path) -> str:
     done = subprocess.run(
-        [*launcher, "--nproc_per_node", str(count), str(script), *arguments],
+        [sys.executable, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -34,8 +39,8 @@ def weights(folder: Path) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
-    in_processes(1, SCRIPT, str(folder / "one"))
-    in_processes(2, SCRIPT, str(folder / "two"))
+    run(SCRIPT, str(folder / "one"))
+    in_two_processes(SCRIPT, str(folder / "two"))
     return folder
 
 
@@ -58,7 +63,8 @@ def test_the_training_moved_the_weights(results: Path) -> None:
     assert float(moved.abs().max()) > 1e-3  # it begins at zero
 
 
+@pytest.mark.slow
 def test_idle_experts_are_no_trouble_in_any_combination() -> None:
     """Without find_unused_parameters, with copies and shares, checkpoints and accumulation."""
-    done = in_processes(2, SCRIPT.with_name("idle_experts.py"))
+    done = in_two_processes(SCRIPT.with_name("idle_experts.py"))
     assert len(done.splitlines()) == 2 * 3 * 2 + 2 * 3

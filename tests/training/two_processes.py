@@ -95,6 +95,8 @@ def main(folder: Path) -> None:
             model.save_pretrained(folder / f"taught-{parts}")
         if state.num_processes > 1:
             shared(folder / f"shared-{parts}", parts)
+    state.wait_for_everyone()  # one that leaves early tears the connection down for the other
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":
