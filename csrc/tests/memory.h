@@ -47,9 +47,8 @@ inline std::shared_ptr<void> allocate(std::size_t bytes, Place place) {
 
 // What nobody has written yet: NaN, or the largest whole number.
 template <class T>
-constexpr T kUnwritten = std::numeric_limits<T>::has_quiet_NaN
-                             ? std::numeric_limits<T>::quiet_NaN()
-                             : std::numeric_limits<T>::max();
+constexpr T kUnwritten = std::numeric_limits<T>::has_quiet_NaN ? std::numeric_limits<T>::quiet_NaN()
+                                                               : std::numeric_limits<T>::max();
 
 // Contiguous numbers; null if there are none.
 template <class T>
@@ -67,6 +66,10 @@ class Buffer {
     Buffer all(count, place);
     for (T &x : all) x = static_cast<T>(make());
     return all;
+  }
+
+  static Buffer zeros(Index count, Place place = Place::kHeap) {
+    return of(count, [] { return 0; }, place);
   }
 
   T *data() const { return data_; }

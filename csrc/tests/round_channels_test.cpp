@@ -57,17 +57,15 @@ struct ChannelGradients {
   // The kernels add to dscale and dlevels.
   explicit ChannelGradients(const ChannelsProblem &p)
       : dx(p.rows * p.channels, Place::kBeforePage),
-        dscale(zeros(shares(p) * p.channels)),
-        dlevels(zeros(p.levels.empty() ? 0 : shares(p) << p.bits)) {}
+        dscale(Buffer<float>::zeros(shares(p) * p.channels, Place::kBeforePage)),
+        dlevels(
+            Buffer<float>::zeros(p.levels.empty() ? 0 : shares(p) << p.bits, Place::kBeforePage)) {}
   ChannelGradients(const Isa &isa, const ChannelsProblem &p, Index threads) : ChannelGradients(p) {
     run_round_channels_backward(
         isa, threads,
         {p.arguments(nullptr), p.grad.data(), dx.data(), dscale.data(), dlevels.data()});
   }
 
-  static Buffer<float> zeros(Index count) {
-    return Buffer<float>::of(count, [] { return 0; }, Place::kBeforePage);
-  }
   static Index shares(const ChannelsProblem &p) { return groups_of(p.rows, kRowsPerShare); }
 
   // One row after the other. Every element of dlevels is a sum; `terms` gets the largest sum of the

@@ -48,7 +48,7 @@ TEST_CASE_TEMPLATE("steps are the recurrence", T, float, double) {
       const double bound = 8 * kUnit<T> * 40 / 0.25 * (has_source ? 10 : 1);
       Buffer<T> base;
       for_isas([&](const Isa &isa) {
-        const Buffer<T> state(batch * p.parts() * lanes, Place::kBeforePage);
+        const auto state = Buffer<T>::zeros(batch * p.parts() * lanes, Place::kBeforePage);
         for (Index i = 0; i < sites; ++i) run_sweep_step(isa, p.arguments(i, 1), state.data());
         std::vector<double> want;
         for (Index b = 0; b < batch; ++b)
@@ -81,7 +81,8 @@ TEST_CASE_TEMPLATE("steps are the sweep, to the bit", T, float, double) {
     const Stream<T> p(batch, sites, lanes, has_source);
     for_isas([&](const Isa &isa) {
       const Index parts = p.parts();
-      const Buffer<T> state(batch * parts * lanes), all(batch * sites * parts * lanes);
+      const auto state = Buffer<T>::zeros(batch * parts * lanes);
+      const Buffer<T> all(batch * sites * parts * lanes);
       Sweep<T> s = p.arguments(0, sites);
       s.parts = {all.data(), sites * parts * lanes, parts * lanes, lanes, 1};
       run_sweep(isa, 1, false, true, Index{1} << 40, s);
@@ -98,7 +99,7 @@ TEST_CASE_TEMPLATE("steps are the sweep, to the bit", T, float, double) {
 TEST_CASE("a step from NaN is NaN, and one of nothing does nothing") {
   for_isas([](const Isa &isa) {
     const Stream<float> p(1, 1, 3, true);
-    const auto state = Buffer<float>::of(4 * 3, [] { return 0; });
+    const auto state = Buffer<float>::zeros(4 * 3);
     state[1] = kNaN;
     run_sweep_step(isa, p.arguments(0, 1), state.data());
     for (Index c = 0; c < 4; ++c) {

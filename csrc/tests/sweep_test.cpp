@@ -106,6 +106,8 @@ struct Results {
     denergy = Tensor<T>({batch, 1, 1, lanes}, sums);
     deta = Tensor<T>({batch, etas, 1, lanes}, rows);
     dhopping = Tensor<T>({batch, bonds, 1, lanes}, rows);
+    for (const Tensor<T> *sum : {&denergy, &deta, &dhopping})  // which the kernels add to
+      for (T &x : sum->numbers()) x = 0;
   }
   std::vector<T> all() const {
     std::vector<T> every;

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from bkcore import cli
 from bkcore.cli import app
 from bkcore.errors import DataError
 from bkcore.evaluation.checkpoints import load_checkpoint
@@ -125,6 +126,7 @@ def test_a_second_run_changes_nothing_and_a_fresh_one_repeats(
         assert torch.equal(model_weights(tmp_path)[name], weight)
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_model(
     alone: Path, text: Path, recipe: Path, tmp_path: Path
 ) -> None:
@@ -163,14 +165,19 @@ def test_too_little_text_for_the_windows_is_refused(
         invoke(text, large, tmp_path / "run")
 
 
-def test_an_error_is_one_sentence_and_exit_code_2(recipe: Path, tmp_path: Path) -> None:
+def test_an_error_is_one_sentence_and_exit_code_2(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: None)
     missing = ["--config", str(recipe), "--data", str(tmp_path / "none")]
-    done = subprocess.run(
-        [sys.executable, "-m", "bkcore", "train", *missing, "--output", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("bkcore: ")
-    assert "Traceback" not in done.stderr
+    command = ["bkcore", "train", *missing, "--output", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bkcore: ")
+    assert "Traceback" not in error
