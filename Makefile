@@ -22,7 +22,7 @@ LOWEST := tests/test_*interface.py tests/test_imports.py tests/test_versions.py 
 	tests/kernels/backends/test_triton.py::test_equals_the_cpu_backend_on_any_shape \
 	tests/comparison/test_selective_scan.py tests/model/test_saving_and_loading.py \
 	tests/model/test_language_model.py tests/commands/test_train.py tests/text \
-	tests/training/test_resume.py
+	tests/training/test_trainer.py
 
 ROUNDS ?= 2000
 SEED ?= 1

@@ -31,10 +31,14 @@ settings.load_profile("bkcore")
 
 FAST = (
     *("core", "kernels/ops", "kernels/test_checks.py", "kernels/backends/test_cpu.py"),
-    *("kernels/backends/test_native.py", "kernels/backends/test_selection.py", "quantization"),
+    *("kernels/backends/cpu/test_native.py", "kernels/backends/test_selection.py", "quantization"),
     *("text/test_windows.py", "text/test_saved.py", "text/test_shards.py", "display"),
     *("model/test_language_model.py", "model/test_mixer.py", "training/test_schedule.py"),
-    *("training/test_optimizer.py", "training/test_divergence.py", "evaluation/test_perplexity.py"),
+    *(
+        "training/test_optimizer.py",
+        "training/test_trainer_divergence.py",
+        "evaluation/test_perplexity.py",
+    ),
     *("test_imports.py", "test_arguments.py", "test_deprecated.py", "test_reading.py"),
     *("test_host.py", "test_versions.py", "test_first_interface.py"),
 )

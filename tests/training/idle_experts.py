@@ -1,4 +1,4 @@
-"""Train with experts that serve no token, in two processes; run by test_distributed.py.
+"""Train with experts that serve no token, in two processes; run by test_sharding.py.
 
 Usage: torchrun ... idle_experts.py. Every way of sharing the work reaches the weights that one
 process reaches with the whole batch.

@@ -1,4 +1,4 @@
-"""Train in processes that kill themselves; run by test_resume.py.
+"""Train in processes that kill themselves; run by test_trainer.py.
 
 Usage: killed.py FOLDER OPTIMIZER. Nothing of torch runs before the forks, so they are safe.
 """

@@ -1,4 +1,4 @@
-"""Train in one or more processes, copying the model and sharing it; run by test_distributed.py.
+"""Train in one or more processes, copying the model and sharing it; run by test_sharding.py.
 
 Usage: torchrun ... two_processes.py FOLDER.
 """

@@ -17,7 +17,7 @@ from bkcore.kernels import describe_backends, sweep, use_backend
 from bkcore.kernels.backends import selection
 from bkcore.kernels.backends.cpu import native
 
-SOURCES = Path(__file__).parents[3] / "csrc"
+SOURCES = Path(__file__).parents[4] / "csrc"
 
 # The interface, and a digest of what defines it. Where that differs, functions of the extension may
 # take or give something else. If they do, raise INTERFACE in native.py and kInterface in
