@@ -98,7 +98,8 @@ def test_what_is_set_in_a_moved_module_is_set_in_the_new_one(
 ) -> None:
     monkeypatch.setattr(native, "isa", native.isa)  # put back in the end
     with pytest.warns(DeprecationWarning, match="backends.cpu.native.isa now"):
-        importlib.import_module("bkcore.kernels.cpu").isa = lambda: "none"
+        old: Any = importlib.import_module("bkcore.kernels.cpu")
+        old.isa = lambda: "none"
     assert native.isa() == "none"
 
 

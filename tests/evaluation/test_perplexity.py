@@ -199,7 +199,7 @@ def test_tokens_outside_of_the_vocabulary() -> None:
     with pytest.raises(InputError, match="go from 1 to 7, but the model's go from 0 to 6"):
         score(uniform, tokens, window=8, batch_size=4, bos_id=BOS)
     model = random_bigram()
-    model.config = SimpleNamespace(vocab_size=VOCABULARY)
+    vars(model)["config"] = SimpleNamespace(vocab_size=VOCABULARY)
     with pytest.raises(InputError, match="go from 0 to 7, but the model's go from 0 to 6"):
         score(model, tokens, window=8, batch_size=4, bos_id=BOS)
     assert model.batches == []

@@ -191,13 +191,13 @@ def test_bad_input_raises():
         with pytest.raises(DTypeError, match=rf"^{name} must be torch.float32"):
             recall_step(*bad)
     with pytest.raises(ShapeError, match="psi must be"):
-        recall_step(*good[:-1], good[-1][0])
+        recall_step(*[*good[:-1], good[-1][0]])
     with pytest.raises(ShapeError, match="groups of 7 that 4 heads share"):
-        recall_step(*good[:2], good[2][..., :-1], *good[3:])
+        recall_step(*[*good[:2], good[2][..., :-1], *good[3:]])
     with pytest.raises(ShapeError, match="groups of 7 that 4 heads share"):
-        recall_step(*good[:2], good[2][..., :0], *good[3:])
+        recall_step(*[*good[:2], good[2][..., :0], *good[3:]])
     with pytest.raises(InputError, match="one entry for each of gate, barrier"):
-        recall_step(*good, rounding[:3])
+        recall_step(*[*good, rounding[:3]])
     with pytest.raises(ShapeError, match="gate has 4 channels"):
         recall_step(*[*good, rounding[::-1]])
     with pytest.raises(ShapeError, match="with 4 bits; gate has 8"):
@@ -207,7 +207,7 @@ def test_bad_input_raises():
         bad[7] = good[7].clone()
         bad[7][2] = eta
         with pytest.raises(InputError, match="eta must be > 0"):
-            recall_step(*bad, rounding)
+            recall_step(*[*bad, rounding])
     wanted = r"weight requires one: call it under torch.no_grad\(\)"
     with torch.enable_grad(), pytest.raises(InputError, match=wanted):
         recall_step(*good)

@@ -93,6 +93,8 @@ def test_complex_gradient_reaches_both_parts():
     x = torch.randn(20, 4, dtype=torch.complex64, requires_grad=True)
     quantizer.calibrate(x.detach())
     quantizer.fake_quantize(x).abs().sum().backward()
+    assert x.grad is not None
     assert x.grad.real.abs().sum() > 0
     assert x.grad.imag.abs().sum() > 0
-    assert all(parameter.grad.abs().sum() > 0 for parameter in quantizer.parameters())
+    grads = [parameter.grad for parameter in quantizer.parameters()]
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)

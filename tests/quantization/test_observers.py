@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bkcore.errors import CalibrationError, InputError
-from bkcore.quantization.observers import BINS, METHODS, HistogramObserver
+from bkcore.quantization.observers import METHODS, HistogramObserver
+from bkcore.quantization.range_search import BINS
 from tests.quantization.histograms import observed
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from bkcore.errors import CalibrationError, DTypeError, InputError, LifecycleError, ShapeError
 from bkcore.quantization import ComplexQuantizer, GroupWiseQuantizer, affine
@@ -231,7 +231,8 @@ def test_impossible_number_of_channels():
 def test_impossible_observers():
     with pytest.raises(InputError, match=r"unknown observer 'entropy'.*minmax.*auto"):
         GroupWiseQuantizer(6, observer="entropy")
-    for percentile in (0, -1, 101, math.nan, True, "99"):
+    percentiles: list[Any] = [0, -1, 101, math.nan, True, "99"]
+    for percentile in percentiles:
         with pytest.raises(InputError, match="percentile must"):
             ComplexQuantizer(6, observer="percentile", percentile=percentile)
 
@@ -253,6 +254,7 @@ def test_gradients_reach_the_input_and_the_scales():
     quantizer = calibrated(learnable=True)
     x = torch.randn(10, 6, requires_grad=True)
     quantizer.fake_quantize(x).square().sum().backward()
+    assert x.grad is not None
     assert x.grad.abs().min() > 0
     assert quantizer.log_scales.grad.abs().min() > 0
 
@@ -299,6 +301,7 @@ def test_a_scale_at_the_limits_gives_no_nan(log_scale):
     loss = quantizer.fake_quantize(x).sum()
     loss.backward()
     for tensor in (loss, x.grad, quantizer.log_scales.grad):
+        assert tensor is not None
         assert torch.isfinite(tensor).all()
 
 
@@ -398,7 +401,7 @@ def test_double_and_deepcopy(learnable):
     quantizer = calibrated(bits=4, symmetric=False, learnable=learnable)
     x = torch.randn(50, 6)
     expected = quantizer.fake_quantize(x)
-    for other in (copy.deepcopy(quantizer), nn.Sequential(copy.deepcopy(quantizer)).double()[0]):
+    for other in (copy.deepcopy(quantizer), copy.deepcopy(quantizer).double()):
         assert torch.equal(other.scales, quantizer.scales)
         assert torch.equal(other.fake_quantize(x), expected)
     assert quantizer.fake_quantize(x.double()).dtype == torch.float64

@@ -78,7 +78,7 @@ def test_muon_gets_neither_embedding_nor_head_of_gpt2(tied: bool) -> None:
 
 def test_a_model_without_linear_layers_is_refused() -> None:
     model = gpt2(tied=True)
-    model.transformer.h = nn.ModuleList()
+    model.get_submodule("transformer").h = nn.ModuleList()
     with pytest.raises(InputError, match="has none except its head"):
         optimizer(model)
 

@@ -1,6 +1,7 @@
 """Interrupted and resumed trainings, and what is refused."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from bkcore.errors import CheckpointError, DataError, InputError
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
@@ -251,10 +252,10 @@ def test_training_takes_onednn_and_leaves_the_setting_alone() -> None:
 
 @pytest.fixture(params=[logging.ERROR, logging.WARNING, logging.INFO])
 def level(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = logging.get_verbosity()
-    logging.set_verbosity(request.param)
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(request.param)
     yield request.param
-    logging.set_verbosity(before)
+    transformers_logging.set_verbosity(before)
 
 
 def test_the_callers_level_of_logging_stays(level: int) -> None:
@@ -263,6 +264,6 @@ def test_the_callers_level_of_logging_stays(level: int) -> None:
         LanguageModel(50, 16, 1, 16, num_experts=2, expert_size=16),
         TokenWindows(torch.arange(480) % 50, 16),
         Schedule(steps=1, batch_size=4, learning_rate=5e-3),
-        on_step=lambda step: seen.append(logging.get_verbosity()),
+        on_step=lambda step: seen.append(transformers_logging.get_verbosity()),
     )
-    assert [*seen, logging.get_verbosity()] == [level, level]
+    assert [*seen, transformers_logging.get_verbosity()] == [level, level]
