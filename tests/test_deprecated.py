@@ -97,8 +97,8 @@ def test_what_is_set_in_a_moved_module_is_set_in_the_new_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(native, "isa", native.isa)  # put back in the end
+    old: Any = importlib.import_module("bkcore.kernels.cpu")
     with pytest.warns(DeprecationWarning, match="backends.cpu.native.isa now"):
-        old: Any = importlib.import_module("bkcore.kernels.cpu")
         old.isa = lambda: "none"
     assert native.isa() == "none"
 
