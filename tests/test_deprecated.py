@@ -60,6 +60,32 @@ def test_a_moved_name_is_the_new_one(old: str) -> None:
         assert getattr(imported(place), name) is getattr(imported(new_place), new)
 
 
+@pytest.mark.parametrize(
+    "old",
+    [
+        "bkcore.core.bounds.attention_enclosure",
+        "bkcore.core.recall_step",
+        "bkcore.evaluation.checkpoints.evaluate_checkpoint",
+        "bkcore.kernels.cpu.use_isa",
+        "bkcore.kernels.step",
+        "bkcore.kernels.triton.block_length",
+        "bkcore.kernels.weight_levels.INT4_LEVELS",
+        "bkcore.memory.keep_freed_memory",
+        "bkcore.model.quantized.make_packed",
+        "bkcore.products.onednn_products",
+        "bkcore.report.demo.run_demo",
+        "bkcore.report.recipe.read_recipe",
+        "bkcore.report.train.run_training",
+        "bkcore.training.checkpoints.newest",
+    ],
+)
+def test_old_names_that_users_may_have_lead_somewhere(old: str) -> None:
+    """The tables must not lose them before the next release."""
+    place, _, name = old.rpartition(".")
+    with pytest.warns(DeprecationWarning, match=re.escape(f"{old} is bkcore.")):
+        assert getattr(imported(place), name) is not None
+
+
 def test_what_has_moved_is_not_there_any_more() -> None:
     """A file would be found first, and a name in a module would be taken without a warning."""
     for old in MODULES:
