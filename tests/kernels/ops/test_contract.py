@@ -26,5 +26,5 @@ def test_a_second_derivative_is_refused(name: str) -> None:
     results = results if isinstance(results, tuple) else (results,)
     total = sum(x.square().sum() for x in results if x.requires_grad)
     first = torch.autograd.grad(total, leaves, create_graph=True)
-    with pytest.raises(BackendError, match="once only"):
+    with pytest.raises(BackendError, match="only once"):
         torch.stack([x.square().sum() for x in first]).sum().backward()
