@@ -49,7 +49,7 @@ lint: setup
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.h csrc/tests/*.cpp)
 
 check: lint
-	$(subst python,$(BIN)/python,$(PYTEST)) -m fast $(ARGS)
+	$(subst python,$(BIN)/python,$(PYTEST)) -m "fast and not slow" $(ARGS)
 
 test: lint test-cpp
 	$(subst python,$(BIN)/python,$(PYTEST)) -m "not slow" \
