@@ -11,9 +11,10 @@ from bkcore.evaluation.rows import average_bits
 from bkcore.evaluation.sensitivity import units
 from bkcore.model import LanguageModel
 from bkcore.quantization.config import QuantizationConfig
+from tests.slow import combinations
 
 
-@pytest.mark.parametrize("group_size", [1, 2, 7, 128])
+@pytest.mark.parametrize("group_size", combinations([1, 2, 7, 128], quick=[1, 128]))
 def test_the_fewest_bits_are_those_of_the_narrowest_weights(group_size: int) -> None:
     model = LanguageModel(50, 16, 1, 16, num_experts=2, expert_size=24)
     least = []

@@ -22,6 +22,7 @@ MODES = ("ptq_int8", "qat_int8", "ptq_int4", "qat_int4", "mixed_precision")
 FORMS: list[tuple[str | None, str]] = [(None, "float")]
 FORMS += [(mode, state) for mode in MODES for state in ("float", "calibrated", "quantized")]
 FORMS += [(mode, "training") for mode in ("qat_int8", "qat_int4")]
+EXECUTED = [form for form in FORMS if form[1] in ("training", "quantized") or form[0] is None]
 
 Build = Callable[..., ResNetBKForCausalLM]
 
@@ -50,7 +51,7 @@ def quantizing_form(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 
 @pytest.fixture(
-    params=[form for form in FORMS if form[1] in ("training", "quantized") or form[0] is None],
+    params=EXECUTED,
     ids=lambda form: f"{form[0]}-{form[1]}",
 )
 def executed_form(request: pytest.FixtureRequest) -> tuple[str | None, str]:

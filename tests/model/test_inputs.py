@@ -14,6 +14,8 @@ from bkcore.model import conversion
 from bkcore.model.inputs import real_tokens
 from bkcore.model.moe import counting_load
 from bkcore.quantization.gptq import InputMoments
+from tests.model.conftest import MODES
+from tests.slow import combinations
 
 LENGTHS = (12, 5, 9)
 
@@ -222,6 +224,7 @@ def observed(model):
     return found
 
 
+@pytest.mark.parametrize("mode", combinations(MODES, quick=["ptq_int4", "qat_int8"]))
 @torch.no_grad()
 def test_padding_is_not_observed(build, padded, mode):
     """Calibrating on padded rows is calibrating on the rows alone, bit for bit."""

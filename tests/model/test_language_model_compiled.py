@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.model.conftest import EXECUTED
+from tests.slow import combinations
+
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> None:
@@ -18,6 +21,14 @@ def compiled(model: Any) -> Any:
     return torch.compile(model, fullgraph=True, backend="aot_eager")
 
 
+@pytest.mark.parametrize(
+    "executed_form",
+    combinations(
+        EXECUTED,
+        quick=[((None, "float"),), (("ptq_int4", "quantized"),), (("qat_int8", "training"),)],
+    ),
+    ids=str,
+)
 def test_logits_in_one_graph(build, executed_form, tokens):
     # Whole vectors only: PyTorch rounds the exponential of SiLU differently in a ragged rest, and
     # the compiled experts work on batches of other sizes.

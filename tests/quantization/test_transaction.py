@@ -21,6 +21,7 @@ from bkcore.quantization import (
 )
 from bkcore.quantization.observers import HistogramObserver
 from bkcore.quantization.transaction import all_or_nothing
+from tests.slow import combinations
 
 N = 6
 STEPS = {
@@ -110,7 +111,7 @@ def same_state(one: nn.Module, other: nn.Module) -> bool:
     )
 
 
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("again", combinations([False, True], quick=[False]))
 @pytest.mark.parametrize("mode", ["ptq_int4", "qat_int8"])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_that_fails_anywhere_leaves_the_core_as_it_was(step, mode, again):

@@ -271,8 +271,9 @@ def test_codes_saturate(bits, width):
     assert torch.equal(test_sweep_codes.call(p), test_sweep_codes.expected(p))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("form", "bits"), combinations(FORMS, [4, 8], quick=[("psi", 4), ("two_sided", 8)])
+)
 def test_levels_are_looked_up_and_the_nearest_is_found(short_blocks, form, bits):
     p = test_sweep_codes.problem(form, bits, (1, 18, 5))
     p["in_levels"] = test_sweep_codes.levels(len(p["in_scale"]), bits, 0)
@@ -313,7 +314,7 @@ def test_steps_equal_the_sweep(dtype, with_source):
 @pytest.mark.parametrize(
     ("shape", "first", "dtype"),
     [
-        ((2, 1, 2, 3, 4), True, torch.float64),
+        pytest.param((2, 1, 2, 3, 4), True, torch.float64, marks=pytest.mark.slow),
         ((1, 37, 2, 17, 5), True, torch.float64),
         ((1, 33, 1, 4, 18), False, torch.float32),
     ],
