@@ -54,7 +54,7 @@ check: lint
 test: lint test-cpp
 	$(subst python,$(BIN)/python,$(PYTEST)) -m "not slow" \
 		$(if $(COVERAGE),--cov --cov-report=json:$(measured)) $(ARGS)
-	$(if $(COVERAGE),$(BIN)/python .ci/coverage_table.py $(measured))
+	$(if $(COVERAGE),$(BIN)/python tests/coverage_table.py $(measured))
 
 test-slow: setup
 	$(subst python,$(BIN)/python,$(PYTEST)) -m slow $(ARGS)

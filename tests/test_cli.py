@@ -25,6 +25,7 @@ from bkcore.evaluation import checkpoints, evaluate
 from bkcore.model import LanguageModel
 from bkcore.text import train_tokenizer
 from bkcore.training import trainer
+from tests.slow import combinations
 
 TEXT = "the slow fox sees the quick dog and the dog sees the fox. " * 600
 LINE = "".join(chr(0x4E00 + n * 7 % 2000) for n in range(400)) + "\n"
@@ -152,6 +153,7 @@ def test_a_file_that_cannot_be_written_is_told_after_the_result(
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&- <&-"])
+from tests.slow import combinations
 def test_streams_that_are_closed(folder: Path, tmp_path: Path, closed: str) -> None:
     """As a shell closes them: no file of the command takes their place."""
     command = f"{sys.executable} -m bkcore receipt {folder / 'int8'} --json out.json {closed}"
