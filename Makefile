@@ -59,7 +59,7 @@ test: lint test-cpp
 test-slow: setup
 	$(subst python,$(BIN)/python,$(PYTEST)) -m slow $(ARGS)
 
-measured := build/coverage/python.json
+measured := build/coverage/report.json
 
 coverage: COVERAGE := 1
 coverage: test

@@ -152,8 +152,7 @@ def test_a_file_that_cannot_be_written_is_told_after_the_result(
     assert printed.err == "bkcore: /dev/full could not be written: No space left on device\n"
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&- <&-"])
-from tests.slow import combinations
+@pytest.mark.parametrize("closed", combinations([">&-", "2>&- <&-"], quick=[">&-"]))
 def test_streams_that_are_closed(folder: Path, tmp_path: Path, closed: str) -> None:
     """As a shell closes them: no file of the command takes their place."""
     command = f"{sys.executable} -m bkcore receipt {folder / 'int8'} --json out.json {closed}"
