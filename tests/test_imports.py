@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -107,6 +108,12 @@ def test_names_come_from_where_they_are_defined(path: Path) -> None:
             assert module.startswith(f"{package}."), f"{package} hands on {module}.{name}"
         if name and PATHS[module].name != "__init__.py":
             assert name in defined(PATHS[module]), f"{module} does not define {name}"
+
+
+def test_processes_are_started_in_one_place() -> None:
+    starting = r"^\s*(import|from) (multiprocessing|subprocess|concurrent|torch\.multiprocessing)\b"
+    found = [path.name for path in files() if re.search(starting, path.read_text(), re.MULTILINE)]
+    assert found == ["processes.py"]
 
 
 @pytest.mark.parametrize("module", ["bkcore", "bkcore.cli"])

@@ -145,6 +145,13 @@ def test_other_scales_and_levels_are_noticed(mode):
     assert_same_bits(again.double().float(), x)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_another_backend_gives_the_bits_of_its_pieces(mode):
+    made, x = mixer(mode), torch.randn(2, 3, 24)
+    with use_backend("reference"):
+        assert_same_bits(made, x)
+
+
 def test_what_it_is_not_for_takes_the_pieces():
     made, x = mixer("ptq_int8"), torch.randn(2, 1, 24)
     with torch.no_grad():
