@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -40,4 +41,16 @@ def test_compiles(compiler, package, flags, source, tmp_path):
     command = [compiler, *COMMON, *WARNINGS, *flags, "-DBKCORE_ISA=test"]
     files = ["-c", str(SOURCES / f"{source}_kernel.cpp"), "-o", str(tmp_path / "kernel.o")]
     result = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_the_flags_of_the_sanitizers_are_known(compiler):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    found = re.search(r"set\(sanitize ([^)]*)\)", (SOURCES.parent / "CMakeLists.txt").read_text())
+    assert found is not None
+    command = [compiler, *COMMON, *WARNINGS, *found[1].split(), "-DBKCORE_ISA=test"]
+    command += ["-fsyntax-only", str(SOURCES / "rounding_kernel.cpp")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
