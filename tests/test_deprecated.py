@@ -15,7 +15,6 @@ import pytest
 import bkcore.core
 import bkcore.kernels
 from bkcore.deprecated import MODULES, NAMES
-from bkcore.kernels.backends.cpu import native
 
 SOURCE = Path(__file__).parents[1] / "src"
 
@@ -119,14 +118,15 @@ def test_a_moved_module_is_found_by_its_path() -> None:
     assert warnings == [*expected, ("5", "bkcore.report.train.run_training")]
 
 
-def test_what_is_set_in_a_moved_module_is_set_in_the_new_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(native, "isa", native.isa)  # put back in the end
-    old: Any = importlib.import_module("bkcore.kernels.cpu")
-    with pytest.warns(DeprecationWarning, match="backends.cpu.native.isa now"):
-        old.isa = lambda: "none"
-    assert native.isa() == "none"
+def test_what_is_set_or_deleted_in_a_moved_module_is_refused_with_the_new_place() -> None:
+    old: Any = importlib.import_module("bkcore.kernels.weight_levels")
+    where = "bkcore.kernels.weight_levels has moved: it is bkcore.kernels.int4_levels now"
+    with pytest.raises(AttributeError, match=f"{where}; set 'INT4_LEVELS' there"):
+        old.INT4_LEVELS = None
+    with pytest.raises(AttributeError, match=f"{where}; delete 'INT4_LEVELS' there"):
+        del old.INT4_LEVELS
+    with pytest.warns(DeprecationWarning, match="int4_levels.INT4_LEVELS now"):
+        assert old.INT4_LEVELS is not None
 
 
 def test_nothing_is_loaded_before_it_is_asked_for() -> None:

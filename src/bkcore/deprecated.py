@@ -130,7 +130,11 @@ def called_module(name: str, new: str) -> None:
 
 
 class _MovedModule(ModuleType):
-    """Reads and writes the attributes of the modules that have its names now."""
+    """Reads the attributes of the modules that have its names now.
+
+    It cannot pass on what is set: pytest's `monkeypatch`, which does not find a name in the moved
+    module's own dictionary, would delete it from the new one at the end.
+    """
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what the import system looks for
@@ -144,12 +148,13 @@ class _MovedModule(ModuleType):
         if name.startswith("__") or isinstance(value, _MovedModule):  # what the import system sets
             super().__setattr__(name, value)
         else:
-            place, new = self._place(name)
-            setattr(place, new, value)
+            raise AttributeError(f"{self.__name__} has moved: {self._where()}; set {name!r} there")
 
     def __delattr__(self, name: str) -> None:
-        place, new = self._place(name)
-        delattr(place, new)
+        raise AttributeError(f"{self.__name__} has moved: {self._where()}; delete {name!r} there")
+
+    def _where(self) -> str:
+        return "it is " + " and ".join(MODULES[self.__name__]) + " now"
 
     def _place(self, name: str) -> tuple[ModuleType, str]:
         old = f"{self.__name__}.{name}"
