@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,13 @@ print(json.dumps(sizes))
 
 def save(folder: Path, mode: str, width: int, layers: int) -> int:
     """Bytes of the float32 model."""
-    model = LanguageModel(512, d_model=width, n_layers=layers, expert_size=4 * width).eval()
+    sizes: dict[str, Any] = {
+        "d_model": width,
+        "n_layers": layers,
+        "num_experts": 4,
+        "expert_size": 4 * width,
+    }
+    model = LanguageModel(512, **sizes).eval()
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     model.configure_quantization(QuantizationConfig(mode, weight_rounding="nearest"))
     model.calibrate_quantization([torch.randint(512, (4, 64))])
