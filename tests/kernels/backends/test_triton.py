@@ -412,6 +412,7 @@ def test_importing_bkcore_does_not_import_triton():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_a_gpu():
     """To machine code for compute capability 9.0, which needs no GPU."""
     script = Path(__file__).parent / "compile_triton.py"
@@ -432,7 +433,7 @@ def without_interpreter() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 
-@pytest.mark.parametrize("mode", [None, "ptq_int4"])
+@pytest.mark.parametrize("mode", combinations([None, "ptq_int4"], quick=[None]))
 def test_a_language_model_runs_on_it(mode):
     torch.manual_seed(0)
     model = LanguageModel(50, 16, 1, num_experts=2, expert_size=16).eval()
