@@ -16,6 +16,7 @@ from bkcore.comparison.demo import DemoSettings, run_demo
 from bkcore.errors import CheckpointError, DataError, InputError
 from bkcore.evaluation import checkpoints, evaluate, rows
 from bkcore.model import LanguageModel
+from bkcore.text import load_corpus
 from bkcore.training import Schedule
 
 MODES = ["float32", "ptq_int8", "qat_int8", "ptq_int4", "qat_int4", "mixed_precision"]
@@ -53,7 +54,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(text: Path, output: Path) -> dict[str, Any]:
     with (output.parent / f"{output.name}.log").open("w") as log:
-        return run_demo(text, output, Console(file=log), SMALL)
+        return run_demo(load_corpus(text), output, Console(file=log), SMALL)
 
 
 def without_times(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -127,7 +128,7 @@ def test_a_text_of_one_window_stops_before_training(
     monkeypatch.setattr(demo, "train", None)
     long = replace(SMALL, window=1000, batch_size=1)
     with pytest.raises(InputError, match="the text is one window"):
-        run_demo(tmp_path, tmp_path / "out", Console(quiet=True), long)
+        run_demo(load_corpus(tmp_path), tmp_path / "out", Console(quiet=True), long)
     assert not (tmp_path / "out").exists()
 
 

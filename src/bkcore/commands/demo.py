@@ -28,12 +28,14 @@ def demo(
 ) -> None:
     """Train a language model, quantize it in five modes, and evaluate what was saved."""
     from bkcore.comparison.demo import run_demo
+    from bkcore.text import load_corpus
 
     console, files = Console(), Files(json_file)
     files.prepare({"--output": output}, [data])
     use_free_cores()
+    corpus = load_corpus(data)
     show_shipped(console)
-    result = run_demo(data, output, console)
+    result = run_demo(corpus, output, console)
 
     def show() -> None:
         console.print(table(result))

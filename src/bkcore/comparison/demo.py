@@ -24,7 +24,6 @@ from bkcore.text import (
     Corpus,
     TokenWindows,
     encode,
-    load_corpus,
     origin_of,
     spread,
     train_tokenizer,
@@ -73,7 +72,7 @@ class DemoSettings:
 
 
 def run_demo(
-    data: str | Path | None,
+    corpus: Corpus,
     output: Path,
     console: Console,
     settings: DemoSettings | None = None,
@@ -81,7 +80,7 @@ def run_demo(
     """Train, calibrate, quantize, save, load in a new process and evaluate, in every mode.
 
     Args:
-        data: as in `bkcore.text.load_corpus`; None takes the embedded corpus.
+        corpus: the text to train on and to evaluate on.
         output: folder for the checkpoints, one subfolder each for float32 and the modes.
         console: for the progress bar.
         settings: sizes and lengths.
@@ -91,12 +90,11 @@ def run_demo(
         extra training as QAT had; and the `protocol`.
 
     Raises:
-        DataError: if the text is missing, unreadable or too small; raised before any training.
+        DataError: if the text is too small; raised before any training.
         InputError: if `output` cannot be written, or the validation text is a single window; raised
             before any training.
     """
     settings = settings or DemoSettings()
-    corpus = load_corpus(data)
     for name in ("float32", *MODES, CONTROL):
         prepare_folder(_folder(output, name))
     with Plan(_stages(settings, corpus), console) as plan:
@@ -109,7 +107,7 @@ def _folder(output: Path, name: str) -> Path:
 
 def _stages(settings: DemoSettings, corpus: Corpus) -> dict[str, float]:
     """The stages, with about how many seconds each takes on two cores."""
-    step = 0.26
+    step = 0.4
     judge = 8 + len(corpus.valid) / 60_000
     stages = {
         "train tokenizer": 3 + len(corpus.train) / 2e6,
