@@ -46,7 +46,7 @@ def quality(axes: Axes) -> None:
         xscale="log",
         xlim=(2.3, 26),
         ylim=(-0.15, 2.45),
-        xlabel="MB on disk, everything included",
+        xlabel="MB, without the tokenizer",
         ylabel="perplexity, change in %",
         title="Quality against size",
     )

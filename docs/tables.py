@@ -261,7 +261,7 @@ def shipped() -> dict[str, Any]:
 
 
 def float32_bytes() -> int:
-    """Of the shipped model's parameters."""
+    """Bytes of the shipped model's parameters in float32."""
     return 4 * shipped()["parameters"]
 
 

@@ -72,7 +72,7 @@ def test_a_moved_name_is_the_new_one(old: str) -> None:
         "bkcore.memory.keep_freed_memory",
         "bkcore.model.quantized.make_packed",
         "bkcore.products.onednn_products",
-        "bkcore.report.demo.run_demo",
+        "bkcore.report.demo.DemoSettings",
         "bkcore.report.recipe.read_recipe",
         "bkcore.report.train.run_training",
         "bkcore.training.checkpoints.newest",

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from bkcore.cli import app
 from bkcore.commands.demo import PROMPT, show_shipped
 from bkcore.display.console import Console
+from bkcore.errors import DataError
 from bkcore.evaluation.checkpoints import load_checkpoint, save_checkpoint
 from bkcore.evaluation.samples import samples_of
 from bkcore.text import TokenWindows, encode, load_corpus
@@ -37,6 +40,21 @@ def test_continues_a_sentence_in_float_and_in_int4(with_samples: Path) -> None:
     tensors = load_file(with_samples / "model.safetensors").values()
     assert f"{sum(x.numel() * 4 for x in tensors) / 1e6:.1f} MB" in first
     assert second.split(",")[1] != first.split(",")[1]
+
+
+def test_bad_data_is_refused_before_anything_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bkcore.commands.demo.show_shipped", None)
+    monkeypatch.setattr("bkcore.comparison.demo.run_demo", None)
+    (tmp_path / "train.txt").write_text("")
+    (tmp_path / "valid.txt").write_text("")
+    output = tmp_path / "out"
+    result = CliRunner().invoke(app, ["demo", "--data", str(tmp_path), "--output", str(output)])
+    assert isinstance(result.exception, DataError)
+    assert "no text" in str(result.exception)
+    assert not result.output
+    assert not output.exists()
 
 
 def test_says_why_there_is_nothing_to_show(tmp_path: Path, fox_checkpoint: Path) -> None:

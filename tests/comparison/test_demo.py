@@ -16,7 +16,7 @@ from bkcore.comparison.demo import DemoSettings, run_demo
 from bkcore.errors import CheckpointError, DataError, InputError
 from bkcore.evaluation import checkpoints, evaluate, rows
 from bkcore.model import LanguageModel
-from bkcore.text import load_corpus
+from bkcore.text import Corpus, load_corpus
 from bkcore.training import Schedule
 
 MODES = ["float32", "ptq_int8", "qat_int8", "ptq_int4", "qat_int4", "mixed_precision"]
@@ -31,7 +31,7 @@ SMALL = DemoSettings(
     batch_size=4,
     model={"d_model": 32, "n_layers": 1, "num_experts": 4, "expert_size": 64},
     training=Schedule(steps=40, batch_size=4, learning_rate=1e-2),
-    qat=Schedule(steps=4, batch_size=4, learning_rate=1e-3),
+    qat_steps=4,
 )
 
 
@@ -111,11 +111,14 @@ def test_missing_checkpoint_is_an_error_of_the_parent_process(tmp_path: Path) ->
         evaluate.evaluate_in_new_process(tmp_path / "nothing", setting)
 
 
-def test_bad_data_stops_before_training(tmp_path: Path) -> None:
-    (tmp_path / "train.txt").write_text("")
-    (tmp_path / "valid.txt").write_text("")
-    with pytest.raises(DataError, match="no text"):
-        run(tmp_path, tmp_path / "out")
+def test_a_text_that_is_too_small_stops_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "train", None)
+    few = Corpus("few", "the slow electron hops . " * 400, "and back again . " * 100)
+    large = replace(SMALL, batch_size=400)
+    with pytest.raises(DataError, match="the demo needs at least"):
+        run_demo(few, tmp_path / "out", Console(quiet=True), large)
     assert not (tmp_path / "out").exists()
 
 

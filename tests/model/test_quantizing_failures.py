@@ -82,6 +82,7 @@ def contents(model: Any) -> list[object]:
     for quantizers in conversion.core_quantizers(model):
         observers = [part._histograms for part in quantizers.parts()]
         found += [[x.tolist() for x in vars(o).values()] for o in observers if o is not None]
+    found += [[x.tolist() for x in each._waiting] for each in conversion.input_moments(model)]
     return found
 
 

@@ -224,6 +224,30 @@ def test_padding_does_not_count_and_memory_does_not_grow():
     assert moments.tokens == 18
 
 
+def test_few_rows_wait_and_all_of_them_count():
+    layer, moments, whole = nn.Linear(9, 4, bias=False), InputMoments(9), InputMoments(9)
+    parts = [torch.randn(rows, 9) for rows in (0, 1, 100, 0, 255, 0, 300, 7)]
+    moments.watch(layer)
+    for part in parts:
+        layer(part)
+        assert sum(map(len, moments._waiting)) < 256
+        assert all(map(len, moments._waiting))
+    assert moments._waiting
+    moments.unwatch()
+    whole.observe(torch.cat(parts))
+    assert torch.equal(moments.second, whole.second)
+    assert moments.tokens == whole.tokens == 663
+
+
+def test_rows_that_wait_are_added_before_the_moments_move():
+    layer, moments = nn.Linear(9, 4, bias=False), InputMoments(9)
+    moments.watch(layer)
+    layer(torch.ones(3, 9))
+    moments.to("cpu")
+    assert not moments._waiting
+    assert moments.second[0, 0] == 3
+
+
 def test_moments_stay_float64_when_a_module_is_cast():
     moments = InputMoments(3)
     moments.observe(torch.randn(5, 3))

@@ -151,7 +151,7 @@ def _check_before(
         check_target(model, settings.target_bits, settings.config.group_size)
     if settings.has_budget and len(windows.scorer().tokens) < 2 * length:
         raise InputError(
-            f"a bit budget is judged on as many windows as calibration takes, but that is one of "
+            f"a bit budget is measured on as many windows as calibration takes, but that is one of "
             f"{length} tokens, which tells nothing about the spread; allow more "
             "--calibration-tokens, or give more text"
         )

@@ -1,1 +1,1 @@
-
+"""Measuring language models: perplexity with its protocol, and paired comparisons."""

@@ -189,12 +189,12 @@ class ResolventMixer(nn.Module):
         return (real.flatten(2), imag.flatten(2)), state
 
     def _steps(self, inputs: CoreInputs) -> bool:
-        """Whether there is one site to read, and one kernel can do the whole step."""
+        """Whether there is one site to read, and no gradient or observer is in the way."""
         ready = self.quantizers is None or self.quantizers.rounds_only
         return ready and inputs.value.shape[1] == 1 and has_recall_step(inputs.value)
 
     def _step(self, inputs: CoreInputs, state: LayerState) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of one site and the new state: the same bits as the pieces, but faster."""
+        """Features of one site and the new state: the same bits as the pieces, in one call."""
         rounding = [] if self.quantizers is None else self.quantizers.rounding()
         return recall_step(
             inputs.gate,

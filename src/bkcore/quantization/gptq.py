@@ -17,6 +17,9 @@ Transformers", ICLR 2023, eqs. 2 and 3 and section 3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -43,14 +46,15 @@ costs K^2 steps, however few they are."""
 class InputMoments(StoredDtypes):
     """Second moments M of a linear layer's K inputs, summed over tokens.
 
-    Memory does not grow with the number of tokens. Each token is rounded to 8 bits relative to a
+    Memory does not grow with the number of tokens: fewer than 256 rows wait until they are added.
+    Each token is rounded to 8 bits relative to a
     power of two of its own, as finely as the integer product will see it. So all sums are exact,
     and do not depend on the order or on the number of processes, as long as the tokens' largest
     values lie within a factor of 2^19 / sqrt(tokens) of each other. Beyond that they round as
     float64 does.
 
     Attributes:
-        second: (K, K) float64.
+        second: (K, K) float64. While a layer is watched, the rows that wait are missing.
         tokens: () int64, tokens seen. Rows of zeros, such as padding, do not count.
     """
 
@@ -83,6 +87,7 @@ class InputMoments(StoredDtypes):
 
     def merge_processes(self) -> None:
         """Add up the moments of all processes of `torch.distributed`, if it is initialized."""
+        self._add_waiting()
         if dist.is_available() and dist.is_initialized():
             second, tokens = self.second.clone(), self.tokens.clone()
             dist.all_reduce(second)
@@ -109,10 +114,15 @@ class InputMoments(StoredDtypes):
         step = torch.exp2(torch.frexp(largest).exponent.double() - 7)
         rows = (rows / step).round() * step
         # Replaced, not written to: the old value can come back if the forward pass fails later.
-        self._waiting = (*self._waiting, rows)
+        if len(rows):
+            self._waiting = (*self._waiting, rows)
         self.tokens = self.tokens + (largest > 0).sum()
         if sum(map(len, self._waiting)) >= _ROWS_AT_ONCE:
             self._add_waiting()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        self._add_waiting()  # before `second` moves to another device
+        return super()._apply(fn, *args, **kwargs)
 
     def _add_waiting(self) -> None:
         if self._waiting:

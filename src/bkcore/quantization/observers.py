@@ -172,7 +172,7 @@ class HistogramObserver:
             symmetric: whether the zero points are 0.
             norm: 1 or 2, the power of the error.
             method: one of `METHODS`, or "auto": the one with the least mean |error|^norm over the
-                whole tensor, judged on the histograms; the first of `METHODS` if several tie.
+                whole tensor, measured on the histograms; the first of `METHODS` if several tie.
             percentile: percent of the values that "percentile" keeps inside, in (0, 100].
             shared_zero_point: give all groups the same zero point; for non-negative values.
 

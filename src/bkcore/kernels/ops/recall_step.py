@@ -72,7 +72,7 @@ def recall_step(
         ShapeError, DTypeError: the tensors do not fit together.
         InputError: a tensor is on another device, or requires a gradient, which would be lost; or,
             looked at on the CPU only, an eta is not positive.
-        BackendError: a forced backend is absent or cannot take the tensors.
+        BackendError: a forced backend is not available or cannot take the tensors.
     """
     args = RecallStep(gate, barrier, query, key, value, rate, height, eta, weight, g, psi)
     _check(args)

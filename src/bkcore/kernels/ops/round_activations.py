@@ -59,7 +59,7 @@ def round_channels(
 
     Raises:
         ShapeError, DTypeError, InputError: the tensors do not fit together, or bits is not 4 or 8.
-        BackendError: a forced backend is absent or cannot take the tensors.
+        BackendError: a forced backend is not available or cannot take the tensors.
     """
     check_tensors({"scale": (scale, scale.shape, torch.bfloat16)}, x.device)
     out: Tensor = torch.ops.bkcore.round_channels.default(x, scale, zero, levels, group_size, bits)
@@ -74,7 +74,7 @@ def round_rows(x: Tensor) -> Tensor:
 
     Raises:
         ShapeError, DTypeError: if x is not float32 (..., K) with K >= 1.
-        BackendError: a forced backend is absent or cannot take the tensor.
+        BackendError: a forced backend is not available or cannot take the tensor.
     """
     out: Tensor = torch.ops.bkcore.round_rows.default(x)
     return out

@@ -53,7 +53,7 @@ def round_weight(
 
     Raises:
         ShapeError, DTypeError, InputError: the tensors do not fit together, or bits is not 4 or 8.
-        BackendError: a forced backend is absent or cannot take the tensors.
+        BackendError: a forced backend is not available or cannot take the tensors.
     """
     codes, values = torch.ops.bkcore.round_weight.default(weight, scale, group_size, bits)
     return codes, values

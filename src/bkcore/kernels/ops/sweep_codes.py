@@ -69,7 +69,7 @@ def sweep_codes(
     Raises:
         ShapeError, DTypeError, InputError: the tensors do not fit together, bits is not 4 or 8, a
             scale is not a positive, normal number, or levels are not ascending.
-        BackendError: a forced backend is absent or cannot take the tensors.
+        BackendError: a forced backend is not available or cannot take the tensors.
     """
     codes: Tensor = torch.ops.bkcore.sweep_codes.default(
         v,

@@ -62,7 +62,7 @@ def sweep_rounded(
     Raises:
         ShapeError, DTypeError, InputError: the tensors do not fit together, bits is not 4 or 8, a
             scale is not a positive, normal number, or levels do not ascend.
-        BackendError: a forced backend is absent or cannot take the tensors.
+        BackendError: a forced backend is not available or cannot take the tensors.
     """
     parts: Tensor = torch.ops.bkcore.sweep_rounded.default(
         v, energy, eta, hopping, scale, zero, levels, group_size, bits, two_sided

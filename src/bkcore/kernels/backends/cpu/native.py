@@ -142,6 +142,7 @@ def call(name: str, *bundles: Any, **arguments: Any) -> Any:
     """
     for bundle in bundles:  # into the one dict that there is: another would have to be made
         for field, x in zip(bundle._fields, bundle, strict=True):
+            assert field not in arguments
             arguments[field] = x if type(x) in _PLAIN else (x.data_ptr(), x.nbytes)
     arguments["isa"], arguments["threads"] = isa(), torch.get_num_threads()
     return getattr(_native, name)(arguments)
