@@ -169,11 +169,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    _, _, _, levels = ctx.saved_tensors
-    dx, dscale, dlevels = torch.ops.bkcore.round_channels_backward.default(
-        grad, *ctx.saved_tensors, *ctx.form
-    )
-    return dx, dscale, None, None if levels is None else dlevels, None, None
+    saved = ctx.saved_tensors  # once: activation checkpointing gives them only once
+    dx, dscale, dlevels = torch.ops.bkcore.round_channels_backward.default(grad, *saved, *ctx.form)
+    return dx, dscale, None, None if saved[3] is None else dlevels, None, None
 
 
 define("round_channels", RoundChannels, _check, _run, _like)
