@@ -66,9 +66,12 @@ class DemoSettings:
     qat_steps: int = 45
 
     def qat(self, mode: str) -> Schedule:
-        """How a QAT mode trains. Steps between codes of 8 bits are sixteen times as fine as those
-        of 4 bits, and in so few steps a rate that mends INT4 only disturbs INT8."""
-        rate = 2e-4 if mode == "qat_int4" else 2e-5
+        """How a QAT mode trains.
+
+        Codes of 8 bits lie sixteen times as close as those of 4 bits. In so few steps, a rate that
+        mends INT4 would only disturb INT8.
+        """
+        rate = 2e-4 if mode == "qat_int4" else 5e-6
         return schedule_for_codes(self.qat_steps, self.batch_size, rate)
 
     @property
