@@ -12,6 +12,7 @@ replaces them.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -343,7 +344,7 @@ def overview() -> str:
 
 def demo() -> str:
     report = data("demo")
-    header = ("mode", "per token", "per word", "change, %", "95 % interval", "MB", "smaller")
+    header = ("mode", "per token", "bits per byte", "change, %", "95 % interval", "MB", "smaller")
     rows = []
     for row in (*report["rows"], report["control"]):
         size = [f"{row['bytes'] / 1e6:.2f}", f"{row['size_ratio']:.2f}x"]
@@ -352,7 +353,7 @@ def demo() -> str:
             [
                 code(row["mode"]),
                 f"{row['ppl_token']:.2f}",
-                f"{row['ppl_word']:.1f}",
+                f"{math.log2(row['ppl_byte']):.3f}",
                 *(("", "") if is_float else change(row)),
                 *size,
                 f"{row['tokens_per_second']:,.0f}",
