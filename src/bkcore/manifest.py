@@ -169,8 +169,9 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder} is a file; a checkpoint is a folder")
     if not is_folder:
         raise CheckpointError(
-            f"there is no checkpoint folder {folder.absolute()}; if the model is on a hub, "
-            "download it first with huggingface_hub.snapshot_download()"
+            f"there is no checkpoint folder {folder.absolute()}; check the path and the current "
+            "folder, or, if the model is on a hub, download it with "
+            "huggingface_hub.snapshot_download()"
         )
 
 
