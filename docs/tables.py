@@ -344,7 +344,7 @@ def overview() -> str:
 
 def demo() -> str:
     report = data("demo")
-    header = ("mode", "per token", "bits per byte", "change, %", "95 % interval", "MB", "smaller")
+    header = ("mode", "per token", "bits per byte", "change, %", "95 % interval", "KL, millinats")
     rows = []
     for row in (*report["rows"], report["control"]):
         size = [f"{row['bytes'] / 1e6:.2f}", f"{row['size_ratio']:.2f}x"]
@@ -354,13 +354,13 @@ def demo() -> str:
                 code(row["mode"]),
                 f"{row['ppl_token']:.2f}",
                 f"{math.log2(row['ppl_byte']):.3f}",
-                *(("", "") if is_float else change(row)),
+                *(("", "", "") if is_float else (*change(row), f"{1000 * row['kl_nats']:.2f}")),
                 *size,
                 f"{row['tokens_per_second']:,.0f}",
                 f"{row['speedup']:.2f}x",
             ]
         )
-    return markdown((*header, "tokens a second", "as fast"), rows)
+    return markdown((*header, "MB", "smaller", "tokens a second", "as fast"), rows)
 
 
 def _plain(name: str) -> Callable[[], str]:
