@@ -60,7 +60,7 @@ class Arguments {
  public:
   explicit Arguments(const nanobind::dict &given) : given_(given) { read_.reserve(given.size()); }
 
-  bool has(const char *name) const { return !find(name).is_none(); }
+  bool has(const char *name) const { return !find(name, key(name)).is_none(); }
 
   // Of two that mean nothing without each other.
   void together(const char *one, const char *other) const {
@@ -149,24 +149,29 @@ class Arguments {
 
   // To be called when all that is known has been read, each once.
   void finish() const {
+    for (auto name = read_.begin(); name != read_.end(); ++name)
+      if (std::find(read_.begin(), name, *name) != name) refuse(text(*name) + " is read twice");
+    // What was read is in `given_`, and distinct. So equal counts mean equal sets.
     if (read_.size() == given_.size()) return;
-    for (const auto [name, value] : given_) {
-      const auto text = nanobind::cast<std::string>(name);
-      if (std::find(read_.begin(), read_.end(), text) == read_.end())
-        refuse(text + " is not known");
-    }
-    refuse("an argument is read twice");
+    for (const auto [name, value] : given_)
+      if (std::none_of(read_.begin(), read_.end(),
+                       [&](PyObject *one) { return PyUnicode_Compare(one, name.ptr()) == 0; }))
+        refuse(text(name.ptr()) + " is not known");
   }
 
  private:
-  nanobind::object find(const char *name) const {
-    PyObject *const found = PyDict_GetItemWithError(given_.ptr(), key(name));
+  static std::string text(PyObject *name) {
+    return nanobind::cast<std::string>(nanobind::handle(name));
+  }
+
+  nanobind::object find(const char *name, PyObject *interned) const {
+    PyObject *const found = PyDict_GetItemWithError(given_.ptr(), interned);
     if (!found) refuse(std::string(name) + " is missing");
     return nanobind::borrow(found);
   }
 
   // A name as Python's string, made once for every place that has it: making and hashing one takes
-  // longer than looking it up. Under Python's lock.
+  // longer than looking it up. Interned, so that equal names are one object. Under Python's lock.
   static PyObject *key(const char *name) {
     static std::unordered_map<const char *, PyObject *> known;
     PyObject *&found = known[name];
@@ -177,20 +182,21 @@ class Arguments {
   template <class T>
   T take(const char *name) {
     T value;
-    if (!nanobind::try_cast<T>(find(name), value, false))
+    PyObject *const one = key(name);
+    if (!nanobind::try_cast<T>(find(name, one), value, false))
       refuse(std::string(name) + " is of another kind");
-    read_.push_back(name);
+    read_.push_back(one);
     return value;
   }
 
   template <class T>
   T missing(const char *name) {
-    read_.push_back(name);
+    read_.push_back(key(name));
     return T{};
   }
 
   nanobind::dict given_;
-  std::vector<const char *> read_;
+  std::vector<PyObject *> read_;
 };
 
 }  // namespace
