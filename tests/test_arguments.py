@@ -10,18 +10,28 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import bkcore
 import bkcore.core
+import bkcore.kernels
 import bkcore.quantization
+from bkcore.arguments import did_you_mean
+from bkcore.bench.inference import run_inference
+from bkcore.bench.kernels import run_kernels
 from bkcore.core import bounds, enclosures, operator
 from bkcore.errors import BKCoreError
+from bkcore.model import LanguageModel, ResNetBKConfig, ResNetBKForCausalLM
+from bkcore.quantization import QuantizationConfig
+from bkcore.training import Schedule
+from bkcore.training.recipe import read_recipe
 
 B, N, H = 2, 4, 3
 ELSEWHERE = {
@@ -267,3 +277,70 @@ def test_attention_names_what_does_not_fit():
     g, psi = bkcore.resolvent_attention(**inputs)[2]
     with pytest.raises(BKCoreError, match=r"^state\[1\] must be"):
         bkcore.resolvent_attention(**{**inputs, "state": (g, psi[..., :1])})
+
+
+# ---- misspelt names --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("stpes", "; did you mean 'steps'?"),
+        ("STEPS", "; did you mean 'steps'?"),
+        ("sede", "; did you mean 'seed'?"),
+        (["stpes", "sede"], "; did you mean 'steps' or 'seed'?"),
+        ("int8", "; did you mean 'qat_int8' or 'ptq_int8'?"),
+        ("nonsense", ""),
+        (3, ""),
+        (None, ""),
+        ("steps" * 10**6, ""),
+    ],
+)
+def test_the_nearest_names_are_suggested(given: object, hint: str) -> None:
+    assert did_you_mean(given, ["steps", "seed", "ptq_int8", "qat_int8"]) == hint
+
+
+def recipe(tmp_path: Path, content: str) -> object:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content, encoding="utf-8")
+    return read_recipe(path)
+
+
+def with_bits(name: str) -> None:
+    model = LanguageModel(50, 16, 1, 16, num_experts=2, expert_size=24)
+    model.configure_quantization(QuantizationConfig(tensor_bits={name: 4}))
+
+
+def forced(name: str) -> None:
+    with bkcore.kernels.use_backend(name):
+        pass
+
+
+TRAINING = "training: {steps: 1, batch_size: 1, learning_rate: 1}\n"
+MISSPELT: dict[str, Callable[[Path], object]] = {
+    "training": lambda folder: recipe(folder, "trainnig: {}"),
+    "steps": lambda folder: recipe(folder, "training: {stpes: 1}"),
+    "vocab_size": lambda folder: recipe(folder, f"{TRAINING}tokenizer: {{vocabsize: 300}}"),
+    "d_model": lambda folder: recipe(folder, f"{TRAINING}model: {{d_modle: 16}}"),
+    "muon": lambda _: Schedule(1, 1, 1.0, optimizer="moun"),
+    "linear": lambda _: Schedule(1, 1, 1.0, scheduler="Linear"),
+    "ptq_int4": lambda _: QuantizationConfig("ptq-int4"),
+    "minmax": lambda _: QuantizationConfig(observer="min_max"),
+    "nearest": lambda _: QuantizationConfig(weight_rounding="nearst"),
+    "group_size": lambda _: QuantizationConfig.from_dict({"groupsize": 8}),
+    "layers.0.experts.experts.0.up": lambda _: with_bits("layers.0.experts.0.up"),
+    "resolvent": lambda _: LanguageModel(50, mixer="resolvant"),
+    "num_experts": lambda _: LanguageModel(50, num_expert=2),
+    "quantized": lambda _: ResNetBKConfig(quantization={"state": "quantised"}),
+    "subfolder": lambda folder: ResNetBKForCausalLM.from_pretrained(folder, subfolders="a"),
+    "float16": lambda folder: ResNetBKForCausalLM.from_pretrained(folder, dtype="flaot16"),
+    "reference": lambda _: forced("referenz"),
+    "growth": lambda _: run_kernels(Console(quiet=True), "grwoth"),
+    "serving": lambda _: run_inference(Console(quiet=True), "servign"),
+}
+
+
+@pytest.mark.parametrize("right", MISSPELT)
+def test_messages_that_list_names_suggest_the_nearest(right: str, tmp_path: Path) -> None:
+    with pytest.raises(BKCoreError, match=rf"; did you mean .*{re.escape(repr(right))}.*\?$"):
+        MISSPELT[right](tmp_path)

@@ -63,8 +63,9 @@ def _options(
 def main() -> None:
     """Run the command; for an error that bkcore raises, print one sentence and no traceback.
 
-    The exit code is 1 if a benchmark found a wrong result, 130 or 143 after an interruption, 141 if
-    the output went into a closed pipe, and 2 for all other such errors.
+    The exit code is 1 if a benchmark found a wrong result or the process that it timed died, 130 or
+    143 after an interruption, 141 if the output went into a closed pipe, and 2 for all other such
+    errors.
     """
     keep_freed_memory()
     sys.exit(run(app))

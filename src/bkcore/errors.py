@@ -50,4 +50,4 @@ class DataError(BKCoreError, ValueError):
 
 
 class BenchmarkError(BKCoreError, ArithmeticError):
-    """A benchmark found a wrong result and did not time it."""
+    """A benchmark found a wrong result and did not time it, or the process that it timed died."""

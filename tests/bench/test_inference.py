@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bkcore.bench import inference, rival_models
+from bkcore.bench import inference, rival_models, settings
 from bkcore.bench.result import report
 from bkcore.errors import BenchmarkError, InputError
 from bkcore.kernels.backends import cpu, selection
@@ -125,6 +125,12 @@ def test_dynamic_int8_reaches_the_layers_of_gpt2() -> None:
 
 def test_an_unknown_case_is_refused() -> None:
     with pytest.raises(InputError, match="the cases are layers, width 32, serving, rivals"):
+        inference.run_inference(QUIET, "nonsense")
+
+
+def test_cases_can_be_named_without_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "WIDTHS", settings.WIDTHS)
+    with pytest.raises(InputError, match=f"the cases are {', '.join(settings.inference_cases())}$"):
         inference.run_inference(QUIET, "nonsense")
 
 

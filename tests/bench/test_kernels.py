@@ -15,12 +15,14 @@ from bkcore.bench import kernels, rival_solvers, timing
 from bkcore.bench.kernels import CASES, run_kernels
 from bkcore.bench.machine import machine
 from bkcore.bench.result import Result, markdown_table, report, table
+from bkcore.bench.settings import KERNEL_SECONDS
 from bkcore.display import plots
 from bkcore.errors import BackendError, BenchmarkError, InputError
 from bkcore.host import last_level_cache
 from bkcore.kernels import use_backend
 from bkcore.kernels.backends import cpu, selection
 from bkcore.kernels.backends.interface import Sweep, SweepBackward, SweepCodes, SweepStep
+from bkcore.processes import ProcessDiedError
 
 FIELDS = {
     *("name", "shape", "threads", "seconds", "baseline", "baseline_seconds"),
@@ -170,6 +172,21 @@ def test_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_case_raises() -> None:
     with pytest.raises(InputError, match="the cases are large, "):
         run_kernels(quiet(), "nothing")
+
+
+def test_cases_can_be_named_without_pytorch() -> None:
+    assert [case.name for case in CASES] == list(KERNEL_SECONDS)
+
+
+def test_a_process_that_dies_is_told_as_other_failures_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def die(*arguments: object) -> None:
+        raise ProcessDiedError(-9)
+
+    monkeypatch.setattr(kernels, "call_in_new_process", die)
+    with pytest.raises(BenchmarkError, match=r"\(2, 30, 17\), ended with exit code -9, probably"):
+        run_kernels(quiet(), "fresh")
 
 
 def test_only_the_native_kernels_are_measured() -> None:

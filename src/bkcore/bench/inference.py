@@ -18,11 +18,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bkcore.arguments import starting_with
 from bkcore.bench import rival_models
 from bkcore.bench.result import Result
+from bkcore.bench.settings import WIDTHS
 from bkcore.bench.timing import Call, interleaved
 from bkcore.display.progress import Plan
-from bkcore.errors import BenchmarkError, InputError
+from bkcore.errors import BenchmarkError
 from bkcore.host import torch_threads
 from bkcore.kernels import use_backend
 from bkcore.model import LanguageModel, ResNetBKForCausalLM, StreamState
@@ -33,7 +35,6 @@ from bkcore.training.onednn import onednn_products
 
 LAYERS = ((16, 16), (32, 32), (64, 32), (64, 64), (128, 128), (256, 256), (512, 512))
 ROWS = (1, 64, 1024)
-WIDTHS = (64, 128, 256, 512, 1024)
 SEQUENCES = (1, 8, 64)
 CONTEXTS = (512, 4096, 16384)
 
@@ -79,14 +80,12 @@ def run_inference(console: Console, only: str = "") -> list[Result]:
         "serving": partial(_each, serving, SEQUENCES, counts),
         "rivals": partial(_each, against_rivals, CONTEXTS, counts[-1:]),
     }
-    chosen = {name: case for name, case in cases.items() if name.startswith(only)}
-    if not chosen:
-        raise InputError(f"no case starts with {only!r}; the cases are {', '.join(cases)}")
+    chosen = starting_with(only, cases, "case")
     results: list[Result] = []
     with Plan(dict.fromkeys(chosen, 60.0), console) as plan:
-        for name, case in chosen.items():
+        for name in chosen:
             with plan.stage(name):
-                results += case()
+                results += cases[name]()
     return results
 
 

@@ -1,7 +1,7 @@
 """The cases of `bkcore bench kernels`.
 
-A case is a function from thread counts to results. To add one, write it and list it in `CASES`. A
-case first checks what it times, on the same shape.
+A case is a function from thread counts to results. To add one, write it, and list it in `CASES` and
+in `settings.KERNEL_SECONDS`. A case first checks what it times, on the same shape.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from bkcore.arguments import starting_with
 from bkcore.bench.problem import (
     FORMS,
     Problem,
@@ -29,15 +30,16 @@ from bkcore.bench.problem import (
 )
 from bkcore.bench.result import Result
 from bkcore.bench.rival_solvers import comparison, missing_rivals
+from bkcore.bench.settings import KERNEL_SECONDS
 from bkcore.bench.timing import Call, interleaved
 from bkcore.core.resolvent import resolvent_diagonal_parts
 from bkcore.display.console import say
 from bkcore.display.progress import Plan
-from bkcore.errors import BackendError, BenchmarkError, InputError
+from bkcore.errors import BackendError, BenchmarkError
 from bkcore.host import last_level_cache, torch_threads, usable_cores
 from bkcore.kernels import describe_backends, sweep_codes, sweep_step
 from bkcore.kernels.backends.cpu import native
-from bkcore.processes import call_in_new_process
+from bkcore.processes import ProcessDiedError, call_in_new_process
 from bkcore.quantization import affine
 from bkcore.quantization.packing import pack_int4
 
@@ -72,12 +74,15 @@ class Case:
     Attributes:
         name: the start of its rows' names.
         measure: returns the results for some thread counts.
-        seconds: about how long it takes, for the progress bar.
     """
 
     name: str
     measure: Callable[[Sequence[int]], Iterator[Result]]
-    seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes, for the progress bar."""
+        return KERNEL_SECONDS[self.name]
 
 
 def run_kernels(
@@ -88,12 +93,10 @@ def run_kernels(
     Raises:
         InputError: if there is no such case.
         BackendError: if the native kernels are not in use.
-        BenchmarkError: if a result is wrong.
+        BenchmarkError: if a result is wrong, or the process of a case dies.
     """
-    cases = [case for case in CASES if case.name.startswith(only)]
-    if not cases:
-        names = ", ".join(case.name for case in CASES)
-        raise InputError(f"there is no case {only!r}; the cases are {names}")
+    names = starting_with(only, KERNEL_SECONDS, "case")
+    cases = [case for case in CASES if case.name in names]
     _require_native()
     if any(case.measure is comparison for case in cases):
         for name, reason in missing_rivals().items():
@@ -145,7 +148,14 @@ def fresh_memory(counts: Sequence[int]) -> Iterator[Result]:
     """Like `large`, but every result gets new memory from the system, page faults included."""
     shape = large_shapes()[0]
     for count in counts:
-        own, clone = call_in_new_process(_time_with_fresh_memory, shape, count)
+        try:
+            own, clone = call_in_new_process(_time_with_fresh_memory, shape, count)
+        except ProcessDiedError as error:
+            raise BenchmarkError(
+                f"the process that measured fresh memory, shape {shape}, ended with exit code "
+                f"{error.exit_code}, probably out of memory; free some, or name other cases with "
+                "--only"
+            ) from error
         note = "both allocate, in a process that returns freed memory"
         yield Result("fresh memory/g", shape, count, own, clone, "clone", note=note)
 
@@ -426,14 +436,14 @@ def _time_forward(problem: Problem, truth: Tensor, count: int, *baselines: Call)
 
 
 CASES = [
-    Case("large", large, 30),
-    Case("fresh memory", fresh_memory, 20),
-    Case("cache", in_cache, 3),
-    Case("backward", backward, 60),
-    Case("one lane", one_lane, 10),
-    Case("layout", layouts, 30),
-    Case("growth", growth, 60),
-    Case("one token", one_token, 2),
-    Case("codes", codes, 60),
-    Case("comparison", comparison, 120),
+    Case("large", large),
+    Case("fresh memory", fresh_memory),
+    Case("cache", in_cache),
+    Case("backward", backward),
+    Case("one lane", one_lane),
+    Case("layout", layouts),
+    Case("growth", growth),
+    Case("one token", one_token),
+    Case("codes", codes),
+    Case("comparison", comparison),
 ]

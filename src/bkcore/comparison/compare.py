@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bkcore.arguments import starting_with
 from bkcore.comparison import language, synthetic
 from bkcore.comparison.contestants import CONVOLUTION
 from bkcore.comparison.language import LanguageComparison
@@ -70,10 +71,8 @@ def run_comparison(
             before any training.
     """
     planned = comparison.runs(data, seed)
-    chosen = [run for run in planned if run.name.startswith(only)]
-    if not chosen:
-        names = ", ".join(run.name for run in planned)
-        raise InputError(f"no run's name starts with {only!r}; the runs are {names}")
+    names = starting_with(only, [run.name for run in planned], "run")
+    chosen = [run for run in planned if run.name in names]
     for run in chosen:
         run.check(output)
         run.check_together(output)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bkcore.arguments import check_group_size
 from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.reading import shown
 
@@ -92,22 +93,13 @@ def check_bits(bits: int) -> None:
         raise InputError(f"bits must be 4 or 8, not {shown(bits)}")
 
 
-def check_group_size(group_size: int) -> None:
-    """Raise `InputError` unless `group_size` is an integer of at least 1."""
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-        raise InputError(
-            f"group_size must be an integer >= 1, not {shown(group_size)}; "
-            "1 gives every channel its own scale"
-        )
-
-
 def fit_group_size(group_size: int, size: int) -> int:
     """Limit the group size to the number of channels, which is one group.
 
     Every group size passes through here, so that a huge one takes no memory and overflows nothing.
 
     Raises:
-        InputError: as `check_group_size`.
+        InputError: unless the group size is an integer of at least 1.
     """
     check_group_size(group_size)
     return min(group_size, max(size, 1))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
+from bkcore.arguments import did_you_mean
 from bkcore.errors import InputError
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.lifecycle import QuantizationState
@@ -165,7 +166,10 @@ def form_of(fields: object) -> tuple[QuantizationConfig, QuantizationState]:
     state = options.pop("state", QuantizationState.FLOAT.value)
     states = [each.value for each in QuantizationState if each != QuantizationState.CALIBRATING]
     if state not in states:
-        raise InputError(f"the state of quantization must be one of {states}, not {shown(state)}")
+        raise InputError(
+            f"the state of quantization must be one of {states}, not {shown(state)}"
+            f"{did_you_mean(state, states)}"
+        )
     config = QuantizationConfig.from_dict(options)
     if state == QuantizationState.TRAINING.value and not config.is_qat:
         raise InputError(f"mode {config.mode!r} does not train, but the state is {state!r}")
@@ -211,7 +215,10 @@ def _check_values(config: ResNetBKConfig) -> None:
 def _check_mixer(config: ResNetBKConfig) -> None:
     if not isinstance(config.mixer, str) or config.mixer not in MIXER_TRAITS:
         known = ", ".join(MIXER_TRAITS)
-        raise InputError(f"mixer must be one of {known}, not {shown(config.mixer)}")
+        raise InputError(
+            f"mixer must be one of {known}, not {shown(config.mixer)}"
+            f"{did_you_mean(config.mixer, MIXER_TRAITS)}"
+        )
     divided = config.mixer_traits.has_heads and config.value_size is None
     if divided and config.d_model % config.num_heads:
         raise InputError(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from bkcore.arguments import did_you_mean
 from bkcore.errors import CalibrationError, InputError
 from bkcore.model.core_quantizers import CoreQuantizers, Phase
 from bkcore.model.mixer import ResolventMixer
@@ -72,11 +73,13 @@ def quantizable(model: nn.Module) -> Iterator[Slot]:
 
 def check_tensor_bits(model: nn.Module, config: QuantizationConfig) -> None:
     """Raise `InputError` if `config` gives bits to a weight that the model does not have."""
-    unknown = set(config.tensor_bits or ()) - {slot.name for slot in quantizable(model)}
+    known = {slot.name for slot in quantizable(model)}
+    unknown = sorted(set(config.tensor_bits or ()) - known)
     if unknown:
         raise InputError(
-            f"tensor_bits names {shown(sorted(unknown))}, but the model has no quantizable weight "
+            f"tensor_bits names {shown(unknown)}, but the model has no quantizable weight "
             "of that name; bkcore.model.conversion.quantizable(model) lists the names"
+            f"{did_you_mean(unknown, known)}"
         )
 
 

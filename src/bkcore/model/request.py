@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from bkcore import manifest
+from bkcore.arguments import did_you_mean
 from bkcore.errors import CheckpointError, InputError
 from bkcore.model.config import ResNetBKConfig
 from bkcore.reading import shown
@@ -25,6 +26,13 @@ _CHANGEABLE = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "output_attentions"),
 }
 """Fields of a configuration, which `from_pretrained` also takes."""
+
+_TAKEN = {
+    *_CHANGEABLE,
+    *_PASSED_ON,
+    *("config", "dtype", "generation_config", "subfolder", "variant", "output_loading_info"),
+}
+"""All arguments of `from_pretrained` that mean something here, but the path."""
 
 _WITHOUT_EFFECT = {
     *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token"),
@@ -105,7 +113,7 @@ class Request:
             raise InputError(
                 f"from_pretrained cannot take {given}; it takes config or its fields, dtype, "
                 "device_map, max_memory, generation_config, subfolder, variant and "
-                "output_loading_info"
+                f"output_loading_info{did_you_mean(unknown, _TAKEN)}"
             )
         return request
 
@@ -146,5 +154,8 @@ def _dtype(asked: object) -> torch.dtype | None:
     if asked is None or asked == "auto":
         return None
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f'dtype must be "auto" or a floating-point dtype, not {shown(asked)}')
+        hint = did_you_mean(asked, ("auto", "float16", "bfloat16", "float32", "float64"))
+        raise InputError(
+            f'dtype must be "auto" or a floating-point dtype, not {shown(asked)}{hint}'
+        )
     return dtype

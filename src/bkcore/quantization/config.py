@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
 from typing import Any, ClassVar, Literal
 
+from bkcore.arguments import check_group_size, did_you_mean
 from bkcore.errors import InputError
-from bkcore.kernels.checks import check_group_size
-from bkcore.quantization.affine import code_range
 from bkcore.reading import shown
 
 Part = Literal["core", "expert", "head"]
@@ -92,6 +91,7 @@ class QuantizationConfig:
         if not _is_one_of(self.mode, MODES):
             raise InputError(
                 f"unknown quantization mode {shown(self.mode)}; choose one of {', '.join(MODES)}"
+                f"{did_you_mean(self.mode, MODES)}"
             )
         check_group_size(self.group_size)
         if not isinstance(self.per_channel, bool):
@@ -106,6 +106,7 @@ class QuantizationConfig:
             raise InputError(
                 f"unknown weight_rounding {shown(self.weight_rounding)}; "
                 f"choose one of {WEIGHT_ROUNDINGS}"
+                f"{did_you_mean(self.weight_rounding, WEIGHT_ROUNDINGS)}"
             )
         if isinstance(self.min_size, bool) or not isinstance(self.min_size, int):
             raise InputError(f"min_size must be an integer, not {shown(self.min_size)}")
@@ -122,9 +123,10 @@ class QuantizationConfig:
         """
         known = {f.name for f in dataclass_fields(cls)}
         if not isinstance(fields, dict) or not fields.keys() <= known:
-            unknown = list(fields.keys() - known) if isinstance(fields, dict) else fields
+            unknown = sorted(fields.keys() - known, key=str) if isinstance(fields, dict) else fields
             raise InputError(
                 f"fields must be a dictionary of {', '.join(sorted(known))}, not {shown(unknown)}"
+                f"{did_you_mean(unknown, known)}"
             )
         return cls(**{"min_size": 0, **fields})
 
@@ -136,12 +138,18 @@ class QuantizationConfig:
     @property
     def qmin(self) -> int:
         """Smallest code of the core: -128 or -8."""
-        return code_range(self.bits)[0]
+        return self._code_range[0]
 
     @property
     def qmax(self) -> int:
         """Largest code of the core: 127 or 7."""
-        return code_range(self.bits)[1]
+        return self._code_range[1]
+
+    @property
+    def _code_range(self) -> tuple[int, int]:
+        from bkcore.quantization.affine import code_range  # needs PyTorch, the options do not
+
+        return code_range(self.bits)
 
     @property
     def is_qat(self) -> bool:
@@ -220,7 +228,10 @@ def _is_one_of(value: object, choices: tuple[str, ...]) -> bool:
 def check_observer(observer: str | None, percentile: float) -> None:
     """Raise `InputError` unless these are valid choices of a range."""
     if observer is not None and not _is_one_of(observer, OBSERVERS):
-        raise InputError(f"unknown observer {shown(observer)}; choose one of {OBSERVERS}, or None")
+        raise InputError(
+            f"unknown observer {shown(observer)}; choose one of {OBSERVERS}, or None"
+            f"{did_you_mean(observer, OBSERVERS)}"
+        )
     if isinstance(percentile, bool) or not isinstance(percentile, int | float):
         raise InputError(f"percentile must be a number, not {shown(percentile)}")
     if not 0 < percentile <= 100:

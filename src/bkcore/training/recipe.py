@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
+from bkcore.arguments import did_you_mean
 from bkcore.errors import InputError
-from bkcore.model import ResNetBKConfig
 from bkcore.reading import read_bytes, shortened, shown
-from bkcore.training import Schedule
+from bkcore.training.schedule import Schedule
 
 # Fields set by other sections or the tokenizer, and fields that a new training cannot have.
 _NOT_CHOSEN = {"vocab_size", "n_seq", "quantization"}
@@ -84,17 +84,17 @@ def read_recipe(path: Path) -> Recipe:
     own = {"window", "evaluation_batch_size", "seed"}
     schedule = {field.name for field in fields(Schedule)}
     training = _section(content.get("training"), own | schedule, "training")
-    model = _section(content.get("model"), _model_fields(), "model")
     missing = sorted({"steps", "batch_size", "learning_rate"} - training.keys())
     if missing:
         raise InputError(f"{path}: the section 'training' lacks {missing}")
     recipe = Recipe(
-        model=model,
+        model=_section(content.get("model"), None, "model"),
         schedule=Schedule(**{k: v for k, v in training.items() if k in schedule}),
         **tokenizer,
         **{k: v for k, v in training.items() if k in own},
     )
-    _check(recipe)
+    _check_numbers(recipe)
+    _check_model(recipe)
     return recipe
 
 
@@ -109,24 +109,27 @@ def _parse(path: Path) -> Any:
         raise InputError(f"the recipe {path} is nested too deeply") from error
 
 
-def _section(content: Any, known: set[str], name: str) -> dict[str, Any]:
-    """Check that a section is a mapping with known names; an absent one is empty."""
+def _section(content: Any, known: set[str] | None, name: str) -> dict[str, Any]:
+    """Check that a section is a mapping, with these names if given; an absent one is empty."""
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise InputError(f"{name} must be a mapping from names to values, not {shown(content)}")
-    unknown = sorted(str(key) for key in content.keys() - known)
-    if unknown:
-        raise InputError(f"{name} has no {shown(unknown)}; it takes {sorted(known)}")
+    if known is not None:
+        _check_names(content, known, name)
     return content
 
 
-def _model_fields() -> set[str]:
-    inherited = set(ResNetBKConfig.__mro__[1].__annotations__)
-    return set(ResNetBKConfig.__annotations__) - inherited - _NOT_CHOSEN - {"model_type"}
+def _check_names(content: dict[str, Any], known: set[str], name: str) -> None:
+    unknown = sorted(str(key) for key in content.keys() - known)
+    if unknown:
+        raise InputError(
+            f"{name} has no {shown(unknown)}; it takes {sorted(known)}"
+            f"{did_you_mean(unknown, known)}"
+        )
 
 
-def _check(recipe: Recipe) -> None:
+def _check_numbers(recipe: Recipe) -> None:
     for name, least in (
         ("vocab_size", 257),
         ("min_frequency", 1),
@@ -137,6 +140,15 @@ def _check(recipe: Recipe) -> None:
         value = getattr(recipe, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(f"{name} must be an integer of at least {least}, not {shown(value)}")
+
+
+def _check_model(recipe: Recipe) -> None:
+    """Check the model's fields; last, because importing transformers takes seconds."""
+    from bkcore.model import ResNetBKConfig
+
+    inherited = set(ResNetBKConfig.__mro__[1].__annotations__)
+    known = set(ResNetBKConfig.__annotations__) - inherited - _NOT_CHOSEN - {"model_type"}
+    _check_names(recipe.model, known, "model")
     for name, value in recipe.model.items():
         _check_kind(name, value, getattr(ResNetBKConfig, name))
     ResNetBKConfig(vocab_size=recipe.vocab_size, n_seq=recipe.window, **recipe.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from bkcore.arguments import did_you_mean
 from bkcore.errors import InputError
 from bkcore.reading import shown
 
@@ -72,9 +73,11 @@ class Schedule:
         if self.max_minutes is not None:
             _check_positive("max_minutes", self.max_minutes)
         for name, known in (("optimizer", OPTIMIZERS), ("scheduler", SCHEDULERS)):
-            if getattr(self, name) not in known:
+            value = getattr(self, name)
+            if value not in known:
                 raise InputError(
-                    f"{name} is {shown(getattr(self, name))}, but must be one of {known}"
+                    f"{name} is {shown(value)}, but must be one of {known}"
+                    f"{did_you_mean(value, known)}"
                 )
         if (
             self.scheduler == "warmup_stable_decay"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bkcore.arguments import did_you_mean
 from bkcore.errors import BackendError
 from bkcore.kernels.backends import cpu, reference, triton
 from bkcore.kernels.backends.interface import Backend
@@ -142,8 +143,11 @@ def _require_present(backend: Backend) -> None:
 
 def _known(name: str) -> str:
     if name != AUTO and name not in _BACKENDS:
-        names = ", ".join([AUTO, *_BACKENDS])
-        raise BackendError(f"there is no backend {name!r}; choose one of: {names}")
+        known = [AUTO, *_BACKENDS]
+        raise BackendError(
+            f"there is no backend {name!r}; choose one of: {', '.join(known)}"
+            f"{did_you_mean(name, known)}"
+        )
     return name
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bkcore.arguments import did_you_mean
 from bkcore.errors import BackendError
 from bkcore.host import last_level_cache
 
@@ -80,8 +81,10 @@ def isa() -> str:
     if _forced_isa is None:
         return _supported[0]
     if _forced_isa not in _supported:
-        known = ", ".join(_supported)
-        raise BackendError(f"instruction set {_forced_isa!r} is not available; choose from {known}")
+        raise BackendError(
+            f"instruction set {_forced_isa!r} is not available; choose from "
+            f"{', '.join(_supported)}{did_you_mean(_forced_isa, _supported)}"
+        )
     return _forced_isa
 
 
