@@ -15,10 +15,11 @@ from tests.model.helpers import TRAINABLE, gradients
 
 def checkpointed(model):
     twin = copy.deepcopy(model)
-    twin.gradient_checkpointing_enable({"use_reentrant": False})
+    twin.activation_checkpointing_enable({"use_reentrant": False})
     return twin
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 @pytest.mark.parametrize("form", TRAINABLE)
 def test_checkpointing_changes_no_bit_of_a_gradient(build, tokens, form):
     model = build(*form).train()

@@ -36,7 +36,7 @@ def build(mode: str | None) -> ResNetBKForCausalLM:
 
 def checkpointed(model: ResNetBKForCausalLM, reentrant: bool | None) -> None:
     if reentrant is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
 
 
 def train(model: ResNetBKForCausalLM, run: Any, parts: int, share: slice) -> list[Tensor]:

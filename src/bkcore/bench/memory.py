@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bkcore.bench.machine import machine
 from bkcore.bench.process_memory import peak_bytes, require_counts
+from bkcore.bench.settings import SHORTEST
 from bkcore.display.progress import Plan
 from bkcore.errors import InputError
 from bkcore.evaluation.perplexity import score
@@ -39,7 +40,6 @@ MODEL: dict[str, Any] = {
     "chunked_loss": True,
 }
 KINDS = ("training", "training, checkpointed", "evaluation")
-SHORTEST = 1024
 FIT_FROM = 4096  # below, constant costs weigh too much
 
 _WARM_UP_LENGTH = 64
@@ -192,7 +192,7 @@ def _step(model: ResNetBKForCausalLM, kind: str) -> Callable[[Tensor], object]:
     if kind == "evaluation":
         return lambda tokens: score(model, tokens, window=len(tokens), batch_size=1, bos_id=0)
     if kind == "training, checkpointed":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.train().parameters(), fused=True)
 
     def train(tokens: Tensor) -> None:

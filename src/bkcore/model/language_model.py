@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from bkcore.arguments import did_you_mean
 from bkcore.errors import InputError
 from bkcore.model import generation, inputs, loading, saving
 from bkcore.model.config import ResNetBKConfig
@@ -60,6 +61,12 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
     accepts_loss_kwargs = True  # num_items_in_batch
     _is_stateful = True  # it cannot be rolled back to an earlier token
     _no_split_modules = ["ResNetBKLayer"]  # noqa: RUF012
+
+    if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
+        # transformers before 5.23 knows only its old name, about which newer versions warn.
+        activation_checkpointing_enable = (
+            PreTrainedModel.gradient_checkpointing_enable  # type: ignore[assignment]
+        )
 
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__(config)
@@ -397,7 +404,9 @@ def LanguageModel(
     unknown = sorted(set(options) - set(ResNetBKConfig.__dataclass_fields__))
     if unknown:
         known = sorted(ResNetBKConfig.__annotations__)
-        raise InputError(f"ResNetBKConfig has no fields {unknown}; it has {known}")
+        raise InputError(
+            f"ResNetBKConfig has no fields {unknown}; it has {known}{did_you_mean(unknown, known)}"
+        )
     if quantization_mode is not None and not use_quantized_bk_core:
         raise InputError("quantization_mode needs use_quantized_bk_core=True")
     config = ResNetBKConfig(
