@@ -36,7 +36,10 @@ def test_all_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert result.state_bytes == 4 * (3 * 64 + 2 * 2 + 2 * 2 * 8 * 16)
     assert 0 < result.young_microseconds < 1e6
     assert 0.1 < result.ratio < 10
-    assert "20,000" in stream.summary(result)
+    said = stream.summary(result)
+    assert "at 20,000: " in said
+    assert f"takes {result.state_bytes / 1e3:,.0f} KB at both" in said
+    assert "buffers that the allocator keeps" in said
     json.dumps(stream.report(result))
 
 

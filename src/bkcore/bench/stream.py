@@ -18,11 +18,11 @@ from torch import Tensor
 from bkcore.bench.machine import machine
 from bkcore.bench.memory import MODEL
 from bkcore.bench.process_memory import require_counts, resident_bytes
+from bkcore.bench.settings import YOUNG
 from bkcore.display.progress import Plan
 from bkcore.errors import BenchmarkError, InputError
 from bkcore.model import LanguageModel, ResNetBKForCausalLM, StreamState
 
-YOUNG = 1_000
 _CHUNK = 8_192
 _PAIRS = 400
 
@@ -98,12 +98,14 @@ def report(result: StreamResult) -> dict[str, Any]:
 
 
 def summary(result: StreamResult) -> str:
-    """A sentence for a terminal."""
+    """Sentences for a terminal."""
     return (
         f"{result.young_microseconds:,.0f} us per token at position {result.young:,}, "
         f"{result.old_microseconds:,.0f} us at {result.old:,}: {result.ratio:.3f} times as much. "
-        f"Resident memory rose by {result.resident_growth_bytes / 1e6:.1f} MB over the last seven "
-        f"eighths; a state is {result.state_bytes / 1e3:,.0f} KB."
+        f"The state that a text needs takes {result.state_bytes / 1e3:,.0f} KB at both. "
+        "The process, which reads many tokens at a time before these, held "
+        f"{result.resident_growth_bytes / 1e6:+.1f} MB more at the end than after an eighth of the "
+        "text: buffers that the allocator keeps for the next call."
     )
 
 
