@@ -4,10 +4,9 @@ The public names. Each is imported when first used, so that importing the packag
 PyTorch takes a second, transformers longer.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bkcore.deprecated import moved_names
+from bkcore.lazy import lazy_names
 
 if TYPE_CHECKING:
     from bkcore.core import (
@@ -46,23 +45,19 @@ __all__ = [
     "resolvent_diagonal",
 ]
 
-_PLACES = ("bkcore.core", "bkcore.quantization", "bkcore.model")
 _PACKAGES = ("core", "errors", "evaluation", "kernels", "model", "quantization", "text", "training")
 
-_moved = moved_names(__name__)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "core": "BirmanSchwingerCore causal_sweep resolvent_attention resolvent_diagonal",
+        "errors": "BKCoreError",
+        "model": "LanguageModel ResNetBKConfig ResNetBKForCausalLM",
+        "quantization": "ComplexQuantizer GroupWiseQuantizer QuantizationConfig QuantizationState "
+        "QuantizedBirmanSchwingerCore create_quantized_birman_schwinger",
+    },
+)
 
 
 def __dir__() -> list[str]:
     return [*__all__, *_PACKAGES]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _PACKAGES:
-        return importlib.import_module(f"bkcore.{name}")
-    if name == "BKCoreError":
-        return importlib.import_module("bkcore.errors").BKCoreError
-    for place in _PLACES if name in __all__ else ():
-        module = importlib.import_module(place)
-        if name in module.__all__:
-            return getattr(module, name)
-    return _moved(name)

@@ -7,9 +7,9 @@ import torch
 
 from bkcore.errors import InputError
 from bkcore.evaluation.bit_budget import check_target
-from bkcore.evaluation.rows import average_bits
 from bkcore.evaluation.sensitivity import units
 from bkcore.model import LanguageModel
+from bkcore.quantization.budget import average_bits
 from bkcore.quantization.config import QuantizationConfig
 from tests.slow import combinations
 

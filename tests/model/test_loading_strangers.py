@@ -24,8 +24,9 @@ from bkcore.errors import BKCoreError
 from bkcore.evaluation.checkpoints import load_checkpoint
 from bkcore.evaluation.unfinished import Unfinished
 from bkcore.manifest import MANIFEST
-from bkcore.model import LanguageModel, StreamState, receipt_file
+from bkcore.model import LanguageModel, StreamState
 from bkcore.model.receipt import problems
+from bkcore.quantization import receipt_file
 from bkcore.text import encode, train_tokenizer
 from bkcore.training import resuming
 from bkcore.training.recipe import read_recipe

@@ -9,10 +9,10 @@ import torch
 
 from bkcore.errors import CalibrationError, CheckpointError, InputError, LifecycleError
 from bkcore.evaluation import sensitivity
-from bkcore.model import ResNetBKForCausalLM, conversion, core_certificates, receipt, receipt_file
+from bkcore.model import ResNetBKForCausalLM, conversion, core_certificates, receipt
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.moe import Expert, counting_load
-from bkcore.quantization import QuantizationConfig, linear
+from bkcore.quantization import QuantizationConfig, linear, receipt_file
 from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.quantization.packing import unpack_int4
 from bkcore.quantization.weights import HalfWeight, PackedWeight

@@ -175,7 +175,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     [
         ("transformers.modeling_utils.safe_save_file", too_full),
         ("transformers.modeling_utils.safe_save_file", full),
-        ("bkcore.model.receipt_file.write", full),
+        ("bkcore.quantization.receipt_file.write", full),
         ("pathlib.Path.write_text", full),
         ("bkcore.manifest.open_regular", full),
         ("bkcore.manifest.os.replace", full),

@@ -8,6 +8,7 @@ import pytest
 
 from bkcore.errors import DataError
 from bkcore.text import Corpus, count_words, load_corpus, load_split, open_corpus
+from bkcore.text.corpus import check_place
 
 ENOUGH = "Some words of a text, one line.\n" * 1000
 
@@ -108,6 +109,17 @@ def test_words_of_wikitext_are_the_published_ones(wikitext_dir: Path) -> None:
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no folder .*absent.*train\.txt"):
         load_corpus(tmp_path / "absent")
+
+
+def test_a_place_is_checked_without_reading(folder: Path, tmp_path: Path) -> None:
+    (folder / "train.txt").write_bytes(b"\0")  # whether it is text is not looked at
+    for place in (None, folder, str(folder), "embedded"):
+        check_place(place)
+    (tmp_path / "empty").mkdir()
+    wrong = {folder / "train.txt": "is not a folder", tmp_path / "gone": "there is no folder"}
+    for place, complaint in {**wrong, tmp_path / "empty": r"holds no \.txt file"}.items():
+        with pytest.raises(DataError, match=complaint):
+            check_place(place)
 
 
 def test_a_file_is_no_folder(folder: Path) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
+from bkcore.commands.files import prepare_model
 from bkcore.errors import InputError
 from bkcore.quantization.config import (
     CALIBRATION_TOKENS,
     QAT_LEARNING_RATE,
     QuantizationConfig,
 )
-
-if TYPE_CHECKING:
-    from bkcore.training import Schedule
+from bkcore.training.schedule import Schedule, schedule_for_codes
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class QuantizeSettings:
             if not self.config.is_qat and value is not None:
                 raise InputError(f"mode {self.mode!r} does not train and takes no {option}")
         if self.steps is not None:
-            self.schedule(window=1)  # refuses an impossible learning rate
+            self._schedule(1)  # refuses an impossible learning rate
         if self.group_size is not None and self.mode.endswith("int8"):
             raise InputError(
                 f"mode {self.mode!r} has one scale per row of a weight and takes no --group-size"
@@ -118,8 +118,33 @@ class QuantizeSettings:
     def schedule(self, window: int) -> Schedule:
         """The training schedule of a QAT mode, for windows of this many tokens."""
         from bkcore.evaluation.evaluate import batch_of
-        from bkcore.training.qat import schedule_for_codes
 
+        return self._schedule(batch_of(window))
+
+    def _schedule(self, batch_size: int) -> Schedule:
         assert self.steps is not None
         rate = QAT_LEARNING_RATE if self.learning_rate is None else self.learning_rate
-        return schedule_for_codes(self.steps, batch_of(window), rate)
+        return schedule_for_codes(self.steps, batch_size, rate)
+
+
+def check_folders(
+    checkpoint: Path, output: Path, control: Path | None, settings: QuantizeSettings
+) -> None:
+    """Test whether the models can be saved, each in a folder of its own.
+
+    Args:
+        checkpoint: the folder that is read.
+        output: for the quantized model.
+        control: for the float model trained beside a QAT mode; None if there is none.
+        settings: how the checkpoint is quantized.
+
+    Raises:
+        InputError: if they cannot, or there is a control though nothing is trained.
+    """
+    if control is not None and settings.steps is None:
+        raise InputError(f"mode {settings.mode!r} does not train and takes no --control")
+    if control is not None and control.resolve() in (checkpoint.resolve(), output.resolve()):
+        raise InputError(f"the control needs a folder of its own, not {control}")
+    for folder in (output, control):
+        if folder is not None:
+            prepare_model(folder, checkpoint)

@@ -29,7 +29,8 @@ from bkcore.text import (
     train_tokenizer,
 )
 from bkcore.training import Schedule, train
-from bkcore.training.qat import schedule_for_codes, train_through_codes
+from bkcore.training.qat import train_through_codes
+from bkcore.training.schedule import schedule_for_codes
 
 _CALIBRATION_BATCHES = 8
 
@@ -104,10 +105,15 @@ def run_demo(
             before any training.
     """
     settings = settings or DemoSettings()
-    for name in ("float32", *MODES, CONTROL):
-        prepare_folder(_folder(output, name))
+    for folder in folders(output):
+        prepare_folder(folder)
     with Plan(_stages(settings, corpus), console) as plan:
         return _Demo(settings, corpus, output, plan).run()
+
+
+def folders(output: Path) -> list[Path]:
+    """The folders of all checkpoints of a demo."""
+    return [_folder(output, name) for name in ("float32", *MODES, CONTROL)]
 
 
 def _folder(output: Path, name: str) -> Path:

@@ -18,7 +18,6 @@ from torch import Tensor
 from bkcore.errors import InputError
 from bkcore.evaluation.evaluate import Scorer
 from bkcore.evaluation.perplexity import paired_change, perplexity_per_token
-from bkcore.evaluation.rows import average_bits
 from bkcore.evaluation.sensitivity import Sensitivity, units
 from bkcore.model import ResNetBKForCausalLM
 from bkcore.model.conversion import quantizable, storage_bytes
@@ -26,6 +25,7 @@ from bkcore.quantization.budget import (
     Assignment,
     Choice,
     allocate,
+    average_bits,
     frontier,
     total_bytes,
     total_loss,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bkcore.deprecated import moved_names
 from bkcore.evaluation.evaluate import Evaluation
 from bkcore.evaluation.perplexity import (
     Protocol,
@@ -18,6 +19,8 @@ from bkcore.evaluation.perplexity import (
     perplexity_per_word,
 )
 from bkcore.model import ResNetBKForCausalLM
+
+__getattr__ = moved_names(__name__)
 
 
 def row(mode: str, evaluation: Evaluation, reference: Evaluation) -> dict[str, Any]:
@@ -79,10 +82,3 @@ def parameter_shares(folder: Path) -> dict[str, float]:
         "head_share": model.embedding.weight.numel() / total,
         "expert_share": experts / total,
     }
-
-
-def average_bits(receipt: dict[str, Any]) -> float:
-    """Average bits per weight, including scales, over all weights that the mode quantizes."""
-    weights = receipt["weights"]
-    count = sum(rows * columns for rows, columns in (entry["shape"] for entry in weights))
-    return float(8 * sum(entry["bytes"] for entry in weights) / count)

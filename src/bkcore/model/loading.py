@@ -24,10 +24,10 @@ from transformers.initialization import no_init_weights
 
 from bkcore import manifest
 from bkcore.errors import CheckpointError
-from bkcore.model import receipt_file
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.receipt import Receipt
 from bkcore.model.request import ADAPTERS, Request, refuse_adapters
+from bkcore.quantization import receipt_file
 from bkcore.quantization.storage import StoredDtypes
 from bkcore.reading import foreign, parse_json, shown
 

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 
 from bkcore import manifest
 from bkcore.errors import BKCoreError, CheckpointError, InputError, LifecycleError
-from bkcore.model import receipt_file
 from bkcore.model.loading import check_saved
 from bkcore.model.quantizing import QuantizableModel
+from bkcore.quantization import receipt_file
 from bkcore.quantization.lifecycle import QuantizationState
 from bkcore.reading import shortened, shown
 

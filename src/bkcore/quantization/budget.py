@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from bkcore.errors import InputError
 
@@ -106,3 +107,14 @@ def _upgrades(hulls: Mapping[str, list[Choice]]) -> list[tuple[str, Choice]]:
 
 def _saving(narrower: Choice, wider: Choice) -> float:
     return (narrower.loss - wider.loss) / (wider.bytes - narrower.bytes)
+
+
+def average_bits(receipt: Mapping[str, Any]) -> float:
+    """Average bits per weight, including scales, over all weights that the mode quantizes.
+
+    Args:
+        receipt: see `bkcore.model.receipt.of_quantized`.
+    """
+    weights = receipt["weights"]
+    count = sum(rows * columns for rows, columns in (entry["shape"] for entry in weights))
+    return float(8 * sum(entry["bytes"] for entry in weights) / count)

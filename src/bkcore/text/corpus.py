@@ -132,41 +132,55 @@ def count_words(text: str) -> int:
     return sum(1 for _ in _WORD.finditer(text)) + text.count("\n")
 
 
+def check_place(data: str | Path | None) -> None:
+    """Check that a corpus could be where `data` says, without reading any text.
+
+    Raises:
+        DataError: if there is no such folder and no data set can have this name, the folder holds
+            no text, or the package for data sets is missing.
+    """
+    if data is None:
+        return
+    folder = Path(data)
+    if folder.is_dir():
+        if not hub.is_saved(folder) and next(folder.rglob("*.txt"), None) is None:
+            raise DataError(
+                f"{str(folder)!r} holds no .txt file; name a folder that holds train.txt and "
+                "valid.txt, or other .txt files"
+            )
+    elif folder.exists():
+        raise DataError(
+            f"{str(folder)!r} is not a folder; name the folder that holds train.txt and valid.txt"
+        )
+    elif hub.is_name(str(data)):
+        if str(data) != EMBEDDED:
+            hub.require_package()
+    else:
+        raise DataError(
+            f"there is no folder {str(data)!r}; name a folder that holds train.txt and valid.txt, "
+            f"or other .txt files, or {EMBEDDED!r} to use the embedded corpus"
+        )
+
+
 def _parts(data: str | Path | None) -> tuple[str, Pieces, Pieces]:
     """Name, train part and valid part, not yet checked."""
-    if data is None:
+    check_place(data)
+    if data is not None and Path(data).exists():
+        return _folder_parts(Path(data))
+    if data is None or str(data) == EMBEDDED:
         name, train, valid = embedded_parts()
         return name, lambda: iter([train]), lambda: iter([valid])
-    folder = Path(data)
-    if folder.exists():
-        return _folder_parts(folder)
-    if str(data) == EMBEDDED:
-        return _parts(None)
-    if hub.is_name(str(data)):
-        return str(data), *_with_valid(*hub.fetched_texts(str(data)))
-    raise DataError(
-        f"there is no folder {str(data)!r}; name a folder that holds train.txt and valid.txt, or "
-        f"other .txt files, or {EMBEDDED!r} to use the embedded corpus"
-    )
+    return str(data), *_with_valid(*hub.fetched_texts(str(data)))
 
 
 def _folder_parts(folder: Path) -> tuple[str, Pieces, Pieces]:
     name = folder.resolve().name
-    if not folder.is_dir():
-        raise DataError(
-            f"{str(folder)!r} is not a folder; name the folder that holds train.txt and valid.txt"
-        )
     if hub.is_saved(folder):
         return name, *_with_valid(*hub.saved_texts(folder))
     train, valid = folder / "train.txt", folder / "valid.txt"
     if train.exists() or valid.exists():
         return name, lambda: read_pieces(train), lambda: read_pieces(valid)
     paths = sorted(folder.rglob("*.txt"), key=lambda path: path.relative_to(folder).as_posix())
-    if not paths:
-        raise DataError(
-            f"{str(folder)!r} holds no .txt file; name a folder that holds train.txt and "
-            "valid.txt, or other .txt files"
-        )
 
     def pieces() -> Iterator[str]:
         return chain.from_iterable(with_line_end(read_pieces(path)) for path in paths)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from bkcore.errors import DataError
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 _VALID_SPLITS = ("validation", "valid", "dev")
 _SAVED = "dataset_dict.json"
+_MISSING = "Hugging Face data sets need the package datasets; pip install 'bkcore[data]'"
 
 Texts = Callable[[], Iterator[str]]
 
@@ -68,13 +70,17 @@ def fetched_texts(name: str) -> tuple[Texts, Texts | None]:
     return _texts(splits, name)
 
 
+def require_package() -> None:
+    """Raise `DataError` unless the package is installed, without importing it."""
+    if find_spec("datasets") is None:
+        raise DataError(_MISSING)
+
+
 def _package() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(
-            "Hugging Face data sets need the package datasets; pip install 'bkcore[data]'"
-        ) from error
+        raise DataError(_MISSING) from error
     return datasets
 
 

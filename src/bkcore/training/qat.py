@@ -5,26 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bkcore.model import ResNetBKForCausalLM
-from bkcore.quantization.config import QAT_LEARNING_RATE
 from bkcore.text import TokenWindows, spread
 from bkcore.training.schedule import Schedule
 from bkcore.training.trainer import train
 
 _READINGS = 10
 """How often each window is learned from a teacher, who is asked only the first time."""
-
-
-def schedule_for_codes(
-    steps: int, batch_size: int, learning_rate: float = QAT_LEARNING_RATE
-) -> Schedule:
-    """The schedule of a training through codes."""
-    return Schedule(
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_fraction=0.1,
-        weight_decay=0.0,
-    )
 
 
 def train_through_codes(

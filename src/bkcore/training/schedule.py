@@ -7,6 +7,7 @@ from typing import Any
 
 from bkcore.arguments import did_you_mean
 from bkcore.errors import InputError
+from bkcore.quantization.config import QAT_LEARNING_RATE
 from bkcore.reading import shown
 
 OPTIMIZERS = ("adamw", "muon")
@@ -110,6 +111,19 @@ class Schedule:
             for name, value in vars(self).items()
             if name not in _WITHOUT_EFFECT_ON_WEIGHTS
         }
+
+
+def schedule_for_codes(
+    steps: int, batch_size: int, learning_rate: float = QAT_LEARNING_RATE
+) -> Schedule:
+    """The schedule of a training through codes."""
+    return Schedule(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        warmup_fraction=0.1,
+        weight_decay=0.0,
+    )
 
 
 def _is_number(value: Any) -> bool:

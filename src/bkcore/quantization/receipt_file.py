@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from bkcore import manifest
 from bkcore.errors import CheckpointError
-from bkcore.model.receipt import Receipt
 from bkcore.outputs import to_json
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.reading import parse_json, shown
 
 
-def read(folder: Path) -> Receipt:
+def read(folder: Path) -> dict[str, Any]:
     """The receipt in a checkpoint's folder.
 
     Raises:
@@ -28,7 +28,7 @@ def read(folder: Path) -> Receipt:
     return receipt
 
 
-def find(folder: Path, digests: manifest.Digests) -> Receipt | None:
+def find(folder: Path, digests: manifest.Digests) -> dict[str, Any] | None:
     """The receipt of a checkpoint with these digests, or None if it has none.
 
     Raises:
@@ -45,7 +45,7 @@ def find(folder: Path, digests: manifest.Digests) -> Receipt | None:
     return dict(receipt)
 
 
-def write(receipt: Receipt, folder: Path) -> None:
+def write(receipt: dict[str, Any], folder: Path) -> None:
     """Write a receipt into a folder; numbers that JSON cannot hold are null, with the reason."""
     (folder / manifest.RECEIPT).write_text(to_json(receipt, indent=1), encoding="utf-8")
 
