@@ -117,8 +117,13 @@ def test_a_second_run_changes_nothing_and_a_fresh_one_repeats(
     alone: Path, text: Path, recipe: Path, tmp_path: Path
 ) -> None:
     before = model_weights(alone)
-    assert "perplexity" in invoke(text, recipe, alone)
-    invoke(text, recipe, tmp_path)
+    again = invoke(text, recipe, alone)
+    assert (
+        again.count(f"the training in {alone} was finished before; nothing was left to do\n") == 1
+    )
+    assert "perplexity" in again
+    first = invoke(text, recipe, tmp_path)
+    assert "nothing was left" not in first
     output = invoke(text, recipe, tmp_path, "--no-resume")
     assert "step 8" in output
     for name, weight in before.items():

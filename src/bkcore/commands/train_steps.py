@@ -109,6 +109,8 @@ def run_training(
         model.config.training_text = origin_of(text.corpus)
         save_checkpoint(output / MODEL, model, text.tokenizer, samples_of(text.windows))
         write_json(report, output / REPORT)
+        if not display.has_stepped:
+            say(console, f"the training in {output} was finished before; nothing was left to do")
         say(console, _summary(report, output))
     process.wait_for_everyone()
     return report
@@ -243,6 +245,11 @@ class _Display:
 
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether this process did a step of the training."""
+        return self._first >= 0
 
     def on_step(self, step: int) -> None:
         """Move the bar; speed is measured from the first step of this process."""
