@@ -125,11 +125,59 @@ HEAVY = ("torch", "transformers", "accelerate", "datasets")
 """Packages that take seconds to import."""
 
 
-@pytest.mark.parametrize("module", ["bkcore"])
+@pytest.mark.parametrize("module", ["bkcore", "bkcore.cli", "bkcore.__main__"])
 def test_what_is_to_be_quick_imports_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; sys.exit(str([x for x in {HEAVY} if x in sys.modules] or ''))"
     done = subprocess.run([sys.executable, "-c", code], check=False, stderr=subprocess.PIPE)
     assert done.stderr.strip() == b""
+
+
+def test_mistakes_are_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    """All in one process, which ends at the first command that imports too much."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "recipe.yaml").write_text("training: {stpes: 3}")
+    shipped = SOURCE.parents[1] / "checkpoints" / "wikitext2"
+    mistakes = {
+        "--help": "Usage",
+        "--version": "bkcore ",
+        "quantise a b": "No such command",
+        "quantize missing out": "there is no checkpoint folder",
+        f"quantize {shipped} out --mode int8": "did you mean",
+        f"quantize {shipped} out --mode qat_int8": "needs --steps",
+        f"quantize {shipped} out --mode qat_int8 --steps 1 --learning-rate -1": "learning_rate",
+        f"quantize {shipped} {shipped}": "is the checkpoint itself",
+        f"quantize {shipped} out --control c": "does not train",
+        f"quantize {shipped} out --data empty": "holds no .txt file",
+        "evaluate missing": "there is no checkpoint folder",
+        f"evaluate {shipped} --reference missing": "there is no checkpoint folder",
+        f"evaluate {shipped} --data ./missing": "there is no folder",
+        "generate missing": "there is no checkpoint folder",
+        "export missing out": "there is no checkpoint folder",
+        "receipt missing": "there is no checkpoint folder",
+        f"receipt {shipped}": "has no receipt",
+        "train --config missing.yaml": "cannot be read",
+        "train --config recipe.yaml": "did you mean 'steps'",
+        "demo --data ./missing": "there is no folder",
+        "compare --data ./missing": "there is no folder",
+        "bench kernels --only nothing": "the cases are large",
+        "bench inference --only nothing": "the cases are layers",
+        "bench stability missing": "there is no checkpoint folder",
+        "bench memory --longest 1": "1024",
+        "bench stream --length 1": "8000",
+    }
+    code = f"""if True:
+        import sys
+        from typer.testing import CliRunner
+        from bkcore.cli import app
+        for arguments, complaint in {mistakes}.items():
+            done = CliRunner().invoke(app, arguments.split())
+            said = " ".join(f"{{done.output}} {{done.exception}}".split())
+            assert complaint in said, (arguments, said)
+            found = [name for name in {HEAVY} if name in sys.modules]
+            assert not found, (arguments, found)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "recipe.yaml"}
 
 
 PUBLIC = ["bkcore", "core", "kernels", "model", "quantization", "text", "training"]

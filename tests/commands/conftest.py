@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bkcore.model import LanguageModel
 from bkcore.text import train_tokenizer
+from tests.commands.quantizing import TRAIN, VALID
 
 TEXT = "the slow fox sees the quick dog and the dog sees the fox. " * 600
 
@@ -29,4 +31,34 @@ def fox_text(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "train.txt").write_text(TEXT)
     (folder / "valid.txt").write_text(TEXT[:6000])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the models of `checkpoint` were made for: numbered sites and foxes."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "train.txt").write_text(TRAIN)
+    (folder / "valid.txt").write_text(VALID)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model whose second expert is all but deaf to noise: its output is nearly zero."""
+    folder = tmp_path_factory.mktemp("float")
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(TRAIN, 300)
+    sizes: dict[str, Any] = {
+        "num_experts": 2,
+        "experts_per_token": 2,
+        "expert_size": 24,
+        "key_size": 4,
+    }
+    model: Any = LanguageModel(len(tokenizer), 16, 1, 32, embedding_multiplier=1.0, **sizes)
+    torch.nn.init.normal_(model.layers[0].mixer.out_proj.weight, std=0.3)
+    model.embedding.weight.data.mul_(20)
+    model.layers[0].experts.experts[1].down.weight.data.mul_(1e-3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder

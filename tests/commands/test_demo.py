@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from bkcore.cli import app
 from bkcore.commands.demo import PROMPT, show_shipped
 from bkcore.display.console import Console
-from bkcore.errors import DataError
+from bkcore.errors import DataError, InputError
 from bkcore.evaluation.checkpoints import load_checkpoint, save_checkpoint
 from bkcore.evaluation.samples import samples_of
 from bkcore.text import TokenWindows, encode, load_corpus
@@ -55,6 +55,22 @@ def test_bad_data_is_refused_before_anything_is_shown(
     assert "no text" in str(result.exception)
     assert not result.output
     assert not output.exists()
+
+
+def test_checkpoints_that_the_demo_replaces_are_named_before(
+    fox_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise InputError("far enough")
+
+    monkeypatch.setattr("bkcore.comparison.demo.run_demo", stop)
+    for name in ("float32", "qat_int4"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    command = ["demo", "--data", str(fox_text), "--output", "out"]
+    result = CliRunner().invoke(app, command)
+    assert "out/float32, out/qat_int4 hold earlier models, to be replaced" in result.output
 
 
 def test_says_why_there_is_nothing_to_show(tmp_path: Path, fox_checkpoint: Path) -> None:

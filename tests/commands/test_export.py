@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from bkcore.cli import app
 from bkcore.commands.export import export_half
 from bkcore.commands.files import prepare_model
 from bkcore.commands.train import draw_curve
 from bkcore.errors import CheckpointError, InputError
-from bkcore.evaluation.checkpoints import load_checkpoint
+from bkcore.evaluation.checkpoints import load_checkpoint, save_checkpoint
 
 
 def test_a_model_in_float16_is_half_as_large_and_computes_in_float32(
@@ -73,3 +75,15 @@ def test_a_curve_is_drawn(tmp_path: Path) -> None:
     recipe = {"schedule": {"batch_size": 4}, "window": 16}
     draw_curve({"curve": curve, "recipe": recipe}, tmp_path / "curve.svg")
     assert (tmp_path / "curve.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_the_command_names_a_model_that_it_replaces(fox_checkpoint: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_checkpoint(fox_checkpoint)
+    model.configure_quantization("ptq_int8")
+    model.calibrate_quantization([torch.randint(len(tokenizer), (2, 20))])
+    save_checkpoint(tmp_path / "old", model, tokenizer)
+    for folder, says_so in (("new", False), ("old", True)):
+        command = ["export", str(fox_checkpoint), str(tmp_path / folder)]
+        done = CliRunner().invoke(app, command, catch_exceptions=False)
+        line = f"{tmp_path / folder} holds an earlier model, to be replaced when the new one is"
+        assert (line in done.output) is says_so

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from bkcore.commands.bit_budget_tables import draw_frontier
-from bkcore.commands.files import Files, prepare_model
+from bkcore.commands.files import Files, prepare_model, say_what_is_replaced
 from bkcore.commands.train import draw_curve
 from bkcore.errors import InputError, OutputError
 
@@ -96,3 +98,16 @@ def test_every_other_file_is_written_when_one_cannot_be(tmp_path: Path) -> None:
         )
     assert said == ["c.svg", "shown"]
     assert (tmp_path / "b").read_text() == "two"
+
+
+def test_folders_whose_models_will_be_replaced_are_named(tmp_path: Path) -> None:
+    console = Console(record=True, file=io.StringIO(), width=1000)
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    say_what_is_replaced(console, [tmp_path / "a", tmp_path / "d", None])
+    assert console.export_text() == ""
+    for name in ("a", "c"):
+        (tmp_path / name / "config.json").touch()
+    say_what_is_replaced(console, [tmp_path / name for name in "abcd"])
+    both = f"{tmp_path / 'a'}, {tmp_path / 'c'} hold earlier models, to be replaced when the new"
+    assert console.export_text().startswith(both)

@@ -118,14 +118,16 @@ def test_a_second_run_changes_nothing_and_a_fresh_one_repeats(
 ) -> None:
     before = model_weights(alone)
     again = invoke(text, recipe, alone)
-    assert (
-        again.count(f"the training in {alone} was finished before; nothing was left to do\n") == 1
-    )
+    line = f"the training in {alone} was finished before; nothing was left to do\n"
+    assert again.count(line) == 1
     assert "perplexity" in again
+    assert "holds an earlier model" not in again
     first = invoke(text, recipe, tmp_path)
     assert "nothing was left" not in first
+    assert "holds an earlier model" not in first
     output = invoke(text, recipe, tmp_path, "--no-resume")
     assert "step 8" in output
+    assert f"{tmp_path / 'model'} holds an earlier model, to be replaced" in output
     for name, weight in before.items():
         assert torch.equal(model_weights(alone)[name], weight)
         assert torch.equal(model_weights(tmp_path)[name], weight)

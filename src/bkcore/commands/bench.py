@@ -9,11 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bkcore.bench.settings import FIRST_AGE, MOST_A_CALL
+from bkcore.arguments import starting_with
+from bkcore.bench.settings import (
+    FIRST_AGE,
+    KERNEL_SECONDS,
+    MOST_A_CALL,
+    SHORTEST,
+    YOUNG,
+    inference_cases,
+)
 from bkcore.commands.files import Files
 from bkcore.commands.options import SHIPPED, DataOption, JsonOption, PlotOption
-from bkcore.commands.running import Command
-from bkcore.display.console import Console
+from bkcore.commands.running import Command, start_work
+from bkcore.display.console import Console, say
 
 if TYPE_CHECKING:
     from bkcore.bench.result import Result
@@ -47,20 +55,22 @@ def kernels(
     only: OnlyOption = "",
 ) -> None:
     """Time the kernels against copies, limits and other ways to compute the same result."""
-    from bkcore.bench.kernels import run_kernels
-
     console, files = Console(), Files(json_file, markdown, plot)
     files.prepare()
+    starting_with(only, KERNEL_SECONDS, "case")  # before the imports
+    from bkcore.bench.kernels import run_kernels
+
     _publish(files, console, run_kernels(console, only))
 
 
 @command()
 def gpu(json_file: JsonOption = None, markdown: MarkdownOption = None) -> None:
     """Time the Triton kernels against a copy in this GPU's memory."""
-    from bkcore.bench.gpu import run_gpu
-
     console, files = Console(), Files(json_file, markdown)
     files.prepare()
+    start_work()
+    from bkcore.bench.gpu import run_gpu
+
     _publish(files, console, run_gpu(console))
 
 
@@ -69,10 +79,12 @@ def inference(
     json_file: JsonOption = None, markdown: MarkdownOption = None, only: OnlyOption = ""
 ) -> None:
     """Time quantized models against float32, and against GPT-2 and Mamba of transformers."""
-    from bkcore.bench.inference import run_inference
-
     console, files = Console(), Files(json_file, markdown)
     files.prepare()
+    starting_with(only, inference_cases(), "case")  # before the imports
+    start_work()
+    from bkcore.bench.inference import run_inference
+
     _publish(files, console, run_inference(console, only))
 
 
@@ -81,14 +93,17 @@ def memory(
     json_file: JsonOption = None,
     markdown: MarkdownOption = None,
     plot: PlotOption = None,
-    longest: Annotated[int, typer.Option(help="Longest sequence, in tokens.")] = 65_536,
+    longest: Annotated[
+        int, typer.Option(min=SHORTEST, help="Longest sequence, in tokens.")
+    ] = 65_536,
 ) -> None:
     """Measure peak memory and time of long sequences, in training and evaluation."""
+    console, files = Console(), Files(json_file, markdown, plot)
+    files.prepare()
+    start_work()
     from bkcore.bench.memory import markdown_table, report, run_memory, table
     from bkcore.bench.plot import draw_memory
 
-    console, files = Console(), Files(json_file, markdown, plot)
-    files.prepare()
     points = run_memory(console, longest)
     files.publish(
         lambda: console.print(table(points)),
@@ -101,15 +116,18 @@ def memory(
 @command()
 def stream(
     json_file: JsonOption = None,
-    length: Annotated[int, typer.Option(help="Tokens to read before the timed ones.")] = 1_000_000,
+    length: Annotated[
+        int, typer.Option(min=8 * YOUNG, help="Tokens to read before the timed ones.")
+    ] = 1_000_000,
 ) -> None:
     """Time single tokens early and late in a text."""
-    from bkcore.bench.stream import report, run_stream, summary
-
     console, files = Console(), Files(json_file)
     files.prepare()
+    start_work()
+    from bkcore.bench.stream import report, run_stream, summary
+
     result = run_stream(console, length)
-    files.publish(lambda: console.print(summary(result)), report(result))
+    files.publish(lambda: say(console, summary(result)), report(result))
 
 
 @command()
@@ -131,9 +149,10 @@ def stability(
     ] = MOST_A_CALL,
 ) -> None:
     """Read a text over and over: does a quantized model stay as close to the float one?"""
+    console, files = Console(), Files(json_file)
+    files.prepare(checkpoints=[checkpoint, reference], data=data)
+    start_work()
     from bkcore.bench.stability import report, run_stability, table
 
-    console, files = Console(), Files(json_file)
-    files.prepare(read=[checkpoint, reference, data])
     result = run_stability(console, checkpoint, reference, data, length, step)
     files.publish(lambda: console.print(table(result.ages)), report(result))

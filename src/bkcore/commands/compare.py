@@ -9,7 +9,7 @@ import typer
 
 from bkcore.commands.files import Files
 from bkcore.commands.options import DataOption, JsonOption
-from bkcore.commands.running import keeping, use_free_cores
+from bkcore.commands.running import keeping, start_work, use_free_cores
 from bkcore.comparison.settings import LanguageSettings, SyntheticSettings
 from bkcore.display.console import Console, say
 
@@ -40,13 +40,14 @@ def compare(
 
     Each run can be interrupted and continued; several processes may share the work.
     """
+    console, files = Console(), Files(json_file)
+    files.prepare({"--output": output}, data=data)
+    start_work()
     import torch
 
     from bkcore.comparison.compare import Comparison, run_comparison
     from bkcore.comparison.tables import language_table, synthetic_table
 
-    console, files = Console(), Files(json_file)
-    files.prepare({"--output": output}, [data])
     if threads is None:
         use_free_cores()
     else:

@@ -9,11 +9,12 @@ import typer
 from rich import box
 from rich.table import Table
 
-from bkcore.commands.files import Files
+from bkcore.commands.files import Files, say_what_is_replaced
 from bkcore.commands.options import SHIPPED, DataOption, JsonOption
-from bkcore.commands.running import use_free_cores
+from bkcore.commands.running import start_work, use_free_cores
 from bkcore.display.console import Console, bits_per_byte, number, say
 from bkcore.errors import BKCoreError, InputError
+from bkcore.text import load_corpus
 
 PROMPT = " The river rises in"
 
@@ -27,13 +28,14 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the checkpoints.")] = Path("runs/demo"),
 ) -> None:
     """Train a language model, quantize it in five modes, and evaluate what was saved."""
-    from bkcore.comparison.demo import run_demo
-    from bkcore.text import load_corpus
-
     console, files = Console(), Files(json_file)
-    files.prepare({"--output": output}, [data])
-    use_free_cores()
+    files.prepare({"--output": output}, data=data)
     corpus = load_corpus(data)
+    start_work()
+    from bkcore.comparison.demo import folders, run_demo
+
+    use_free_cores()
+    say_what_is_replaced(console, folders(output))
     show_shipped(console)
     result = run_demo(corpus, output, console)
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import rich.console
-import torch
 import typer
 from rich import box
 from rich.table import Table
 
 from bkcore.commands.files import Files
 from bkcore.commands.options import DataOption, JsonOption
-from bkcore.commands.running import keeping, use_free_cores
+from bkcore.commands.running import keeping, start_work, use_free_cores
 from bkcore.display.console import Console, bits_per_byte, number, warn
 from bkcore.display.progress import Plan
 from bkcore.outputs import prepare_folder
@@ -42,7 +41,8 @@ def evaluate(
     If it is interrupted, the same command continues where it stopped.
     """
     console, files = Console(), Files(json_file)
-    files.prepare({"--output": output}, [checkpoint, reference, data])
+    files.prepare({"--output": output}, [checkpoint, reference], data)
+    start_work()
     use_free_cores()
 
     def finish(result: dict[str, Any]) -> None:
@@ -90,6 +90,8 @@ def run_evaluation(
         InputError: if `output` cannot be written, the text is a single window, or the reference has
             another tokenizer; raised before anything is scored.
     """
+    import torch
+
     from bkcore.evaluation.checkpoints import check_tokenizers, load_checkpoint
     from bkcore.evaluation.evaluate import Setting, batch_of
     from bkcore.evaluation.perplexity import standard_error

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from bkcore.commands.files import prepare_model
+from bkcore import manifest
+from bkcore.commands.files import prepare_model, say_what_is_replaced
+from bkcore.commands.running import start_work
 from bkcore.display.console import Console, say
 from bkcore.errors import InputError
 
@@ -17,8 +19,13 @@ def export(
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
 ) -> None:
     """Save a float checkpoint in float16, at half the size; bkcore's commands widen it again."""
+    console = Console()
+    prepare_model(output, checkpoint)
+    manifest.read(checkpoint)
+    say_what_is_replaced(console, [output])
+    start_work()
     export_half(checkpoint, output)
-    say(Console(), f"Checkpoint: {output}")
+    say(console, f"Checkpoint: {output}")
 
 
 def export_half(checkpoint: Path, output: Path) -> None:

@@ -11,12 +11,16 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import rich.console
+
 from bkcore import manifest
 from bkcore.commands.running import UnprintedError
+from bkcore.display.console import say
 from bkcore.display.plots import prepare_plot
 from bkcore.errors import InputError, OutputError
 from bkcore.outputs import is_special, prepare_file, prepare_folder, write_json, write_text
 from bkcore.reading import read_json
+from bkcore.text.corpus import check_place
 
 _OF_DATA = {"dataset_dict.json", "dataset_info.json", "state.json"}
 
@@ -40,21 +44,30 @@ class Files:
     def prepare(
         self,
         folders: Mapping[str, Path | None] | None = None,
+        checkpoints: Iterable[Path | None] = (),
+        data: str | None = None,
         read: Iterable[Path | str | None] = (),
     ) -> None:
-        """Test everything that will be written, without leaving a trace.
+        """Test everything that will be written, without leaving a trace, and look for what is read.
+
+        Called before PyTorch and transformers are imported, which takes seconds.
 
         Args:
             folders: to be written in, by the option that names each; None for those not requested.
-            read: files and folders that the command reads.
+            checkpoints: folders of models that the command reads; None for those not requested.
+            data: the text that it reads, as in `bkcore.text.load_split`.
+            read: other files that it reads.
 
         Raises:
             InputError: if something cannot be written, two outputs are in each other's way, or a
                 file that is read or belongs to a model would be lost.
+            CheckpointError: if a checkpoint is missing or incomplete.
+            DataError: if there is no text at that place.
         """
         named = {"--json": self.json, "--markdown": self.markdown, self.plot_option: self.plot}
         files = {name: path for name, path in named.items() if path is not None}
         places = {name: path for name, path in (folders or {}).items() if path is not None}
+        models = [folder for folder in checkpoints if folder is not None]
         for name, path in files.items():
             (prepare_plot if name == self.plot_option else prepare_file)(path)
         for path in places.values():
@@ -64,7 +77,10 @@ class Files:
             if first.resolve() == second.resolve():
                 raise InputError(f"{one} and {other} are both {first}; name another one")
         for name, path in real.items():
-            _check_harmless(name, path, places, read)
+            _check_harmless(name, path, places, [*models, data, *read])
+        for folder in models:
+            manifest.read(folder)
+        check_place(data)
 
     def publish(
         self,
@@ -155,13 +171,21 @@ def prepare_model(folder: Path, checkpoint: Path) -> None:
     prepare_folder(folder)
 
 
+def say_what_is_replaced(console: rich.console.Console, folders: Iterable[Path | None]) -> None:
+    """Before the work, print which of these folders hold a model that will be replaced."""
+    held = [str(each) for each in folders if each and os.path.lexists(each / manifest.CONFIG)]
+    if held:
+        what = "holds an earlier model" if len(held) == 1 else "hold earlier models"
+        say(console, f"{', '.join(held)} {what}, to be replaced when the new one is complete")
+
+
 def _refuse_float(folder: Path) -> None:
     """Refuse to overwrite a float model. (A quantized one can be made again in minutes.)
 
     Raises:
         InputError: if the folder holds a model that is not quantized, or may hold one.
     """
-    path = folder / "config.json"
+    path = folder / manifest.CONFIG
     if not os.path.lexists(path):
         return
     try:

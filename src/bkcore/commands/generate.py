@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
+from bkcore import manifest
 from bkcore.commands.options import SHIPPED
-from bkcore.commands.running import use_free_cores
+from bkcore.commands.running import start_work, use_free_cores
 from bkcore.errors import InputError
 
 
@@ -24,8 +24,12 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Continue a text with a checkpoint."""
+    text = _as_text(prompt)
+    check_prompt(text)
+    manifest.read(checkpoint)
+    start_work()
     use_free_cores()
-    print(continue_text(checkpoint, _as_text(prompt), tokens, temperature, seed))
+    print(continue_text(checkpoint, text, tokens, temperature, seed))
 
 
 def _as_text(argument: str) -> str:
@@ -52,18 +56,25 @@ def continue_text(checkpoint: Path, prompt: str, tokens: int, temperature: float
     """
     from bkcore.evaluation.checkpoints import load_checkpoint
 
+    check_prompt(prompt)
+    model, tokenizer = load_checkpoint(checkpoint)
+    return sample(model, tokenizer, prompt, tokens, temperature, seed)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise `InputError` if a prompt is empty, or contains lone surrogates."""
     if not prompt:
         raise InputError("the prompt is empty; give at least one character")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise InputError(f"the prompt {prompt!r} is not valid UTF-8 text")
-    model, tokenizer = load_checkpoint(checkpoint)
-    return sample(model, tokenizer, prompt, tokens, temperature, seed)
 
 
 def sample(
     model: Any, tokenizer: Any, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> str:
     """The prompt followed by up to `tokens` sampled tokens of a model, as in `continue_text`."""
+    import torch
+
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}

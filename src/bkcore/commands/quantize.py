@@ -11,10 +11,11 @@ import typer
 from bkcore.commands.bit_budget_tables import draw_frontier, frontier_table, sensitivity_table
 from bkcore.commands.files import Files
 from bkcore.commands.options import JsonOption
-from bkcore.commands.quantize_settings import QuantizeSettings
-from bkcore.commands.receipt import show
-from bkcore.commands.running import use_free_cores
-from bkcore.display.console import Console, say, warn
+from bkcore.commands.quantize_settings import QuantizeSettings, check_folders
+from bkcore.commands.quantize_summary import show
+from bkcore.commands.receipt import tables
+from bkcore.commands.running import start_work, use_free_cores
+from bkcore.display.console import Console
 from bkcore.quantization.config import MODES, QAT_LEARNING_RATE, QuantizationConfig
 
 if TYPE_CHECKING:
@@ -106,10 +107,12 @@ def quantize(
         bool, typer.Option(help="Write nothing if a tensor differs from what its mode promises.")
     ] = False,
     json_file: JsonOption = None,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", help="Print every tensor, and what the bit budget measured."),
+    ] = False,
 ) -> None:
-    """Quantize a checkpoint, and print the receipt saved with it."""
-    from bkcore.commands.quantize_steps import run_quantize
-
+    """Quantize a checkpoint and save it with a receipt, and say what was done."""
     console = Console()
     has_budget = target_bits is not None or max_ppl_increase is not None
     settings = QuantizeSettings(
@@ -126,22 +129,22 @@ def quantize(
         frontier=frontier is not None,
     )
     files = Files(json_file, plot=frontier, plot_option="--frontier")
-    files.prepare({"OUTPUT": output, "--control": control}, [checkpoint, data])
+    files.prepare({"OUTPUT": output, "--control": control}, [checkpoint], data)
+    check_folders(checkpoint, output, control, settings)
+    start_work()
+    from bkcore.commands.quantize_steps import run_quantize
+
     use_free_cores()
     result = run_quantize(checkpoint, output, data, settings, console, control)
 
     def show_all() -> None:
-        tables = []
-        if has_budget:
-            tables += [sensitivity_table(result["sensitivity"], result["assignment"])]
-            tables += [frontier_table(result["points"])]
-        calibrated = f"{result['calibration_tokens']:,} tokens of {result['corpus']}"
-        show(console, result["receipt"], output, tables, [f"Calibrated on {calibrated}"])
-        say(console, f"Checkpoint: {output}")
-        if control is not None:
-            say(console, f"Control: {control}")
-        if result["warning"] is not None:
-            warn(console, result["warning"])
+        if verbose:
+            for table in tables(result["receipt"]):
+                console.print(table, "")
+            if has_budget:
+                console.print(sensitivity_table(result["sensitivity"], result["assignment"]))
+                console.print(frontier_table(result["points"]))
+        show(console, result, checkpoint, output, control, data)
 
     draw = partial(draw_frontier, result.get("points", []))
     files.publish(show_all, _as_json(result), draw=draw)

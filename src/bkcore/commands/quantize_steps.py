@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from bkcore.commands.files import prepare_model
-from bkcore.commands.quantize_settings import QuantizeSettings
+from bkcore.commands.files import say_what_is_replaced
+from bkcore.commands.quantize_settings import QuantizeSettings, check_folders
 from bkcore.display.console import warn
 from bkcore.display.progress import Plan
 from bkcore.errors import DataError, InputError, ReceiptError
@@ -68,9 +68,8 @@ def run_quantize(
         DataError: if the text is missing, unreadable or too small.
         ReceiptError: if `settings.strict` finds something; nothing is written then.
     """
-    _check_folders(checkpoint, output, control)
-    if control is not None and settings.steps is None:
-        raise InputError(f"mode {settings.mode!r} does not train and takes no --control")
+    check_folders(checkpoint, output, control, settings)
+    say_what_is_replaced(console, (output, control))
     model, tokenizer = load_float(checkpoint)
     text = calibration_text(checkpoint, model, data, settings.needs_text)
     if text.warning is not None:
@@ -106,15 +105,6 @@ def run_quantize(
         "warning": text.warning,
         **found,
     }
-
-
-def _check_folders(checkpoint: Path, output: Path, control: Path | None) -> None:
-    """Raise `InputError` unless both models can be saved, each in a folder of its own."""
-    if control is not None and control.resolve() in (checkpoint.resolve(), output.resolve()):
-        raise InputError(f"the control needs a folder of its own, not {control}")
-    for folder in (output, control):
-        if folder is not None:
-            prepare_model(folder, checkpoint)
 
 
 def _check_strictly(found: Sequence[str]) -> None:

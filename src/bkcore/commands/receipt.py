@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,8 @@ from bkcore.commands.files import Files
 from bkcore.commands.options import JsonOption
 from bkcore.display.console import Console, number, say
 from bkcore.manifest import model_bytes
+from bkcore.quantization import receipt_file
+from bkcore.quantization.budget import average_bits
 
 
 def receipt(
@@ -24,28 +25,18 @@ def receipt(
     json_file: JsonOption = None,
 ) -> None:
     """Print what quantization did to every tensor of a checkpoint."""
-    from bkcore.model.receipt_file import read
-
     files = Files(json_file)
-    files.prepare(read=[checkpoint])
-    content = read(checkpoint)
+    files.prepare(checkpoints=[checkpoint])
+    content = receipt_file.read(checkpoint)
     files.publish(partial(show, Console(), content, checkpoint), content)
 
 
-def show(
-    console: rich.console.Console,
-    receipt: dict[str, Any],
-    folder: Path,
-    more_tables: Sequence[Table] = (),
-    more_lines: Sequence[str] = (),
-) -> None:
-    """Print a receipt, other tables and lines, and the size of the checkpoint in `folder`."""
+def show(console: rich.console.Console, receipt: dict[str, Any], folder: Path) -> None:
+    """Print a receipt, and the size of the checkpoint in `folder`."""
     for each in tables(receipt):
         console.print(each, "")
-    for each in more_tables:
-        console.print(each)
     trained = training(receipt)
-    for line in (*more_lines, *([] if trained is None else [trained]), size(receipt, folder)):
+    for line in (*([] if trained is None else [trained]), size(receipt, folder)):
         say(console, line)
 
 
@@ -85,8 +76,6 @@ def training(receipt: dict[str, Any]) -> str | None:
 
 
 def _weights(receipt: dict[str, Any]) -> Table:
-    from bkcore.evaluation.rows import average_bits
-
     config = receipt["quantization"]
     table = _table(f"weights, {config['mode']}: {average_bits(receipt):.3f} bits on average")
     notes = []

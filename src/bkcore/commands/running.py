@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import typer
@@ -17,13 +17,16 @@ from bkcore.display.console import Console, LastingStream, say, visible
 from bkcore.errors import BenchmarkError, BKCoreError, OutputError
 from bkcore.host import free_cores
 
+_at_end = ExitStack()
+"""What the running command must undo when it ends."""
+
 
 class Command(TyperCommand):
-    """A command that silences transformers and reports an interruption."""
+    """A command that reports an interruption, and undoes at its end what `start_work` did."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with _quiet_transformers():
+            with _at_end:
                 return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             _complain("; ".join(["interrupted", *map(str, stop.args)]))
@@ -35,6 +38,14 @@ class _Terminated(KeyboardInterrupt):
     """Another process asked this one to terminate (SIGTERM)."""
 
     number = signal.SIGTERM
+
+
+def start_work() -> None:
+    """Import transformers, and silence it until the command ends.
+
+    That takes seconds, so a command first checks everything that it can check without.
+    """
+    _at_end.enter_context(_quiet_transformers())
 
 
 @contextmanager

@@ -10,9 +10,10 @@ import typer
 
 from bkcore.commands.files import Files
 from bkcore.commands.options import DataOption, PlotOption
-from bkcore.commands.running import keeping, use_free_cores
+from bkcore.commands.running import keeping, start_work, use_free_cores
 from bkcore.display.console import Console
 from bkcore.display.plots import write_plot
+from bkcore.training.recipe import read_recipe
 
 
 def train(
@@ -27,15 +28,16 @@ def train(
     plot: PlotOption = None,
 ) -> None:
     """Train a language model by a recipe; the same command resumes a killed training."""
-    from bkcore.commands.train_steps import run_training
-    from bkcore.training.recipe import read_recipe
-
     folder = output or Path("runs") / config.stem
     console, files = Console(), Files(plot=plot)
-    files.prepare({"--output": folder}, [config, data])
+    files.prepare({"--output": folder}, data=data, read=[config])
+    recipe = read_recipe(config)
+    start_work()
+    from bkcore.commands.train_steps import run_training
+
     use_free_cores()
     with keeping(f"{folder} keeps the checkpoints; the same command continues from the last"):
-        report = run_training(read_recipe(config), data, folder, resume, console)
+        report = run_training(recipe, data, folder, resume, console)
     files.publish(lambda: None, report, draw=partial(draw_curve, report))
 
 

@@ -22,6 +22,7 @@ from rich.progress import (
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from bkcore.commands.files import say_what_is_replaced
 from bkcore.display.console import bits_per_byte, number, say
 from bkcore.evaluation.checkpoints import save_checkpoint
 from bkcore.evaluation.evaluate import Scorer
@@ -41,7 +42,7 @@ from bkcore.text import (
     origin_of,
     tokenizer_hash,
 )
-from bkcore.training import trainer
+from bkcore.training import resuming, trainer
 from bkcore.training.recipe import Recipe
 
 CACHE = "cache"
@@ -85,6 +86,9 @@ def run_training(
     process = PartialState(cpu=True)
     if process.is_main_process:
         _prepare(output)
+        is_continued = resume and resuming.newest(output) is not None
+        if not is_continued:  # otherwise the model there is of this training
+            say_what_is_replaced(console, [output / MODEL])
     text = _read_text(recipe, data, output / CACHE, process)
     validation = _validation(text, recipe)
     torch.manual_seed(recipe.seed)

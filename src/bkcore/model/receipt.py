@@ -142,17 +142,27 @@ def of_cores(certificates: Sequence[CoreCertificate]) -> Receipt:
 def problems(receipt: Receipt) -> list[str]:
     """Where a receipt differs from what its mode promises, one sentence per tensor.
 
-    It lists weights whose bits differ from the mode's, for whatever reason; quantized weights whose
-    product runs in float; tensors that stayed float without a documented reason; and experts and
-    quantizers that no calibration data reached.
+    It lists weights that are too small to be quantized, and all `surprises`.
+    """
+    config = QuantizationConfig.from_dict(receipt["quantization"])
+    small = [entry for entry in receipt["weights"] if _is_small(entry)]
+    return [*(_too_small(entry["name"], config) for entry in small), *surprises(receipt)]
+
+
+def surprises(receipt: Receipt) -> list[str]:
+    """Where a receipt differs from what its mode and `min_size` lead to, one sentence per tensor.
+
+    It lists weights whose bits differ from the mode's; quantized weights whose product runs in
+    float; tensors that stayed float without a documented reason; and experts and quantizers that no
+    calibration data reached.
     """
     config = QuantizationConfig.from_dict(receipt["quantization"])
     found = []
     for entry in receipt["weights"]:
         asked = config.weight_bits(entry["part"], entry["name"])
-        if entry["bits"] == 16 and "reason" in entry:
-            found.append(_too_small(entry["name"], config))
-        elif entry["bits"] != asked:
+        if _is_small(entry):
+            continue
+        if entry["bits"] != asked:
             found.append(f"{entry['name']} has {entry['bits']} bits instead of {asked}")
         elif asked < 16 and _FLOAT_PRODUCTS & set(entry["kernel"].split(" + ")):
             found.append(f"{entry['name']} is multiplied in float ({entry['kernel']})")
@@ -181,6 +191,10 @@ def problems_of_size(model: nn.Module, config: QuantizationConfig) -> list[str]:
         if config.weight_bits(slot.part, slot.name, slot.size)
         != config.weight_bits(slot.part, slot.name)
     ]
+
+
+def _is_small(entry: dict[str, Any]) -> bool:
+    return entry["bits"] == 16 and "reason" in entry
 
 
 def _too_small(name: str, config: QuantizationConfig) -> str:
