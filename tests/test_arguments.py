@@ -294,6 +294,7 @@ def test_attention_names_what_does_not_fit():
         (3, ""),
         (None, ""),
         ("steps" * 10**6, ""),
+        (["nonsense"] * 10**6, ""),
     ],
 )
 def test_the_nearest_names_are_suggested(given: object, hint: str) -> None:

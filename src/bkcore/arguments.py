@@ -8,8 +8,9 @@ from difflib import get_close_matches
 from bkcore.errors import InputError
 from bkcore.reading import shown
 
-_LONGEST = 100
-"""Names longer than this are near nothing; comparing them would take long."""
+_LONGEST, _MOST = 100, 5
+"""Longer names are near nothing, and of many names the first ones are looked at: a file by somebody
+else may hold a million of them, and comparing takes long."""
 
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:
@@ -24,7 +25,7 @@ def did_you_mean(given: object, known: Iterable[str]) -> str:
     """
     by_lower = {name.lower(): name for name in known}
     found: dict[str, None] = {}  # in order, each once
-    for name in given if isinstance(given, list) else [given]:
+    for name in given[:_MOST] if isinstance(given, list) else [given]:
         if isinstance(name, str) and len(name) <= _LONGEST:
             near = get_close_matches(name.lower(), by_lower, n=2)
             found |= dict.fromkeys(by_lower[each] for each in near)

@@ -20,9 +20,8 @@ _PARTS = {"core": "core", "expert": "experts", "head": "embedding and head"}
 
 def heading(receipt: dict[str, Any]) -> str:
     """The mode, and the bits that it came to."""
-    return (
-        f"{receipt['quantization']['mode']}: {average_bits(receipt):.3f} bits a weight on average"
-    )
+    mode = receipt["quantization"]["mode"]
+    return f"{mode}: {average_bits(receipt):.3f} bits a weight on average"
 
 
 def parts(receipt: dict[str, Any]) -> Table:
@@ -33,11 +32,10 @@ def parts(receipt: dict[str, Any]) -> Table:
     """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in receipt["weights"]:
-        groups.setdefault(
-            (_PARTS[entry["part"]], _stored(entry, receipt["quantization"])), []
-        ).append(entry)
+        key = _PARTS[entry["part"]], _stored(entry, receipt["quantization"])
+        groups.setdefault(key, []).append(entry)
     for entry in receipt["activations"]:
-        key = ("activations of the core", f"INT{entry['bits']}")
+        key = "activations of the core", f"INT{entry['bits']}"
         groups.setdefault(key, []).append(entry)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("part", "stored as"):
