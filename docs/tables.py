@@ -4,17 +4,18 @@ This command writes them again, between `<!-- table: NAME -->` and `<!-- end of 
 
     make tables
 
-A file in `docs/data` holds what a command wrote with `--json`. Files with `"transcribed": true`
-were copied from older pages, with as many digits as those had. A new run of their `command`
-replaces them.
+A file in `docs/data` holds what a command wrote with `--json`, or what a block of code printed
+(`docs.printed`). Files with `"transcribed": true` were copied from older pages, with as many digits
+as those had. A new run of their `command` replaces them.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from bkcore.bench.result import Result, markdown_table
@@ -67,7 +68,7 @@ def change(row: dict[str, Any], key: str = "delta_pct", digits: int = 2) -> list
 
 
 def plain(name: str) -> str:
-    """A table from a script that was not kept, or from a code block on the page."""
+    """A table of runs that were not kept."""
     table = data(name)
     return markdown(table["columns"], table["rows"])
 
@@ -287,7 +288,8 @@ def after_training() -> str:
         row = data(f"evaluate/{mode}")
         size = [f"{row['bytes'] / 1e6:.2f}", smaller(row)]
         kl = shown(row.get("kl_nats"), ".4f")
-        rows.append([label, f"{row['ppl_word']:.1f}", *change(row), kl, *size])
+        cost = ["", ""] if mode == "float16" else change(row)  # it is what others are compared with
+        rows.append([label, f"{row['ppl_word']:.1f}", *cost, kl, *size])
     return markdown(header, rows)
 
 
@@ -304,19 +306,38 @@ def in_training() -> str:
 
 def frontier() -> str:
     header = ("model", "bits a weight", "MB", "change, %", "95 % interval", "predicted, %")
+    rows = sorted(data("frontier")["points"], key=lambda row: (row["bytes"], row["name"]))
+    budgets = [row for row in rows if row["name"] == "budget"]
+    budget = {
+        _bits(row): f"budget of the size of {code(row['name'])}"
+        for row in rows
+        if row["name"] not in ("budget", "saved")
+    }
+    budget[_bits(budgets[0])] = "budget, all INT4 but the core's activations"
+    budget[_bits(budgets[-1])] = "budget, all float16"
+
+    def label(row: dict[str, Any]) -> str:
+        if row["name"] == "saved":
+            return f"budget of {row['average_bits']:.1f} bits"
+        return budget.get(_bits(row), "budget") if row["name"] == "budget" else code(row["name"])
+
     return markdown(
         header,
         [
             [
-                row.get("note", code(row["name"])),
-                f"{row['average_bits']:.2f}",
+                label(row),
+                _bits(row),
                 f"{row['bytes'] / 1e6:.2f}",
                 *change(row),
                 shown(row["predicted_pct"], "+.2f"),
             ]
-            for row in data("frontier")["points"]
+            for row in rows
         ],
     )
+
+
+def _bits(row: dict[str, Any]) -> str:
+    return f"{row['average_bits']:.2f}"
 
 
 SIZES = {
@@ -339,6 +360,66 @@ def overview() -> str:
     return markdown(
         ("", "MB", "smaller than float32", "perplexity, change in %", "95 % interval"),
         [[label, f"{row['bytes'] / 1e6:.2f}", smaller(row), *change(row)] for label, row in rows],
+    )
+
+
+def printed(name: str) -> Iterator[tuple[str, Any]]:
+    """What `docs.printed` kept of a block of code: the words of each line, and the value behind."""
+    for line in data(name)["lines"]:
+        words, bracket, value = line.partition("[")
+        yield words.strip(), ast.literal_eval(bracket + value) if bracket else line.split()
+
+
+def core_levels() -> str:
+    return markdown(
+        ("error in percent, even and fitted levels", "eta = 1", "0.3"),
+        [
+            [code(mode), *(f"{even}, {fitted}" for _, even, fitted in errors)]
+            for mode, errors in printed("core-levels")
+        ],
+    )
+
+
+BOUNDS = {
+    "INT8": "INT8, sigma = 1",
+    "INT8, causal": "INT8, sigma = 1, causal",
+    "INT4": "INT4, sigma = 1",
+    "sigma 0.3": "INT8, sigma = 0.3, E = -2 (the band centre)",
+    "sigma 0.1": "INT8, sigma = 0.1, E = -2",
+}
+
+
+def core_bounds() -> str:
+    return markdown(
+        ("", "eta = 1", "0.3", "0.1", "0.05"),
+        [[BOUNDS[what], *map(str, ratios)] for what, ratios in printed("core-bounds")],
+    )
+
+
+def core_sizes() -> str:
+    (one, four, whole), (one_qat, four_qat, table), *int4 = [
+        [f"{float(ratio):.2f}x" for ratio in ratios] for _, ratios in printed("core-sizes")
+    ]
+    scales = ("one per position", "4 per tensor", "one per tensor")
+    groups = ("`group_size=1`", "`group_size=128`", "`per_channel=False`")
+    sizes = {"INT8": (one, four, whole), "INT4": int4[0]}
+    plain = {
+        bits: [[f"{bits}, {how}", *rest] for how, *rest in zip(groups, scales, ratios, strict=True)]
+        for bits, ratios in sizes.items()
+    }
+    both = f"{scales[0]}, {scales[1]}"
+    return markdown(
+        ("", "scales", "compression"),
+        [
+            *plain["INT8"],
+            [
+                "`qat_int8`, `group_size=1` and 128, with its tables of levels",
+                both,
+                f"{one_qat}, {four_qat}",
+            ],
+            *plain["INT4"],
+            ["`qat_int4`, `group_size=128`, `nonuniform=True`", scales[1], table],
+        ],
     )
 
 
@@ -367,7 +448,7 @@ def _plain(name: str) -> Callable[[], str]:
     return lambda: plain(name)
 
 
-PLAIN = ("core-bounds", "core-levels", "core-sizes", "expert-load", "qat-step-times")
+PLAIN = ("expert-load", "qat-step-times")
 TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "language": language,
@@ -384,6 +465,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "frontier": frontier,
     "overview": overview,
     "demo": demo,
+    "core-levels": core_levels,
+    "core-bounds": core_bounds,
+    "core-sizes": core_sizes,
     **{name: _plain(name) for name in PLAIN},
 }
 
