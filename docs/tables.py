@@ -11,15 +11,16 @@ as those had. A new run of their `command` replaces them.
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from bkcore.bench.result import Result, markdown_table
+from docs.cells import change, code, duration, markdown, shown, times
 from docs.pages import ROOT, pages
+from docs.printed import core_bounds, core_levels, core_sizes
 
 Rows = list[list[str]]
 MARKED = re.compile(r"(?<=<!-- table: )(\S+) -->\n(.*?)(?=<!-- end of table -->)", re.DOTALL)
@@ -32,39 +33,6 @@ def data(name: str) -> Any:
 def with_tables(text: str) -> str:
     """The text of a page, with every marked table generated again."""
     return MARKED.sub(lambda found: f"{found[1]} -->\n\n{TABLES[found[1]]()}\n", text)
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table whose columns after the first `left` are numbers, aligned at the right."""
-    rule = ["---" if column < left else "---:" for column in range(len(header))]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (header, rule, *rows)).replace("|  ", "| ")
-
-
-def shown(value: float | None, form: str, scale: float = 1.0) -> str:
-    """A number, or nothing if none was measured."""
-    return "" if value is None else format(value * scale, form)
-
-
-def times(ratio: float) -> str:
-    """A ratio: with two decimals below 1, with one from 1 on."""
-    return f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}"
-
-
-def code(name: str) -> str:
-    """The name of a mode as code; any other text unchanged."""
-    return f"`{name}`" if "_" in name else name
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.2f}" if seconds < 10 else f"{seconds:.1f}"
-
-
-def change(row: dict[str, Any], key: str = "delta_pct", digits: int = 2) -> list[str]:
-    """A change in percent and its interval."""
-    if row.get(key) is None:
-        return ["", ""]
-    form = f"+.{digits}f"
-    return [f"{row[key]:{form}}", f"{row['ci_low_pct']:{form}} to {row['ci_high_pct']:{form}}"]
 
 
 def plain(name: str) -> str:
@@ -360,66 +328,6 @@ def overview() -> str:
     return markdown(
         ("", "MB", "smaller than float32", "perplexity, change in %", "95 % interval"),
         [[label, f"{row['bytes'] / 1e6:.2f}", smaller(row), *change(row)] for label, row in rows],
-    )
-
-
-def printed(name: str) -> Iterator[tuple[str, Any]]:
-    """What `docs.printed` kept of a block of code: the words of each line, and the value behind."""
-    for line in data(name)["lines"]:
-        words, bracket, value = line.partition("[")
-        yield words.strip(), ast.literal_eval(bracket + value) if bracket else line.split()
-
-
-def core_levels() -> str:
-    return markdown(
-        ("error in percent, even and fitted levels", "eta = 1", "0.3"),
-        [
-            [code(mode), *(f"{even}, {fitted}" for _, even, fitted in errors)]
-            for mode, errors in printed("core-levels")
-        ],
-    )
-
-
-BOUNDS = {
-    "INT8": "INT8, sigma = 1",
-    "INT8, causal": "INT8, sigma = 1, causal",
-    "INT4": "INT4, sigma = 1",
-    "sigma 0.3": "INT8, sigma = 0.3, E = -2 (the band centre)",
-    "sigma 0.1": "INT8, sigma = 0.1, E = -2",
-}
-
-
-def core_bounds() -> str:
-    return markdown(
-        ("", "eta = 1", "0.3", "0.1", "0.05"),
-        [[BOUNDS[what], *map(str, ratios)] for what, ratios in printed("core-bounds")],
-    )
-
-
-def core_sizes() -> str:
-    (one, four, whole), (one_qat, four_qat, table), *int4 = [
-        [f"{float(ratio):.2f}x" for ratio in ratios] for _, ratios in printed("core-sizes")
-    ]
-    scales = ("one per position", "4 per tensor", "one per tensor")
-    groups = ("`group_size=1`", "`group_size=128`", "`per_channel=False`")
-    sizes = {"INT8": (one, four, whole), "INT4": int4[0]}
-    plain = {
-        bits: [[f"{bits}, {how}", *rest] for how, *rest in zip(groups, scales, ratios, strict=True)]
-        for bits, ratios in sizes.items()
-    }
-    both = f"{scales[0]}, {scales[1]}"
-    return markdown(
-        ("", "scales", "compression"),
-        [
-            *plain["INT8"],
-            [
-                "`qat_int8`, `group_size=1` and 128, with its tables of levels",
-                both,
-                f"{one_qat}, {four_qat}",
-            ],
-            *plain["INT4"],
-            ["`qat_int4`, `group_size=128`, `nonuniform=True`", scales[1], table],
-        ],
     )
 
 
