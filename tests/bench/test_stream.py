@@ -39,7 +39,7 @@ def test_all_figures(capsys: pytest.CaptureFixture[str]) -> None:
     said = stream.summary(result)
     assert "at 20,000: " in said
     assert f"takes {result.state_bytes / 1e3:,.0f} KB at both" in said
-    assert "buffers that the allocator keeps" in said
+    assert f"changed by {result.resident_growth_bytes / 1e6:+.1f} MB" in said
     json.dumps(stream.report(result))
 
 
@@ -51,6 +51,12 @@ def test_wrong_logits_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(stream, "_next", forgetful)
     with pytest.raises(BenchmarkError, match="differ by"):
+        stream.run_stream(Console(quiet=True), 8_000)
+
+
+def test_a_state_that_grows_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_bytes", lambda state: int(state.seen))
+    with pytest.raises(BenchmarkError, match="1000 bytes after 1000 tokens, but 8000 after 8000"):
         stream.run_stream(Console(quiet=True), 8_000)
 
 

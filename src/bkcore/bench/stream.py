@@ -35,9 +35,9 @@ class StreamResult:
         young, old: tokens read before the timed ones.
         young_microseconds, old_microseconds: per token of one sequence, medians.
         ratio: old over young, the median of the pairs.
-        resident_growth_bytes: how far resident memory rose while the model read the last seven
-            eighths of the old text.
-        state_bytes: size of the state of one sequence.
+        resident_growth_bytes: how far resident memory rose, or fell if negative, while the model
+            read the last seven eighths of the old text.
+        state_bytes: size of the state of one sequence, the same for both.
     """
 
     young: int
@@ -55,7 +55,8 @@ def run_stream(console: Console, length: int) -> StreamResult:
 
     Raises:
         InputError: if `length` is below 8,000, or the system is not Linux.
-        BenchmarkError: if the streamed tokens' logits differ from those of the parallel pass.
+        BenchmarkError: if the streamed tokens' logits differ from those of the parallel pass, or
+            the state has grown.
     """
     if length < 8 * YOUNG:
         raise InputError(f"length must be at least {8 * YOUNG}, not {length}")
@@ -76,6 +77,7 @@ def run_stream(console: Console, length: int) -> StreamResult:
             growth = resident_bytes() - before
         with plan.stage("time"):
             _check(model, tokens, old)
+            _check_sizes(young, old)
             times = _time_in_alternation(model, tokens, (young, old))
     return StreamResult(
         young=YOUNG,
@@ -84,7 +86,7 @@ def run_stream(console: Console, length: int) -> StreamResult:
         old_microseconds=1e6 * median(second for _, second in times),
         ratio=median(second / first for first, second in times),
         resident_growth_bytes=growth,
-        state_bytes=sum(x.nbytes for layer in old.layers for x in vars(layer).values()),
+        state_bytes=_bytes(old),
     )
 
 
@@ -103,9 +105,9 @@ def summary(result: StreamResult) -> str:
         f"{result.young_microseconds:,.0f} us per token at position {result.young:,}, "
         f"{result.old_microseconds:,.0f} us at {result.old:,}: {result.ratio:.3f} times as much. "
         f"The state that a text needs takes {result.state_bytes / 1e3:,.0f} KB at both. "
-        "The process, which reads many tokens at a time before these, held "
-        f"{result.resident_growth_bytes / 1e6:+.1f} MB more at the end than after an eighth of the "
-        "text: buffers that the allocator keeps for the next call."
+        "From an eighth of the text to its end, the memory of the process changed by "
+        f"{result.resident_growth_bytes / 1e6:+.1f} MB. It reads thousands of tokens at a time "
+        "there, and the allocator keeps buffers of that size for later calls."
     )
 
 
@@ -135,6 +137,18 @@ def _check(model: ResNetBKForCausalLM, tokens: Tensor, state: StreamState) -> No
                 f"the logits of token {index} after position {int(state.seen)} differ by "
                 f"{error:.2e} from those of the parallel pass"
             )
+
+
+def _bytes(state: StreamState) -> int:
+    return sum(x.nbytes for layer in state.layers for x in vars(layer).values())
+
+
+def _check_sizes(young: StreamState, old: StreamState) -> None:
+    if _bytes(young) != _bytes(old):
+        raise BenchmarkError(
+            f"the state takes {_bytes(young)} bytes after {int(young.seen)} tokens, but "
+            f"{_bytes(old)} after {int(old.seen)}; it must not grow with the text"
+        )
 
 
 def _time_in_alternation(
