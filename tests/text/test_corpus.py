@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,16 @@ def test_a_place_is_checked_without_reading(folder: Path, tmp_path: Path) -> Non
     wrong = {folder / "train.txt": "is not a folder", tmp_path / "gone": "there is no folder"}
     for place, complaint in {**wrong, tmp_path / "empty": r"holds no \.txt file"}.items():
         with pytest.raises(DataError, match=complaint):
+            check_place(place)
+
+
+def test_a_place_that_needs_a_missing_package_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "dataset_dict.json").touch()
+    for place in (tmp_path, "owner/name"):
+        with pytest.raises(DataError, match=r"pip install 'bkcore\[data\]'"):
             check_place(place)
 
 

@@ -142,8 +142,10 @@ def check_place(data: str | Path | None) -> None:
     if data is None:
         return
     folder = Path(data)
-    if folder.is_dir():
-        if not hub.is_saved(folder) and next(folder.rglob("*.txt"), None) is None:
+    if hub.is_saved(folder):
+        hub.require_package()
+    elif folder.is_dir():
+        if next(folder.rglob("*.txt"), None) is None:
             raise DataError(
                 f"{str(folder)!r} holds no .txt file; name a folder that holds train.txt and "
                 "valid.txt, or other .txt files"
