@@ -190,6 +190,13 @@ def test_every_public_name_is_there(package: str) -> None:
     assert set(module.__all__) <= set(dir(module))
 
 
+@pytest.mark.parametrize("package", ["bkcore", "bkcore.quantization", "bkcore.text"])
+def test_a_lazy_package_lacks_what_is_not_there(package: str) -> None:
+    module = importlib.import_module(package)
+    for name in ("nothing", "nothing.at_all", "__nothing__"):
+        assert not hasattr(module, name)
+
+
 def test_modules_of_a_lazy_package_are_attributes() -> None:
     """As they were when the package imported all of them."""
     code = "import bkcore.text, bkcore.training; bkcore.text.windows, bkcore.training.trainer.train"

@@ -28,7 +28,8 @@ def lazy_names(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
             value = getattr(importlib.import_module(f"{package}.{modules[name]}"), name)
             setattr(sys.modules[package], name, value)  # the next use finds it there
             return value
-        if not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
+        is_module = name.isidentifier() and not name.startswith("_")
+        if is_module and find_spec(f"{package}.{name}") is not None:
             return importlib.import_module(f"{package}.{name}")
         return moved(name)
 
