@@ -53,7 +53,8 @@ def parts(receipt: dict[str, Any]) -> Table:
 def kept_in_float(receipt: dict[str, Any]) -> str:
     """A line on the tensors that no mode quantizes, and why."""
     entries = receipt["float"]
-    reasons = dict.fromkeys(str(entry["reason"]).partition(":")[0] for entry in entries)
+    given = (entry["reason"] for entry in entries if entry["reason"])  # `surprises` names the rest
+    reasons = dict.fromkeys(reason.partition(":")[0] for reason in given)
     megabytes = sum(entry["bytes"] for entry in entries) / 1e6
     return (
         f"Float in every mode: {len(entries)} tensors, {megabytes:.2f} MB; each has few numbers or "
