@@ -197,6 +197,12 @@ def test_a_lazy_package_lacks_what_is_not_there(package: str) -> None:
         assert not hasattr(module, name)
 
 
+@pytest.mark.parametrize("package", ["quantization", "text", "training"])
+def test_type_checkers_notice_names_that_a_lazy_package_lacks(package: str) -> None:
+    """They would not, if they saw a `__getattr__`."""
+    assert "__getattr__" not in defined(PATHS[f"bkcore.{package}"])
+
+
 def test_modules_of_a_lazy_package_are_attributes() -> None:
     """As they were when the package imported all of them."""
     code = "import bkcore.text, bkcore.training; bkcore.text.windows, bkcore.training.trainer.train"

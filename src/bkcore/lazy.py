@@ -15,6 +15,8 @@ from bkcore.deprecated import moved_names
 def lazy_names(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
     """The `__getattr__` of a package that imports its names, and its modules, when first used.
 
+    Hide it from type checkers: they then follow the imports, and notice misspelt names.
+
     Args:
         package: its name.
         places: for each of its modules, the names that the package takes from there, separated by

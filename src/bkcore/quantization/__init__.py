@@ -14,6 +14,18 @@ if TYPE_CHECKING:
     from bkcore.quantization.lifecycle import QuantizationState
     from bkcore.quantization.packing import pack_int4, unpack_int4
     from bkcore.quantization.quantizers import GroupWiseQuantizer
+else:
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "complex_quantizer": "ComplexQuantizer",
+            "config": "QuantizationConfig",
+            "core": "QuantizedBirmanSchwingerCore create_quantized_birman_schwinger",
+            "lifecycle": "QuantizationState",
+            "packing": "pack_int4 unpack_int4",
+            "quantizers": "GroupWiseQuantizer",
+        },
+    )
 
 __all__ = [
     "ComplexQuantizer",
@@ -25,18 +37,6 @@ __all__ = [
     "pack_int4",
     "unpack_int4",
 ]
-
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "complex_quantizer": "ComplexQuantizer",
-        "config": "QuantizationConfig",
-        "core": "QuantizedBirmanSchwingerCore create_quantized_birman_schwinger",
-        "lifecycle": "QuantizationState",
-        "packing": "pack_int4 unpack_int4",
-        "quantizers": "GroupWiseQuantizer",
-    },
-)
 
 
 def __dir__() -> list[str]:

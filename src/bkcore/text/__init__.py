@@ -25,6 +25,19 @@ if TYPE_CHECKING:
         train_tokenizer,
     )
     from bkcore.text.windows import TokenWindows, scored_windows, spread
+else:
+    __getattr__ = lazy_names(
+        __name__,
+        {
+            "cache": "cached_tokenizer cached_tokens",
+            "corpus": "Corpus StreamedCorpus count_words load_corpus load_split open_corpus",
+            "origin": "Origin is_part_of origin_of warning_of_other_text",
+            "saved": "list_tokenizer load_tokenizer",
+            "shards": "TokenShards write_shards",
+            "tokenizer": "END_OF_TEXT encode encode_pieces tokenizer_hash train_tokenizer",
+            "windows": "TokenWindows scored_windows spread",
+        },
+    )
 
 __all__ = [
     "END_OF_TEXT",
@@ -52,19 +65,6 @@ __all__ = [
     "warning_of_other_text",
     "write_shards",
 ]
-
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "cache": "cached_tokenizer cached_tokens",
-        "corpus": "Corpus StreamedCorpus count_words load_corpus load_split open_corpus",
-        "origin": "Origin is_part_of origin_of warning_of_other_text",
-        "saved": "list_tokenizer load_tokenizer",
-        "shards": "TokenShards write_shards",
-        "tokenizer": "END_OF_TEXT encode encode_pieces tokenizer_hash train_tokenizer",
-        "windows": "TokenWindows scored_windows spread",
-    },
-)
 
 
 def __dir__() -> list[str]:
