@@ -15,7 +15,7 @@ from tests.model.helpers import TRAINABLE, gradients
 
 def checkpointed(model):
     twin = copy.deepcopy(model)
-    twin.activation_checkpointing_enable({"use_reentrant": False})
+    twin.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return twin
 
 

@@ -64,9 +64,10 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
 
     if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
         # transformers before 5.23 knows only its old name, about which newer versions warn.
-        activation_checkpointing_enable = (
-            PreTrainedModel.gradient_checkpointing_enable  # type: ignore[assignment]
-        )
+        def activation_checkpointing_enable(  # type: ignore[override]
+            self, activation_checkpointing_kwargs: dict[str, Any] | None = None
+        ) -> None:
+            self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__(config)
