@@ -334,8 +334,8 @@ MISSPELT: dict[str, Callable[[Path], object]] = {
     "num_experts": lambda _: LanguageModel(50, num_expert=2),
     "quantized": lambda _: ResNetBKConfig(quantization={"state": "quantised"}),
     "subfolder": lambda folder: ResNetBKForCausalLM.from_pretrained(folder, subfolders="a"),
-    "float16": lambda folder: ResNetBKForCausalLM.from_pretrained(folder, dtype="flaot16"),
-    "reference": lambda _: forced("referenz"),
+    "float16": lambda folder: ResNetBKForCausalLM.from_pretrained(folder, dtype="float61"),
+    "reference": lambda _: forced("referenced"),
     "growth": lambda _: run_kernels(Console(quiet=True), "grwoth"),
     "serving": lambda _: run_inference(Console(quiet=True), "servign"),
 }
