@@ -107,13 +107,18 @@ def table(report: dict[str, Any]) -> Table:
             bits_per_byte(entry["ppl_byte"], ".2f"),
             "" if is_float else number(entry["delta_pct"], "+.2f"),
             "" if is_float else f"{low} to {high}",
-            "" if is_float else number(1000 * entry["kl_nats"], ".2f"),
+            "" if is_float else _millinats(entry["kl_nats"]),
             f"{entry['bytes'] / 1e6:.2f}",
             f"{entry['size_ratio']:.2f}",
             _speed(entry["tokens_per_second"]),
             f"{entry['speedup']:.2f}",
         )
     return result
+
+
+def _millinats(nats: float) -> str:
+    """At most five characters, so that the table fits."""
+    return number(1000 * nats, ".2f" if nats < 0.1 else ".0f")
 
 
 def _speed(tokens_per_second: float) -> str:
