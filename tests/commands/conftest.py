@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from bkcore.evaluation.checkpoints import load_checkpoint, save_checkpoint
 from bkcore.model import LanguageModel
 from bkcore.text import train_tokenizer
 from tests.commands.quantizing import TRAIN, VALID
@@ -62,3 +63,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def one_sided(checkpoint: Path, tmp_path: Path) -> Path:
+    """The model of `checkpoint` with one expert a token, which is always the first."""
+    model, tokenizer = load_checkpoint(checkpoint)
+    with torch.no_grad():
+        model.get_parameter("layers.0.experts.router.weight").zero_()
+    model.config.experts_per_token = 1
+    save_checkpoint(tmp_path / "one-sided", model, tokenizer)
+    return tmp_path / "one-sided"

@@ -105,42 +105,30 @@ def test_an_increase_that_cannot_be_had_is_refused(
 
 
 def test_strict_names_what_is_amiss_and_writes_nothing(
-    checkpoint: Path, text: Path, tmp_path: Path
+    one_sided: Path, text: Path, tmp_path: Path
 ) -> None:
-    model, tokenizer = load_checkpoint(checkpoint)
-    with torch.no_grad():  # with one expert a token, all go to the first
-        model.get_parameter("layers.0.experts.router.weight").zero_()
-    model.config.experts_per_token = 1
-    model.save_pretrained(tmp_path / "deaf")
-    tokenizer.save_pretrained(tmp_path / "deaf")
     with pytest.raises(ReceiptError, match=r"no calibration data reached .*experts\.1\.up"):
-        run_quantize(tmp_path / "deaf", tmp_path / "out", text, settings(strict=True), QUIET)
+        run_quantize(one_sided, tmp_path / "out", text, settings(strict=True), QUIET)
     assert not (tmp_path / "out").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "note").write_text("mine")
     with pytest.raises(ReceiptError):
-        run_quantize(tmp_path / "deaf", tmp_path / "mine", text, settings(strict=True), QUIET)
+        run_quantize(one_sided, tmp_path / "mine", text, settings(strict=True), QUIET)
     assert (tmp_path / "mine" / "note").read_text() == "mine"
-    run_quantize(tmp_path / "deaf", tmp_path / "out", text, settings(), QUIET)
+    run_quantize(one_sided, tmp_path / "out", text, settings(), QUIET)
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_what_calibration_missed_is_refused_before_training(
-    checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_sided: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tokenizer = load_checkpoint(checkpoint)
-    with torch.no_grad():  # with one expert a token, all go to the first
-        model.get_parameter("layers.0.experts.router.weight").zero_()
-    model.config.experts_per_token = 1
-    model.save_pretrained(tmp_path / "deaf")
-    tokenizer.save_pretrained(tmp_path / "deaf")
     monkeypatch.setattr(quantize_steps, "train", None)
     monkeypatch.setattr(quantize_steps, "measure", None)
     qat = settings(mode="qat_int8", steps=3, strict=True)
     budget = settings(mode="mixed_precision", target_bits=9.0, strict=True)
     for how in (qat, budget):
         with pytest.raises(ReceiptError, match=r"no calibration data reached .*experts\.1\.up"):
-            run_quantize(tmp_path / "deaf", tmp_path / "out", text, how, QUIET)
+            run_quantize(one_sided, tmp_path / "out", text, how, QUIET)
     assert not (tmp_path / "out").exists()
 
 
