@@ -93,7 +93,7 @@ BKCORE_INLINE void propagate_site(const ChainRows<T> &rows, Index i, const T *fr
 
 template <class T>
 BKCORE_INLINE void copy_row(T *to, const T *from, Index count) {
-  if (count == 0) return;  // then neither may have an address
+  if (count == 0 || to == from) return;  // without a count neither may have an address
   if (from) {
     std::memcpy(to, from, count * sizeof(T));
   } else {

@@ -1,0 +1,62 @@
+// Files of a checkpoint: mapped into memory and never written.
+#pragma once
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstddef>
+#include <cstring>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "error.h"
+
+namespace bkcore::engine {
+
+// A regular file, mapped for reading. Another process that shortens it ends this one with SIGBUS,
+// as with every mapped file; `save_pretrained` replaces files and never shortens them.
+class MappedFile {
+ public:
+  explicit MappedFile(const std::string &path) {
+    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (file < 0) fail(path);
+    struct stat found {};
+    const bool known = ::fstat(file, &found) == 0;
+    if (known && S_ISREG(found.st_mode)) {
+      size_ = static_cast<std::size_t>(found.st_size);
+      if (size_ > 0) data_ = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
+    }
+    const int error = errno;
+    ::close(file);
+    if (!known || data_ == MAP_FAILED) {
+      data_ = nullptr;
+      errno = error;
+      fail(path);
+    }
+    if (!S_ISREG(found.st_mode)) throw CheckpointError(path + " is not a regular file");
+  }
+  MappedFile(MappedFile &&other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  MappedFile &operator=(MappedFile &&) = delete;
+  ~MappedFile() {
+    if (data_) ::munmap(data_, size_);
+  }
+
+  const std::byte *data() const { return static_cast<const std::byte *>(data_); }
+  std::size_t size() const { return size_; }
+  std::string_view text() const { return {static_cast<const char *>(data_), size_}; }
+
+ private:
+  [[noreturn]] static void fail(const std::string &path) {
+    throw CheckpointError(path + " cannot be read: " + std::strerror(errno));
+  }
+
+  void *data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+}  // namespace bkcore::engine

@@ -1,0 +1,366 @@
+// A ResNet-BK model as its checkpoint folder holds it: sizes, and tensors in the mapped file.
+//
+// Large weights stay where they are. Norms, taps, scales of activations and the like are copied, in
+// float32 and in the order in which a step reads them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "../functions.h"
+#include "../product.h"
+#include "../rounding.h"
+#include "json.h"
+#include "safetensors.h"
+
+namespace bkcore::engine {
+
+using Index = std::int64_t;
+
+struct Sizes {
+  Index vocabulary, width, layers, experts, experts_per_token, hidden;
+  Index heads, groups, keys, values, taps;
+  float eps, embedding_multiplier;
+  Index group_size;  // of INT4 weights
+  int core_bits;     // of the activations' codes; 0 if the model is not quantized
+
+  Index value_width() const { return heads * values; }
+  Index key_width() const { return groups * keys; }
+  Index mixed() const { return value_width() + 2 * key_width(); }
+  Index projected() const { return mixed() + value_width() + 2 * heads; }
+  Index state() const { return 2 * keys * values; }
+};
+
+// A weight matrix, either in codes or dense.
+struct Matrix {
+  Product codes;  // rows, x and out are left open; without outputs if the matrix is dense
+  Dense dense;
+  bool in_codes;
+  Index outputs, inputs;
+};
+
+struct Rounding {
+  std::vector<std::uint16_t> scale;
+  std::vector<std::int8_t> zero;
+  std::vector<float> levels;
+  Index channels, group_size;
+};
+
+struct Expert {
+  Matrix up, down;
+};
+
+struct Layer {
+  std::vector<float> mixer_norm, experts_norm;
+  Matrix in_proj, out_proj;
+  std::vector<float> taps;               // (taps, mixed)
+  std::vector<float> rate, height, eta;  // (heads)
+  std::vector<float> features;           // (3, value_width)
+  std::vector<Rounding> rounding;        // 7 of them, or none
+  std::vector<float> router;             // (experts, width), or nothing
+  std::vector<Expert> experts;
+};
+
+// Reads the fields of config.json.
+class ConfigReader {
+ public:
+  ConfigReader(const Json &config, const std::string &path) : config_(config), path_(path) {
+    if (!config.is_object()) fail("it is not an object");
+  }
+
+  Sizes sizes() const {
+    const Json *type = config_.find("model_type");
+    if (!type || !type->is_text() || type->text() != "resnet_bk")
+      fail("model_type is not resnet_bk: this is another kind of model");
+    if (const Json *mixer = config_.find("mixer"))
+      if (!mixer->is_text() || mixer->text() != "resolvent")
+        fail("the mixer is not resolvent: such a model has no state to continue from");
+    Sizes s{};
+    s.vocabulary = size("vocab_size", 2048), s.width = size("d_model", 128);
+    s.layers = size("n_layers", 3), s.experts = size("num_experts", 8);
+    s.experts_per_token = size("experts_per_token", 2), s.hidden = size("expert_size", 256);
+    s.heads = size("num_heads", 4), s.keys = size("key_size", 32), s.taps = size("conv_width", 4);
+    s.groups = size("key_groups", s.heads);
+    if (s.heads % s.groups) fail("key_groups does not divide num_heads");
+    if (s.experts_per_token > s.experts) fail("experts_per_token exceeds num_experts");
+    const Json *values = config_.find("value_size");
+    if ((!values || values->is_null()) && s.width % s.heads)
+      fail("num_heads does not divide d_model");
+    s.values = size("value_size", s.width / s.heads);
+    s.eps = number("norm_eps", 1e-6), s.embedding_multiplier = number("embedding_multiplier", 16);
+    if (s.eps < 0 || s.embedding_multiplier <= 0) fail("norm_eps or embedding_multiplier is negative");
+    read_quantization(s);
+    return s;
+  }
+
+ private:
+  [[noreturn]] void fail(const std::string &what) const {
+    throw CheckpointError(path_ + " is no configuration of a ResNet-BK model: " + what);
+  }
+
+  Index size(const char *name, Index otherwise) const {
+    constexpr Index kLargest = std::numeric_limits<std::int32_t>::max();
+    const Json *found = config_.find(name);
+    if (!found || found->is_null()) return otherwise;
+    if (!found->is_integer() || found->integer() < 1 || found->integer() > kLargest)
+      fail(std::string(name) + " is not an integer from 1 to 2^31 - 1");
+    return found->integer();
+  }
+
+  float number(const char *name, double otherwise) const {
+    const Json *found = config_.find(name);
+    if (!found) return static_cast<float>(otherwise);
+    if (!found->is_number()) fail(std::string(name) + " is not a number");
+    const auto value = static_cast<float>(found->number());
+    if (!std::isfinite(value)) fail(std::string(name) + " is not finite");
+    return value;
+  }
+
+  void read_quantization(Sizes &s) const {
+    const Json *found = config_.find("quantization");
+    if (!found || found->is_null()) return;
+    const Json *mode = found->find("mode"), *state = found->find("state"),
+               *group = found->find("group_size");
+    if (!mode || !mode->is_text() || !state || !state->is_text())
+      fail("quantization has no mode or no state");
+    if (state->text() == "float") return;
+    if (state->text() != "quantized")
+      fail("the model is " + state->text() + ", neither float nor quantized: finish it first");
+    const std::string &name = mode->text();
+    s.core_bits = name.size() > 4 && name.substr(name.size() - 4) == "int4" ? 4 : 8;
+    s.group_size = 128;
+    if (group && (!group->is_integer() || group->integer() < 1))
+      fail("group_size is not a positive integer");
+    if (group) s.group_size = group->integer();
+  }
+
+  const Json &config_;
+  const std::string &path_;
+};
+
+// Takes tensors out of a file, each exactly once.
+class TensorReader {
+ public:
+  explicit TensorReader(const Safetensors &file) : file_(file) {}
+
+  bool has(const std::string &name) const { return file_.tensors().count(name) != 0; }
+
+  const Tensor &take(const std::string &name, const std::vector<Index> &shape) {
+    const auto found = file_.tensors().find(name);
+    if (found == file_.tensors().end()) fail("it lacks " + name + " " + shown(shape));
+    if (found->second.shape != shape)
+      fail(name + " is " + shown(found->second.shape) + ", but the configuration asks for " +
+           shown(shape));
+    taken_.insert(name);
+    return found->second;
+  }
+
+  // A float tensor of any format as float32.
+  std::vector<float> floats(const std::string &name, const std::vector<Index> &shape) {
+    const Tensor &tensor = take(name, shape);
+    Index count = 1;
+    for (const Index size : shape) count *= size;
+    std::vector<float> out(static_cast<std::size_t>(count));
+    for (Index i = 0; i < count; ++i) out[i] = element(tensor, i, name);
+    return out;
+  }
+
+  Matrix matrix(const std::string &name, Index outputs, Index inputs, Index group_size) {
+    Matrix m{};
+    m.outputs = outputs, m.inputs = inputs;
+    if (has(name)) {
+      const Tensor &weight = take(name, {outputs, inputs});
+      m.dense = {dense_kind(weight, name), outputs, inputs, aligned(weight, name)};
+      return m;
+    }
+    const std::string packed = name + ".packed";
+    const auto found = file_.tensors().find(packed);
+    if (found == file_.tensors().end()) fail("it lacks " + name);
+    if (found->second.dtype == Dtype::f16) {
+      const Tensor &weight = take(packed, {outputs, inputs});
+      m.dense = {Dense::Kind::f16, outputs, inputs, aligned(weight, packed)};
+      return m;
+    }
+    m.in_codes = true;
+    const bool is_int4 = found->second.dtype == Dtype::u8;
+    if (!is_int4 && found->second.dtype != Dtype::i8) fail(packed + " holds no codes");
+    const Index size = is_int4 && group_size < inputs ? group_size : inputs;
+    const Index groups = (inputs + size - 1) / size;
+    constexpr Index kLargestGroup = std::numeric_limits<std::int32_t>::max() / (128 * 127);
+    if (size > kLargestGroup) fail(name + " has groups whose sums may overflow");
+    const Tensor &weight = take(packed, {outputs, is_int4 ? (inputs + 1) / 2 : inputs});
+    const std::string scales = name + ".stored_scales";
+    const Tensor &scale = take(scales, {outputs, groups});
+    if (scale.dtype != Dtype::bf16) fail(scales + " is not bfloat16");
+    m.codes = Product{0, outputs, inputs, is_int4 ? 4 : 8, groups, size, nullptr,
+                      reinterpret_cast<const std::uint8_t *>(weight.data),
+                      static_cast<const std::uint16_t *>(aligned(scale, scales)), nullptr};
+    return m;
+  }
+
+  Rounding rounding(const std::string &name, Index channels, int bits) {
+    Rounding r{};
+    r.channels = channels;
+    const auto found = file_.tensors().find(name + ".stored_scales");
+    if (found == file_.tensors().end()) fail("it lacks " + name + ".stored_scales");
+    const bool shared = found->second.shape == std::vector<Index>{1};
+    const Index groups = shared ? 1 : channels;
+    r.group_size = shared ? channels : 1;
+    const Tensor &scale = take(name + ".stored_scales", {groups});
+    const Tensor &zero = take(name + ".zero_points", {groups});
+    if (scale.dtype != Dtype::bf16 || zero.dtype != Dtype::i8) fail(name + " has wrong dtypes");
+    r.scale.resize(groups), r.zero.resize(groups);
+    std::memcpy(r.scale.data(), scale.data, groups * 2);
+    std::memcpy(r.zero.data(), zero.data, groups);
+    if (has(name + ".record")) take(name + ".record", {3});
+    if (has(name + ".table.stored_levels"))
+      r.levels = floats(name + ".table.stored_levels", {Index{1} << bits});
+    for (std::size_t i = 1; i < r.levels.size(); ++i)
+      if (!(r.levels[i - 1] <= r.levels[i])) fail(name + " has levels that do not ascend");
+    return r;
+  }
+
+  void check_all_taken() const {
+    for (const auto &entry : file_.tensors())
+      if (!taken_.count(entry.first))
+        fail("the model has no tensor " + entry.first + ": it is a checkpoint of another one");
+  }
+
+  [[noreturn]] void fail(const std::string &what) const {
+    throw CheckpointError(file_.path() + " does not fit the configuration: " + what);
+  }
+
+ private:
+  const void *aligned(const Tensor &tensor, const std::string &name) const {
+    const std::size_t size = tensor.dtype == Dtype::f32 ? 4 : 2;
+    if (reinterpret_cast<std::uintptr_t>(tensor.data) % size) fail(name + " is not aligned");
+    return tensor.data;
+  }
+
+  Dense::Kind dense_kind(const Tensor &tensor, const std::string &name) const {
+    switch (tensor.dtype) {
+      case Dtype::f32: return Dense::Kind::f32;
+      case Dtype::f16: return Dense::Kind::f16;
+      case Dtype::bf16: return Dense::Kind::bf16;
+      default: fail(name + " holds no floats of 16 or 32 bits");
+    }
+  }
+
+  float element(const Tensor &tensor, Index i, const std::string &name) const {
+    switch (tensor.dtype) {
+      case Dtype::f32: {
+        float x;
+        std::memcpy(&x, tensor.data + 4 * i, sizeof x);
+        return x;
+      }
+      case Dtype::bf16: {
+        std::uint16_t half;
+        std::memcpy(&half, tensor.data + 2 * i, sizeof half);
+        const std::uint32_t bits = std::uint32_t{half} << 16;
+        float x;
+        std::memcpy(&x, &bits, sizeof x);
+        return x;
+      }
+      case Dtype::f16: {
+        std::uint16_t half;
+        std::memcpy(&half, tensor.data + 2 * i, sizeof half);
+        const int exponent = half >> 10 & 31, fraction = half & 1023;
+        const double size = exponent == 31  ? (fraction ? NAN : INFINITY)
+                            : exponent == 0 ? std::ldexp(fraction, -24)
+                                            : std::ldexp(fraction + 1024, exponent - 25);
+        return static_cast<float>(half >> 15 ? -size : size);
+      }
+      default: fail(name + " holds no floats of 16 or 32 bits");
+    }
+  }
+
+  const Safetensors &file_;
+  std::set<std::string> taken_;
+};
+
+class Model {
+ public:
+  explicit Model(const std::string &folder)
+      : file_(folder + "/model.safetensors"), sizes_(read_sizes(folder + "/config.json")) {
+    TensorReader reader(file_);
+    const Sizes &s = sizes_;
+    embedding = reader.matrix("embedding.weight", s.vocabulary, s.width, s.group_size);
+    final_norm = reader.floats("final_norm.weight", {s.width});
+    // Each layer has tensors of its own, so that more layers than tensors are not there.
+    if (s.layers > static_cast<Index>(file_.tensors().size())) reader.fail("it lacks layers");
+    for (Index l = 0; l < s.layers; ++l)
+      layers.push_back(read_layer(reader, "layers." + std::to_string(l) + "."));
+    reader.check_all_taken();
+  }
+
+  const Sizes &sizes() const { return sizes_; }
+
+ private:
+  static Sizes read_sizes(const std::string &path) {
+    const MappedFile file(path);
+    const Json config = Json::parse(file.text(), path);
+    return ConfigReader(config, path).sizes();
+  }
+
+  static std::vector<float> exponentials(std::vector<float> x) {
+    for (float &each : x) each = static_cast<float>(std::exp(static_cast<double>(each)));
+    return x;
+  }
+
+  Layer read_layer(TensorReader &reader, const std::string &at) const {
+    const Sizes &s = sizes_;
+    const std::string mixer = at + "mixer.", experts = at + "experts.";
+    Layer layer;
+    layer.mixer_norm = reader.floats(at + "mixer_norm.weight", {s.width});
+    layer.experts_norm = reader.floats(at + "experts_norm.weight", {s.width});
+    layer.in_proj = reader.matrix(mixer + "in_proj.weight", s.projected(), s.width, s.group_size);
+    layer.out_proj =
+        reader.matrix(mixer + "out_proj.weight", s.width, s.value_width(), s.group_size);
+    const std::vector<float> conv = reader.floats(mixer + "conv.weight", {s.mixed(), 1, s.taps});
+    layer.taps.resize(conv.size());
+    for (Index c = 0; c < s.mixed(); ++c)
+      for (Index t = 0; t < s.taps; ++t) layer.taps[t * s.mixed() + c] = conv[c * s.taps + t];
+    layer.rate = exponentials(reader.floats(mixer + "log_rate", {s.heads}));
+    layer.height = exponentials(reader.floats(mixer + "log_barrier", {s.heads}));
+    layer.eta = exponentials(reader.floats(mixer + "log_eta", {s.heads}));
+    for (const float eta : layer.eta)
+      if (!(eta > 0)) reader.fail(mixer + "log_eta gives an eta that is not positive");
+    layer.features = reader.floats(mixer + "features.weight", {3, s.value_width()});
+    if (s.core_bits) read_roundings(reader, mixer + "quantizers.", layer);
+    if (s.experts > 1)
+      layer.router = reader.floats(experts + "router.weight", {s.experts, s.width});
+    if (s.experts > static_cast<Index>(file_.tensors().size())) reader.fail("it lacks experts");
+    for (Index e = 0; e < s.experts; ++e) {
+      const std::string name = experts + "experts." + std::to_string(e) + ".";
+      layer.experts.push_back(
+          {reader.matrix(name + "up.weight", s.hidden, s.width, s.group_size),
+           reader.matrix(name + "down.weight", s.width, s.hidden, s.group_size)});
+    }
+    return layer;
+  }
+
+  void read_roundings(TensorReader &reader, const std::string &at, Layer &layer) const {
+    const Sizes &s = sizes_;
+    const std::pair<const char *, Index> parts[] = {
+        {"gate", s.heads},         {"barrier", s.heads},           {"query", s.key_width()},
+        {"key", s.key_width()},    {"value", s.value_width()},     {"found.real", s.value_width()},
+        {"found.imag", s.value_width()}};
+    for (const auto &[name, channels] : parts)
+      layer.rounding.push_back(reader.rounding(at + name, channels, s.core_bits));
+  }
+
+  Safetensors file_;
+  Sizes sizes_;
+
+ public:
+  Matrix embedding;
+  std::vector<float> final_norm;
+  std::vector<Layer> layers;
+};
+
+}  // namespace bkcore::engine

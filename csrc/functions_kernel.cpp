@@ -1,0 +1,246 @@
+// The float functions of a token's way through the model: norms, SiLU, short convolution, float
+// products and softmax.
+//
+// Compiled once per instruction set, which BKCORE_ISA names. sweep_kernel.cpp says why everything
+// is in an unnamed namespace and no header with inline functions is included.
+// Every result has the same bits for every instruction set: only sums, products, quotients and roots
+// are used, which IEEE 754 rounds one way, and no fused multiply-add. Sums have kLanes partial sums
+// whatever the vectors' width: partial sum j takes the numbers j, j + kLanes, ..., and the halves
+// are added until one is left.
+
+#include "functions.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "packing.h"
+
+#define BKCORE_PASTE(a, b) a##b
+#define BKCORE_TABLE(isa) BKCORE_PASTE(functions_, isa)
+
+namespace bkcore {
+namespace {
+
+using S = Simd<float>;
+using V = S::V;
+
+constexpr Index kLanes = 16;
+constexpr Index kVectors = kLanes / S::width;
+
+// The integer type that comparisons and exponents of a vector have.
+using Int = std::int32_t __attribute__((vector_size(sizeof(V))));
+
+BKCORE_INLINE Int bits_of(V x) {
+  Int out;
+  std::memcpy(&out, &x, sizeof out);
+  return out;
+}
+
+BKCORE_INLINE V from_bits(Int x) {
+  V out;
+  std::memcpy(&out, &x, sizeof out);
+  return out;
+}
+
+// exp(x), by x = n ln 2 + r with |r| <= ln(2) / 2 and a polynomial of degree 6 in r; at most
+// 2 units in the last place from the truth. Below -87.3, where results would be subnormal, it is
+// exp(-87.3); above 88.3 exp(88.3). NaN is taken for the lower end.
+BKCORE_INLINE V exponential(V x) {
+  const V low = S::set(-87.33654f), high = S::set(88.37626f);
+  x = x > low ? x : low;
+  x = x < high ? x : high;
+  const V shifted = x * S::set(1.44269504f) + S::set(kRound);
+  const V n = shifted - S::set(kRound);
+  // 0.693359375 has 9 bits, so that n times it is exact.
+  V r = x - n * S::set(0.693359375f);
+  r = r - n * S::set(-2.12194440e-4f);
+  V p = S::set(1.9875691500e-4f);
+  p = p * r + S::set(1.3981999507e-3f);
+  p = p * r + S::set(8.3334519073e-3f);
+  p = p * r + S::set(4.1665795894e-2f);
+  p = p * r + S::set(1.6666665459e-1f);
+  p = p * r + S::set(5.0000001201e-1f);
+  p = p * (r * r) + r + S::set(1);
+  // The low bits of `shifted` hold n; as a power of two it is n in the exponent.
+  const Int power = (bits_of(shifted) << 23) + 0x3F800000;
+  return p * from_bits(power);
+}
+
+BKCORE_INLINE V silu(V x) { return x / (S::set(1) + exponential(-x)); }
+
+// Calls body(first, load, store) for all vectors of `count` numbers; the last may be ragged.
+template <class Body>
+BKCORE_INLINE void each_vector(Index count, const Body &body) {
+  for_vectors<float>(count, body);
+}
+
+// The kLanes partial sums of what term(k, place) gives, and their sum.
+template <class Term>
+BKCORE_INLINE float sum(Index count, const Term &term) {
+  V part[kVectors];
+  for (V &each : part) each = S::set(0);
+  Index k = 0;
+  for (; k + kLanes <= count; k += kLanes)
+    for (Index j = 0; j < kVectors; ++j) part[j] = part[j] + term(k + j * S::width, Whole{});
+  for (Index j = 0; k < count; ++j, k += S::width)
+    part[j] = part[j] + (count - k >= S::width ? term(k, Whole{}) : term(k, Ragged{count - k}));
+  float all[kLanes];
+  for (Index j = 0; j < kVectors; ++j) S::store(all + j * S::width, part[j]);
+  for (Index half = kLanes / 2; half > 0; half /= 2)
+    for (Index j = 0; j < half; ++j) all[j] += all[j + half];
+  return all[0];
+}
+
+BKCORE_INLINE float sum_of_squares(const float *x, Index count) {
+  return sum(count, [&](Index k, auto place) {
+    const V part = load<float>(x + k, place);
+    return part * part;
+  });
+}
+
+// sqrt is an instruction on every processor here, and rounded as IEEE 754 asks.
+BKCORE_INLINE float root(float x) { return __builtin_sqrtf(x); }
+
+void rms_norm(const float *x, const float *weight, Index count, float eps, float *out) {
+  const float mean = sum_of_squares(x, count) / static_cast<float>(count);
+  const V scale = S::set(1 / root(mean + eps));
+  each_vector(count, [&](Index k, auto place) {
+    store<float>(out + k, load<float>(x + k, place) * scale * load<float>(weight + k, place),
+                 place);
+  });
+}
+
+void unit_length(float *x, Index count, float eps) {
+  const V scale = S::set(1 / root(sum_of_squares(x, count) + eps));
+  each_vector(count, [&](Index k, auto place) {
+    store<float>(x + k, load<float>(x + k, place) * scale, place);
+  });
+}
+
+void silu(const float *x, Index count, float *out) {
+  each_vector(count, [&](Index k, auto place) {
+    store<float>(out + k, silu(load<float>(x + k, place)), place);
+  });
+}
+
+void gated(const float *x, const float *gate, Index count, float *out) {
+  each_vector(count, [&](Index k, auto place) {
+    store<float>(out + k, load<float>(x + k, place) * silu(load<float>(gate + k, place)), place);
+  });
+}
+
+void convolve(const float *before, const float *x, const float *weight, Index taps, Index count,
+              float *out) {
+  each_vector(count, [&](Index k, auto place) {
+    const auto tap = [&](Index i) {
+      const float *from = i + 1 == taps ? x : before + i * count;
+      return load<float>(from + k, place) * load<float>(weight + i * count + k, place);
+    };
+    V total = tap(0);
+    for (Index i = 1; i < taps; ++i) total = total + tap(i);
+    store<float>(out + k, silu(total), place);
+  });
+}
+
+void softmax(float *x, Index count) {
+  float largest = x[0];
+  for (Index k = 1; k < count; ++k) largest = x[k] > largest ? x[k] : largest;
+  each_vector(count, [&](Index k, auto place) {
+    store<float>(x + k, exponential(load<float>(x + k, place) - S::set(largest)), place);
+  });
+  float total = x[0];
+  for (Index k = 1; k < count; ++k) total += x[k];
+  each_vector(count, [&](Index k, auto place) {
+    store<float>(x + k, load<float>(x + k, place) / S::set(total), place);
+  });
+}
+
+BKCORE_INLINE float from_half(std::uint16_t x) {
+  // A float with the exponent and fraction of the half, times 2^112 to correct the bias.
+  const std::uint32_t sign = (x & 0x8000u) << 16, rest = (x & 0x7FFFu) << 13;
+  std::uint32_t bits = rest;
+  float value;
+  if (rest >= 0x0F800000u) bits += 0x70000000u;  // infinity and NaN
+  std::memcpy(&value, &bits, sizeof value);
+  if (rest < 0x0F800000u) value *= 5.192296858534828e33f;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits |= sign;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+BKCORE_INLINE V widen_half(const std::uint16_t *p, Index count) {
+#if defined(__AVX512F__)
+  if (count >= 16)
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+#elif defined(__F16C__)
+  if (count >= 8) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+#endif
+  float all[S::width] = {};
+  for (Index k = 0; k < least(count, S::width); ++k) all[k] = from_half(p[k]);
+  return S::load(all);
+}
+
+BKCORE_INLINE V widen_bfloat(const std::uint16_t *p, Index count) {
+  std::uint32_t all[S::width] = {};
+  for (Index k = 0; k < least(count, S::width); ++k) all[k] = std::uint32_t{p[k]} << 16;
+  V out;
+  std::memcpy(&out, all, sizeof out);
+  return out;
+}
+
+template <Dense::Kind kind>
+BKCORE_INLINE V widened(const void *row, Index k, Index count) {
+  if constexpr (kind == Dense::Kind::f32) {
+    const float *p = static_cast<const float *>(row) + k;
+    return count >= S::width ? S::load(p) : S::load(p, count);
+  } else if constexpr (kind == Dense::Kind::f16) {
+    return widen_half(static_cast<const std::uint16_t *>(row) + k, count);
+  } else {
+    return widen_bfloat(static_cast<const std::uint16_t *>(row) + k, count);
+  }
+}
+
+template <Dense::Kind kind>
+void multiply_as(const Dense &m, const float *x, Index first, Index count, float *out) {
+  constexpr Index bytes = kind == Dense::Kind::f32 ? 4 : 2;
+  for (Index o = first; o < first + count; ++o) {
+    const void *row = static_cast<const char *>(m.weight) + o * m.inputs * bytes;
+    out[o] = sum(m.inputs, [&](Index k, auto place) {
+      return load<float>(x + k, place) * widened<kind>(row, k, m.inputs - k);
+    });
+  }
+}
+
+void multiply(const Dense &m, const float *x, Index first, Index count, float *out) {
+  switch (m.kind) {
+    case Dense::Kind::f32: return multiply_as<Dense::Kind::f32>(m, x, first, count, out);
+    case Dense::Kind::f16: return multiply_as<Dense::Kind::f16>(m, x, first, count, out);
+    case Dense::Kind::bf16: return multiply_as<Dense::Kind::bf16>(m, x, first, count, out);
+  }
+}
+
+template <Dense::Kind kind>
+void row_as(const Dense &m, Index output, float *out) {
+  constexpr Index bytes = kind == Dense::Kind::f32 ? 4 : 2;
+  const void *row = static_cast<const char *>(m.weight) + output * m.inputs * bytes;
+  each_vector(m.inputs, [&](Index k, auto place) {
+    store<float>(out + k, widened<kind>(row, k, m.inputs - k), place);
+  });
+}
+
+void row(const Dense &m, Index output, float *out) {
+  switch (m.kind) {
+    case Dense::Kind::f32: return row_as<Dense::Kind::f32>(m, output, out);
+    case Dense::Kind::f16: return row_as<Dense::Kind::f16>(m, output, out);
+    case Dense::Kind::bf16: return row_as<Dense::Kind::bf16>(m, output, out);
+  }
+}
+
+}  // namespace
+
+Functions BKCORE_TABLE(BKCORE_ISA)() {
+  return {rms_norm, unit_length, silu, gated, convolve, multiply, row, softmax};
+}
+
+}  // namespace bkcore
