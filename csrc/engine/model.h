@@ -218,11 +218,23 @@ class TensorReader {
     std::memcpy(r.scale.data(), scale.data, groups * 2);
     std::memcpy(r.zero.data(), zero.data, groups);
     if (has(name + ".record")) take(name + ".record", {3});
-    if (has(name + ".table.stored_levels"))
-      r.levels = floats(name + ".table.stored_levels", {Index{1} << bits});
-    for (std::size_t i = 1; i < r.levels.size(); ++i)
-      if (!(r.levels[i - 1] <= r.levels[i])) fail(name + " has levels that do not ascend");
+    if (has(name + ".table.stored_levels")) r.levels = levels(name + ".table.stored_levels", bits);
     return r;
+  }
+
+  // The first level and the steps above it, as bkcore.quantization.levels.LevelTable adds them up:
+  // in float64, each sum rounded. Language models have tables at 4 bits only.
+  std::vector<float> levels(const std::string &name, int bits) {
+    if (bits != 4) fail(name + " is a table of levels, which codes of 8 bits do not have");
+    const std::vector<float> parts = floats(name, {16});
+    std::vector<float> out{parts[0]};
+    double above = 0;
+    for (Index i = 1; i < 16; ++i) {
+      above += parts[i];
+      out.push_back(parts[0] + static_cast<float>(above));
+      if (!(out[i - 1] <= out[i])) fail(name + " does not ascend");
+    }
+    return out;
   }
 
   void check_all_taken() const {
