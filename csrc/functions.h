@@ -23,12 +23,12 @@ struct Functions {
   void (*silu)(const float *x, std::int64_t count, float *out);
   // out = x * silu(gate).
   void (*gated)(const float *x, const float *gate, std::int64_t count, float *out);
-  // out = silu(sum of taps): before (taps - 1, count), the site itself x, weight (taps, count).
-  void (*convolve)(const float *before, const float *x, const float *weight, std::int64_t taps,
+  // out = silu(sum over taps of site * weight): sites, one address a tap; weight (taps, count).
+  void (*convolve)(const float *const *sites, const float *weight, std::int64_t taps,
                    std::int64_t count, float *out);
-  // out (outputs) of the outputs [first, first + count) of a matrix and x (inputs).
-  void (*multiply)(const Dense &, const float *x, std::int64_t first, std::int64_t count,
-                   float *out);
+  // The outputs [first, first + count) of a matrix for x (rows, inputs): out (rows, outputs).
+  void (*multiply)(const Dense &, const float *x, std::int64_t rows, std::int64_t first,
+                   std::int64_t count, float *out);
   // out (inputs) = one row of a matrix.
   void (*row)(const Dense &, std::int64_t output, float *out);
   // x := softmax(x).

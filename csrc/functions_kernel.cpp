@@ -74,7 +74,16 @@ BKCORE_INLINE void each_vector(Index count, const Body &body) {
   for_vectors<float>(count, body);
 }
 
-// The kLanes partial sums of what term(k, place) gives, and their sum.
+// The sum of partial sums: halves are added until one number is left.
+BKCORE_INLINE float total(const V (&part)[kVectors]) {
+  float all[kLanes];
+  for (Index j = 0; j < kVectors; ++j) S::store(all + j * S::width, part[j]);
+  for (Index half = kLanes / 2; half > 0; half /= 2)
+    for (Index j = 0; j < half; ++j) all[j] += all[j + half];
+  return all[0];
+}
+
+// The sum over k of what term(k, place) gives.
 template <class Term>
 BKCORE_INLINE float sum(Index count, const Term &term) {
   V part[kVectors];
@@ -84,11 +93,7 @@ BKCORE_INLINE float sum(Index count, const Term &term) {
     for (Index j = 0; j < kVectors; ++j) part[j] = part[j] + term(k + j * S::width, Whole{});
   for (Index j = 0; k < count; ++j, k += S::width)
     part[j] = part[j] + (count - k >= S::width ? term(k, Whole{}) : term(k, Ragged{count - k}));
-  float all[kLanes];
-  for (Index j = 0; j < kVectors; ++j) S::store(all + j * S::width, part[j]);
-  for (Index half = kLanes / 2; half > 0; half /= 2)
-    for (Index j = 0; j < half; ++j) all[j] += all[j + half];
-  return all[0];
+  return total(part);
 }
 
 BKCORE_INLINE float sum_of_squares(const float *x, Index count) {
@@ -129,12 +134,11 @@ void gated(const float *x, const float *gate, Index count, float *out) {
   });
 }
 
-void convolve(const float *before, const float *x, const float *weight, Index taps, Index count,
+void convolve(const float *const *sites, const float *weight, Index taps, Index count,
               float *out) {
   each_vector(count, [&](Index k, auto place) {
     const auto tap = [&](Index i) {
-      const float *from = i + 1 == taps ? x : before + i * count;
-      return load<float>(from + k, place) * load<float>(weight + i * count + k, place);
+      return load<float>(sites[i] + k, place) * load<float>(weight + i * count + k, place);
     };
     V total = tap(0);
     for (Index i = 1; i < taps; ++i) total = total + tap(i);
@@ -201,29 +205,66 @@ BKCORE_INLINE V widened(const void *row, Index k, Index count) {
   }
 }
 
-template <Dense::Kind kind>
-void multiply_as(const Dense &m, const float *x, Index first, Index count, float *out) {
-  constexpr Index bytes = kind == Dense::Kind::f32 ? 4 : 2;
-  for (Index o = first; o < first + count; ++o) {
-    const void *row = static_cast<const char *>(m.weight) + o * m.inputs * bytes;
-    out[o] = sum(m.inputs, [&](Index k, auto place) {
-      return load<float>(x + k, place) * widened<kind>(row, k, m.inputs - k);
-    });
-  }
+constexpr Index bytes_of(Dense::Kind kind) { return kind == Dense::Kind::f32 ? 4 : 2; }
+
+// As many rows and outputs are multiplied together as there are registers for their sums.
+constexpr Index kBlock = kVectors == 1 ? 4 : kVectors == 2 ? 2 : 1;
+
+// The products of R rows and O outputs from `output` on, each summed as in `sum`.
+template <Dense::Kind kind, Index R, Index O>
+BKCORE_INLINE void multiply_block(const Dense &m, const float *x, Index output, float *out) {
+  const char *const weight = static_cast<const char *>(m.weight);
+  const Index pitch = m.inputs * bytes_of(kind);
+  V part[R][O][kVectors];
+  for (auto &row : part)
+    for (auto &sums : row)
+      for (V &each : sums) each = S::set(0);
+  for (Index first = 0; first < m.inputs; first += kLanes)
+    for (Index j = 0; j < kVectors; ++j) {
+      const Index k = first + j * S::width, left = m.inputs - k;
+      if (left <= 0) break;
+      V factor[R];
+      for (Index r = 0; r < R; ++r) {
+        const float *p = x + r * m.inputs + k;
+        factor[r] = left >= S::width ? S::load(p) : S::load(p, left);
+      }
+      for (Index o = 0; o < O; ++o) {
+        const V w = widened<kind>(weight + (output + o) * pitch, k, left);
+        for (Index r = 0; r < R; ++r) part[r][o][j] = part[r][o][j] + factor[r] * w;
+      }
+    }
+  for (Index r = 0; r < R; ++r)
+    for (Index o = 0; o < O; ++o) out[r * m.outputs + output + o] = total(part[r][o]);
 }
 
-void multiply(const Dense &m, const float *x, Index first, Index count, float *out) {
+template <Dense::Kind kind, Index R>
+void multiply_rows(const Dense &m, const float *x, Index first, Index count, float *out) {
+  Index o = first;
+  for (; o + kBlock <= first + count; o += kBlock) multiply_block<kind, R, kBlock>(m, x, o, out);
+  for (; o < first + count; ++o) multiply_block<kind, R, 1>(m, x, o, out);
+}
+
+template <Dense::Kind kind>
+void multiply_as(const Dense &m, const float *x, Index rows, Index first, Index count, float *out) {
+  Index r = 0;
+  for (; r + kBlock <= rows; r += kBlock)
+    multiply_rows<kind, kBlock>(m, x + r * m.inputs, first, count, out + r * m.outputs);
+  for (; r < rows; ++r)
+    multiply_rows<kind, 1>(m, x + r * m.inputs, first, count, out + r * m.outputs);
+}
+
+void multiply(const Dense &m, const float *x, Index rows, Index first, Index count, float *out) {
+  using Kind = Dense::Kind;
   switch (m.kind) {
-    case Dense::Kind::f32: return multiply_as<Dense::Kind::f32>(m, x, first, count, out);
-    case Dense::Kind::f16: return multiply_as<Dense::Kind::f16>(m, x, first, count, out);
-    case Dense::Kind::bf16: return multiply_as<Dense::Kind::bf16>(m, x, first, count, out);
+    case Kind::f32: return multiply_as<Kind::f32>(m, x, rows, first, count, out);
+    case Kind::f16: return multiply_as<Kind::f16>(m, x, rows, first, count, out);
+    case Kind::bf16: return multiply_as<Kind::bf16>(m, x, rows, first, count, out);
   }
 }
 
 template <Dense::Kind kind>
 void row_as(const Dense &m, Index output, float *out) {
-  constexpr Index bytes = kind == Dense::Kind::f32 ? 4 : 2;
-  const void *row = static_cast<const char *>(m.weight) + output * m.inputs * bytes;
+  const void *row = static_cast<const char *>(m.weight) + output * m.inputs * bytes_of(kind);
   each_vector(m.inputs, [&](Index k, auto place) {
     store<float>(out + k, widened<kind>(row, k, m.inputs - k), place);
   });

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "functions.h"
 #include "product.h"
 #include "rounding.h"
 #include "sweep.h"
@@ -17,26 +18,28 @@ struct Isa {
   KernelTable sweeps;
   ProductKernels product;
   RoundingKernels rounding;
+  Functions functions;
 };
 
 inline std::vector<Isa> detect() {
   std::vector<Isa> found;
 #ifdef BKCORE_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
     const bool vnni = __builtin_cpu_supports("avx512vnni");
     found.push_back({"avx512", sweep_kernels_avx512(),
                      vnni ? product_kernels_vnni() : product_kernels_avx2(),
-                     rounding_kernels_avx512()});
+                     rounding_kernels_avx512(), functions_avx512()});
   }
   if (avx2)
-    found.push_back(
-        {"avx2", sweep_kernels_avx2(), product_kernels_avx2(), rounding_kernels_avx2()});
+    found.push_back({"avx2", sweep_kernels_avx2(), product_kernels_avx2(),
+                     rounding_kernels_avx2(), functions_avx2()});
 #endif
   found.push_back({"baseline", sweep_kernels_baseline(), product_kernels_baseline(),
-                   rounding_kernels_baseline()});
+                   rounding_kernels_baseline(), functions_baseline()});
   return found;
 }
 

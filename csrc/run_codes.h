@@ -26,26 +26,32 @@ inline EncodedRows encoded_rows(const Product &p, Index words) {
   return {reinterpret_cast<float *>(sums + p.rows * p.groups), sums, start};
 }
 
-inline void run_product(const Isa &isa, Index allowed, const Product &p) {
+// Calls each(count, work) twice: for chunks of rows to encode, then for the products themselves.
+template <class Each>
+void multiply_codes(const Isa &isa, const Product &p, const Each &each) {
   if (p.inputs == 0) {  // there is no group to start the sums
     std::fill_n(p.out, p.rows * p.outputs, 0.0F);
     return;
   }
   const ProductKernels &kernels = isa.product;
   const EncodedRows encoded = encoded_rows(p, words_of(p, kernels.depth));
-  const Index products = p.rows * p.outputs * p.inputs;
-  const Index threads = worthwhile_threads(products, allowed, kProductsPerThread);
   const Index panels = ceil_divide(p.outputs, kernels.panel);
   const Index chunks = ceil_divide(p.rows, kRowsPerPanel);
-  parallel_for(chunks, threads, [&](Index chunk) {
+  each(chunks, [&](Index chunk) {
     const Index first = chunk * kRowsPerPanel, end = std::min(p.rows, first + kRowsPerPanel);
     for (Index row = first; row < end; ++row) kernels.encode(p, row, encoded);
   });
-  parallel_for(panels * chunks, threads, [&](Index i) {
+  each(panels * chunks, [&](Index i) {
     const Index first = i / panels * kRowsPerPanel;
     kernels.multiply(p, encoded, i % panels * kernels.panel, first,
                      std::min(kRowsPerPanel, p.rows - first), scratch);
   });
+}
+
+inline void run_product(const Isa &isa, Index allowed, const Product &p) {
+  const Index products = p.rows * p.outputs * p.inputs;
+  const Index threads = worthwhile_threads(products, allowed, kProductsPerThread);
+  multiply_codes(isa, p, [&](Index count, const auto &work) { parallel_for(count, threads, work); });
 }
 
 inline void run_round_channels(const Isa &isa, Index threads, const RoundChannels &r) {

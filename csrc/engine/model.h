@@ -143,16 +143,16 @@ class ConfigReader {
   const std::string &path_;
 };
 
-// Takes tensors out of a file, each exactly once.
+// Takes tensors of a checkpoint, all of which must be taken.
 class TensorReader {
  public:
-  explicit TensorReader(const Safetensors &file) : file_(file) {}
+  TensorReader(const Tensors &tensors, const std::string &path) : tensors_(tensors), path_(path) {}
 
-  bool has(const std::string &name) const { return file_.tensors().count(name) != 0; }
+  bool has(const std::string &name) const { return tensors_.count(name) != 0; }
 
   const Tensor &take(const std::string &name, const std::vector<Index> &shape) {
-    const auto found = file_.tensors().find(name);
-    if (found == file_.tensors().end()) fail("it lacks " + name + " " + shown(shape));
+    const auto found = tensors_.find(name);
+    if (found == tensors_.end()) fail("it lacks " + name + " " + shown(shape));
     if (found->second.shape != shape)
       fail(name + " is " + shown(found->second.shape) + ", but the configuration asks for " +
            shown(shape));
@@ -179,8 +179,8 @@ class TensorReader {
       return m;
     }
     const std::string packed = name + ".packed";
-    const auto found = file_.tensors().find(packed);
-    if (found == file_.tensors().end()) fail("it lacks " + name);
+    const auto found = tensors_.find(packed);
+    if (found == tensors_.end()) fail("it lacks " + name);
     if (found->second.dtype == Dtype::f16) {
       const Tensor &weight = take(packed, {outputs, inputs});
       m.dense = {Dense::Kind::f16, outputs, inputs, aligned(weight, packed)};
@@ -206,8 +206,8 @@ class TensorReader {
   Rounding rounding(const std::string &name, Index channels, int bits) {
     Rounding r{};
     r.channels = channels;
-    const auto found = file_.tensors().find(name + ".stored_scales");
-    if (found == file_.tensors().end()) fail("it lacks " + name + ".stored_scales");
+    const auto found = tensors_.find(name + ".stored_scales");
+    if (found == tensors_.end()) fail("it lacks " + name + ".stored_scales");
     const bool shared = found->second.shape == std::vector<Index>{1};
     const Index groups = shared ? 1 : channels;
     r.group_size = shared ? channels : 1;
@@ -238,13 +238,13 @@ class TensorReader {
   }
 
   void check_all_taken() const {
-    for (const auto &entry : file_.tensors())
+    for (const auto &entry : tensors_)
       if (!taken_.count(entry.first))
         fail("the model has no tensor " + entry.first + ": it is a checkpoint of another one");
   }
 
   [[noreturn]] void fail(const std::string &what) const {
-    throw CheckpointError(file_.path() + " does not fit the configuration: " + what);
+    throw CheckpointError(path_ + " does not fit the configuration: " + what);
   }
 
  private:
@@ -291,32 +291,43 @@ class TensorReader {
     }
   }
 
-  const Safetensors &file_;
+  const Tensors &tensors_;
+  const std::string &path_;
   std::set<std::string> taken_;
 };
 
 class Model {
  public:
+  // A checkpoint folder, whose weights stay in the mapped file.
   explicit Model(const std::string &folder)
-      : file_(folder + "/model.safetensors"), sizes_(read_sizes(folder + "/config.json")) {
-    TensorReader reader(file_);
-    const Sizes &s = sizes_;
-    embedding = reader.matrix("embedding.weight", s.vocabulary, s.width, s.group_size);
-    final_norm = reader.floats("final_norm.weight", {s.width});
-    // Each layer has tensors of its own, so that more layers than tensors are not there.
-    if (s.layers > static_cast<Index>(file_.tensors().size())) reader.fail("it lacks layers");
-    for (Index l = 0; l < s.layers; ++l)
-      layers.push_back(read_layer(reader, "layers." + std::to_string(l) + "."));
-    reader.check_all_taken();
+      : file_(std::make_unique<Safetensors>(folder + "/model.safetensors")) {
+    const std::string path = folder + "/config.json";
+    const MappedFile config(path);
+    read(file_->tensors(), file_->path(), config.text(), path);
   }
+
+  // Tensors in memory that somebody else keeps alive, named as in a checkpoint, and the text of its
+  // config.json.
+  Model(const Tensors &tensors, std::string_view config) { read(tensors, "the model", config, "its config"); }
 
   const Sizes &sizes() const { return sizes_; }
 
  private:
-  static Sizes read_sizes(const std::string &path) {
-    const MappedFile file(path);
-    const Json config = Json::parse(file.text(), path);
-    return ConfigReader(config, path).sizes();
+  void read(const Tensors &tensors, const std::string &path, std::string_view config,
+            const std::string &config_path) {
+    const Json fields = Json::parse(config, config_path);
+    sizes_ = ConfigReader(fields, config_path).sizes();
+    TensorReader reader(tensors, path);
+    const Sizes &s = sizes_;
+    embedding = reader.matrix("embedding.weight", s.vocabulary, s.width, s.group_size);
+    final_norm = reader.floats("final_norm.weight", {s.width});
+    // Each layer and each expert has tensors of its own, so that more of them than tensors are not
+    // there.
+    const auto most = static_cast<Index>(tensors.size());
+    if (s.layers > most || s.experts > most) reader.fail("it lacks layers or experts");
+    for (Index l = 0; l < s.layers; ++l)
+      layers.push_back(read_layer(reader, "layers." + std::to_string(l) + "."));
+    reader.check_all_taken();
   }
 
   static std::vector<float> exponentials(std::vector<float> x) {
@@ -346,7 +357,6 @@ class Model {
     if (s.core_bits) read_roundings(reader, mixer + "quantizers.", layer);
     if (s.experts > 1)
       layer.router = reader.floats(experts + "router.weight", {s.experts, s.width});
-    if (s.experts > static_cast<Index>(file_.tensors().size())) reader.fail("it lacks experts");
     for (Index e = 0; e < s.experts; ++e) {
       const std::string name = experts + "experts." + std::to_string(e) + ".";
       layer.experts.push_back(
@@ -366,8 +376,8 @@ class Model {
       layer.rounding.push_back(reader.rounding(at + name, channels, s.core_bits));
   }
 
-  Safetensors file_;
-  Sizes sizes_;
+  std::unique_ptr<const Safetensors> file_;
+  Sizes sizes_{};
 
  public:
   Matrix embedding;

@@ -22,6 +22,8 @@ struct Tensor {
   const std::byte *data;
 };
 
+using Tensors = std::map<std::string, Tensor>;
+
 inline std::string shown(const std::vector<std::int64_t> &shape) {
   std::string out = "(";
   for (std::size_t i = 0; i < shape.size(); ++i)
@@ -49,7 +51,7 @@ class Safetensors {
     check_cover(ranges);
   }
 
-  const std::map<std::string, Tensor> &tensors() const { return tensors_; }
+  const Tensors &tensors() const { return tensors_; }
   const std::string &path() const { return path_; }
 
  private:
@@ -112,7 +114,7 @@ class Safetensors {
   MappedFile file_;
   const std::byte *start_ = nullptr;
   std::size_t bytes_ = 0;
-  std::map<std::string, Tensor> tensors_;
+  Tensors tensors_;
 };
 
 }  // namespace bkcore::engine

@@ -1,0 +1,66 @@
+// What users of the engine hold: a model, its threads, and the states of sequences.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+
+#include "model.h"
+#include "read.h"
+
+namespace bkcore::engine {
+namespace {
+
+class Engine {
+ public:
+  // Throws CheckpointError unless the folder holds a model that can be read, and InputError if
+  // there are no threads, or this processor lacks the instruction set; "" stands for the best.
+  Engine(const std::string &folder, Index threads, const std::string &isa)
+      : Engine(std::make_unique<Model>(folder), threads, isa) {}
+
+  Engine(std::unique_ptr<const Model> model, Index threads, const std::string &isa)
+      : model_(std::move(model)), isa_(known_isa(isa)), reader_(*model_, isa_, checked(threads)) {}
+
+  const Sizes &sizes() const { return model_->sizes(); }
+  const std::string &isa() const { return isa_.name; }
+  Index threads() const { return reader_.threads(); }
+
+  // One reading at a time; other threads wait.
+  void read(const Reading &reading) {
+    const std::lock_guard lock(mutex_);
+    reader_.read(reading);
+  }
+
+  // Reads tokens (batch, sites) and writes the logits (batch, vocabulary) after the last ones,
+  // unless null. If a token is refused the state stays as it is.
+  void read(State &state, Index sites, const std::int64_t *tokens, float *logits) {
+    read(state.reading(sites, tokens, false, logits));
+    for (std::int64_t &seen : state.seen()) seen += sites;
+  }
+
+ private:
+  static const Isa &known_isa(const std::string &name) {
+    if (name.empty()) return isas().front();
+    std::string known;
+    for (const Isa &isa : isas()) {
+      if (isa.name == name) return isa;
+      known += (known.empty() ? "" : ", ") + isa.name;
+    }
+    throw InputError("instruction set " + name + " is not available; choose from " + known);
+  }
+
+  static Index checked(Index threads) {
+    if (threads < 1 || threads > 1024)
+      throw InputError("threads must be from 1 to 1024, not " + std::to_string(threads));
+    return threads;
+  }
+
+  std::unique_ptr<const Model> model_;
+  const Isa &isa_;
+  Reader reader_;
+  std::mutex mutex_;
+};
+
+}  // namespace
+}  // namespace bkcore::engine
