@@ -54,6 +54,15 @@ class Safetensors {
   const Tensors &tensors() const { return tensors_; }
   const std::string &path() const { return path_; }
 
+  // Dtypes by the names that the format has for them, and their bytes.
+  static const std::map<std::string, std::pair<Dtype, std::uint64_t>> &kinds() {
+    static const std::map<std::string, std::pair<Dtype, std::uint64_t>> all = {
+        {"F64", {Dtype::f64, 8}}, {"F32", {Dtype::f32, 4}}, {"F16", {Dtype::f16, 2}},
+        {"BF16", {Dtype::bf16, 2}}, {"I64", {Dtype::i64, 8}}, {"I8", {Dtype::i8, 1}},
+        {"U8", {Dtype::u8, 1}}};
+    return all;
+  }
+
  private:
   struct Range {
     std::uint64_t begin, end;
@@ -100,14 +109,6 @@ class Safetensors {
       at = range.end;
     }
     if (at != bytes_) fail("bytes follow its last tensor");
-  }
-
-  static const std::map<std::string, std::pair<Dtype, std::uint64_t>> &kinds() {
-    static const std::map<std::string, std::pair<Dtype, std::uint64_t>> all = {
-        {"F64", {Dtype::f64, 8}}, {"F32", {Dtype::f32, 4}}, {"F16", {Dtype::f16, 2}},
-        {"BF16", {Dtype::bf16, 2}}, {"I64", {Dtype::i64, 8}}, {"I8", {Dtype::i8, 1}},
-        {"U8", {Dtype::u8, 1}}};
-    return all;
   }
 
   std::string path_;
