@@ -32,10 +32,15 @@ class Engine {
     reader_.read(reading);
   }
 
-  // Reads tokens (batch, sites) and writes the logits (batch, vocabulary) after the last ones,
-  // unless null. If a token is refused the state stays as it is.
-  void read(State &state, Index sites, const std::int64_t *tokens, float *logits) {
-    read(state.reading(sites, tokens, false, logits));
+  // Reads tokens (batch, sites) and writes the logits after the last ones, (batch, vocabulary), or
+  // after all, (batch, sites, vocabulary), unless null. Throws InputError, and leaves the state as it
+  // is, if a token is none of the vocabulary, there are none, or the state is another model's.
+  void read(State &state, Index sites, const std::int64_t *tokens, float *logits,
+            bool of_all_sites = false) {
+    if (sites < 1)
+      throw InputError("there must be at least one token, not " + std::to_string(sites));
+    state.check_fits(sizes());
+    read(state.reading(sites, tokens, of_all_sites, logits));
     for (std::int64_t &seen : state.seen()) seen += sites;
   }
 
@@ -47,7 +52,7 @@ class Engine {
       if (isa.name == name) return isa;
       known += (known.empty() ? "" : ", ") + isa.name;
     }
-    throw InputError("instruction set " + name + " is not available; choose from " + known);
+    throw InputError("instruction set " + shown(name) + " is not available; choose from " + known);
   }
 
   static Index checked(Index threads) {

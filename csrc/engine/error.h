@@ -1,8 +1,11 @@
 // The error of the engine: what went wrong, in words for the person who asked.
 #pragma once
 
+#include <cstddef>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace bkcore::engine {
 
@@ -22,5 +25,19 @@ class InputError : public Error {
  public:
   using Error::Error;
 };
+
+// Text of a stranger for a message: one line of ASCII, shortened if long.
+inline std::string shown(std::string_view text) {
+  constexpr std::size_t kMost = 100;
+  std::string out;
+  for (const char c : text.substr(0, kMost)) out += c < ' ' || c > '~' ? '?' : c;
+  return text.size() > kMost ? out + "..." : out;
+}
+
+inline std::string shown(double number) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.9g", number);
+  return text;
+}
 
 }  // namespace bkcore::engine

@@ -8,6 +8,7 @@
 
 #include <cerrno>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <string>
 #include <string_view>
@@ -21,14 +22,16 @@ namespace bkcore::engine {
 // as with every mapped file; `save_pretrained` replaces files and never shortens them.
 class MappedFile {
  public:
-  explicit MappedFile(const std::string &path) {
+  // At most `most` bytes.
+  explicit MappedFile(const std::string &path, std::size_t most = SIZE_MAX) {
     const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (file < 0) fail(path);
-    struct stat found {};
+    struct stat found{};
     const bool known = ::fstat(file, &found) == 0;
     if (known && S_ISREG(found.st_mode)) {
       size_ = static_cast<std::size_t>(found.st_size);
-      if (size_ > 0) data_ = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
+      if (size_ > 0 && size_ <= most)
+        data_ = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
     }
     const int error = errno;
     ::close(file);
@@ -38,6 +41,9 @@ class MappedFile {
       fail(path);
     }
     if (!S_ISREG(found.st_mode)) throw CheckpointError(path + " is not a regular file");
+    if (size_ > most)
+      throw CheckpointError(path + " has " + std::to_string(size_) + " bytes, more than " +
+                            std::to_string(most));
   }
   MappedFile(MappedFile &&other) noexcept
       : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}

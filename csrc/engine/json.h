@@ -1,13 +1,14 @@
 // A strict reader of JSON (RFC 8259) for files that nobody vouches for.
 //
-// Depth and size are limited, names in an object are unique, and text must be UTF-8. There is no
-// writer and no way to change a value.
+// Depth and number of values are limited, so that memory is; names in an object are unique, and
+// text must be UTF-8. There is no writer and no way to change a value.
 #pragma once
 
 #include <algorithm>
 #include <charconv>
-#include <cmath>
 #include <cstdint>
+#include <locale>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -35,9 +36,7 @@ class Json {
 
   bool boolean() const { return integer_ != 0; }
   std::int64_t integer() const { return integer_; }
-  double number() const {
-    return kind_ == Kind::integer ? static_cast<double>(integer_) : real_;
-  }
+  double number() const { return kind_ == Kind::integer ? static_cast<double>(integer_) : real_; }
   const std::string &text() const { return text_; }
   const std::vector<Json> &items() const { return items_; }
   const std::vector<Member> &members() const { return members_; }
@@ -71,7 +70,7 @@ class JsonReader {
   }
 
  private:
-  static constexpr int kDepth = 32;
+  static constexpr int kDepth = 32, kMostValues = 1 << 20;
 
   [[noreturn]] void fail(const std::string &what) const {
     throw CheckpointError(name_ + " is not valid JSON at byte " + std::to_string(at_) + ": " +
@@ -81,8 +80,8 @@ class JsonReader {
   char peek() const { return at_ < text_.size() ? text_[at_] : '\0'; }
 
   void skip_space() {
-    while (at_ < text_.size() && (text_[at_] == ' ' || text_[at_] == '\n' || text_[at_] == '\r' ||
-                                  text_[at_] == '\t'))
+    while (at_ < text_.size() &&
+           (text_[at_] == ' ' || text_[at_] == '\n' || text_[at_] == '\r' || text_[at_] == '\t'))
       ++at_;
   }
 
@@ -99,7 +98,8 @@ class JsonReader {
   }
 
   Json read(int depth) {
-    if (depth > kDepth) fail("nested too deeply");
+    if (depth > kDepth) fail("nested more than 32 deep");
+    if (++values_ > kMostValues) fail("more than 2^20 values");
     skip_space();
     Json value;
     const char first = peek();
@@ -163,27 +163,38 @@ class JsonReader {
 
   void read_number(Json &value) {
     const std::size_t start = at_;
-    bool whole = true;
     if (peek() == '-') ++at_;
-    if (peek() == '0' && at_ + 1 < text_.size() && text_[at_ + 1] >= '0' && text_[at_ + 1] <= '9')
+    if (const std::size_t first = at_; skip_digits() > 1 && text_[first] == '0')
       fail("a number starts with 0");
-    for (; at_ < text_.size(); ++at_) {
-      const char c = text_[at_];
-      if (c >= '0' && c <= '9') continue;
-      if (c != '.' && c != 'e' && c != 'E' && c != '+' && c != '-') break;
-      whole = false;
+    bool whole = true;
+    if (peek() == '.') {
+      whole = false, ++at_;
+      skip_digits();
+    }
+    if (peek() == 'e' || peek() == 'E') {
+      whole = false, ++at_;
+      if (peek() == '+' || peek() == '-') ++at_;
+      skip_digits();
     }
     const char *first = text_.data() + start, *last = text_.data() + at_;
     if (whole) {
       value.kind_ = Json::Kind::integer;
-      const auto [end, error] = std::from_chars(first, last, value.integer_);
-      if (error != std::errc() || end != last) fail("an integer beyond 64 bits, or none");
+      if (std::from_chars(first, last, value.integer_).ec != std::errc())
+        fail("an integer beyond 64 bits");
     } else {
       value.kind_ = Json::Kind::real;
-      const auto [end, error] = std::from_chars(first, last, value.real_);
-      if (error != std::errc() || end != last || !std::isfinite(value.real_))
-        fail("a number that cannot be read");
+      // Unlike strtod, a stream of the classic locale takes a point whatever the program's locale.
+      std::istringstream digits(std::string(first, last));
+      digits.imbue(std::locale::classic());
+      if (!(digits >> value.real_)) fail("a number beyond the range of float64");
     }
+  }
+
+  std::size_t skip_digits() {
+    const std::size_t start = at_;
+    while (peek() >= '0' && peek() <= '9') ++at_;
+    if (at_ == start) fail("expected a digit");
+    return at_ - start;
   }
 
   std::string read_text() {
@@ -261,9 +272,7 @@ class JsonReader {
   }
 
   static void append_utf8(std::string &out, std::uint32_t point) {
-    const auto tail = [&](int shift) {
-      out += static_cast<char>(0x80 | (point >> shift & 0x3F));
-    };
+    const auto tail = [&](int shift) { out += static_cast<char>(0x80 | (point >> shift & 0x3F)); };
     if (point < 0x80) {
       out += static_cast<char>(point);
     } else if (point < 0x800) {
@@ -278,6 +287,7 @@ class JsonReader {
   std::string_view text_;
   const std::string &name_;
   std::size_t at_ = 0;
+  int values_ = 0;
 };
 
 inline Json Json::parse(std::string_view text, const std::string &name) {

@@ -94,6 +94,7 @@ class ConfigReader {
     s.values = size("value_size", s.width / s.heads);
     s.eps = number("norm_eps", 1e-6), s.embedding_multiplier = number("embedding_multiplier", 16);
     if (s.eps < 0 || s.embedding_multiplier <= 0) fail("norm_eps or embedding_multiplier is negative");
+    check_memory(s);
     read_quantization(s);
     return s;
   }
@@ -121,6 +122,20 @@ class ConfigReader {
     return value;
   }
 
+  // The file holds only the factors of some products here, so that one of some kilobytes could ask
+  // for any amount of memory. Two limits keep a state below 1 GiB a sequence, and what 256 tokens at
+  // a time take below about 2.
+  void check_memory(const Sizes &s) const {
+    const auto product = [](auto... sizes) { return (1.0 * ... * static_cast<double>(sizes)); };
+    const double state = product(2, s.layers, s.heads, s.keys, s.values);
+    const double token = product(s.heads, s.keys) + product(s.heads, s.values) +
+                         product(s.experts_per_token + 1, s.width) + product(s.hidden) +
+                         product(s.experts);
+    if (state > 0x1p28 || token > 0x1p18)
+      fail("it asks for a state of " + shown(state) + " numbers, of at most 2^28, or for " +
+           shown(token) + " channels, of at most 2^18");
+  }
+
   void read_quantization(Sizes &s) const {
     const Json *found = config_.find("quantization");
     if (!found || found->is_null()) return;
@@ -130,7 +145,7 @@ class ConfigReader {
       fail("quantization has no mode or no state");
     if (state->text() == "float") return;
     if (state->text() != "quantized")
-      fail("the model is " + state->text() + ", neither float nor quantized: finish it first");
+      fail("the model is " + shown(state->text()) + ", neither float nor quantized: finish it first");
     const std::string &name = mode->text();
     s.core_bits = name.size() > 4 && name.substr(name.size() - 4) == "int4" ? 4 : 8;
     s.group_size = 128;
@@ -178,6 +193,7 @@ class TensorReader {
       m.dense = {dense_kind(weight, name), outputs, inputs, aligned(weight, name)};
       return m;
     }
+    if (group_size == 0) fail("it lacks " + name + ", and the configuration names no quantization");
     const std::string packed = name + ".packed";
     const auto found = tensors_.find(packed);
     if (found == tensors_.end()) fail("it lacks " + name);
@@ -240,7 +256,7 @@ class TensorReader {
   void check_all_taken() const {
     for (const auto &entry : tensors_)
       if (!taken_.count(entry.first))
-        fail("the model has no tensor " + entry.first + ": it is a checkpoint of another one");
+        fail("the model has no tensor " + shown(entry.first) + ": it is a checkpoint of another one");
   }
 
   [[noreturn]] void fail(const std::string &what) const {
@@ -302,7 +318,8 @@ class Model {
   explicit Model(const std::string &folder)
       : file_(std::make_unique<Safetensors>(folder + "/model.safetensors")) {
     const std::string path = folder + "/config.json";
-    const MappedFile config(path);
+    constexpr std::size_t kMost = 16 << 20;  // as in bkcore.reading
+    const MappedFile config(path, kMost);
     read(file_->tensors(), file_->path(), config.text(), path);
   }
 

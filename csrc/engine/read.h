@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -41,8 +42,11 @@ struct Reading {
 // The states of a batch of sequences, in memory of their own.
 class State {
  public:
+  static constexpr Index kMostSequences = Index{1} << 20;
+
+  // Throws InputError unless there are 1 to 2^20 sequences.
   State(const Sizes &s, Index batch)
-      : batch_(batch), layers_(static_cast<std::size_t>(s.layers)), seen_(batch) {
+      : sizes_(s), layers_(static_cast<std::size_t>(s.layers)), seen_(checked(batch)) {
     for (Layer &layer : layers_) {
       layer.taps.resize(batch * (s.taps - 1) * s.mixed());
       layer.g.resize(batch * s.heads * 2);
@@ -55,13 +59,24 @@ class State {
     std::vector<float> taps, g, psi;
   };
 
-  Index batch() const { return batch_; }
+  Index batch() const { return static_cast<Index>(seen_.size()); }
+  const Sizes &sizes() const { return sizes_; }  // those of its model
   std::vector<Layer> &layers() { return layers_; }
+  const std::vector<Layer> &layers() const { return layers_; }
   std::vector<std::int64_t> &seen() { return seen_; }
+  const std::vector<std::int64_t> &seen() const { return seen_; }
+
+  // Throws InputError if it is the state of a model of other sizes.
+  void check_fits(const Sizes &s) const {
+    const auto part = [](const Sizes &of) {
+      return std::array{of.layers, of.taps, of.heads, of.groups, of.keys, of.values};
+    };
+    if (part(s) != part(sizes_)) throw InputError("the state is that of a model of other sizes");
+  }
 
   // A reading that replaces this state.
   Reading reading(Index sites, const std::int64_t *tokens, bool of_all_sites, float *logits) {
-    Reading r{batch_, sites, tokens, {}, of_all_sites, logits};
+    Reading r{batch(), sites, tokens, {}, of_all_sites, logits};
     for (Layer &layer : layers_)
       r.layers.push_back({layer.taps.data(), layer.g.data(), layer.psi.data(), layer.taps.data(),
                           layer.g.data(), layer.psi.data()});
@@ -69,7 +84,13 @@ class State {
   }
 
  private:
-  Index batch_;
+  static std::size_t checked(Index batch) {
+    if (batch < 1 || batch > kMostSequences)
+      throw InputError("a batch must have 1 to 2^20 sequences, not " + std::to_string(batch));
+    return static_cast<std::size_t>(batch);
+  }
+
+  Sizes sizes_;
   std::vector<Layer> layers_;
   std::vector<std::int64_t> seen_;  // tokens that each sequence has read
 };

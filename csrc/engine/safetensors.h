@@ -26,8 +26,7 @@ using Tensors = std::map<std::string, Tensor>;
 
 inline std::string shown(const std::vector<std::int64_t> &shape) {
   std::string out = "(";
-  for (std::size_t i = 0; i < shape.size(); ++i)
-    out += (i ? ", " : "") + std::to_string(shape[i]);
+  for (std::size_t i = 0; i < shape.size(); ++i) out += (i ? ", " : "") + std::to_string(shape[i]);
   return out + (shape.size() == 1 ? ",)" : ")");
 }
 
@@ -39,7 +38,7 @@ class Safetensors {
     if (file_.size() < sizeof length) fail("it is too short");
     std::memcpy(&length, file_.data(), sizeof length);
     if (length > kLargestHeader || length > file_.size() - sizeof length)
-      fail("its header has " + std::to_string(length) + " bytes, more than are there");
+      fail("its header has " + std::to_string(length) + " bytes, more than there are or may be");
     const Json header =
         Json::parse(file_.text().substr(sizeof length, static_cast<std::size_t>(length)), path);
     if (!header.is_object()) fail("its header is not an object");
@@ -57,13 +56,15 @@ class Safetensors {
   // Dtypes by the names that the format has for them, and their bytes.
   static const std::map<std::string, std::pair<Dtype, std::uint64_t>> &kinds() {
     static const std::map<std::string, std::pair<Dtype, std::uint64_t>> all = {
-        {"F64", {Dtype::f64, 8}}, {"F32", {Dtype::f32, 4}}, {"F16", {Dtype::f16, 2}},
+        {"F64", {Dtype::f64, 8}},   {"F32", {Dtype::f32, 4}}, {"F16", {Dtype::f16, 2}},
         {"BF16", {Dtype::bf16, 2}}, {"I64", {Dtype::i64, 8}}, {"I8", {Dtype::i8, 1}},
         {"U8", {Dtype::u8, 1}}};
     return all;
   }
 
  private:
+  static constexpr std::size_t kMostAxes = 8;
+
   struct Range {
     std::uint64_t begin, end;
   };
@@ -73,30 +74,31 @@ class Safetensors {
   }
 
   Range add(const std::string &name, const Json &entry) {
+    const std::string title = "tensor " + shown(name);
     const Json *dtype = entry.find("dtype"), *shape = entry.find("shape"),
                *offsets = entry.find("data_offsets");
     if (!dtype || !shape || !offsets || entry.members().size() != 3 || !dtype->is_text() ||
         !shape->is_array() || !offsets->is_array() || offsets->items().size() != 2)
-      fail("tensor " + name + " has no dtype, shape and data_offsets, or more");
+      fail(title + " has no dtype, shape and data_offsets, or more");
     const auto known = kinds().find(dtype->text());
-    if (known == kinds().end()) fail("tensor " + name + " has dtype " + dtype->text());
+    if (known == kinds().end()) fail(title + " has dtype " + shown(dtype->text()));
     Tensor tensor{known->second.first, {}, nullptr};
     std::uint64_t bytes = known->second.second;
+    if (shape->items().size() > kMostAxes) fail(title + " has too many axes");
     for (const Json &size : shape->items()) {
-      if (!size.is_integer() || size.integer() < 0) fail("tensor " + name + " has a wrong shape");
+      if (!size.is_integer() || size.integer() < 0) fail(title + " has a wrong shape");
       if (__builtin_mul_overflow(bytes, static_cast<std::uint64_t>(size.integer()), &bytes))
-        fail("tensor " + name + " is larger than 2^64 bytes");
+        fail(title + " is larger than 2^64 bytes");
       tensor.shape.push_back(size.integer());
     }
     const Json &begin = offsets->items()[0], &end = offsets->items()[1];
     if (!begin.is_integer() || !end.is_integer() || begin.integer() < 0 ||
         end.integer() < begin.integer() || static_cast<std::uint64_t>(end.integer()) > bytes_ ||
         static_cast<std::uint64_t>(end.integer() - begin.integer()) != bytes)
-      fail("tensor " + name + " " + shown(tensor.shape) + " does not fit its data_offsets");
+      fail(title + " " + shown(tensor.shape) + " does not fit its data_offsets");
     tensor.data = start_ + begin.integer();
     tensors_.emplace(name, std::move(tensor));
-    return {static_cast<std::uint64_t>(begin.integer()),
-            static_cast<std::uint64_t>(end.integer())};
+    return {static_cast<std::uint64_t>(begin.integer()), static_cast<std::uint64_t>(end.integer())};
   }
 
   void check_cover(std::vector<Range> &ranges) const {
