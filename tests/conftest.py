@@ -39,7 +39,7 @@ FAST = (
         "training/test_trainer_divergence.py",
         "evaluation/test_perplexity.py",
     ),
-    *("test_imports.py", "test_arguments.py", "test_deprecated.py", "test_reading.py"),
+    *("test_imports.py", "test_arguments.py", "test_deprecated.py", "runtime"),
     *("test_host.py", "test_versions.py", "test_first_interface.py"),
 )
 """Files and folders whose tests `make check` runs."""

@@ -20,6 +20,12 @@ class CheckpointError : public Error {
   using Error::Error;
 };
 
+// A checkpoint of bkcore that the engine does not read.
+class UnsupportedError : public CheckpointError {
+ public:
+  using CheckpointError::CheckpointError;
+};
+
 // An argument that cannot be.
 class InputError : public Error {
  public:

@@ -79,7 +79,7 @@ class ConfigReader {
       fail("model_type is not resnet_bk: this is another kind of model");
     if (const Json *mixer = config_.find("mixer"))
       if (!mixer->is_text() || mixer->text() != "resolvent")
-        fail("the mixer is not resolvent: such a model has no state to continue from");
+        refuse("the mixer is not resolvent: such a model has no state to continue from");
     Sizes s{};
     s.vocabulary = size("vocab_size", 2048), s.width = size("d_model", 128);
     s.layers = size("n_layers", 3), s.experts = size("num_experts", 8);
@@ -102,6 +102,10 @@ class ConfigReader {
  private:
   [[noreturn]] void fail(const std::string &what) const {
     throw CheckpointError(path_ + " is no configuration of a ResNet-BK model: " + what);
+  }
+
+  [[noreturn]] void refuse(const std::string &what) const {
+    throw UnsupportedError("the engine does not read a model as in " + path_ + ": " + what);
   }
 
   Index size(const char *name, Index otherwise) const {
@@ -145,7 +149,7 @@ class ConfigReader {
       fail("quantization has no mode or no state");
     if (state->text() == "float") return;
     if (state->text() != "quantized")
-      fail("the model is " + shown(state->text()) + ", neither float nor quantized: finish it first");
+      refuse("the model is " + shown(state->text()) + ", neither float nor quantized");
     const std::string &name = mode->text();
     s.core_bits = name.size() > 4 && name.substr(name.size() - 4) == "int4" ? 4 : 8;
     s.group_size = 128;
@@ -263,6 +267,10 @@ class TensorReader {
     throw CheckpointError(path_ + " does not fit the configuration: " + what);
   }
 
+  [[noreturn]] void refuse(const std::string &what) const {
+    throw UnsupportedError("the engine does not read " + path_ + ": " + what);
+  }
+
  private:
   const void *aligned(const Tensor &tensor, const std::string &name) const {
     const std::size_t size = tensor.dtype == Dtype::f32 ? 4 : 2;
@@ -275,7 +283,8 @@ class TensorReader {
       case Dtype::f32: return Dense::Kind::f32;
       case Dtype::f16: return Dense::Kind::f16;
       case Dtype::bf16: return Dense::Kind::bf16;
-      default: fail(name + " holds no floats of 16 or 32 bits");
+      case Dtype::f64: refuse(name + " has dtype F64, and the engine reads F32, F16 and BF16");
+      default: fail(name + " holds no floats");
     }
   }
 
@@ -303,7 +312,8 @@ class TensorReader {
                                             : std::ldexp(fraction + 1024, exponent - 25);
         return static_cast<float>(half >> 15 ? -size : size);
       }
-      default: fail(name + " holds no floats of 16 or 32 bits");
+      case Dtype::f64: refuse(name + " has dtype F64, and the engine reads F32, F16 and BF16");
+      default: fail(name + " holds no floats");
     }
   }
 

@@ -3,14 +3,23 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <array>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "engine.h"
+#include "sampling.h"
+#include "state_file.h"
 
 namespace nb = nanobind;
 
@@ -20,26 +29,41 @@ namespace {
 using Unlocked = nb::gil_scoped_release;
 using Tokens = nb::ndarray<const std::int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Logits = nb::ndarray<nb::numpy, float, nb::ndim<2>, nb::c_contig>;
+using Ids = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Sampled = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Address = std::uintptr_t;
 
+// The bytes of a path, in whatever encoding.
+std::string text_of(const nb::bytes &path) { return std::string(path.c_str(), path.size()); }
+
+std::size_t unsigned_of(Index x) { return static_cast<std::size_t>(x); }
+
 Logits new_logits(Index rows, Index columns) {
-  auto memory = std::make_unique<float[]>(static_cast<std::size_t>(rows * columns));
-  float *const data = memory.release();
-  const nb::capsule owner(data, [](void *p) noexcept { delete[] static_cast<float *>(p); });
-  return Logits(data, {static_cast<std::size_t>(rows), static_cast<std::size_t>(columns)}, owner);
+  auto memory = std::make_unique<float[]>(unsigned_of(rows * columns));
+  const nb::capsule owner(memory.get(), [](void *p) noexcept { delete[] static_cast<float *>(p); });
+  return Logits(memory.release(), {unsigned_of(rows), unsigned_of(columns)}, owner);
 }
 
-Logits read(Engine &engine, State &state, const Tokens &tokens) {
+void read_into(Engine &engine, State &state, const Tokens &tokens, float *logits) {
   const auto batch = static_cast<Index>(tokens.shape(0));
   const auto sites = static_cast<Index>(tokens.shape(1));
   if (batch != state.batch() || sites < 1)
     throw InputError("tokens must be (" + std::to_string(state.batch()) +
                      ", N), N >= 1, not (" + std::to_string(batch) + ", " + std::to_string(sites) +
                      ")");
-  Logits logits = new_logits(batch, engine.sizes().vocabulary);
   const Unlocked unlocked;
-  engine.read(state, sites, tokens.data(), logits.data());
+  engine.read(state, sites, tokens.data(), logits);
+}
+
+Logits read_logits(Engine &engine, State &state, const Tokens &tokens) {
+  Logits logits = new_logits(state.batch(), engine.sizes().vocabulary);
+  read_into(engine, state, tokens, logits.data());
   return logits;
+}
+
+// Reads without making logits.
+void skip(Engine &engine, State &state, const Tokens &tokens) {
+  read_into(engine, state, tokens, nullptr);
 }
 
 Dtype dtype_named(const std::string &name) {
@@ -78,13 +102,13 @@ void read_at(Engine &engine, Index batch, Index sites, Address tokens,
 }
 
 // The fields of a state in the order of its layers, as arrays that share its memory.
-nb::list fields(nb::handle_t<State> self, const Engine &engine) {
+nb::list fields(nb::handle_t<State> self) {
   State &state = nb::cast<State &>(self);
-  const Sizes &s = engine.sizes();
+  const Sizes &s = state.sizes();
   const auto shared = [&](std::vector<float> &x, std::vector<std::size_t> shape) {
     return nb::ndarray<nb::numpy, float>(x.data(), shape.size(), shape.data(), self);
   };
-  const auto n = [](Index x) { return static_cast<std::size_t>(x); };
+  const auto n = unsigned_of;
   nb::list out;
   for (State::Layer &layer : state.layers())
     out.append(nb::make_tuple(
@@ -94,33 +118,93 @@ nb::list fields(nb::handle_t<State> self, const Engine &engine) {
   return out;
 }
 
+// How many tokens each sequence has read, as an array that shares the state's memory.
+nb::ndarray<nb::numpy, std::int64_t> seen(nb::handle_t<State> self) {
+  std::vector<std::int64_t> &counts = nb::cast<State &>(self).seen();
+  return nb::ndarray<nb::numpy, std::int64_t>(counts.data(), {counts.size()}, self);
+}
+
+// Raises errors of the engine as the classes of bkcore_runtime.errors that have their names.
+void translate(const std::exception_ptr &caught, void *errors) {
+  const auto raise = [&](const char *name, const std::exception &error) {
+    // A path may hold bytes that are no UTF-8.
+    const char *const text = error.what();
+    const auto length = static_cast<Py_ssize_t>(std::strlen(text));
+    const auto shown = nb::steal(PyUnicode_DecodeUTF8(text, length, "backslashreplace"));
+    const nb::object kind = nb::handle(static_cast<PyObject *>(errors)).attr(name);
+    if (shown.is_valid()) PyErr_SetObject(kind.ptr(), shown.ptr());
+  };
+  try {
+    std::rethrow_exception(caught);
+  } catch (const UnsupportedError &error) {
+    raise("UnsupportedError", error);
+  } catch (const CheckpointError &error) {
+    raise("CheckpointError", error);
+  } catch (const InputError &error) {
+    raise("InputError", error);
+  } catch (const Error &error) {
+    raise("EngineError", error);
+  }
+}
+
 }  // namespace
 }  // namespace bkcore::engine
 
 NB_MODULE(_engine, m) {
   using namespace bkcore::engine;
   m.doc() = "Private: use bkcore_runtime.Engine.";
-  nb::exception<Error> error(m, "Error", PyExc_RuntimeError);
-  nb::exception<CheckpointError>(m, "CheckpointError", error.ptr());
-  nb::exception<InputError>(m, "InputError", error.ptr());
+  // A program may end while it holds an engine.
+  nb::set_leak_warnings(false);
+  nb::register_exception_translator(
+      translate, nb::module_::import_("bkcore_runtime.errors").release().ptr());
+  m.def("isas", [] {
+    nb::list names;
+    for (const bkcore::Isa &isa : bkcore::isas()) names.append(isa.name.c_str());
+    return names;
+  });
   nb::class_<State>(m, "State")
       .def(
           "__init__",
           [](State *self, const Engine &engine, Index batch) {
-            if (batch < 1 || batch > (Index{1} << 20))
-              throw InputError("a batch must have 1 to 2^20 sequences, not " +
-                               std::to_string(batch));
             new (self) State(engine.sizes(), batch);
           })
       .def_prop_ro("batch", &State::batch)
-      .def_prop_ro("seen", [](State &state) { return state.seen(); })
-      .def("fields", &fields);
+      .def("seen", &seen)
+      .def("fields", &fields)
+      .def("copy", [](const State &state) { return State(state); })
+      .def("save", [](const State &state, const nb::bytes &path) {
+        save_state(state, text_of(path));
+      });
+  nb::class_<Sampler>(m, "Sampler")
+      .def("__init__",
+           [](Sampler *self, Index vocabulary, std::uint64_t seed, double temperature, Index top_k,
+              double top_p, double min_p, double repetition_penalty) {
+             const Sampling sampling{repetition_penalty, temperature, top_k, top_p, min_p};
+             new (self) Sampler(vocabulary, sampling, seed);
+           })
+      .def("see",
+           [](Sampler &sampler, const Ids &ids) {
+             sampler.see(ids.data(), static_cast<Index>(ids.shape(0)));
+           })
+      .def("sample", [](Sampler &sampler, const Sampled &logits) {
+        if (static_cast<Index>(logits.size()) != sampler.vocabulary())
+          throw InputError("there are " + std::to_string(logits.size()) + " logits, not " +
+                           std::to_string(sampler.vocabulary()));
+        return sampler.sample(logits.data());
+      });
   nb::class_<Engine>(m, "Engine")
-      .def(nb::init<const std::string &, Index, const std::string &>())
+      .def("__init__",
+           [](Engine *self, const nb::bytes &folder, Index threads, const std::string &isa) {
+             new (self) Engine(text_of(folder), threads, isa);
+           })
       .def_static("of_tensors", &engine_of_tensors)
       .def_prop_ro("isa", &Engine::isa)
       .def_prop_ro("threads", &Engine::threads)
       .def_prop_ro("vocabulary", [](const Engine &engine) { return engine.sizes().vocabulary; })
-      .def("read", &read)
+      .def("read", &read_logits)
+      .def("skip", &skip)
+      .def("load_state", [](const Engine &engine, const nb::bytes &path) {
+        return load_state(engine.sizes(), text_of(path));
+      })
       .def("read_at", &read_at);
 }

@@ -1,20 +1,15 @@
 """Exceptions that bkcore raises. Each also derives from the built-in type a caller would expect."""
 
+from bkcore_runtime import errors as _runtime
 
-class BKCoreError(Exception):
-    """Base class of every error that bkcore raises on purpose."""
-
-
-class InputError(BKCoreError, ValueError):
-    """An argument has an impossible value; the message names it and says what is allowed."""
-
-
-class ShapeError(InputError):
-    """A tensor's shape does not fit the other arguments or the module that received it."""
-
-
-class DTypeError(BKCoreError, TypeError):
-    """A tensor's dtype does not fit, such as a complex tensor where a real one is needed."""
+# What the runtime raises as well are its classes.
+BKCoreError = _runtime.BKCoreError
+InputError = _runtime.InputError
+ShapeError = _runtime.ShapeError
+DTypeError = _runtime.DTypeError
+CheckpointError = _runtime.CheckpointError
+UnsupportedError = _runtime.UnsupportedError
+EngineError = _runtime.EngineError
 
 
 class BackendError(BKCoreError, RuntimeError):
@@ -35,10 +30,6 @@ class DivergenceError(BKCoreError, ArithmeticError):
 
 class ReceiptError(BKCoreError, RuntimeError):
     """A quantized model differs from what its mode promises in at least one tensor."""
-
-
-class CheckpointError(BKCoreError, RuntimeError):
-    """A checkpoint is missing, truncated, altered, or in a format this version cannot read."""
 
 
 class OutputError(BKCoreError, OSError):

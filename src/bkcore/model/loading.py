@@ -136,7 +136,7 @@ def opened(request: Request, kind: type[PreTrainedModel]) -> Iterator[Source]:
         for name in weights:
             path, status = manifest.check(folder, name, digests)
             files.append(_open(path, folder / name, stack))
-            if not _is_same(path, status):
+            if not manifest.is_same(path, status):
                 raise CheckpointError(
                     f"{folder / name} changed while it was being read; load it again"
                 )
@@ -303,12 +303,6 @@ def _open(path: Path, shown_path: Path, stack: ExitStack) -> dict[str, Any]:
     with foreign(str(shown_path)):
         file = stack.enter_context(safe_open(path, framework="pt"))
         return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-
-
-def _is_same(path: Path, before: os.stat_result) -> bool:
-    now = path.stat()
-    fields = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
-    return all(getattr(now, name) == getattr(before, name) for name in fields)
 
 
 def _check_variant(variant: object, weights: list[str], folder: Path) -> None:

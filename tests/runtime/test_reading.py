@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bkcore.errors import CheckpointError
-from bkcore.reading import foreign, open_regular, parse_json, read_bytes, read_json, shown
+from bkcore_runtime.errors import CheckpointError
+from bkcore_runtime.reading import foreign, open_regular, parse_json, read_bytes, read_json, shown
 
 
 def test_no_more_than_the_limit_is_read(tmp_path: Path) -> None:

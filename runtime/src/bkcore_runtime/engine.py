@@ -1,0 +1,411 @@
+"""The engine: a model in its checkpoint folder reads tokens, without PyTorch."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from bkcore_runtime import _engine, manifest
+from bkcore_runtime.errors import (
+    CheckpointError,
+    DTypeError,
+    InputError,
+    ShapeError,
+    UnsupportedError,
+)
+from bkcore_runtime.host import free_cores
+from bkcore_runtime.reading import foreign, parse_json, shown
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Floats = npt.NDArray[np.float32]
+    Integers = npt.NDArray[np.int64]
+
+WEIGHTS = "model.safetensors"
+"""The one file of weights that the engine reads."""
+
+_SMALL = 64 << 20
+"""Bytes of weights up to which a token of one sequence is fastest on one thread."""
+
+_ROWS_AT_ONCE = 4096
+"""Tokens of a batch that are read before an interruption is noticed."""
+
+
+class LayerState(NamedTuple):
+    """What one layer remembers of a batch of B sequences, as `bkcore.model.state.LayerState` does.
+
+    Attributes:
+        taps: float32 (B, W - 1, C), the past inputs of the next convolutions of width W.
+        g: float32 (B, H, 2), Re and Im of the last diagonal entry of the resolvent.
+        psi: float32 (B, H, 2, K, U), Re and Im of the propagated source.
+    """
+
+    taps: Floats
+    g: Floats
+    psi: Floats
+
+
+class State:
+    """What a model remembers of a batch of sequences; `Engine.start` makes one.
+
+    Its size does not depend on how much was read. Reading changes it.
+    """
+
+    def __init__(self, native: _engine.State) -> None:
+        self._native = native
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Sequences."""
+        return self._native.batch
+
+    @property
+    def seen(self) -> Integers:
+        """int64 (B,), number of tokens read: a copy."""
+        with self._lock:
+            return self._native.seen().copy()
+
+    @property
+    def layers(self) -> tuple[LayerState, ...]:
+        """What each layer remembers: copies."""
+        with self._lock:
+            return tuple(
+                LayerState(*(field.copy() for field in fields)) for fields in self._native.fields()
+            )
+
+    def copy(self) -> State:
+        """A state that goes its own way from here."""
+        with self._lock:
+            return State(self._native.copy())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, completely or not at all; `Engine.load` reads it.
+
+        It is the one of `bkcore.model.StreamState.save`, which can read it, too.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        with self._lock:
+            self._native.save(_bytes(path))
+
+
+class Engine:
+    """A model that is read from a checkpoint folder and runs on CPUs.
+
+    It reads float checkpoints and quantized ones, and computes what bkcore does with PyTorch. Any
+    number of sequences, tokens and threads gives the same bits. An engine may be used by several
+    threads of a program at once; they take turns.
+
+    Args:
+        folder: what `save_pretrained` wrote. The files are checked against the manifest, then
+            mapped into memory: they must not be shortened while the engine lives.
+        threads: to compute with, 1 to 1,024. By default 1 if the weights have at most 64 MiB, since
+            sharing a token of so small a model takes longer than computing it; otherwise the cores
+            that are idle now.
+        isa: instruction set, "avx512", "avx2" or "baseline"; by default the best of this processor.
+        digests: the result of `bkcore_runtime.manifest.read(folder)`, to read exactly those files
+            or fail.
+
+    Attributes:
+        stop: ids of the tokens that end a text, as the checkpoint says; often none.
+
+    Raises:
+        InputError: if `threads` or `isa` is impossible.
+        CheckpointError: if the checkpoint is missing, damaged, altered or not one of bkcore.
+        UnsupportedError: if bkcore reads it and the engine does not: its mixer has no state, its
+            quantization is not finished, its weights are float64 or in several files, or it has
+            adapters.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        isa: str | None = None,
+        digests: manifest.Digests | None = None,
+    ) -> None:
+        if threads is not None and not 1 <= _integer("threads", threads) <= 1024:
+            raise InputError(f"threads must be from 1 to 1024, not {shown(threads)}")
+        if isa is not None and isa not in _engine.isas():
+            known = ", ".join(_engine.isas())
+            raise InputError(f"isa must be one of {known} on this processor, not {shown(isa)}")
+        folder = Path(folder)
+        listed = manifest.read(folder) if digests is None else digests
+        _check_files(folder, listed)
+        checked = [manifest.check(folder, name, listed) for name in (manifest.CONFIG, WEIGHTS)]
+        if threads is None:
+            threads = 1 if checked[1][1].st_size <= _SMALL else free_cores()
+        self._native = _engine.Engine(os.fsencode(folder), threads, isa or "")
+        if not all(manifest.is_same(path, status) for path, status in checked):
+            raise CheckpointError(f"{folder} changed while it was being read; load it again")
+        self.stop = _stop(folder, listed)
+
+    @property
+    def isa(self) -> str:
+        """Instruction set that it computes with."""
+        return self._native.isa
+
+    @property
+    def threads(self) -> int:
+        """Threads that it computes with."""
+        return self._native.threads
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens it knows: V."""
+        return self._native.vocabulary
+
+    def __repr__(self) -> str:
+        return f"<Engine: {self.vocabulary} tokens, {self.isa}, threads={self.threads}>"
+
+    def start(self, batch: int = 1) -> State:
+        """The state of `batch` sequences before their first token.
+
+        Raises:
+            InputError: if there are fewer than 1 or more than 2^20.
+        """
+        if not 1 <= _integer("batch", batch) <= 1 << 20:
+            raise InputError(f"a batch must have 1 to 2^20 sequences, not {shown(batch)}")
+        return State(_engine.State(self._native, batch))
+
+    def resume(self, layers: Sequence[LayerState], seen: npt.ArrayLike) -> State:
+        """The state with these parts, which are copied.
+
+        Args:
+            layers: as in `State.layers`: float32.
+            seen: int64 (B,), number of tokens read, at least 0.
+
+        Raises:
+            ShapeError: if they are not those of a state of this model.
+            DTypeError: if a part is not float32, or `seen` not of integers.
+        """
+        counts = _integers(seen, "seen")
+        if counts.ndim != 1 or not counts.size or counts.min() < 0:
+            raise ShapeError(f"seen must be (B,), all at least 0, not {shown(seen)}")
+        state = self.start(len(counts))
+        places = state._native.fields()
+        if len(layers) != len(places):
+            raise ShapeError(f"the model has {len(places)} layers, not {len(layers)}")
+        for number, (given, fields) in enumerate(zip(layers, places, strict=True)):
+            for name, part, place in zip(LayerState._fields, given, fields, strict=True):
+                part = np.asarray(part)
+                if part.dtype != np.float32:
+                    raise DTypeError(f"{name} of layer {number} must be float32, not {part.dtype}")
+                if part.shape != place.shape:
+                    raise ShapeError(
+                        f"{name} of layer {number} must be {place.shape}, not {part.shape}"
+                    )
+                place[...] = part
+        state._native.seen()[...] = counts
+        return state
+
+    def load(self, path: str | os.PathLike[str]) -> State:
+        """Read what `State.save`, or `StreamState.save` of bkcore, wrote of such a model.
+
+        Raises:
+            CheckpointError: if the file is missing, damaged, or not a state of this model in
+                float32.
+        """
+        return State(self._native.load_state(_bytes(path)))
+
+    def read(self, state: State, tokens: npt.ArrayLike) -> Floats:
+        """Read tokens, each sequence from where it stands, and predict the next one.
+
+        An interruption of a long text leaves a state that has read the tokens it counts.
+
+        Args:
+            state: of B sequences; it is changed. If a token is refused, it stays as it is.
+            tokens: integers (B, N) in [0, V), N >= 1.
+
+        Returns:
+            Logits, float32 (B, V), after the last tokens.
+
+        Raises:
+            ShapeError: if the shape is not that, or the state is one of another model.
+            DTypeError: if tokens are not integers.
+            InputError: if a token is none of the vocabulary.
+        """
+        ids = _integers(tokens, "tokens")
+        if ids.ndim != 2 or len(ids) != len(state) or not ids.size:
+            raise ShapeError(f"tokens must be ({len(state)}, N), N >= 1, not {ids.shape}")
+        self._check_tokens(ids)
+        step = max(1, _ROWS_AT_ONCE // len(ids))
+        last = (ids.shape[1] - 1) // step * step
+        with state._lock:
+            for first in range(0, last, step):
+                self._native.skip(state._native, np.ascontiguousarray(ids[:, first : first + step]))
+            return self._native.read(state._native, np.ascontiguousarray(ids[:, last:]))
+
+    def generate(
+        self,
+        prompt_ids: npt.ArrayLike,
+        max_new_tokens: int | None = None,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[int] | None = None,
+        state: State | None = None,
+    ) -> Iterator[int]:
+        """Continue one sequence: yields token ids as they are made.
+
+        The filters follow each other as in transformers: repetition penalty, temperature, top-k,
+        top-p, min-p. The same seed gives the same tokens on every processor, as far as the logits
+        are the same.
+
+        Args:
+            prompt_ids: integers (N,) in [0, V), N >= 1.
+            max_new_tokens: the most to make, at least 1; None goes on until a token of `stop`.
+            temperature: at least 0; 0 takes the likeliest token.
+            top_k: how many of the likeliest tokens to keep; 0 keeps all.
+            top_p: 0 to 1, keeps the likeliest tokens that have this probability together.
+            min_p: 0 to 1, keeps tokens at least this many times as likely as the likeliest one.
+            repetition_penalty: above 0; divides the positive logits of tokens that were read or
+                made, and multiplies their negative ones.
+            seed: of the draws, any integer; it counts modulo 2^64.
+            stop: ids that end the sequence, which are yielded, too; None takes those of the
+                checkpoint, `Engine.stop`.
+            state: of one sequence, to continue; it is changed. Whenever a token is yielded, the
+                state has read everything before that token.
+
+        Raises:
+            ShapeError: if `prompt_ids` is not that, or the state is of more sequences.
+            DTypeError: if ids are not integers.
+            InputError: if another argument is out of its range.
+            EngineError: while it runs, if the model gives logits that are NaN or infinite.
+        """
+        ids = _integers(prompt_ids, "prompt_ids")
+        if ids.ndim != 1 or not ids.size:
+            raise ShapeError(f"prompt_ids must be (N,), N >= 1, not {ids.shape}")
+        self._check_tokens(ids)
+        state = self.start() if state is None else state
+        if len(state) != 1:
+            raise ShapeError(f"generate continues one sequence, not {len(state)}")
+        if max_new_tokens is not None and _integer("max_new_tokens", max_new_tokens) < 1:
+            raise InputError(f"max_new_tokens must be at least 1, not {shown(max_new_tokens)}")
+        ends = self.stop if stop is None else _stops(stop, self.vocabulary)
+        sampler = _engine.Sampler(
+            self.vocabulary,
+            _integer("seed", seed) % 2**64,
+            _number("temperature", temperature),
+            max(-1, min(_integer("top_k", top_k), self.vocabulary)),
+            _number("top_p", top_p),
+            _number("min_p", min_p),
+            _number("repetition_penalty", repetition_penalty),
+        )
+        sampler.see(ids)
+        return self._tokens(state, ids, sampler, max_new_tokens, frozenset(ends))
+
+    def _tokens(
+        self,
+        state: State,
+        prompt: Integers,
+        sampler: _engine.Sampler,
+        most: int | None,
+        ends: frozenset[int],
+    ) -> Iterator[int]:
+        logits = self.read(state, prompt[None])
+        token = np.empty((1, 1), np.int64)
+        for number in itertools.count(1):
+            chosen = token[0, 0] = sampler.sample(logits)
+            yield chosen
+            if chosen in ends or number == most:
+                return
+            with state._lock:
+                logits = self._native.read(state._native, token)
+
+    def _check_tokens(self, ids: Integers) -> None:
+        """Raise `InputError` if a token is none of the vocabulary."""
+        if ids.min() < 0 or ids.max() >= self.vocabulary:
+            wrong = ids[(ids < 0) | (ids >= self.vocabulary)][0]
+            raise InputError(f"token {wrong} is not in [0, {self.vocabulary})")
+
+
+def _check_files(folder: Path, digests: manifest.Digests) -> None:
+    """Raise `UnsupportedError` unless the weights are in one file, all of them."""
+    weights = sorted(filter(manifest.is_weights_file, digests))
+    if weights != [WEIGHTS]:
+        raise UnsupportedError(
+            f"the engine does not read {folder}: its weights are in {', '.join(weights)}, not in "
+            f"{WEIGHTS}"
+        )
+    if os.path.lexists(folder / "adapter_config.json"):
+        raise UnsupportedError(
+            f"the engine does not read {folder}: it holds adapters (adapter_config.json)"
+        )
+
+
+def _stop(folder: Path, digests: manifest.Digests) -> tuple[int, ...]:
+    """`eos_token_id` of the generation configuration, or of the model's if there is none."""
+    name = manifest.GENERATION if manifest.GENERATION in digests else manifest.CONFIG
+    with foreign(str(folder / name)):
+        fields = parse_json(manifest.contents(folder, name, digests))
+        ids = fields.get("eos_token_id")
+        if ids is None:
+            return ()
+        return tuple(int(each) for each in (ids if isinstance(ids, list) else [ids]))
+
+
+def _stops(stop: Sequence[int], vocabulary: int) -> tuple[int, ...]:
+    """Ids that end a text, checked."""
+    try:
+        ids = tuple(_integer("an id of stop", each) for each in stop)
+    except TypeError as error:
+        raise InputError(f"stop must be a sequence of token ids, not {shown(stop)}") from error
+    for each in ids:
+        if not 0 <= each < vocabulary:
+            raise InputError(f"stop token {shown(each)} is not in [0, {vocabulary})")
+    return ids
+
+
+def _bytes(path: str | os.PathLike[str]) -> bytes:
+    """A path for the system, which would take one with a zero for a shorter one."""
+    name = os.fsencode(path)
+    if b"\0" in name:
+        raise CheckpointError(f"there is no file {shown(str(path))}")
+    return name
+
+
+def _integers(values: npt.ArrayLike, name: str) -> Integers:
+    """A copy as int64, which nobody else can change while it is read.
+
+    Raises:
+        DTypeError: if the values are not integers.
+    """
+    try:
+        found = np.asarray(values)
+    except ValueError as error:  # rows of different lengths
+        raise ShapeError(f"{name} must have rows of one length") from error
+    if found.dtype.kind not in "iu" or not np.can_cast(found.dtype, np.int64):
+        raise DTypeError(f"{name} must be integers that fit int64, not {found.dtype}")
+    return np.array(found, dtype=np.int64, order="C")
+
+
+def _integer(name: str, value: object) -> int:
+    """An integer; raises `InputError` if the value is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InputError(f"{name} must be an integer, not {shown(value)}")
+    return int(value)
+
+
+def _number(name: str, value: object) -> float:
+    """A number; raises `InputError` if the value is none, or float64 cannot hold it."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputError(f"{name} must be a number, not {shown(value)}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise InputError(f"{name} must be a number of float64, not {shown(value)}") from error
