@@ -3,6 +3,7 @@
 # make check        set up .venv and run lint, types and the fast tests
 # make test         set up .venv and run lint, types and all tests but the slow ones
 # make test-slow    set up .venv and run the slow tests: the same promises for more sizes and forms
+# make test-runtime install bkcore-runtime alone, without PyTorch, and run it
 # make test-cpp     the tests of the kernels in C++, which `make test` runs, too; they need CMake and doctest
 # make docs         set up .venv and build the documentation in build/site, links checked
 # make tables       write the tables of the documentation again, from docs/data
@@ -17,7 +18,7 @@ ARGS ?=
 
 # Every dependency is in use there: the kernels, models that are saved, loaded, trained, quantized and
 # compared, the tokenizer, data sets, plots, Triton and the commands. All tests would take too long.
-LOWEST := tests/test_*interface.py tests/test_imports.py tests/test_versions.py \
+LOWEST := tests/runtime tests/test_*interface.py tests/test_imports.py tests/test_versions.py \
 	tests/core tests/kernels/ops/test_sweep.py tests/kernels/ops/test_sweep_step.py \
 	tests/kernels/backends/test_triton.py::test_equals_the_cpu_backend_on_any_shape \
 	tests/comparison/test_selective_scan.py tests/model/test_saving_and_loading.py \
@@ -28,8 +29,8 @@ ROUNDS ?= 2000
 SEED ?= 1
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo bench lint check test test-slow test-cpp test-lowest sanitize coverage coverage-cpp \
-	docs docs-serve tables setup clean
+.PHONY: demo bench lint check test test-slow test-runtime test-cpp test-lowest sanitize coverage \
+	coverage-cpp docs docs-serve tables setup clean
 
 demo: setup
 	$(BIN)/bkcore demo $(ARGS)
@@ -58,6 +59,17 @@ test: lint test-cpp
 
 test-slow: setup
 	$(subst python,$(BIN)/python,$(PYTEST)) -m slow $(ARGS)
+
+# The wheel, in an environment that has nothing else.
+test-runtime: alone := build/runtime
+test-runtime:
+	rm -rf $(alone)
+	$(PYTHON) -m venv $(alone)
+	$(alone)/bin/python -m pip install --quiet --upgrade pip
+	$(alone)/bin/python -m pip wheel --quiet --no-deps --build-constraint constraints.txt \
+		-w $(alone)/wheel ./runtime
+	$(alone)/bin/python -m pip install --quiet -c constraints.txt $(alone)/wheel/*.whl
+	$(alone)/bin/python tests/runtime/alone.py checkpoints/wikitext2
 
 measured := build/coverage/report.json
 
@@ -108,7 +120,7 @@ test-lowest: .venv-lowest/.installed
 setup: .venv/.installed
 
 # Sources of the native code only: the installation is editable, so Python changes are live.
-native := pyproject.toml CMakeLists.txt $(wildcard csrc/*.*)
+native := pyproject.toml runtime/pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/engine/*.*)
 
 .venv/.installed: constraints.txt $(native)
 	$(call install,constraints.txt,dev,build/{wheel_tag})
@@ -125,9 +137,10 @@ define install
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "bkcore needs Python 3.10 or newer")'
 	$(PYTHON) -m venv $(@D) || { echo "The venv module is missing (Debian, Ubuntu: 'apt install python3-venv')."; exit 1; }
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
-	$(@D)/bin/python -m pip install --quiet -c $(1) --build-constraint $(1) -C build-dir=$(3) -e '.[$(2)]'
+	$(@D)/bin/python -m pip install --quiet -c $(1) --build-constraint $(1) -C build-dir=$(3) \
+		-e ./runtime -e '.[$(2)]'
 	touch $@
 endef
 
 clean:
-	rm -rf .venv .venv-lowest build
+	rm -rf .venv .venv-lowest build runtime/build

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-SOURCE = Path("src/bkcore")
+SOURCES = (Path("src"), Path("runtime/src"))
 
 COUNTED = ("covered_lines", "num_statements", "covered_branches", "num_branches")
 
@@ -21,7 +21,8 @@ def sums(report: Path) -> dict[str, Counter[str]]:
     by_package: dict[str, Counter[str]] = {}
     files = json.loads(report.read_text())["files"]
     for name in sorted(files):
-        package = ".".join(("bkcore", *Path(name).relative_to(SOURCE).parent.parts))
+        source = next(each for each in SOURCES if Path(name).is_relative_to(each))
+        package = ".".join(Path(name).relative_to(source).parent.parts)
         counts = {each: files[name]["summary"][each] for each in COUNTED}
         by_package.setdefault(package, Counter()).update(counts)
     every: Counter[str] = Counter()

@@ -25,6 +25,7 @@ from bkcore.evaluation import checkpoints, evaluate
 from bkcore.model import LanguageModel
 from bkcore.text import train_tokenizer
 from bkcore.training import trainer
+from bkcore_runtime import loading
 from tests.slow import combinations
 
 TEXT = "the slow fox sees the quick dog and the dog sees the fox. " * 600
@@ -179,7 +180,7 @@ def test_streams_that_are_closed(folder: Path, tmp_path: Path, closed: str) -> N
             ("train", "--config", "recipe.yaml", "--data", "text", "--output", "runs"),
             "runs keeps the checkpoints",
         ),
-        (checkpoints, "load_checkpoint", ("generate", "float"), ""),
+        (loading, "load", ("generate", "float"), ""),
         (checkpoints, "load_checkpoint", ("export", "float", "half"), ""),
     ],
 )
@@ -362,7 +363,7 @@ def test_a_command_reads_the_split_that_it_needs(run: Run, folder: Path, tmp_pat
 
 
 def test_transformers_is_quiet_during_a_command_only(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, bool]] = []
 
@@ -372,8 +373,8 @@ def test_transformers_is_quiet_during_a_command_only(
         raise KeyboardInterrupt
 
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    monkeypatch.setattr(generate, "continue_text", look)
-    result = CliRunner().invoke(cli.app, ["generate", str(folder / "float")])
+    monkeypatch.setattr(export, "export_half", look)
+    result = CliRunner().invoke(cli.app, ["export", str(folder / "float"), str(tmp_path / "half")])
     assert result.exit_code == 130
     assert seen == [(logging.ERROR, False)]
     after = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

@@ -209,6 +209,26 @@ def test_modules_of_a_lazy_package_are_attributes() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+RUNTIME = SOURCE.parents[1] / "runtime" / "src" / "bkcore_runtime"
+
+
+@pytest.mark.parametrize("path", sorted(RUNTIME.glob("*.py")), ids=lambda path: path.name)
+def test_the_runtime_imports_only_what_it_needs(path: Path) -> None:
+    found = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
+    }
+    others = found - sys.stdlib_module_names - {"bkcore_runtime"}
+    assert others <= {"numpy", "tokenizers"}
+
+
 def test_public_names_exist() -> None:
     import bkcore
 

@@ -1,4 +1,5 @@
-"""Every version that pyproject.toml allows is one that is tested, at both ends."""
+"""Every version that pyproject.toml allows is one that is tested, at both ends; and bkcore and its
+runtime have one version."""
 
 import sys
 from pathlib import Path
@@ -8,6 +9,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import bkcore
+import bkcore_runtime
+
 if sys.version_info < (3, 11):
     pytest.skip("tomllib came with Python 3.11", allow_module_level=True)
 
@@ -15,6 +19,8 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+RUNTIME = tomllib.loads((ROOT / "runtime" / "pyproject.toml").read_text(encoding="utf-8"))
+OWN = {"bkcore", "bkcore-runtime"}
 
 
 def allowed(*extras: str) -> dict[str, Requirement]:
@@ -22,7 +28,7 @@ def allowed(*extras: str) -> dict[str, Requirement]:
     lines = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"]]
     requirements = [Requirement(line) for extra in extras for line in groups[extra]]
     requirements += [Requirement(line) for line in lines]
-    return {canonicalize_name(each.name): each for each in requirements if each.name != "bkcore"}
+    return {canonicalize_name(each.name): each for each in requirements if each.name not in OWN}
 
 
 def pinned(name: str) -> dict[str, str]:
@@ -52,3 +58,17 @@ def test_the_versions_to_work_with_are_allowed() -> None:
     assert versions.keys() == bounds.keys()
     for name, requirement in bounds.items():
         assert requirement.specifier.contains(versions[name])
+
+
+def test_the_runtime_asks_for_no_other_versions() -> None:
+    bounds = {str(each) for each in allowed().values()}
+    needed = [*RUNTIME["project"]["dependencies"], *RUNTIME["build-system"]["requires"]]
+    assert {str(Requirement(line)) for line in needed} <= bounds
+    assert RUNTIME["project"]["requires-python"] == PROJECT["project"]["requires-python"]
+
+
+def test_both_distributions_have_one_version() -> None:
+    version = PROJECT["project"]["version"]
+    assert RUNTIME["project"]["version"] == version
+    assert f"bkcore-runtime=={version}" in PROJECT["project"]["dependencies"]
+    assert bkcore.__version__ == bkcore_runtime.__version__ == version

@@ -48,9 +48,8 @@ void read_into(Engine &engine, State &state, const Tokens &tokens, float *logits
   const auto batch = static_cast<Index>(tokens.shape(0));
   const auto sites = static_cast<Index>(tokens.shape(1));
   if (batch != state.batch() || sites < 1)
-    throw InputError("tokens must be (" + std::to_string(state.batch()) +
-                     ", N), N >= 1, not (" + std::to_string(batch) + ", " + std::to_string(sites) +
-                     ")");
+    throw InputError("tokens must be (" + std::to_string(state.batch()) + ", N), N >= 1, not (" +
+                     std::to_string(batch) + ", " + std::to_string(sites) + ")");
   const Unlocked unlocked;
   engine.read(state, sites, tokens.data(), logits);
 }
@@ -79,8 +78,9 @@ std::unique_ptr<Engine> engine_of_tensors(const nb::dict &given, const std::stri
   for (const auto [name, entry] : given) {
     const auto [dtype, shape, address] =
         nb::cast<std::tuple<std::string, std::vector<Index>, Address>>(entry);
-    tensors.emplace(nb::cast<std::string>(name),
-                    Tensor{dtype_named(dtype), shape, reinterpret_cast<const std::byte *>(address)});
+    tensors.emplace(
+        nb::cast<std::string>(name),
+        Tensor{dtype_named(dtype), shape, reinterpret_cast<const std::byte *>(address)});
   }
   return std::make_unique<Engine>(std::make_unique<Model>(tensors, config), threads, isa);
 }
@@ -91,8 +91,8 @@ void read_at(Engine &engine, Index batch, Index sites, Address tokens,
              const std::vector<std::array<Address, 6>> &layers, Address logits) {
   if (batch < 1 || sites < 1 || static_cast<Index>(layers.size()) != engine.sizes().layers)
     throw InputError("there are no tokens, or not as many states as layers");
-  Reading reading{batch, sites, reinterpret_cast<const std::int64_t *>(tokens), {}, false,
-                  reinterpret_cast<float *>(logits)};
+  Reading reading{batch, sites, reinterpret_cast<const std::int64_t *>(tokens),
+                  {},    false, reinterpret_cast<float *>(logits)};
   const auto in = [](Address x) { return reinterpret_cast<const float *>(x); };
   const auto out = [](Address x) { return reinterpret_cast<float *>(x); };
   for (const auto &at : layers)
@@ -155,26 +155,22 @@ NB_MODULE(_engine, m) {
   m.doc() = "Private: use bkcore_runtime.Engine.";
   // A program may end while it holds an engine.
   nb::set_leak_warnings(false);
-  nb::register_exception_translator(
-      translate, nb::module_::import_("bkcore_runtime.errors").release().ptr());
+  nb::register_exception_translator(translate,
+                                    nb::module_::import_("bkcore_runtime.errors").release().ptr());
   m.def("isas", [] {
     nb::list names;
     for (const bkcore::Isa &isa : bkcore::isas()) names.append(isa.name.c_str());
     return names;
   });
   nb::class_<State>(m, "State")
-      .def(
-          "__init__",
-          [](State *self, const Engine &engine, Index batch) {
-            new (self) State(engine.sizes(), batch);
-          })
+      .def("__init__", [](State *self, const Engine &engine,
+                          Index batch) { new (self) State(engine.sizes(), batch); })
       .def_prop_ro("batch", &State::batch)
       .def("seen", &seen)
       .def("fields", &fields)
       .def("copy", [](const State &state) { return State(state); })
-      .def("save", [](const State &state, const nb::bytes &path) {
-        save_state(state, text_of(path));
-      });
+      .def("save",
+           [](const State &state, const nb::bytes &path) { save_state(state, text_of(path)); });
   nb::class_<Sampler>(m, "Sampler")
       .def("__init__",
            [](Sampler *self, Index vocabulary, std::uint64_t seed, double temperature, Index top_k,
@@ -182,10 +178,8 @@ NB_MODULE(_engine, m) {
              const Sampling sampling{repetition_penalty, temperature, top_k, top_p, min_p};
              new (self) Sampler(vocabulary, sampling, seed);
            })
-      .def("see",
-           [](Sampler &sampler, const Ids &ids) {
-             sampler.see(ids.data(), static_cast<Index>(ids.shape(0)));
-           })
+      .def("see", [](Sampler &sampler,
+                     const Ids &ids) { sampler.see(ids.data(), static_cast<Index>(ids.shape(0))); })
       .def("sample", [](Sampler &sampler, const Sampled &logits) {
         if (static_cast<Index>(logits.size()) != sampler.vocabulary())
           throw InputError("there are " + std::to_string(logits.size()) + " logits, not " +
@@ -203,8 +197,9 @@ NB_MODULE(_engine, m) {
       .def_prop_ro("vocabulary", [](const Engine &engine) { return engine.sizes().vocabulary; })
       .def("read", &read_logits)
       .def("skip", &skip)
-      .def("load_state", [](const Engine &engine, const nb::bytes &path) {
-        return load_state(engine.sizes(), text_of(path));
-      })
+      .def("load_state",
+           [](const Engine &engine, const nb::bytes &path) {
+             return load_state(engine.sizes(), text_of(path));
+           })
       .def("read_at", &read_at);
 }

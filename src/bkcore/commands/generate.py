@@ -8,10 +8,24 @@ from typing import Annotated, Any
 
 import typer
 
-from bkcore import manifest
 from bkcore.commands.options import SHIPPED
 from bkcore.commands.running import start_work, use_free_cores
-from bkcore.errors import InputError
+from bkcore.display.console import Console, say
+from bkcore.errors import UnsupportedError
+from bkcore_runtime import manifest
+from bkcore_runtime.reading import foreign, parse_json
+
+_TOP_K = 50
+"""Likeliest tokens that transformers draws from, unless a checkpoint says otherwise."""
+
+_HONOURED = ("top_k", "top_p", "min_p", "repetition_penalty")
+_WITHOUT_EFFECT = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "temperature", "do_sample", "use_cache"),
+    *("max_length", "max_new_tokens", "transformers_version", "_from_model_config"),
+    *("output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate"),
+}
+"""Fields of a generation configuration that the command's options replace, that the engine reads
+itself, or that change no text."""
 
 
 def generate(
@@ -25,11 +39,14 @@ def generate(
 ) -> None:
     """Continue a text with a checkpoint."""
     text = _as_text(prompt)
-    check_prompt(text)
-    manifest.read(checkpoint)
-    start_work()
-    use_free_cores()
-    print(continue_text(checkpoint, text, tokens, temperature, seed))
+    try:
+        whole = continue_text(checkpoint, text, tokens, temperature, seed)
+    except UnsupportedError as error:
+        say(Console(stderr=True), f"{error}; computing with PyTorch")
+        start_work()
+        use_free_cores()
+        whole = continue_with_pytorch(checkpoint, text, tokens, temperature, seed)
+    print(whole)
 
 
 def _as_text(argument: str) -> str:
@@ -41,7 +58,7 @@ def _as_text(argument: str) -> str:
 
 
 def continue_text(checkpoint: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
-    """The prompt followed by up to `tokens` sampled tokens.
+    """The prompt followed by up to `tokens` sampled tokens, by the engine of `bkcore_runtime`.
 
     Args:
         checkpoint: folder with a model and its tokenizer.
@@ -53,20 +70,47 @@ def continue_text(checkpoint: Path, prompt: str, tokens: int, temperature: float
     Raises:
         InputError: if the prompt is empty, or contains lone surrogates.
         CheckpointError: if the checkpoint cannot be loaded.
+        UnsupportedError: if the engine does not read it.
     """
+    from bkcore_runtime import loading
+    from bkcore_runtime.tokenizer import check_text
+
+    check_text(prompt)
+    filters = _filters(checkpoint)
+    engine, tokenizer = loading.load(checkpoint)
+    ids = tokenizer.encode(prompt)
+    made = engine.generate(ids, tokens, temperature=temperature, seed=seed, **filters)
+    return tokenizer.decode([*ids, *made])
+
+
+def continue_with_pytorch(
+    checkpoint: Path, prompt: str, tokens: int, temperature: float, seed: int
+) -> str:
+    """The same by PyTorch, for all checkpoints."""
     from bkcore.evaluation.checkpoints import load_checkpoint
 
-    check_prompt(prompt)
     model, tokenizer = load_checkpoint(checkpoint)
     return sample(model, tokenizer, prompt, tokens, temperature, seed)
 
 
-def check_prompt(prompt: str) -> None:
-    """Raise `InputError` if a prompt is empty, or contains lone surrogates."""
-    if not prompt:
-        raise InputError("the prompt is empty; give at least one character")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise InputError(f"the prompt {prompt!r} is not valid UTF-8 text")
+def _filters(checkpoint: Path) -> dict[str, Any]:
+    """How transformers would filter the tokens to draw from.
+
+    Raises:
+        UnsupportedError: if it would do more than the engine can.
+    """
+    digests = manifest.read(checkpoint)
+    fields: dict[str, Any] = {}
+    if manifest.GENERATION in digests:
+        content = manifest.contents(checkpoint, manifest.GENERATION, digests)
+        with foreign(str(checkpoint / manifest.GENERATION)):
+            fields = {name: x for name, x in parse_json(content).items() if x is not None}
+    more = sorted(fields.keys() - _WITHOUT_EFFECT - set(_HONOURED))
+    if more:
+        raise UnsupportedError(
+            f"the engine does not follow {', '.join(more)} in {checkpoint / manifest.GENERATION}"
+        )
+    return {"top_k": _TOP_K} | {name: fields[name] for name in _HONOURED if name in fields}
 
 
 def sample(
