@@ -6,14 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 from bkcore.model import ResNetBKForCausalLM
 from bkcore.text import train_tokenizer
-from bkcore_runtime import Engine, Tokenizer, load
+from bkcore_runtime import Engine, State, Tokenizer, load
 from tests.model.conftest import EXECUTED, VOCABULARY, build, seed, tokens
 
-__all__ = ["READ", "VOCABULARY", "Save", "Saved", "build", "seed", "tokens"]
+__all__ = ["READ", "VOCABULARY", "Save", "Saved", "build", "cut", "draw", "same", "seed", "tokens"]
 
 READ = [form for form in EXECUTED if form[1] != "training"]
 """The modes and states that the engine reads."""
@@ -29,6 +30,25 @@ class Saved(NamedTuple):
 
 
 Save = Callable[..., Saved]
+
+
+def draw(batch: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, VOCABULARY, (batch, length))
+
+
+def cut(engine: Engine, ids: np.ndarray, cuts: list[int]) -> tuple[np.ndarray, State]:
+    """Logits after ids that are read in pieces."""
+    state = engine.start(len(ids))
+    for piece in np.split(ids, cuts, 1):
+        logits = engine.read(state, piece)
+    return logits, state
+
+
+def same(first: State, second: State) -> bool:
+    pairs = zip(first.layers, second.layers, strict=True)
+    return (first.seen == second.seen).all() and all(
+        np.array_equal(*fields) for layers in pairs for fields in zip(*layers, strict=True)
+    )
 
 
 @pytest.fixture

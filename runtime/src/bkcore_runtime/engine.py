@@ -108,9 +108,9 @@ class Engine:
     Args:
         folder: what `save_pretrained` wrote. The files are checked against the manifest, then
             mapped into memory: they must not be shortened while the engine lives.
-        threads: to compute with, 1 to 1,024. By default 1 if the weights have at most 64 MiB, as one
-            sequence of so small a model gains little from more; otherwise the cores that are idle
-            now.
+        threads: to compute with, 1 to 1,024. By default 1 if the weights have at most 64 MiB, since
+            one sequence of so small a model gains little from more; otherwise the cores that are
+            idle now.
         isa: instruction set, "avx512", "avx2" or "baseline"; by default the best of this processor.
         digests: the result of `bkcore_runtime.manifest.read(folder)`, to read exactly those files
             or fail.
