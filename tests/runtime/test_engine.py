@@ -78,8 +78,11 @@ def test_a_text_may_be_cut_anywhere(saved: Saved) -> None:
         assert same(state, other)
 
 
-def test_a_long_text_is_read_in_pieces(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine_, ids = Engine(save().folder), draw(3, 1000)
+@pytest.mark.parametrize("length", [319, 320, 321])
+def test_a_long_text_is_read_in_pieces(
+    save: Save, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    engine_, ids = Engine(save().folder), draw(3, length)
     whole, state = cut(engine_, ids, [])
     monkeypatch.setattr(engine, "_ROWS_AT_ONCE", 96)
     logits, other = cut(engine_, ids, [])
