@@ -137,8 +137,8 @@ const char *bkcore_error_message(void) { return last_error; }
 bkcore_status bkcore_open(const char *folder, int64_t threads, const char *isa,
                           bkcore_engine **engine) {
   return guarded([&] {
-    given(engine, "engine");
-    *engine = new bkcore_engine{{given(folder, "folder"), threads, isa ? isa : ""}};
+    given(folder, "folder"), given(engine, "engine");
+    *engine = new bkcore_engine{{folder, threads, isa ? isa : ""}};
   });
 }
 
@@ -163,7 +163,10 @@ bkcore_status bkcore_state_new(const bkcore_engine *engine, int64_t batch, bkcor
 }
 
 bkcore_status bkcore_state_copy(const bkcore_state *state, bkcore_state **copy) {
-  return guarded([&] { *given(copy, "copy") = new bkcore_state(*given(state, "state")); });
+  return guarded([&] {
+    given(state, "state"), given(copy, "copy");
+    *copy = new bkcore_state(*state);
+  });
 }
 
 bkcore_status bkcore_state_select(const bkcore_state *state, const int64_t *sequences,
@@ -188,7 +191,10 @@ bkcore_status bkcore_state_join(const bkcore_state *const *states, int64_t count
 void bkcore_state_free(bkcore_state *state) { delete state; }
 
 bkcore_status bkcore_state_batch(const bkcore_state *state, int64_t *batch) {
-  return guarded([&] { *given(batch, "batch") = given(state, "state")->state.batch(); });
+  return guarded([&] {
+    given(state, "state"), given(batch, "batch");
+    *batch = state->state.batch();
+  });
 }
 
 bkcore_status bkcore_state_seen(const bkcore_state *state, int64_t *seen, int64_t batch) {
@@ -200,7 +206,10 @@ bkcore_status bkcore_state_seen(const bkcore_state *state, int64_t *seen, int64_
 }
 
 bkcore_status bkcore_state_save(const bkcore_state *state, const char *path) {
-  return guarded([&] { save_state(given(state, "state")->state, given(path, "path")); });
+  return guarded([&] {
+    given(state, "state"), given(path, "path");
+    save_state(state->state, path);
+  });
 }
 
 bkcore_status bkcore_state_load(const bkcore_engine *engine, const char *path,

@@ -98,11 +98,11 @@ class JsonReader {
   }
 
   Json read(int depth) {
-    if (depth > kDepth) fail("nested more than 32 deep");
     if (++values_ > kMostValues) fail("more than 2^20 values");
     skip_space();
     Json value;
     const char first = peek();
+    if (depth == kDepth && (first == '{' || first == '[')) fail("nested more than 32 deep");
     if (first == '{') {
       read_object(value, depth);
     } else if (first == '[') {

@@ -1,0 +1,122 @@
+// Every piece of work is done once, whatever happens around it.
+
+#include "engine/workers.h"
+
+#include <doctest/doctest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <stdexcept>
+
+namespace bkcore::engine {
+namespace {
+
+void each_is_done_once(Workers &workers, Index count) {
+  std::vector<std::atomic<int>> done(static_cast<std::size_t>(count));
+  workers.each(count, [&](Index i) { done[static_cast<std::size_t>(i)].fetch_add(1); });
+  for (const auto &times : done) REQUIRE(times.load() == 1);
+}
+
+TEST_CASE("each piece is done once") {
+  for (const Index threads : {1, 2, 3, 8}) {
+    Workers workers(threads);
+    CHECK(workers.threads() == threads);
+    for (const Index count : {0, 1, 2, 3, 7, 100}) each_is_done_once(workers, count);
+    for (int i = 0; i < 300; ++i) each_is_done_once(workers, 5);
+  }
+}
+
+TEST_CASE("what a piece wrote is there afterwards") {
+  Workers workers(3);
+  std::vector<Index> squares(1000);
+  for (int round = 1; round <= 50; ++round) {
+    workers.each(1000, [&](Index i) { squares[static_cast<std::size_t>(i)] = i * round; });
+    REQUIRE(std::accumulate(squares.begin(), squares.end(), Index{0}) == round * 499500);
+  }
+}
+
+TEST_CASE("threads that sleep are woken") {
+  Workers workers(3);
+  for (int i = 0; i < 5; ++i) {
+    each_is_done_once(workers, 20);
+    std::this_thread::sleep_for(std::chrono::milliseconds(3));
+  }
+}
+
+TEST_CASE("an exception of a piece is thrown again, and the next work is done") {
+  for (const Index threads : {1, 2, 5}) {
+    Workers workers(threads);
+    for (int round = 0; round < 20; ++round) {
+      CHECK_THROWS_AS(workers.each(50,
+                                   [](Index i) {
+                                     if (i % 7 == 3) throw std::bad_alloc();
+                                   }),
+                      std::bad_alloc);
+      each_is_done_once(workers, 50);
+    }
+  }
+}
+
+TEST_CASE("more pieces than can be counted are refused") {
+  Workers workers(2);
+  CHECK_THROWS_AS(workers.each(Index{1} << 32, [](Index) {}), InputError);
+}
+
+TEST_CASE("several teams work at once, one inside another") {
+  std::atomic<Index> total{0};
+  const auto work = [&] {
+    Workers outer(2);
+    for (int i = 0; i < 20; ++i)
+      outer.each(4, [&](Index) {
+        Workers inner(2);
+        inner.each(3, [&](Index) { total.fetch_add(1); });
+      });
+  };
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 3; ++i) threads.emplace_back(work);
+  for (std::thread &thread : threads) thread.join();
+  CHECK(total.load() == 3 * 20 * 4 * 3);
+}
+
+// Ends the child without the clean-up of a process that it shares with the parent.
+int status_of_child(const std::function<bool()> &work) {
+  const ::pid_t child = ::fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    ::alarm(20);
+    ::_exit(work() ? 0 : 1);
+  }
+  int status = -1;
+  ::waitpid(child, &status, 0);
+  return status;
+}
+
+TEST_CASE("a child of a fork has threads of its own") {
+  auto workers = std::make_unique<Workers>(3);
+  each_is_done_once(*workers, 10);
+  const auto work = [&] {
+    std::atomic<Index> total{0};
+    for (int i = 0; i < 100; ++i) workers->each(10, [&](Index) { total.fetch_add(1); });
+    workers.reset();
+    return total.load() == 1000;
+  };
+  CHECK(status_of_child(work) == 0);
+  each_is_done_once(*workers, 10);
+  // A child of the child, whose parent has threads or has none.
+  CHECK(status_of_child([&] { return status_of_child(work) == 0; }) == 0);
+  CHECK(status_of_child([&] {
+          workers->each(10, [](Index) {});
+          return status_of_child(work) == 0;
+        }) == 0);
+  CHECK(status_of_child([&] {  // forgets them without having used them
+          workers.reset();
+          return true;
+        }) == 0);
+}
+
+}  // namespace
+}  // namespace bkcore::engine
