@@ -4,11 +4,11 @@
 # make test         set up .venv and run lint, types and all tests but the slow ones
 # make test-slow    set up .venv and run the slow tests: the same promises for more sizes and forms
 # make test-runtime install bkcore-runtime alone, without PyTorch, and run it
-# make test-cpp     the tests of the kernels in C++, which `make test` runs, too; they need CMake and doctest
+# make test-cpp     the tests in C++, which `make test` runs, too; they need CMake and doctest
 # make docs         set up .venv and build the documentation in build/site, links checked
 # make tables       write the tables of the documentation again, from docs/data
 # make test-lowest  set up .venv-lowest with the lowest versions allowed and run the tests of LOWEST
-# make sanitize     the tests in C++ and ROUNDS rounds of the fuzzer from SEED on, under sanitizers
+# make sanitize     the tests in C++ and ROUNDS rounds of the fuzzers from SEED on, under sanitizers
 # make coverage     `make test`, and what the tests run through, lines and branches, by package
 # make coverage-cpp what the tests in C++ run through, lines and branches, by gcov
 
@@ -47,7 +47,8 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/typos
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.h csrc/tests/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.h csrc/tests/*.cpp \
+		csrc/tests/engine/*.h csrc/tests/engine/*.cpp csrc/engine/c_api.cpp csrc/engine/include/*.h examples/*.c)
 
 check: lint
 	$(subst python,$(BIN)/python,$(PYTEST)) -m "fast and not slow" $(ARGS)
@@ -85,8 +86,9 @@ endif
 
 sanitize:
 	$(call build-cpp,sanitize,check,-DBKCORE_INSTRUMENT=sanitize)
-	$(call build-cpp,sanitize,fuzz,-DBKCORE_INSTRUMENT=sanitize)
+	$(call build-cpp,sanitize,fuzzers,-DBKCORE_INSTRUMENT=sanitize)
 	build/sanitize/csrc/tests/fuzz $(ROUNDS) $(SEED)
+	build/sanitize/csrc/tests/fuzz_engine $(ROUNDS) $(SEED)
 
 gcovr := $(BIN)/gcovr --root . --filter csrc/ --exclude csrc/tests/ --object-directory build/coverage-cpp
 
