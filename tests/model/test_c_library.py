@@ -257,3 +257,11 @@ def test_what_cannot_be_opened_is_said_in_words(library, opened):
     folder = c_char_p(str(opened.folder).encode())
     assert open_(folder, c_int64(1), None, ctypes.byref(made)) == 2
     assert b"another kind of model" in library.c.bkcore_error_message()
+
+
+def test_the_program_of_the_documentation_compiles(prefix, tmp_path):
+    page = (SOURCE / "docs" / "c-library.md").read_text()
+    (program,) = re.findall(r"^```c\n(.*?)^```", page, re.M | re.S)
+    (tmp_path / "page.c").write_text(program)
+    flags = ["-std=c99", *STRICT, f"-I{prefix / 'include'}", "-fsyntax-only"]
+    run("cc", *flags, tmp_path / "page.c")
