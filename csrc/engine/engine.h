@@ -33,8 +33,8 @@ class Engine {
   }
 
   // Reads tokens (batch, sites) and writes the logits after the last ones, (batch, vocabulary), or
-  // after all, (batch, sites, vocabulary), unless null. Throws InputError, and leaves the state as it
-  // is, if a token is none of the vocabulary, there are none, or the state is another model's.
+  // after all, (batch, sites, vocabulary), unless null. Throws InputError, and leaves the state as
+  // it is, if a token is none of the vocabulary, there are none, or the state is another model's.
   void read(State &state, Index sites, const std::int64_t *tokens, float *logits,
             bool of_all_sites = false) {
     if (sites < 1)

@@ -127,8 +127,8 @@ class ConfigReader {
   }
 
   // The file holds only the factors of some products here, so that one of some kilobytes could ask
-  // for any amount of memory. Two limits keep a state below 1 GiB a sequence, and what 256 tokens at
-  // a time take below about 2.
+  // for any amount of memory. Two limits keep a state below 1 GiB a sequence, and what 256 tokens
+  // at a time take below about 2.
   void check_memory(const Sizes &s) const {
     const auto product = [](auto... sizes) { return (1.0 * ... * static_cast<double>(sizes)); };
     const double state = product(2, s.layers, s.heads, s.keys, s.values);
@@ -260,7 +260,8 @@ class TensorReader {
   void check_all_taken() const {
     for (const auto &entry : tensors_)
       if (!taken_.count(entry.first))
-        fail("the model has no tensor " + shown(entry.first) + ": it is a checkpoint of another one");
+        fail("the model has no tensor " + shown(entry.first) +
+             ": it is a checkpoint of another one");
   }
 
   [[noreturn]] void fail(const std::string &what) const {
