@@ -71,6 +71,8 @@ class Arguments {
 
   Index number(const char *name) { return take<Index>(name); }
 
+  float real(const char *name) { return static_cast<float>(take<double>(name)); }
+
   bool flag(const char *name) { return take<bool>(name); }
 
   nanobind::list list(const char *name) { return take<nanobind::list>(name); }

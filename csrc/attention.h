@@ -105,8 +105,12 @@ template <class T>
 void attention(const Attention<T> &a, Index batch, Index head) {
   const ChainRows<T> rows{a, batch, head};
   const Index chain = rows.chain(), size = rows.state(), chunks = chunks_of(a);
-  T *psi = a.psi + chain * size;
-  copy_row(psi, a.first_psi ? a.first_psi + chain * size : nullptr, size);
+  T *const psi = a.psi + chain * size;
+  const T *before = a.first_psi ? a.first_psi + chain * size : nullptr;
+  if (!before || a.sites == 0) {
+    copy_row(psi, before, size);
+    before = psi;
+  }
   Pair<T> g = rows.g_before(0);
   for (Index i = 0; i < a.sites; ++i) {
     const Index site = rows.site(i);
@@ -116,14 +120,15 @@ void attention(const Attention<T> &a, Index batch, Index head) {
       prefetch<1>(a.out + rows.site(next) * 2 * a.values, 2 * a.values);
     }
     if (a.checkpoints && i % a.chunk == 0)
-      copy_row(a.checkpoints + (chain * chunks + i / a.chunk) * size, psi, size);
+      copy_row<T>(a.checkpoints + (chain * chunks + i / a.chunk) * size, before, size);
     const T t = a.hopping[site], tt = t * t;
     const T x = a.v[site] - a.energy[head] - tt * g.re, y = a.eta[head] + tt * g.im;
     const T inverse = 1 / (x * x + y * y);
     g = {x * inverse, y * inverse};
     a.g[2 * site] = g.re;
     a.g[2 * site + 1] = g.im;
-    propagate_site<T>(rows, i, psi, psi, a.out + site * 2 * a.values);
+    propagate_site<T>(rows, i, before, psi, a.out + site * 2 * a.values);
+    before = psi;
   }
 }
 

@@ -17,9 +17,9 @@ struct Dense {
 struct Functions {
   // out = x / root mean square of x * weight.
   void (*rms_norm)(const float *x, const float *weight, std::int64_t count, float eps, float *out);
-  // x := x / length, with eps in the sum of squares.
-  void (*unit_length)(float *x, std::int64_t count, float eps);
-  // out = silu(x); they may be the same.
+  // out = x / length, with eps in the sum of squares. Here and below they may be the same.
+  void (*unit_length)(const float *x, std::int64_t count, float eps, float *out);
+  // out = silu(x).
   void (*silu)(const float *x, std::int64_t count, float *out);
   // out = x * silu(gate).
   void (*gated)(const float *x, const float *gate, std::int64_t count, float *out);
@@ -31,8 +31,8 @@ struct Functions {
                    std::int64_t count, float *out);
   // out (inputs) = one row of a matrix.
   void (*row)(const Dense &, std::int64_t output, float *out);
-  // x := softmax(x).
-  void (*softmax)(float *x, std::int64_t count);
+  // out = softmax(x) of at least one number.
+  void (*softmax)(const float *x, std::int64_t count, float *out);
 };
 
 // One function per instruction set, from one source compiled several times.

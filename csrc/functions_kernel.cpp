@@ -44,8 +44,9 @@ BKCORE_INLINE V from_bits(Int x) {
 
 // exp(x), by x = n ln 2 + r with |r| <= ln(2) / 2 and a polynomial of degree 6 in r; at most
 // 2 units in the last place from the truth. Below -87.3, where results would be subnormal, it is
-// exp(-87.3); above 88.3 exp(88.3). NaN is taken for the lower end.
-BKCORE_INLINE V exponential(V x) {
+// exp(-87.3); above 88.3 exp(88.3).
+BKCORE_INLINE V exponential(V given) {
+  V x = given;
   const V low = S::set(-87.33654f), high = S::set(88.37626f);
   x = x > low ? x : low;
   x = x < high ? x : high;
@@ -63,7 +64,7 @@ BKCORE_INLINE V exponential(V x) {
   p = p * (r * r) + r + S::set(1);
   // The low bits of `shifted` hold n; as a power of two it is n in the exponent.
   const Int power = (bits_of(shifted) << 23) + 0x3F800000;
-  return p * from_bits(power);
+  return given == given ? p * from_bits(power) : given;
 }
 
 BKCORE_INLINE V silu(V x) { return x / (S::set(1) + exponential(-x)); }
@@ -115,10 +116,10 @@ void rms_norm(const float *x, const float *weight, Index count, float eps, float
   });
 }
 
-void unit_length(float *x, Index count, float eps) {
+void unit_length(const float *x, Index count, float eps, float *out) {
   const V scale = S::set(1 / root(sum_of_squares(x, count) + eps));
   each_vector(count, [&](Index k, auto place) {
-    store<float>(x + k, load<float>(x + k, place) * scale, place);
+    store<float>(out + k, load<float>(x + k, place) * scale, place);
   });
 }
 
@@ -146,16 +147,16 @@ void convolve(const float *const *sites, const float *weight, Index taps, Index 
   });
 }
 
-void softmax(float *x, Index count) {
+void softmax(const float *x, Index count, float *out) {
   float largest = x[0];
   for (Index k = 1; k < count; ++k) largest = x[k] > largest ? x[k] : largest;
   each_vector(count, [&](Index k, auto place) {
-    store<float>(x + k, exponential(load<float>(x + k, place) - S::set(largest)), place);
+    store<float>(out + k, exponential(load<float>(x + k, place) - S::set(largest)), place);
   });
-  float total = x[0];
-  for (Index k = 1; k < count; ++k) total += x[k];
+  float total = out[0];
+  for (Index k = 1; k < count; ++k) total += out[k];
   each_vector(count, [&](Index k, auto place) {
-    store<float>(x + k, load<float>(x + k, place) / S::set(total), place);
+    store<float>(out + k, load<float>(out + k, place) / S::set(total), place);
   });
 }
 

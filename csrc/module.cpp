@@ -5,6 +5,7 @@
 #include "recall_step.h"
 #include "run_attention.h"
 #include "run_codes.h"
+#include "run_functions.h"
 #include "run_sweep.h"
 
 namespace nb = nanobind;
@@ -16,7 +17,7 @@ using Unlocked = nb::gil_scoped_release;
 
 // Add one whenever the arguments or results of a function here change, also in
 // src/bkcore/kernels/backends/cpu/native.py, which refuses an extension with another number.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 // Calls a function with a number of the type that the argument "double" selects.
 template <class Call>
@@ -305,6 +306,88 @@ void product(const nb::dict &given) {
   run_product(isa, threads, p);
 }
 
+void silu(const nb::dict &given) {
+  Arguments in(given);
+  const Isa &isa = in.isa();
+  const Index threads = in.threads(), count = in.number("count");
+  const auto *x = in.numbers<const float>("x", {count});
+  auto *out = in.numbers<float>("out", {count});
+  in.finish();
+  const Unlocked unlocked;
+  run_silu(isa, threads, count, x, out);
+}
+
+void rms_norm(const nb::dict &given) {
+  Arguments in(given);
+  const Isa &isa = in.isa();
+  const Index threads = in.threads();
+  const Index rows = in.number("rows"), channels = in.number("channels");
+  const float eps = in.real("eps");
+  const auto *x = in.numbers<const float>("x", {rows, channels});
+  const auto *weight = in.numbers<const float>("weight", {channels});
+  auto *out = in.numbers<float>("out", {rows, channels});
+  in.finish();
+  const Unlocked unlocked;
+  run_rms_norm(isa, threads, rows, channels, x, weight, eps, out);
+}
+
+void unit_length(const nb::dict &given) {
+  Arguments in(given);
+  const Isa &isa = in.isa();
+  const Index threads = in.threads();
+  const Index rows = in.number("rows"), channels = in.number("channels");
+  const float eps = in.real("eps");
+  const auto *x = in.numbers<const float>("x", {rows, channels});
+  auto *out = in.numbers<float>("out", {rows, channels});
+  in.finish();
+  const Unlocked unlocked;
+  run_unit_length(isa, threads, rows, channels, x, eps, out);
+}
+
+void softmax(const nb::dict &given) {
+  Arguments in(given);
+  const Isa &isa = in.isa();
+  const Index threads = in.threads();
+  const Index rows = in.number("rows"), channels = in.number("channels");
+  const auto *x = in.numbers<const float>("x", {rows, channels});
+  auto *out = in.numbers<float>("out", {rows, channels});
+  in.finish();
+  const Unlocked unlocked;
+  run_softmax(isa, threads, rows, channels, x, out);
+}
+
+void short_convolution(const nb::dict &given) {
+  Arguments in(given);
+  const Isa &isa = in.isa();
+  const Index threads = in.threads();
+  const Index batch = in.number("batch"), sites = in.number("sites");
+  const Index taps = in.number("taps"), channels = in.number("channels");
+  if (taps < 1 || sites < 1) refuse("a convolution has no taps or no sites");
+  const auto *x = in.numbers<const float>("x", {batch, sites + taps - 1, channels});
+  const auto *weight = in.numbers<const float>("weight", {taps, channels});
+  auto *out = in.numbers<float>("out", {batch, sites, channels});
+  in.finish();
+  const Unlocked unlocked;
+  run_short_convolution(isa, threads, batch, sites, taps, channels, x, weight, out);
+}
+
+void dense_product(const nb::dict &given) {
+  Arguments in(given);
+  const Isa &isa = in.isa();
+  const Index threads = in.threads(), rows = in.number("rows"), kind = in.number("kind");
+  if (kind < 0 || kind > 2) refuse("there is no kind of weight " + std::to_string(kind));
+  Dense m{static_cast<Dense::Kind>(kind), in.number("outputs"), in.number("inputs"), nullptr};
+  if (m.kind == Dense::Kind::f32)
+    m.weight = in.numbers<const float>("weight", {m.outputs, m.inputs});
+  else
+    m.weight = in.numbers<const std::uint16_t>("weight", {m.outputs, m.inputs});
+  const auto *x = in.numbers<const float>("x", {rows, m.inputs});
+  auto *out = in.numbers<float>("out", {rows, m.outputs});
+  in.finish();
+  const Unlocked unlocked;
+  run_dense_product(isa, threads, rows, m, x, out);
+}
+
 void round_channels(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
@@ -412,6 +495,12 @@ NB_MODULE(_native, m) {
   m.def("attention_backward", &bkcore::attention_backward);
   m.def("recall_step", &bkcore::recall_step);
   m.def("product", &bkcore::product);
+  m.def("silu", &bkcore::silu);
+  m.def("rms_norm", &bkcore::rms_norm);
+  m.def("unit_length", &bkcore::unit_length);
+  m.def("softmax", &bkcore::softmax);
+  m.def("short_convolution", &bkcore::short_convolution);
+  m.def("dense_product", &bkcore::dense_product);
   m.def("round_channels", &bkcore::round_channels);
   m.def("round_channels_backward", &bkcore::round_channels_backward);
   m.def("round_rows", &bkcore::round_rows);

@@ -187,9 +187,13 @@ class Reader {
     if (m.in_codes) {
       Product p = m.codes;
       p.rows = rows, p.x = x, p.out = out;
-      multiply_codes(isa_, p, [&](Index count, const auto &work) { workers_.each(count, work); });
+      const bool shared = rows * m.outputs * m.inputs >= 2 * kProductsPerThread;
+      multiply_codes(isa_, p, [&](Index count, const auto &work) {
+        workers_.each(shared, count, work);
+      });
     } else {
-      workers_.each(ceil_divide(m.outputs, kOutputs), [&](Index piece) {
+      const bool shared = rows * m.outputs * m.inputs >= kProductsPerThread / 4;
+      workers_.each(shared, ceil_divide(m.outputs, kOutputs), [&](Index piece) {
         const Index first = piece * kOutputs;
         f_.multiply(m.dense, x, rows, first, std::min(kOutputs, m.outputs - first), out);
       });
@@ -221,12 +225,11 @@ class Reader {
     float *value = key + rows * keys;
     for (Index row = 0; row < rows; ++row) {
       const float *x = projected_.data() + row * s_.projected() + mixed + width;
-      float *out = mixed_.data() + row * mixed;
+      const float *out = mixed_.data() + row * mixed;
       for (Index g = 0; g < 2 * s_.groups; ++g)
-        f_.unit_length(out + width + g * s_.keys, s_.keys, s_.eps);
+        f_.unit_length(out + width + g * s_.keys, s_.keys, s_.eps,
+                       (g < s_.groups ? query : key) + row * keys + g % s_.groups * s_.keys);
       std::copy_n(out, width, value + row * width);
-      std::copy_n(out + width, keys, query + row * keys);
-      std::copy_n(out + width + keys, keys, key + row * keys);
       std::copy_n(x, s_.heads, gate + row * s_.heads);
       std::copy_n(x + s_.heads, s_.heads, barrier + row * s_.heads);
     }
@@ -286,7 +289,7 @@ class Reader {
   // The experts of the highest probabilities, the first of equals first, and their shares.
   void choose(Index row) {
     float *const scores = scores_.data() + row * s_.experts;
-    f_.softmax(scores, s_.experts);
+    f_.softmax(scores, s_.experts, scores);
     const Index count = s_.experts_per_token;
     float total = 0;
     for (Index i = 0; i < count; ++i) {

@@ -50,7 +50,8 @@ class RecallRun {
   void run() {
     prepare();
     const auto kernel = kernels<float>(isa_).attention;
-    workers_.each(call_.batch * call_.heads, [&](Index chain) {
+    const Index products = rows_ * call_.heads * call_.keys * call_.values;
+    workers_.each(products >= 8 * kElementsPerThread, call_.batch * call_.heads, [&](Index chain) {
       const Index batch = chain / call_.heads, head = chain % call_.heads;
       kernel(attention_, batch, head);
       for (Index i = 0; i < call_.sites; ++i)

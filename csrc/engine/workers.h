@@ -52,10 +52,11 @@ class Workers {
   Index threads() const { return threads_; }
 
   // Calls work(i) for i in [0, count), in any order, and returns when all are done. An exception
-  // of a call is thrown again here.
+  // of a call is thrown again here. Work that is not worth sharing, which takes a microsecond, is
+  // done by the caller.
   template <class Work>
-  void each(Index count, const Work &work) {
-    if (threads_ <= 1 || count <= 1) {
+  void each(bool shared, Index count, const Work &work) {
+    if (!shared || threads_ <= 1 || count <= 1) {
       for (Index i = 0; i < count; ++i) work(i);
       return;
     }

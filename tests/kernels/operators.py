@@ -102,6 +102,32 @@ def product(
     }
 
 
+def silu(rows: int = 3, channels: int = 5) -> Arguments:
+    return {"x": normal(rows, channels)}
+
+
+def rms_norm(rows: int = 3, channels: int = 5) -> Arguments:
+    return {"x": normal(rows, channels), "weight": normal(channels), "eps": 1e-6}
+
+
+def unit_length(rows: int = 3, channels: int = 5) -> Arguments:
+    return {"x": normal(rows, channels), "eps": 1e-6}
+
+
+def softmax(rows: int = 3, channels: int = 5) -> Arguments:
+    return {"x": normal(rows, channels)}
+
+
+def short_convolution(
+    batch: int = 2, sites: int = 4, taps: int = 3, channels: int = 5
+) -> Arguments:
+    return {"x": normal(batch, sites + taps - 1, channels), "weight": normal(taps, channels)}
+
+
+def dense_product(rows: int = 3, inputs: int = 5, outputs: int = 4) -> Arguments:
+    return {"x": normal(rows, inputs), "weight": normal(outputs, inputs)}
+
+
 def round_rows(rows: int = 3, inputs: int = 5) -> Arguments:
     return {"x": normal(rows, inputs)}
 
@@ -223,6 +249,12 @@ OPERATORS: dict[str, Callable[..., Arguments]] = {
     "sweep_codes": sweep_codes,
     "sweep_rounded": sweep_rounded,
     "product": product,
+    "silu": silu,
+    "rms_norm": rms_norm,
+    "unit_length": unit_length,
+    "short_convolution": short_convolution,
+    "dense_product": dense_product,
+    "softmax": softmax,
     "round_rows": round_rows,
     "round_channels": round_channels,
     "round_channels_backward": round_channels_backward,
@@ -245,6 +277,12 @@ FUNCTIONS: dict[str, Callable[..., Arguments]] = {
             "sweep_codes",
             "sweep_rounded",
             "product",
+            "silu",
+            "rms_norm",
+            "unit_length",
+            "short_convolution",
+            "dense_product",
+            "softmax",
             "round_rows",
             "round_channels",
             "round_weight",

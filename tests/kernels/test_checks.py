@@ -25,6 +25,7 @@ DTYPES = [
 OTHER_DTYPES = {
     **{("sweep_backward", name): {torch.bfloat16} for name in ("v", "source")},
     **{("sweep_codes", name): {torch.float32} for name in ("in_zero", "out_zero")},
+    ("dense_product", "weight"): {torch.float16, torch.bfloat16},
     # The functions take one each, the operator both.
     **{
         (f"torch.ops.{name}", "scale"): {torch.float32}
@@ -32,9 +33,13 @@ OTHER_DTYPES = {
     },
 }
 # Rows, of which there may be any number, along any number of axes.
-ROWS = {("product", "x"), ("round_channels", "x"), ("round_channels_straight_through", "x")}
-# A first axis of any length.
-FREE = ROWS | {("sweep_rounded", "v")}
+ROWS = {
+    *(("product", "x"), ("round_channels", "x"), ("round_channels_straight_through", "x")),
+    *(("rms_norm", "x"), ("dense_product", "x")),
+}
+# Axes but the last of any length.
+CONVOLVED = {("short_convolution", "x"), ("short_convolution", "weight")}
+FREE = ROWS | CONVOLVED | {("sweep_rounded", "v")}
 
 
 def short(name: str) -> str:
@@ -49,7 +54,8 @@ def test_no_operator_is_left_out() -> None:
 
 def test_no_other_function_is_left_out() -> None:
     no_tensors = {
-        *("BackendInfo", "ChannelRounding", "describe_backends", "has_recall_step", "use_backend")
+        *("BackendInfo", "ChannelRounding", "describe_backends", "has_recall_step", "use_backend"),
+        "in_order",
     }
     assert set(kernels.__all__) - no_tensors == set(FUNCTIONS)
     described = {"name", "absent", "refuses", "describe", "reads_bfloat16"}

@@ -22,6 +22,12 @@ SIZES = {
     "sweep_codes": ("batch", "sites", "lanes"),
     "sweep_rounded": ("batch", "sites", "lanes"),
     "product": ("rows", "inputs", "outputs"),
+    "silu": ("rows", "channels"),
+    "rms_norm": ("rows", "channels"),
+    "unit_length": ("rows", "channels"),
+    "short_convolution": ("batch", "sites", "taps", "channels"),
+    "dense_product": ("rows", "inputs", "outputs"),
+    "softmax": ("rows", "channels"),
     "round_rows": ("rows", "inputs"),
     "round_channels": ("rows", "channels"),
     "round_channels_straight_through": ("rows", "channels"),
@@ -30,7 +36,9 @@ SIZES = {
     "sweep_step": ("batch", "lanes"),
     "recall_step": ("batch", "heads", "groups", "keys", "values"),
 }
-AT_LEAST_ONE = {"sites", "inputs", "groups"} | {("recall_step", "keys")}
+AT_LEAST_ONE = {"sites", "groups", "taps"} | {
+    *(("recall_step", "keys"), ("product", "inputs"), ("round_rows", "inputs"))
+}
 CASES = [
     (name, zeros)
     for name, sizes in SIZES.items()

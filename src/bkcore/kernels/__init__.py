@@ -4,6 +4,15 @@ from bkcore.deprecated import moved_names
 from bkcore.kernels.backends.selection import BackendInfo, describe_backends, use_backend
 from bkcore.kernels.checks import ChannelRounding
 from bkcore.kernels.ops.attention import attention
+from bkcore.kernels.ops.float_functions import (
+    dense_product,
+    in_order,
+    rms_norm,
+    short_convolution,
+    silu,
+    softmax,
+    unit_length,
+)
 from bkcore.kernels.ops.product import product
 from bkcore.kernels.ops.recall_step import has_recall_step, recall_step
 from bkcore.kernels.ops.round_activations import (
@@ -21,18 +30,25 @@ __all__ = [
     "BackendInfo",
     "ChannelRounding",
     "attention",
+    "dense_product",
     "describe_backends",
     "has_recall_step",
+    "in_order",
     "product",
     "recall_step",
+    "rms_norm",
     "round_channels",
     "round_channels_straight_through",
     "round_rows",
     "round_weight",
+    "short_convolution",
+    "silu",
+    "softmax",
     "sweep",
     "sweep_codes",
     "sweep_rounded",
     "sweep_step",
+    "unit_length",
     "use_backend",
 ]
 

@@ -26,6 +26,14 @@ def token_ids(input_ids: Any) -> Tensor:
     return ids
 
 
+def outside_vocabulary(ids: Tensor, vocab_size: int) -> InputError:
+    """The error for token ids that a model of this vocabulary does not have."""
+    return InputError(
+        f"input_ids go from {int(ids.min())} to {int(ids.max())}, but must be in "
+        f"[0, {vocab_size}); are they from another model's tokenizer?"
+    )
+
+
 def next_labels(labels: Any, ids: Tensor, vocab_size: int) -> Tensor:
     """Labels as int64 of the shape of the ids.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from transformers.utils.generic import ModelOutput
 
 from bkcore.arguments import did_you_mean
 from bkcore.errors import InputError
-from bkcore.model import generation, inputs, loading, saving
+from bkcore.model import engine, generation, inputs, loading, saving
 from bkcore.model.config import ResNetBKConfig
+from bkcore.model.functions import RMSNorm
 from bkcore.model.layers import ResNetBKLayer, TokenEmbedding, initialize
 from bkcore.model.loss import next_token_loss, share_of_batch
 from bkcore.model.quantizing import QuantizableModel
@@ -77,7 +78,7 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
         )
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(ResNetBKLayer(config) for _ in range(config.n_layers))
-        self.final_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.final_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.post_init()
         if config.quantization is not None:
             self._take_form(config.quantization)
@@ -147,13 +148,44 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
         use_cache = cache_params is not None if use_cache is None else use_cache
         if use_cache or cache_params is not None:
             inputs.check_stream(self.config, len(self.layers), input_ids, real, cache_params)
-        observing = self._state is QuantizationState.CALIBRATING
-        with all_or_nothing(self) if observing else nullcontext():
+        if labels is None and real is None and input_ids.shape[1] == 1 and not self._has_graph():
+            step = self._step(input_ids, cache_params)
+            if step is not None:
+                output = ResNetBKOutput(logits=step[0], cache_params=step[1] if use_cache else None)
+                return output.to_tuple() if return_dict is False else output
+        with self._computing():
             hidden, balance, state = self._hidden(input_ids, real, cache_params)
             logits = self.embedding.logits(hidden) if return_logits else None
             loss, aux_loss = self._losses(hidden, logits, balance, labels, num_items_in_batch)
         output = ResNetBKOutput(loss, logits, state if use_cache else None, aux_loss)
         return output.to_tuple() if return_dict is False else output
+
+    def _has_graph(self) -> bool:
+        """Whether a forward pass may have a gradient."""
+        return torch.is_grad_enabled() and self._state is not QuantizationState.QUANTIZED
+
+    def _step(
+        self, input_ids: Tensor, state: StreamState | None
+    ) -> tuple[Tensor, StreamState] | None:
+        """Logits (B, 1, V) and the new state by the engine; None if it cannot take the tokens."""
+        if not self.config.mixer_traits.streams:
+            return None
+        state = self.first_state(len(input_ids)) if state is None else state
+        if engine.refusal(self, input_ids, state) is not None:
+            return None
+        try:
+            return engine.step(self, input_ids, state)
+        except IndexError as error:
+            raise inputs.outside_vocabulary(input_ids, self.config.vocab_size) from error
+
+    def _computing(self) -> AbstractContextManager[None]:
+        """What a forward pass runs in, depending on the state."""
+        if self._state is QuantizationState.CALIBRATING:
+            return all_or_nothing(self)
+        if self._state is QuantizationState.QUANTIZED:
+            # Otherwise only norms and routers would get a gradient, and silently train alone.
+            return torch.no_grad()
+        return nullcontext()
 
     def iter_logits(self, input_ids: Tensor, positions: int) -> Iterator[Tensor]:
         """Yield the logits of long sequences piece by piece, so that never all are in memory.
@@ -170,9 +202,12 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
             ShapeError, DTypeError: if `input_ids` is not an integer tensor (B, N).
             InputError: if an id is not in the vocabulary.
         """
-        hidden, _, _ = self._hidden(inputs.token_ids(input_ids))
+        with self._computing():
+            hidden, _, _ = self._hidden(inputs.token_ids(input_ids))
         for piece in hidden.flatten(0, 1).split(positions):
-            yield self.embedding.logits(piece)
+            with self._computing():
+                logits = self.embedding.logits(piece)
+            yield logits
 
     def _hidden(
         self,
@@ -195,11 +230,7 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
             afters.append(after)
         seen = input_ids.new_full(input_ids.shape[:1], input_ids.shape[1])
         seen = seen if state is None else state.seen + seen
-        hidden = self.final_norm(hidden)
-        if self._state is QuantizationState.QUANTIZED:
-            # Otherwise only norms and routers would get a gradient, and silently train alone.
-            hidden, balance = hidden.detach(), balance.detach()
-        return hidden, balance, StreamState(tuple(afters), seen)
+        return self.final_norm(hidden), balance, StreamState(tuple(afters), seen)
 
     def _hidden_by_rows(self, input_ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, None]:
         """`_hidden` of each row's real tokens, one row at a time, so that nothing sees padding."""
@@ -214,10 +245,7 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
         try:
             embedded: Tensor = self.embedding(input_ids)
         except IndexError as error:
-            raise InputError(
-                f"input_ids go from {int(input_ids.min())} to {int(input_ids.max())}, but must be "
-                f"in [0, {self.config.vocab_size}); are they from another model's tokenizer?"
-            ) from error
+            raise inputs.outside_vocabulary(input_ids, self.config.vocab_size) from error
         return embedded * self.config.embedding_multiplier
 
     def _losses(

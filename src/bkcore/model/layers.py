@@ -9,6 +9,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bkcore.model.config import ResNetBKConfig
+from bkcore.model.functions import RMSNorm
 from bkcore.model.mixer import MIXERS, ConvolutionMixer, Features, GreenMixer, ResolventMixer
 from bkcore.model.moe import MixtureOfExperts
 from bkcore.model.state import LayerState
@@ -31,9 +32,9 @@ class ResNetBKLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mixer_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.mixer = MIXERS[config.mixer](config)
-        self.experts_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.experts_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.experts = MixtureOfExperts(config)
         self.dropout = nn.Dropout(config.dropout)
 

@@ -16,6 +16,7 @@ from bkcore.kernels import has_recall_step, recall_step
 from bkcore.kernels.recall import features, for_every_head, hopping_and_potential, over_memory
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.core_quantizers import CoreQuantizers
+from bkcore.model.functions import ShortConvolution, exponential, silu, unit_length
 from bkcore.model.state import LayerState
 from bkcore.quantization.linear import QuantizedLinear
 from bkcore.quantization.quantizers import GroupWiseQuantizer
@@ -67,7 +68,7 @@ class ResolventMixer(nn.Module):
         self.in_proj: nn.Linear | QuantizedLinear = nn.Linear(
             config.d_model, sum(self.sizes), bias=False
         )
-        self.conv = depthwise(mixed, config.conv_width)
+        self.conv = ShortConvolution(mixed, config.conv_width)
         self.log_rate = nn.Parameter(torch.empty(self.heads))
         self.log_barrier = nn.Parameter(torch.empty(self.heads))
         self.log_eta = nn.Parameter(torch.empty(self.heads))
@@ -128,7 +129,7 @@ class ResolventMixer(nn.Module):
         if state is None:
             state = self.first_state(len(x))
         else:
-            self._check_state(state)
+            self.check_state(state)
         inputs, opening, taps = self.core_inputs(x, state)
         if self._steps(inputs):
             features, g, psi = self._step(inputs, state)
@@ -138,7 +139,8 @@ class ResolventMixer(nn.Module):
             features = self.features(inputs.value, self.quantized_found(parts))
         return self.out_proj(gated(features, opening)), LayerState(taps, g, psi)
 
-    def _check_state(self, state: LayerState) -> None:
+    def check_state(self, state: LayerState) -> None:
+        """Raise `ShapeError` unless a state is one of this layer's."""
         for name, own in self._state_shapes().items():
             found = tuple(getattr(state, name).shape[1:])
             if found != own:
@@ -152,7 +154,7 @@ class ResolventMixer(nn.Module):
         mixed, opening, dynamics = self.in_proj(x).split(self.sizes, dim=-1)
         mixed = torch.cat((state.taps.to(mixed.dtype), mixed), 1)
         taps = mixed[:, mixed.shape[1] - state.taps.shape[1] :]
-        mixed = F.silu(convolution(self.conv, mixed))
+        mixed = self.conv(mixed)
         value, both = mixed.split((self.width, 2 * self.keys), dim=-1)
         both = unit_length(both.unflatten(-1, (2 * self.groups, -1)), self.norm_eps)
         query, key = both.flatten(2).chunk(2, dim=-1)
@@ -174,7 +176,7 @@ class ResolventMixer(nn.Module):
             for_every_head(x, self.heads, self.groups) for x in (inputs.query, inputs.key)
         )
         value = inputs.value.unflatten(-1, (self.heads, -1))
-        rate, height = self.log_rate.exp(), self.log_barrier.exp()
+        rate, height = exponential(self.log_rate), exponential(self.log_barrier)
         dynamics = hopping_and_potential(inputs.gate, inputs.barrier, rate, height, dtype)
         return AttentionInputs(query, key, value, *dynamics)
 
@@ -182,7 +184,7 @@ class ResolventMixer(nn.Module):
         self, inputs: CoreInputs, state: tuple[Tensor, Tensor]
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Re and Im of what was found, (B, N, W) each; and the state of the core."""
-        eta = self.log_eta.exp()
+        eta = exponential(self.log_eta)
         attended = self.attention_inputs(inputs, inputs.value.dtype)
         out, g, state = attend(*attended, eta, state)
         real, imag = over_memory(out.real, out.imag, g.imag / eta, eta)
@@ -202,9 +204,9 @@ class ResolventMixer(nn.Module):
             inputs.query,
             inputs.key,
             inputs.value,
-            self.log_rate.exp(),
-            self.log_barrier.exp(),
-            self.log_eta.exp(),
+            exponential(self.log_rate),
+            exponential(self.log_barrier),
+            exponential(self.log_eta),
             self.features.weight,
             state.g,
             state.psi,
@@ -247,14 +249,14 @@ class ConvolutionMixer(nn.Module):
         super().__init__()
         width = config.value_width
         self.in_proj = nn.Linear(config.d_model, 2 * width, bias=False)
-        self.conv = depthwise(width, config.conv_width)
+        self.conv = ShortConvolution(width, config.conv_width)
         self.out_proj = nn.Linear(width, config.d_model, bias=False)
 
     def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
         """x (B, N, D) -> (B, N, D), and no state: it is not there to stream."""
         value, opening = self.in_proj(x).chunk(2, dim=-1)
-        value = F.silu(causal_convolution(self.conv, value))
-        return self.out_proj(value * F.silu(opening)), None
+        value = self.conv(after_nothing(value, self.conv))
+        return self.out_proj(gated(value, opening)), None
 
 
 class GreenMixer(nn.Module):
@@ -267,7 +269,9 @@ class GreenMixer(nn.Module):
         super().__init__()
         width = config.value_width
         self.in_proj = nn.Linear(config.d_model, 3 * width, bias=False)
-        self.conv = depthwise(2 * width, config.conv_width)
+        self.conv = nn.Conv1d(
+            2 * width, 2 * width, config.conv_width, groups=2 * width, bias=False
+        )
         self.log_eta = nn.Parameter(torch.empty(width))
         self.energy = nn.Parameter(torch.empty(width))
         self.hopping = nn.Parameter(torch.empty(width))
@@ -287,7 +291,8 @@ class GreenMixer(nn.Module):
         """x (B, N, D) -> (B, N, D), and no state: it is not there to stream."""
         width = len(self.energy)
         mixed, opening = self.in_proj(x).split((2 * width, width), dim=-1)
-        value, potential = causal_convolution(self.conv, mixed).chunk(2, dim=-1)
+        mixed = self.conv(after_nothing(mixed, self.conv).transpose(1, 2)).transpose(1, 2)
+        value, potential = mixed.chunk(2, dim=-1)
         g = causal_sweep_parts(
             0.3 * potential,  # strong enough to matter, weak enough not to localize
             energy=self.energy,
@@ -295,7 +300,7 @@ class GreenMixer(nn.Module):
             hopping=self.hopping,
             onsite=0.0,
         )
-        features = self.features(F.silu(value), g.to(value.dtype))
+        features = self.features(silu(value), g.to(value.dtype))
         return self.out_proj(gated(features, opening)), None
 
 
@@ -307,35 +312,12 @@ MIXERS: dict[str, type[nn.Module]] = {
 """Mixer classes by the value of `ResNetBKConfig.mixer`."""
 
 
-def unit_length(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(sum(x^2) + eps) for x (..., K), summed over the last axis."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
-
-
 def gated(features: Tensor, opening: Tensor) -> Tensor:
     """Features (B, N, W) times their gate, in the dtype of `opening` (B, N, W)."""
     # The core and the quantizers work in at least float32, whatever the model is cast to.
-    return features.to(opening.dtype) * F.silu(opening)
+    return features.to(opening.dtype) * silu(opening)
 
 
-def depthwise(channels: int, taps: int) -> nn.Conv1d:
-    """A convolution with separate taps for every channel."""
-    return nn.Conv1d(channels, channels, taps, groups=channels, bias=False)
-
-
-def convolution(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """Convolve x (B, N + taps - 1, C) over time: (B, N, C)."""
-    if torch.is_grad_enabled():
-        return conv(x.transpose(1, 2)).transpose(1, 2)
-    # Without gradients, add tap by tap: for one token that is several times faster.
-    first, *others = conv.weight[:, 0].unbind(1)
-    sites = x.shape[1] - len(others)
-    out = x[:, :sites] * first
-    for tap, weight in enumerate(others, start=1):
-        out = torch.addcmul(out, x[:, tap : tap + sites], weight)
-    return out
-
-
-def causal_convolution(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """Convolve x (B, N, C) over time; position i of the result depends only on x up to i."""
-    return convolution(conv, F.pad(x, (0, 0, conv.kernel_size[0] - 1, 0)))
+def after_nothing(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    """x (B, N, C) after as many zeros as a causal convolution sees before it."""
+    return F.pad(x, (0, 0, conv.kernel_size[0] - 1, 0))

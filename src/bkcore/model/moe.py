@@ -16,16 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bkcore.model.config import ResNetBKConfig
+from bkcore.model.functions import Router, in_turn, silu, softmax
 from bkcore.quantization.linear import QuantizedLinear
 
 _BLOCK = 32
-
-_VECTORS = 32
-"""PyTorch's elementwise functions take this many numbers at a time: two AVX-512 vectors, or more
-vectors of a narrower kind."""
-
-_UNSHARED = 32_768
-"""Up to this many numbers PyTorch does not split among threads (its grain size)."""
 
 _TRAINED_ROWS = 64
 """In training, experts round their number of rows up to a multiple of this, so that oneDNN reuses
@@ -49,31 +43,22 @@ class Expert(nn.Module):
         if self.training:
             return _padded(self.perceptron, x, x.shape[0] + -x.shape[0] % _TRAINED_ROWS)
         if _is_exact(self.up) and _is_exact(self.down):
-            return self.down(_silu(self.up(x)))
+            return self.down(silu(self.up(x)))
         return _in_blocks(self.perceptron, x)
 
     def perceptron(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D), in one product whatever the number of rows."""
-        return self.down(F.silu(self.up(x)))
+        return self.down(silu(self.up(x)))
 
 
 def _is_exact(layer: nn.Module) -> bool:
     return isinstance(layer, QuantizedLinear) and layer.is_exact
 
 
-def _silu(x: Tensor) -> Tensor:
-    """SiLU of rows (M, F), with the same bits in each row whatever M is; see `_in_blocks`."""
-    count = x.numel()
-    if count % _VECTORS == 0 and count <= _UNSHARED:  # no incomplete vector, no split
-        return F.silu(x)
-    return _in_blocks(F.silu, x)
-
-
 def _in_blocks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a function to rows (M, D), with the same bits in each row whatever M is.
 
-    A float product may round a row differently when the number of rows changes. So may PyTorch's
-    exponential at the end of a tensor, where the last vector is incomplete. But the number of
+    A float product may round a row differently when the number of rows changes. But the number of
     tokens an expert serves depends on later tokens, and a stream has one token where a whole text
     has many. Blocks of a fixed size keep the model causal, and streams equal to whole texts, bit
     for bit. (Products of codes are exact and do not need this.)
@@ -104,9 +89,9 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ResNetBKConfig) -> None:
         super().__init__()
         self.experts_per_token = config.experts_per_token
-        self.router: nn.Linear | None = None
+        self.router: Router | None = None
         if config.num_experts > 1:
-            self.router = nn.Linear(config.d_model, config.num_experts, bias=False)
+            self.router = Router(config.d_model, config.num_experts)
         self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_experts))
         self.load: Tensor | None = None
         self.calibration_load: Tensor | None = None
@@ -130,11 +115,15 @@ class MixtureOfExperts(nn.Module):
             return cast(Expert, self.experts[0]).perceptron(x), x.new_zeros(())
         tokens = x.reshape(-1, x.shape[-1])
         scores = self.router(tokens) if self.training else _in_blocks(self.router, tokens)
-        probabilities = scores.float().softmax(-1)
-        weights, chosen = probabilities.topk(self.experts_per_token)
-        weights = weights / weights.sum(-1, keepdim=True)
-        served = self._serve(tokens, chosen)
-        out = (served * weights[..., None].to(served.dtype)).sum(1).view_as(x)
+        probabilities = softmax(scores)
+        # Of equals the first, which `topk` does not promise.
+        weights, chosen = (
+            found[..., : self.experts_per_token]
+            for found in probabilities.sort(dim=-1, descending=True, stable=True)
+        )
+        weights = weights / in_turn(weights)
+        served = self._serve(tokens, chosen) * weights[..., None].to(tokens.dtype)
+        out = in_turn(served.transpose(1, 2)).view_as(x)
         if self.load is not None:
             self.load += self._load_of(chosen, real)
         if self.calibration_load is not None:  # replaced, so that a failed pass can be undone

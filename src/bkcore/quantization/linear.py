@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bkcore.kernels import product, round_rows
+from bkcore.kernels import dense_product, in_order, product, round_rows
 from bkcore.kernels.backends.selection import keep_choice, kept_choice
 from bkcore.quantization import affine
 from bkcore.quantization.weights import HalfWeight, PackedWeight, TrainableWeight
@@ -50,7 +50,8 @@ def project(x: Tensor, weight: PackedWeight | TrainableWeight | HalfWeight) -> T
         return product(x.detach().float(), *codes).to(x.dtype)
     rows = x.reshape(-1, x.shape[-1]).float()
     if isinstance(weight, HalfWeight):
-        out = F.linear(rows, weight.packed.float())
+        half = weight.packed
+        out = dense_product(rows, half) if in_order(rows) else F.linear(rows, half.float())
     else:
         weight_codes, values = weight.codes_and_values()
         scales = weight.scales().detach()

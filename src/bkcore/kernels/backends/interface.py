@@ -130,6 +130,35 @@ class Product(NamedTuple):
     bits: int
 
 
+class Silu(NamedTuple):
+    x: Tensor
+
+
+class RmsNorm(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    eps: float
+
+
+class UnitLength(NamedTuple):
+    x: Tensor
+    eps: float
+
+
+class ShortConvolution(NamedTuple):
+    x: Tensor
+    weight: Tensor
+
+
+class DenseProduct(NamedTuple):
+    x: Tensor
+    weight: Tensor
+
+
+class Softmax(NamedTuple):
+    x: Tensor
+
+
 class RoundChannels(NamedTuple):
     x: Tensor
     scale: Tensor
@@ -244,6 +273,12 @@ class Backend:
     attention_backward: Callable[[AttentionBackward], AttentionGradients]
     recall_step: Callable[[RecallStep, Sequence[ChannelRounding]], RecallStepResults]
     product: Callable[[Product], Tensor]
+    silu: Callable[[Silu], Tensor]
+    rms_norm: Callable[[RmsNorm], Tensor]
+    unit_length: Callable[[UnitLength], Tensor]
+    short_convolution: Callable[[ShortConvolution], Tensor]
+    dense_product: Callable[[DenseProduct], Tensor]
+    softmax: Callable[[Softmax], Tensor]
     round_channels: Callable[[RoundChannels], Tensor]
     round_channels_backward: Callable[[RoundChannelsBackward], RoundChannelsGradients]
     round_rows: Callable[[RoundRows], Tensor]

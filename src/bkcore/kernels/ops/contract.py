@@ -16,7 +16,7 @@ from bkcore.kernels.backends.selection import keep_choice, kept_choice, select
 A = TypeVar("A", bound=tuple[Any, ...])
 
 _library = torch.library.Library("bkcore", "FRAGMENT")
-_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool"}
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool", float: "float"}
 
 
 def define(

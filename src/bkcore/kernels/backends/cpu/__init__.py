@@ -1,6 +1,6 @@
 """The CPU backend: C++ kernels, compiled when the package is installed."""
 
-from bkcore.kernels.backends.cpu import attention, codes, native, sweep
+from bkcore.kernels.backends.cpu import attention, codes, float_functions, native, sweep
 from bkcore.kernels.backends.interface import Backend
 
 BACKEND = Backend(
@@ -17,6 +17,12 @@ BACKEND = Backend(
     attention_backward=attention.attention_backward,
     recall_step=attention.recall_step,
     product=codes.product,
+    silu=float_functions.silu,
+    rms_norm=float_functions.rms_norm,
+    unit_length=float_functions.unit_length,
+    short_convolution=float_functions.short_convolution,
+    dense_product=float_functions.dense_product,
+    softmax=float_functions.softmax,
     round_channels=codes.round_channels,
     round_channels_backward=codes.round_channels_backward,
     round_rows=codes.round_rows,

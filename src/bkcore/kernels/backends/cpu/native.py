@@ -19,7 +19,7 @@ from bkcore.arguments import did_you_mean
 from bkcore.errors import BackendError
 from bkcore.host import last_level_cache
 
-INTERFACE = 1
+INTERFACE = 2
 """Version of the extension's interface. Every change of its functions' arguments or results raises
 it, here and in csrc/module.cpp, so that an extension built for other Python code is recognized."""
 
@@ -131,7 +131,7 @@ def rows_per_share() -> int:
     return rows
 
 
-_PLAIN = (int, bool, type(None))
+_PLAIN = (int, float, bool, type(None))
 """What is no tensor. `isinstance` would ask PyTorch, which takes longer than all else here."""
 
 

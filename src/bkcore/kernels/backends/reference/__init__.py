@@ -1,7 +1,7 @@
 """The reference: every operator in plain PyTorch, on any device, to read and to compare with."""
 
 from bkcore.kernels.backends.interface import Backend
-from bkcore.kernels.backends.reference import attention, codes, sweep
+from bkcore.kernels.backends.reference import attention, codes, float_functions, sweep
 
 BACKEND = Backend(
     name="reference",
@@ -17,6 +17,12 @@ BACKEND = Backend(
     attention_backward=attention.attention_backward,
     recall_step=attention.recall_step,
     product=codes.product,
+    silu=float_functions.silu,
+    rms_norm=float_functions.rms_norm,
+    unit_length=float_functions.unit_length,
+    short_convolution=float_functions.short_convolution,
+    dense_product=float_functions.dense_product,
+    softmax=float_functions.softmax,
     round_channels=codes.round_channels,
     round_channels_backward=codes.round_channels_backward,
     round_rows=codes.round_rows,

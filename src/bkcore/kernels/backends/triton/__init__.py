@@ -2,7 +2,7 @@
 
 from bkcore.kernels.backends.interface import Backend
 from bkcore.kernels.backends.reference import codes as reference
-from bkcore.kernels.backends.triton import attention, codes, launch, sweep
+from bkcore.kernels.backends.triton import attention, codes, float_functions, launch, sweep
 
 BACKEND = Backend(
     name="triton",
@@ -18,6 +18,12 @@ BACKEND = Backend(
     attention_backward=attention.attention_backward,
     recall_step=attention.recall_step,
     product=codes.product,
+    silu=float_functions.silu,
+    rms_norm=float_functions.rms_norm,
+    unit_length=float_functions.unit_length,
+    short_convolution=float_functions.short_convolution,
+    dense_product=float_functions.dense_product,
+    softmax=float_functions.softmax,
     round_channels=reference.round_channels,
     round_channels_backward=reference.round_channels_backward,
     round_rows=reference.round_rows,

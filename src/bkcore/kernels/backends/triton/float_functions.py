@@ -1,0 +1,43 @@
+"""Float functions of a language model on a GPU: PyTorch's own, equal to the others up to rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bkcore.kernels.backends.interface import (
+    DenseProduct,
+    RmsNorm,
+    ShortConvolution,
+    Silu,
+    Softmax,
+    UnitLength,
+)
+
+
+def silu(args: Silu) -> Tensor:
+    return F.silu(args.x)
+
+
+def rms_norm(args: RmsNorm) -> Tensor:
+    return F.rms_norm(args.x, args.weight.shape, args.weight, args.eps)
+
+
+def unit_length(args: UnitLength) -> Tensor:
+    x = args.x
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + args.eps)
+
+
+def short_convolution(args: ShortConvolution) -> Tensor:
+    weight = args.weight.t()[:, None]
+    out = F.conv1d(args.x.transpose(1, 2), weight, groups=len(weight)).transpose(1, 2)
+    return F.silu(out).contiguous()
+
+
+def dense_product(args: DenseProduct) -> Tensor:
+    return F.linear(args.x, args.weight.float())
+
+
+def softmax(args: Softmax) -> Tensor:
+    return args.x.softmax(-1)

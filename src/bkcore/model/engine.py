@@ -1,0 +1,241 @@
+"""One token of every sequence by the native engine, without PyTorch in between.
+
+The engine (`bkcore_runtime`) reads a model's own tensors where they are, and gives the same bits as
+the model's modules do one by one. It takes over where nothing can be lost: on a CPU, in float32,
+without gradients, hooks, adapters or counts of the experts' load. Otherwise the modules run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from operator import attrgetter, is_
+from weakref import WeakKeyDictionary
+
+import torch
+from bkcore_runtime import _engine as native
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from bkcore.errors import BackendError
+from bkcore.kernels.backends.cpu.native import isa
+from bkcore.kernels.backends.selection import current_choice
+from bkcore.model.core_quantizers import CoreQuantizers
+from bkcore.model.functions import RMSNorm, Router, ShortConvolution
+from bkcore.model.layers import ResNetBKLayer, TokenEmbedding
+from bkcore.model.mixer import Features, ResolventMixer
+from bkcore.model.moe import Expert, MixtureOfExperts
+from bkcore.model.state import LayerState, StreamState
+from bkcore.quantization.complex_quantizer import ComplexQuantizer
+from bkcore.quantization.levels import LevelTable
+from bkcore.quantization.linear import QuantizedEmbedding, QuantizedLinear
+from bkcore.quantization.quantizers import GroupWiseQuantizer
+from bkcore.quantization.weights import HalfWeight, PackedWeight
+
+CHOICES = ("auto", "always", "never")
+_environment = os.environ.get("BKCORE_ENGINE") or "auto"
+_choice: ContextVar[str | None] = ContextVar("bkcore_engine", default=None)
+
+_PARTS = {
+    *(nn.ModuleList, nn.Dropout, nn.Linear, TokenEmbedding, ResNetBKLayer, RMSNorm, Router),
+    *(ShortConvolution, ResolventMixer, Features, MixtureOfExperts, Expert),
+    *(QuantizedEmbedding, QuantizedLinear, PackedWeight, HalfWeight, CoreQuantizers),
+    *(ComplexQuantizer, GroupWiseQuantizer, LevelTable),
+}
+"""Modules that the engine knows; any other class may compute something else."""
+
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+"""Their names in safetensors, which the engine goes by."""
+
+
+@contextlib.contextmanager
+def use_engine(choice: str) -> Iterator[None]:
+    """Say whether the engine generates tokens, inside a with block.
+
+    It overrides the environment variable BKCORE_ENGINE, which is read at import.
+
+    Args:
+        choice: "auto" where it can, "never", or "always": then a model that it cannot take raises.
+
+    Raises:
+        BackendError: if the choice is unknown.
+    """
+    token = _choice.set(_known(choice))
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def _known(choice: str) -> str:
+    if choice not in CHOICES:
+        raise BackendError(f"there is no choice {choice!r} of the engine; it is one of {CHOICES}")
+    return choice
+
+
+def step(model: nn.Module, input_ids: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
+    """Read a token of every sequence.
+
+    Args:
+        model: a model for which `refusal` found nothing.
+        input_ids: int64 (B, 1), in the vocabulary.
+        state: what the sequences read before, which is not changed.
+
+    Returns:
+        Logits float32 (B, 1, V), and the new state.
+
+    Raises:
+        IndexError: if a token is not in the vocabulary.
+        ShapeError: if the state is that of another model.
+    """
+    return _bound[model].step(input_ids.contiguous(), state)
+
+
+def refusal(model: nn.Module, input_ids: Tensor, state: StreamState) -> str | None:
+    """Why the engine will not read these tokens (B, 1) with this model; None if it will.
+
+    Raises:
+        BackendError: if the engine is to be used always, and this is why it cannot.
+    """
+    choice = _choice.get() or _known(_environment)
+    if choice == "never":
+        return "it is turned off"
+    reason = _unfit(input_ids, state) or _bind(model)
+    if reason is not None and choice == "always":
+        raise BackendError(f"the engine was requested, but cannot be used: {reason}")
+    return reason
+
+
+def _unfit(input_ids: Tensor, state: StreamState) -> str | None:
+    """What there is against these tokens, whatever the model."""
+    if current_choice() not in ("auto", "cpu"):
+        return f"the backend {current_choice()} is forced"
+    if type(input_ids) is not Tensor or not input_ids.is_cpu:
+        return "the tokens are not on the CPU"
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return "PyTorch traces, compiles or watches the model"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func is at work"
+    for layer in state.layers:
+        for x in (layer.taps, layer.g, layer.psi):
+            if x.dtype != torch.float32 or not x.is_cpu:
+                return f"the state is {x.dtype} on {x.device}, not float32 on the CPU"
+    return None
+
+
+def _bind(model: nn.Module) -> str | None:
+    bound = _bound.get(model)
+    if bound is None or not bound.holds():
+        bound = _bound[model] = _Bound(model)
+    return bound.refusal
+
+
+class _Bound:
+    """An engine for a model's tensors, or why there is none; and whether that still holds."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.modules())
+        self.attributes = [m.__dict__ for m in self.modules]
+        self.hooks = [m._forward_hooks for m in self.modules]
+        self.hooks += [m._forward_pre_hooks for m in self.modules]
+        self.experts = [m for m in self.modules if isinstance(m, MixtureOfExperts)]
+        self.mixers = [m for m in self.modules if isinstance(m, ResolventMixer)]
+        self.quantizers = [m for m in self.modules if isinstance(m, CoreQuantizers)]
+        held = [held for m in self.modules for held in (m._modules, m._parameters, m._buffers)]
+        entries = [(where, *entry) for where in held for entry in where.items()]
+        self.counts = list(map(len, held))
+        self.held = held
+        self.places = [where for where, _, _ in entries]
+        self.names = [name for _, name, _ in entries]
+        self.found = [x for _, _, x in entries]
+        self.tensors = [x for x in self.found if isinstance(x, Tensor)]
+        self.facts, self.values = self._facts(), self._values()
+        self.refusal = self._unfit() or self._open(model)
+
+    def holds(self) -> bool:
+        """Whether the model is as it was. Every token asks, so this takes few steps of Python."""
+        return (
+            all(map(is_, map(dict.get, self.places, self.names), self.found))
+            and list(map(len, self.held)) == self.counts
+            and self._values() == self.values
+            and self._facts() == self.facts
+        )
+
+    def _values(self) -> list[tuple[int, int]]:
+        """Where the numbers of every tensor are, and how often they were changed in place."""
+        addresses = map(Tensor.data_ptr, self.tensors)
+        return list(zip(addresses, map(attrgetter("_version"), self.tensors), strict=True))
+
+    def _facts(self) -> tuple[object, ...]:
+        """What decides, apart from tensors, whether the engine can take the model, and how."""
+        return (
+            any(map(attrgetter("training"), self.modules)),
+            any(self.hooks) or _has_any_global_hook(),
+            any("forward" in attributes for attributes in self.attributes),
+            any(x.load is not None or x.calibration_load is not None for x in self.experts),
+            all(x.rounds_only for x in self.quantizers),
+            self.modules[0].config.embedding_multiplier,
+            isa(),
+            torch.get_num_threads(),
+        )
+
+    def _unfit(self) -> str | None:
+        """What there is against the model as it is."""
+        training, hooked, replaced, counting, rounds_only = self.facts[:5]
+        unknown = [type(m).__name__ for m in self.modules[1:] if type(m) not in _PARTS]
+        reasons = {
+            "it is in training mode": training,
+            "a hook is registered": hooked,
+            "the forward pass of a module is replaced": replaced,
+            "tokens are counted by expert": counting,
+            "its quantizers observe or learn": not rounds_only,
+            f"it has modules of other kinds: {', '.join(unknown[:3])}": unknown,
+            "a module is compiled": any(x.get("_compiled_call_impl") for x in self.attributes),
+        }
+        return next((reason for reason, found in reasons.items() if found), None)
+
+    def _open(self, model: nn.Module) -> str | None:
+        """Set up the engine; or return why it cannot be."""
+        tensors = {}
+        for name, x in model.state_dict(keep_vars=True).items():
+            is_float = x.dtype == torch.float32 or not isinstance(x, nn.Parameter)
+            if x.dtype not in _DTYPES or not (x.is_cpu and x.is_contiguous() and is_float):
+                return f"{name} is {x.dtype} on {x.device}"
+            tensors[name] = _DTYPES[x.dtype], list(x.shape), x.data_ptr()
+        config = json.dumps(model.config.to_dict(), default=str)
+        threads = torch.get_num_threads()
+        try:
+            self.engine = native.Engine.of_tensors(tensors, config, threads, isa())
+        except native.Error as error:
+            return str(error)
+        return None
+
+    def step(self, input_ids: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
+        logits = torch.empty(len(input_ids), 1, self.engine.vocabulary)
+        before, after = [], []
+        for mixer, layer in zip(self.mixers, state.layers, strict=True):
+            mixer.check_state(layer)
+            fields = layer.taps, layer.g, layer.psi
+            before.append([x if x.is_contiguous() else x.contiguous() for x in fields])
+            after.append(list(map(torch.empty_like, before[-1])))
+        addresses = [[x.data_ptr() for x in (*b, *a)] for b, a in zip(before, after, strict=True)]
+        try:
+            self.engine.read_at(
+                len(input_ids), 1, input_ids.data_ptr(), addresses, logits.data_ptr()
+            )
+        except native.InputError as error:
+            raise IndexError(str(error)) from error
+        layers = tuple(LayerState(*fields) for fields in after)
+        return logits, StreamState(layers, state.seen + 1)
+
+
+_bound: WeakKeyDictionary[nn.Module, _Bound] = WeakKeyDictionary()
