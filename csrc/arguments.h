@@ -75,8 +75,6 @@ class Arguments {
 
   bool flag(const char *name) { return take<bool>(name); }
 
-  nanobind::list list(const char *name) { return take<nanobind::list>(name); }
-
   const Isa &isa() { return find_isa(take<std::string>("isa")); }
 
   Index threads() {

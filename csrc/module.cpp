@@ -2,7 +2,6 @@
 // checks that memory is as large as they say, and runs the kernels without Python's lock.
 
 #include "arguments.h"
-#include "recall_step.h"
 #include "run_attention.h"
 #include "run_codes.h"
 #include "run_functions.h"
@@ -242,51 +241,6 @@ RoundChannels read_rounding(Arguments &in, Index rows, Index channels, Index bit
   return r;
 }
 
-std::vector<RoundChannels> read_roundings(const nb::list &given, const RecallStep &s, Index bits) {
-  const Index width = s.heads * s.values, shared = s.groups * s.keys;
-  const std::array<Index, 7> channels = {s.heads, s.heads, shared, shared, width, width, width};
-  if (given.size() != 0 && given.size() != channels.size())
-    refuse("there are seven quantizers, or none");
-  std::vector<RoundChannels> all;
-  for (std::size_t part = 0; part < given.size(); ++part) {
-    if (!nb::isinstance<nb::dict>(given[part])) refuse("a quantizer is no dict");
-    Arguments in(nb::borrow<nb::dict>(given[part]));
-    all.push_back(read_rounding(in, s.batch, channels[part], bits));
-    in.finish();
-  }
-  return all;
-}
-
-// Returns false, without a result, if an eta is not positive.
-bool recall_step(const nb::dict &given) {
-  Arguments in(given);
-  const Isa &isa = in.isa();
-  const Index threads = in.threads(), bits = in.bits();
-  RecallStep s{};
-  s.batch = in.number("batch"), s.heads = in.number("heads"), s.groups = in.number("groups");
-  s.keys = in.number("keys"), s.values = in.number("values");
-  if (s.groups < 1 || s.heads % s.groups) refuse("heads do not share their keys evenly");
-  const Index width = count({s.heads, s.values}), shared = count({s.groups, s.keys});
-  s.gate = in.numbers<const float>("gate", {s.batch, s.heads});
-  s.barrier = in.numbers<const float>("barrier", {s.batch, s.heads});
-  s.query = in.numbers<const float>("query", {s.batch, shared});
-  s.key = in.numbers<const float>("key", {s.batch, shared});
-  s.value = in.numbers<const float>("value", {s.batch, width});
-  s.rate = in.numbers<const float>("rate", {s.heads});
-  s.height = in.numbers<const float>("height", {s.heads});
-  s.eta = in.numbers<const float>("eta", {s.heads});
-  s.weight = in.numbers<const float>("weight", {3, width});
-  s.g = in.numbers<const float>("g", {s.batch, s.heads, 2});
-  s.psi = in.numbers<const float>("psi", {s.batch, s.heads, 2, s.keys, s.values});
-  s.features = in.numbers<float>("features", {s.batch, width});
-  s.next_g = in.numbers<float>("next_g", {s.batch, s.heads, 2});
-  s.next_psi = in.numbers<float>("next_psi", {s.batch, s.heads, 2, s.keys, s.values});
-  s.rounding = read_roundings(in.list("rounding"), s, bits);
-  in.finish();
-  const Unlocked unlocked;
-  return run_recall_step(isa, threads, s);
-}
-
 void product(const nb::dict &given) {
   Arguments in(given);
   const Isa &isa = in.isa();
@@ -493,7 +447,6 @@ NB_MODULE(_native, m) {
   m.def("sweep_step", &bkcore::sweep_step);
   m.def("attention", &bkcore::attention);
   m.def("attention_backward", &bkcore::attention_backward);
-  m.def("recall_step", &bkcore::recall_step);
   m.def("product", &bkcore::product);
   m.def("silu", &bkcore::silu);
   m.def("rms_norm", &bkcore::rms_norm);

@@ -35,7 +35,6 @@ from bkcore.training.recipe import read_recipe
 
 B, N, H = 2, 4, 3
 ELSEWHERE = {
-    *("ChannelRounding", "has_recall_step", "recall_step"),
     *("LanguageModel", "ResNetBKConfig", "ResNetBKForCausalLM"),
     *("BKCoreError", "QuantizationState"),
 }

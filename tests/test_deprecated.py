@@ -63,7 +63,6 @@ def test_a_moved_name_is_the_new_one(old: str) -> None:
     "old",
     [
         "bkcore.core.bounds.attention_enclosure",
-        "bkcore.core.recall_step",
         "bkcore.evaluation.checkpoints.evaluate_checkpoint",
         "bkcore.kernels.cpu.use_isa",
         "bkcore.kernels.step",

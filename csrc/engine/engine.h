@@ -26,6 +26,8 @@ class Engine {
   const std::string &isa() const { return isa_.name; }
   Index threads() const { return reader_.threads(); }
 
+  bool is_current() const { return model_->is_current(); }
+
   // One reading at a time; other threads wait.
   void read(const Reading &reading) {
     const std::lock_guard lock(mutex_);

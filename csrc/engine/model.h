@@ -4,8 +4,10 @@
 // float32 and in the order in which a step reads them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <set>
@@ -181,7 +183,7 @@ class TensorReader {
 
   // A float tensor of any format as float32.
   std::vector<float> floats(const std::string &name, const std::vector<Index> &shape) {
-    const Tensor &tensor = take(name, shape);
+    const Tensor &tensor = copied(take(name, shape));
     Index count = 1;
     for (const Index size : shape) count *= size;
     std::vector<float> out(static_cast<std::size_t>(count));
@@ -231,8 +233,8 @@ class TensorReader {
     const bool shared = found->second.shape == std::vector<Index>{1};
     const Index groups = shared ? 1 : channels;
     r.group_size = shared ? channels : 1;
-    const Tensor &scale = take(name + ".stored_scales", {groups});
-    const Tensor &zero = take(name + ".zero_points", {groups});
+    const Tensor &scale = copied(take(name + ".stored_scales", {groups}));
+    const Tensor &zero = copied(take(name + ".zero_points", {groups}));
     if (scale.dtype != Dtype::bf16 || zero.dtype != Dtype::i8) fail(name + " has wrong dtypes");
     r.scale.resize(groups), r.zero.resize(groups);
     std::memcpy(r.scale.data(), scale.data, groups * 2);
@@ -256,6 +258,8 @@ class TensorReader {
     }
     return out;
   }
+
+  const std::vector<Tensor> &all_copied() const { return copied_; }
 
   void check_all_taken() const {
     for (const auto &entry : tensors_)
@@ -318,9 +322,16 @@ class TensorReader {
     }
   }
 
+  // Notes a tensor whose numbers are copied.
+  const Tensor &copied(const Tensor &tensor) {
+    copied_.push_back(tensor);
+    return tensor;
+  }
+
   const Tensors &tensors_;
   const std::string &path_;
   std::set<std::string> taken_;
+  std::vector<Tensor> copied_;
 };
 
 class Model {
@@ -336,13 +347,29 @@ class Model {
 
   // Tensors in memory that somebody else keeps alive, named as in a checkpoint, and the text of its
   // config.json.
-  Model(const Tensors &tensors, std::string_view config) { read(tensors, "the model", config, "its config"); }
+  Model(const Tensors &tensors, std::string_view config) {
+    for (const Tensor &tensor : read(tensors, "the model", config, "its config"))
+      copies_.push_back({tensor.data, std::vector<std::byte>(tensor.data, tensor.data + tensor.bytes())});
+  }
+
+  // Whether the tensors in memory that were copied still hold the same bytes.
+  bool is_current() const {
+    return std::all_of(copies_.begin(), copies_.end(), [](const Copy &copy) {
+      return std::memcmp(copy.source, copy.bytes.data(), copy.bytes.size()) == 0;
+    });
+  }
 
   const Sizes &sizes() const { return sizes_; }
 
  private:
-  void read(const Tensors &tensors, const std::string &path, std::string_view config,
-            const std::string &config_path) {
+  struct Copy {
+    const std::byte *source;
+    std::vector<std::byte> bytes;
+  };
+
+  // Returns the tensors that it copied.
+  std::vector<Tensor> read(const Tensors &tensors, const std::string &path,
+                           std::string_view config, const std::string &config_path) {
     const Json fields = Json::parse(config, config_path);
     sizes_ = ConfigReader(fields, config_path).sizes();
     TensorReader reader(tensors, path);
@@ -356,6 +383,7 @@ class Model {
     for (Index l = 0; l < s.layers; ++l)
       layers.push_back(read_layer(reader, "layers." + std::to_string(l) + "."));
     reader.check_all_taken();
+    return reader.all_copied();
   }
 
   static std::vector<float> exponentials(std::vector<float> x) {
@@ -405,6 +433,7 @@ class Model {
   }
 
   std::unique_ptr<const Safetensors> file_;
+  std::vector<Copy> copies_;
   Sizes sizes_{};
 
  public:

@@ -195,6 +195,7 @@ NB_MODULE(_engine, m) {
       .def_prop_ro("isa", &Engine::isa)
       .def_prop_ro("threads", &Engine::threads)
       .def_prop_ro("vocabulary", [](const Engine &engine) { return engine.sizes().vocabulary; })
+      .def("is_current", &Engine::is_current)
       .def("read", &read_logits)
       .def("skip", &skip)
       .def("load_state",

@@ -20,6 +20,23 @@ struct Tensor {
   Dtype dtype;
   std::vector<std::int64_t> shape;
   const std::byte *data;
+
+  // The shape is known to fit.
+  std::size_t bytes() const {
+    std::size_t all = size_of(dtype);
+    for (const std::int64_t size : shape) all *= static_cast<std::size_t>(size);
+    return all;
+  }
+
+  static std::size_t size_of(Dtype dtype) {
+    switch (dtype) {
+      case Dtype::f64: case Dtype::i64: return 8;
+      case Dtype::f32: return 4;
+      case Dtype::f16: case Dtype::bf16: return 2;
+      case Dtype::i8: case Dtype::u8: return 1;
+    }
+    return 0;
+  }
 };
 
 using Tensors = std::map<std::string, Tensor>;

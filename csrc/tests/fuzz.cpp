@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "memory.h"
-#include "recall_step.h"
+#include "engine/recall.h"
 #include "run_attention.h"
 #include "run_codes.h"
 #include "run_sweep.h"
@@ -37,7 +37,7 @@ class Fuzzer {
     const std::function<void()> operators[] = {
         [&] { sweep<float>(); },     [&] { sweep<double>(); },     [&] { sweep_codes(); },
         [&] { sweep_rounded(); },    [&] { sweep_step<float>(); }, [&] { sweep_step<double>(); },
-        [&] { attention<float>(); }, [&] { attention<double>(); }, [&] { recall_step(); },
+        [&] { attention<float>(); }, [&] { attention<double>(); }, [&] { recall(); },
         [&] { product(); },          [&] { round_channels(); },    [&] { round_rows(); },
         [&] { round_weight(); },
     };
@@ -297,23 +297,25 @@ class Fuzzer {
             nullptr};
   }
 
-  void recall_step() {
+  void recall() {
     const Index groups = integer(1, 4);
-    RecallStep s{size(3), groups * size(4), groups, size(33), size(70)};
+    engine::Recall s{size(3), integer(1, 5), groups * size(4), groups, size(33), size(70)};
     const Index chains = s.batch * s.heads, width = s.heads * s.values, shared = groups * s.keys;
-    s.gate = buffer<float>(chains), s.barrier = buffer<float>(chains);
-    s.query = buffer<float>(s.batch * shared), s.key = buffer<float>(s.batch * shared);
-    s.value = buffer<float>(s.batch * width);
+    const Index rows = s.batch * s.sites;
+    s.gate = buffer<float>(rows * s.heads), s.barrier = buffer<float>(rows * s.heads);
+    s.query = buffer<float>(rows * shared), s.key = buffer<float>(rows * shared);
+    s.value = buffer<float>(rows * width);
     s.rate = buffer<float>(s.heads), s.height = buffer<float>(s.heads);
     s.eta = scales(s.heads), s.weight = buffer<float>(3 * width);
     s.g = buffer<float>(chains * 2), s.psi = buffer<float>(chains * 2 * s.keys * s.values);
-    s.features = buffer<float>(s.batch * width), s.next_g = buffer<float>(chains * 2);
+    s.features = buffer<float>(rows * width), s.next_g = buffer<float>(chains * 2);
     s.next_psi = buffer<float>(chains * 2 * s.keys * s.values);
     const Index width_of_codes = bits();
     if (chance(0.7))
       for (const Index channels : {s.heads, s.heads, shared, shared, width, width, width})
-        s.rounding.push_back(rounding(s.batch, channels, width_of_codes));
-    run_recall_step(isa(), threads(), s);
+        s.rounding.push_back(rounding(rows, channels, width_of_codes));
+    engine::Workers workers(threads());
+    engine::RecallRun(isa(), workers, s).run();
   }
 
   void product() {

@@ -75,7 +75,6 @@ def _renamed(old: str, new: str, names: str) -> dict[str, str]:
 
 
 NAMES: Mapping[str, str] = {
-    **_renamed("bkcore.core", "bkcore.kernels", "ChannelRounding has_recall_step recall_step"),
     "bkcore.bench.timing.torch_threads": "bkcore.host.torch_threads",
     "bkcore.core.bounds.AttentionInputs": "bkcore.core.attention.AttentionInputs",
     **_renamed(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from bkcore import kernels
 from bkcore.kernels.backends.interface import ATTENTION_CHUNK
-from bkcore.kernels.checks import ChannelRounding
 
 Arguments = dict[str, Any]
 
@@ -121,7 +120,7 @@ def softmax(rows: int = 3, channels: int = 5) -> Arguments:
 def short_convolution(
     batch: int = 2, sites: int = 4, taps: int = 3, channels: int = 5
 ) -> Arguments:
-    return {"x": normal(batch, sites + taps - 1, channels), "weight": normal(taps, channels)}
+    return {"x": normal(batch, max(0, sites + taps - 1), channels), "weight": normal(taps, channels)}
 
 
 def dense_product(rows: int = 3, inputs: int = 5, outputs: int = 4) -> Arguments:
@@ -218,31 +217,6 @@ def sweep_step(batch: int = 2, lanes: int = 3) -> Arguments:
     }
 
 
-def recall_step(
-    batch: int = 2, heads: int = 4, groups: int = 2, keys: int = 3, values: int = 5
-) -> Arguments:
-    width, shared = heads * values, groups * keys
-    channels = (heads, heads, shared, shared, width, width, width)
-    rounding = [
-        ChannelRounding(n, scales(n), torch.zeros(n, dtype=torch.int8), ascending(bits=4), 1, 4)
-        for n in channels
-    ]
-    return {
-        "gate": normal(batch, 1, heads),
-        "barrier": normal(batch, 1, heads),
-        "query": normal(batch, 1, shared),
-        "key": normal(batch, 1, shared),
-        "value": normal(batch, 1, width),
-        "rate": torch.rand(heads),
-        "height": torch.rand(heads),
-        "eta": 0.3 + torch.rand(heads),
-        "weight": normal(3, width),
-        "g": torch.rand(batch, heads, 2),
-        "psi": normal(batch, heads, 2, keys, values),
-        "rounding": rounding,
-    }
-
-
 OPERATORS: dict[str, Callable[..., Arguments]] = {
     "sweep": sweep,
     "sweep_backward": sweep_backward,
@@ -267,7 +241,6 @@ OPERATORS: dict[str, Callable[..., Arguments]] = {
 
 FUNCTIONS: dict[str, Callable[..., Arguments]] = {
     "sweep_step": sweep_step,
-    "recall_step": recall_step,
     "round_channels_straight_through": round_channels_straight_through,
     "attention": attention_function,
     **{

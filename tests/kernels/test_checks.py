@@ -12,7 +12,7 @@ from torch import Tensor
 from bkcore import kernels
 from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.kernels.backends.interface import Backend
-from bkcore.kernels.checks import ChannelRounding, count_groups, fit_group_size
+from bkcore.kernels.checks import count_groups, fit_group_size
 from tests.kernels.operators import EVERY, FUNCTIONS, OPERATORS, arguments, call, tensors
 
 PAIRS = [(name, tensor) for name in EVERY for tensor in tensors(arguments(name))]
@@ -38,8 +38,10 @@ ROWS = {
     *(("rms_norm", "x"), ("dense_product", "x")),
 }
 # Axes but the last of any length.
-CONVOLVED = {("short_convolution", "x"), ("short_convolution", "weight")}
-FREE = ROWS | CONVOLVED | {("sweep_rounded", "v")}
+FREE = ROWS | {
+    *(("short_convolution", "x"), ("short_convolution", "weight")),
+    *(("dense_product", "weight"), ("sweep_rounded", "v")),
+}
 
 
 def short(name: str) -> str:
@@ -54,13 +56,12 @@ def test_no_operator_is_left_out() -> None:
 
 def test_no_other_function_is_left_out() -> None:
     no_tensors = {
-        *("BackendInfo", "ChannelRounding", "describe_backends", "has_recall_step", "use_backend"),
-        "in_order",
+        *("BackendInfo", "describe_backends", "in_order", "use_backend"),
     }
     assert set(kernels.__all__) - no_tensors == set(FUNCTIONS)
     described = {"name", "absent", "refuses", "describe", "reads_bfloat16"}
     of_backends = {field.name for field in dataclasses.fields(Backend)} - described
-    assert of_backends == set(OPERATORS) | {"sweep_step", "recall_step"}
+    assert of_backends == set(OPERATORS) | {"sweep_step"}
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -192,47 +193,6 @@ def test_a_group_size_fits_what_there_is() -> None:
     for wrong in wrongs:
         with pytest.raises(InputError, match="group_size must be an integer >= 1"):
             fit_group_size(wrong, 4)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "words"),
-    [
-        ({"levels": torch.arange(16.0).half()}, DTypeError, "levels must be torch.float32"),
-        ({"levels": torch.arange(32.0)[::2]}, ShapeError, "levels must be contiguous"),
-        ({"levels": torch._neg_view(torch.arange(16.0))}, ShapeError, "levels must be contiguous"),
-        ({"scale": torch.ones(5).half()}, DTypeError, "scale must be torch.bfloat16"),
-        ({"zero": torch.zeros(5, dtype=torch.int8, device="meta")}, InputError, "zero is on meta"),
-        ({"channels": 6}, ShapeError, r"scale must be \(6,\) for 6 channels"),
-        ({"channels": -1}, InputError, "channels must be at least 0"),
-        ({"bits": 8}, ShapeError, r"levels must be \(256,\)"),
-        ({"group_size": 0}, InputError, "group_size"),
-    ],
-)
-def test_a_rounding_that_does_not_fit_is_refused(changes, error, words) -> None:
-    good: dict[str, Any] = {
-        "channels": 5,
-        "scale": torch.ones(5).bfloat16(),
-        "zero": torch.zeros(5, dtype=torch.int8),
-        "levels": torch.arange(16.0),
-        "group_size": 1,
-        "bits": 4,
-    }
-    ChannelRounding(**good)
-    with pytest.raises(error, match=words):
-        ChannelRounding(**{**good, **changes})
-
-
-def test_a_rounding_needs_no_memory_for_its_channels_and_no_default_device() -> None:
-    with torch.device("meta"):
-        rounding = ChannelRounding(
-            10**15,
-            torch.ones(1, dtype=torch.bfloat16, device="cpu"),
-            torch.zeros(1, dtype=torch.int8, device="cpu"),
-            None,
-            2**70,
-            8,
-        )
-    assert rounding.group_size == 10**15
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1e-40, torch.inf, torch.nan])

@@ -2,7 +2,6 @@
 
 from bkcore.deprecated import moved_names
 from bkcore.kernels.backends.selection import BackendInfo, describe_backends, use_backend
-from bkcore.kernels.checks import ChannelRounding
 from bkcore.kernels.ops.attention import attention
 from bkcore.kernels.ops.float_functions import (
     dense_product,
@@ -14,7 +13,6 @@ from bkcore.kernels.ops.float_functions import (
     unit_length,
 )
 from bkcore.kernels.ops.product import product
-from bkcore.kernels.ops.recall_step import has_recall_step, recall_step
 from bkcore.kernels.ops.round_activations import (
     round_channels,
     round_channels_straight_through,
@@ -28,14 +26,11 @@ from bkcore.kernels.ops.sweep_step import sweep_step
 
 __all__ = [
     "BackendInfo",
-    "ChannelRounding",
     "attention",
     "dense_product",
     "describe_backends",
-    "has_recall_step",
     "in_order",
     "product",
-    "recall_step",
     "rms_norm",
     "round_channels",
     "round_channels_straight_through",

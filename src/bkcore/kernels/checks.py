@@ -8,7 +8,6 @@ kernel knows about its memory. In every operator, a wrong shape raises `ShapeErr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -142,40 +141,3 @@ def check_levels(
         device,
         lambda: f"with a level for every code of {bits} bits",
     )
-
-
-@dataclass(frozen=True)
-class ChannelRounding:
-    """How channels are rounded, checked once, for kernels that also round.
-
-    Attributes:
-        channels: C, whose last group may be smaller than `group_size`.
-        scale, zero, levels, group_size, bits: as `round_channels` takes them; contiguous, on
-            one device.
-
-    Raises:
-        ShapeError, DTypeError, InputError: if they do not fit together.
-    """
-
-    channels: int
-    scale: Tensor
-    zero: Tensor
-    levels: Tensor | None
-    group_size: int
-    bits: int
-
-    def __post_init__(self) -> None:
-        if self.channels < 0:
-            raise InputError(f"channels must be at least 0, not {self.channels}")
-        tensors = self.scale, self.zero, self.levels
-        group_size = check_rounding(
-            self.channels, self.scale.device, *tensors, self.group_size, self.bits
-        )
-        object.__setattr__(self, "group_size", group_size)
-        for name, x in zip(("scale", "zero", "levels"), tensors, strict=True):
-            if x is not None:
-                check_plain(name, x)
-
-    def is_of(self, scale: Tensor, zero: Tensor, levels: Tensor | None) -> bool:
-        """Whether it uses these same tensor objects, whatever values they now hold."""
-        return self.scale is scale and self.zero is zero and self.levels is levels

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from bkcore.kernels import ChannelRounding
 from bkcore.quantization.complex_quantizer import ComplexQuantizer
 from bkcore.quantization.config import QuantizationConfig
 from bkcore.quantization.quantizers import GroupWiseQuantizer
@@ -49,9 +47,6 @@ class CoreQuantizers(nn.Module):
 
         inputs = (self.gate, self.barrier, self.query, self.key, self.value)
         self._parts = (*inputs, self.found.real, self.found.imag)
-        self._tables = [part.table for part in self._parts if part.table is not None]
-        self._held = [part._buffers for part in self._parts]
-        self._known: tuple[list[Tensor | None], list[ChannelRounding]] | None = None
 
     def parts(self) -> tuple[GroupWiseQuantizer, ...]:
         """The seven real quantizers, inputs first."""
@@ -61,15 +56,6 @@ class CoreQuantizers(nn.Module):
     def rounds_only(self) -> bool:
         """Whether a call only rounds to stored codes, with nothing to observe or learn."""
         return self.phase == "quantize" and not self._parts[0].learnable
-
-    def rounding(self) -> list[ChannelRounding]:
-        """How `recall_step` is to round the seven parts."""
-        # Decoding asks for this at every token; checking that no tensor was replaced is quicker.
-        now = [tensor for held in self._held for tensor in held.values()]
-        now += [table.values for table in self._tables]
-        if self._known is None or not all(map(operator.is_, self._known[0], now)):
-            self._known = now, [part.rounding() for part in self._parts]
-        return self._known[1]
 
     def apply_to(self, quantizer: GroupWiseQuantizer, x: Tensor) -> Tensor:
         """Pass x (..., channels) through one quantizer as the phase asks."""

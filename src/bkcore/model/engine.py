@@ -53,6 +53,7 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.int64: "I64",
 }
 """Their names in safetensors, which the engine goes by."""
 
@@ -158,7 +159,8 @@ class _Bound:
         self.names = [name for _, name, _ in entries]
         self.found = [x for _, _, x in entries]
         self.tensors = [x for x in self.found if isinstance(x, Tensor)]
-        self.facts, self.values = self._facts(), self._values()
+        self.addresses = list(map(Tensor.data_ptr, self.tensors))
+        self.facts = self._facts()
         self.refusal = self._unfit() or self._open(model)
 
     def holds(self) -> bool:
@@ -166,14 +168,10 @@ class _Bound:
         return (
             all(map(is_, map(dict.get, self.places, self.names), self.found))
             and list(map(len, self.held)) == self.counts
-            and self._values() == self.values
+            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
             and self._facts() == self.facts
+            and (self.refusal is not None or self.engine.is_current())
         )
-
-    def _values(self) -> list[tuple[int, int]]:
-        """Where the numbers of every tensor are, and how often they were changed in place."""
-        addresses = map(Tensor.data_ptr, self.tensors)
-        return list(zip(addresses, map(attrgetter("_version"), self.tensors), strict=True))
 
     def _facts(self) -> tuple[object, ...]:
         """What decides, apart from tensors, whether the engine can take the model, and how."""

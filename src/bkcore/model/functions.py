@@ -1,4 +1,4 @@
-"""Float functions of the model: PyTorch's own where gradients are wanted, else those with an order."""
+"""Float functions of the model: PyTorch's own for gradients, else those whose bits are fixed."""
 
 from __future__ import annotations
 

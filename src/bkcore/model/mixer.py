@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from bkcore.core import causal_sweep_parts
 from bkcore.core.attention import AttentionInputs, attend
 from bkcore.errors import ShapeError
-from bkcore.kernels import has_recall_step, recall_step
 from bkcore.kernels.recall import features, for_every_head, hopping_and_potential, over_memory
 from bkcore.model.config import ResNetBKConfig
 from bkcore.model.core_quantizers import CoreQuantizers
@@ -131,12 +130,9 @@ class ResolventMixer(nn.Module):
         else:
             self.check_state(state)
         inputs, opening, taps = self.core_inputs(x, state)
-        if self._steps(inputs):
-            features, g, psi = self._step(inputs, state)
-        else:
-            inputs = self.quantized_inputs(inputs)
-            parts, (g, psi) = self.recall(inputs, (state.g, state.psi))
-            features = self.features(inputs.value, self.quantized_found(parts))
+        inputs = self.quantized_inputs(inputs)
+        parts, (g, psi) = self.recall(inputs, (state.g, state.psi))
+        features = self.features(inputs.value, self.quantized_found(parts))
         return self.out_proj(gated(features, opening)), LayerState(taps, g, psi)
 
     def check_state(self, state: LayerState) -> None:
@@ -189,29 +185,6 @@ class ResolventMixer(nn.Module):
         out, g, state = attend(*attended, eta, state)
         real, imag = over_memory(out.real, out.imag, g.imag / eta, eta)
         return (real.flatten(2), imag.flatten(2)), state
-
-    def _steps(self, inputs: CoreInputs) -> bool:
-        """Whether there is one site to read, and no gradient or observer is in the way."""
-        ready = self.quantizers is None or self.quantizers.rounds_only
-        return ready and inputs.value.shape[1] == 1 and has_recall_step(inputs.value)
-
-    def _step(self, inputs: CoreInputs, state: LayerState) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of one site and the new state: the same bits as the pieces, in one call."""
-        rounding = [] if self.quantizers is None else self.quantizers.rounding()
-        return recall_step(
-            inputs.gate,
-            inputs.barrier,
-            inputs.query,
-            inputs.key,
-            inputs.value,
-            exponential(self.log_rate),
-            exponential(self.log_barrier),
-            exponential(self.log_eta),
-            self.features.weight,
-            state.g,
-            state.psi,
-            rounding,
-        )
 
     def _quantized(self, name: str, x: Tensor) -> Tensor:
         if self.quantizers is None:

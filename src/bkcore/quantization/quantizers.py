@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bkcore.errors import CalibrationError, DTypeError, InputError, LifecycleError, ShapeError
-from bkcore.kernels import ChannelRounding, round_channels, round_channels_straight_through
+from bkcore.kernels import round_channels, round_channels_straight_through
 from bkcore.kernels.checks import check_bits, count_groups, fit_group_size
 from bkcore.quantization import affine, levels
 from bkcore.quantization.config import check_observer
@@ -91,7 +91,6 @@ class GroupWiseQuantizer(StoredDtypes):
         self.shared_zero_point = shared_zero_point and not symmetric
         self._histograms: HistogramObserver | None = None
         self._calibrated = False
-        self._rounding: ChannelRounding | None = None
         self.table = LevelTable(bits) if nonuniform else None
         if self.table is not None and not learnable:
             self.table.freeze()
@@ -311,21 +310,6 @@ class GroupWiseQuantizer(StoredDtypes):
         return rounding(
             x.float(), scales, self.zero_points, self.group_size, self.bits, levels=table
         )
-
-    def rounding(self) -> ChannelRounding:
-        """The stored scales, zero points and levels, for kernels that round as `fake_quantize`.
-
-        Raises:
-            LifecycleError: before calibration.
-        """
-        self.require_scales()
-        scale, zero = self.stored_scales, self.zero_points
-        table = None if self.table is None else self.table.values
-        known = self._rounding  # cached: decoding asks at every token
-        if known is None or not known.is_of(scale, zero, table):
-            sizes = self.group_size, self.bits
-            known = self._rounding = ChannelRounding(self.num_channels, scale, zero, table, *sizes)
-        return known
 
     def clips(self, x: Tensor) -> Tensor:
         """Where x (..., num_channels) lies outside the outermost codes and saturates, bool.

@@ -47,7 +47,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return spy
 
-    computing = set(OPERATORS) | {"sweep_step", "recall_step"}
+    computing = set(OPERATORS) | {"sweep_step"}
     for name in ("cpu", "reference"):
         backend = selection._BACKENDS[name]
         spies: dict[str, Any] = {function: spied(backend, function) for function in computing}

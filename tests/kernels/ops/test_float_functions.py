@@ -1,4 +1,4 @@
-"""Float functions in an order: near the truth, and the same bits on every backend and in any row."""
+"""Float functions in an order: near the truth, and with the same bits everywhere."""
 
 from __future__ import annotations
 

@@ -6,13 +6,11 @@ operator's file in `bkcore.kernels.ops`, which also gives their shapes and dtype
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
-
-from bkcore.kernels.checks import ChannelRounding
 
 ATTENTION_CHUNK = 32
 """The attention keeps a state every so many sites for its adjoint, which recomputes those between:
@@ -106,20 +104,6 @@ class AttentionBackward(NamedTuple):
     first_g: Tensor | None
     g: Tensor
     checkpoints: Tensor
-
-
-class RecallStep(NamedTuple):
-    gate: Tensor
-    barrier: Tensor
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    rate: Tensor
-    height: Tensor
-    eta: Tensor
-    weight: Tensor
-    g: Tensor
-    psi: Tensor
 
 
 class Product(NamedTuple):
@@ -226,12 +210,6 @@ class AttentionGradients(NamedTuple):
     first_psi: Tensor
 
 
-class RecallStepResults(NamedTuple):
-    features: Tensor
-    g: Tensor
-    psi: Tensor
-
-
 class RoundChannelsGradients(NamedTuple):
     """scale has one for each channel, (C,); levels is None if there are none."""
 
@@ -271,7 +249,6 @@ class Backend:
     sweep_step: Callable[[SweepStep], None]
     attention: Callable[[Attention], AttentionResults]
     attention_backward: Callable[[AttentionBackward], AttentionGradients]
-    recall_step: Callable[[RecallStep, Sequence[ChannelRounding]], RecallStepResults]
     product: Callable[[Product], Tensor]
     silu: Callable[[Silu], Tensor]
     rms_norm: Callable[[RmsNorm], Tensor]

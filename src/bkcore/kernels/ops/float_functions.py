@@ -144,7 +144,7 @@ def _check_norm(args: RmsNorm) -> RmsNorm:
 
 def _check_convolution(args: ShortConvolution) -> ShortConvolution:
     x, weight = args.x, args.weight
-    if x.ndim != 3 or weight.ndim != 2 or not 1 <= len(weight) <= x.shape[1]:
+    if x.ndim != 3 or weight.ndim != 2 or not 1 <= weight.shape[0] <= x.shape[1]:
         raise ShapeError(
             "x must be (B, N + T - 1, C) and weight (T, C), N and T at least 1, not "
             f"{tuple(x.shape)} and {tuple(weight.shape)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ def short_convolution(args: ShortConvolution) -> Tensor:
 def dense_product(args: DenseProduct) -> Tensor:
     outputs, inputs = args.weight.shape
     out = args.x.new_empty(*args.x.shape[:-1], outputs)
-    rows = out.numel() // max(outputs, 1)
+    rows = math.prod(args.x.shape[:-1])
     sizes = {"rows": rows, "inputs": inputs, "outputs": outputs, "kind": _KINDS[args.weight.dtype]}
     native.call("dense_product", args, **sizes, out=native.buffer(out))
     return out

@@ -15,7 +15,6 @@ BACKEND = Backend(
     sweep_step=sweep.sweep_step,
     attention=attention.attention,
     attention_backward=attention.attention_backward,
-    recall_step=attention.recall_step,
     product=codes.product,
     silu=float_functions.silu,
     rms_norm=float_functions.rms_norm,

@@ -1,8 +1,6 @@
-"""Resolvent attention in plain PyTorch, one Python step per site, and the recall step."""
+"""Resolvent attention in plain PyTorch, one Python step per site."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,14 +11,8 @@ from bkcore.kernels.backends.interface import (
     AttentionBackward,
     AttentionGradients,
     AttentionResults,
-    RecallStep,
-    RecallStepResults,
-    RoundChannels,
     ordered_sum,
 )
-from bkcore.kernels.backends.reference.codes import round_channels
-from bkcore.kernels.checks import ChannelRounding, not_positive
-from bkcore.kernels.recall import features, for_every_head, hopping_and_potential, over_memory
 
 
 def attention(args: Attention) -> AttentionResults:
@@ -82,45 +74,6 @@ def attention_backward(args: AttentionBackward) -> AttentionGradients:
         first_g=torch.view_as_real(carry.conj().resolve_conj()),
         first_psi=_split(m.conj(), 2),
     )
-
-
-def recall_step(
-    args: RecallStep,
-    rounding: Sequence[ChannelRounding],
-    attention: Callable[[Attention], AttentionResults] = attention,
-) -> RecallStepResults:
-    """The step from its pieces, with the attention of any backend."""
-    if args.eta.is_cpu and bool((args.eta <= 0).any()):  # a GPU would have to be waited for
-        raise not_positive("eta", float(args.eta.min()))
-
-    def rounded(part: int, x: Tensor) -> Tensor:
-        if not rounding:
-            return x
-        r = rounding[part]
-        return round_channels(RoundChannels(x, r.scale, r.zero, r.levels, r.group_size, r.bits))
-
-    gate, barrier, query, key, value = (rounded(part, x) for part, x in enumerate(args[:5]))
-    _, heads, _, keys, values = args.psi.shape
-    groups = query.shape[-1] // keys
-    hopping, potential = hopping_and_potential(gate, barrier, args.rate, args.height, value.dtype)
-    hopping = hopping * (args.g != 0).any(-1)[:, None]
-    g, out, psi, _ = attention(
-        Attention(
-            v=1 + hopping.square() + potential,
-            hopping=hopping,
-            energy=torch.zeros_like(args.eta),
-            eta=args.eta,
-            query=for_every_head(query, heads, groups).contiguous(),
-            key=for_every_head(key, heads, groups).contiguous(),
-            value=value.unflatten(-1, (heads, values)),
-            first_g=args.g,
-            first_psi=args.psi,
-            keep=False,
-        )
-    )
-    found = over_memory(out[:, :, :, 0], out[:, :, :, 1], g[..., 1] / args.eta, args.eta)
-    real, imag = (rounded(5 + part, x.flatten(2)) for part, x in enumerate(found))
-    return RecallStepResults(features(value, real, imag, args.weight), g[:, 0], psi)
 
 
 def _attention_states(g: Tensor, args: AttentionBackward) -> list[Tensor]:

@@ -50,7 +50,8 @@ def short_convolution(args: ShortConvolution) -> Tensor:
 
 
 def dense_product(args: DenseProduct) -> Tensor:
-    weight, rows = args.weight.float(), args.x.reshape(-1, args.x.shape[-1])
+    weight = args.weight.float()
+    rows = args.x.flatten(0, -2) if args.x.ndim > 1 else args.x[None]
     at_once = max(1, _BLOCK // max(1, weight.numel()))
     blocks = [_sum(block[:, None] * weight)[..., 0] for block in rows.split(at_once)]
     return torch.cat(blocks).view(*args.x.shape[:-1], len(weight))

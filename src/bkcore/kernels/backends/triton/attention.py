@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -13,18 +11,14 @@ from bkcore.kernels.backends.interface import (
     AttentionBackward,
     AttentionGradients,
     AttentionResults,
-    RecallStep,
-    RecallStepResults,
     Sweep,
     SweepBackward,
     attention_chunks,
     attention_shapes,
     ordered_sum,
 )
-from bkcore.kernels.backends.reference import attention as reference
 from bkcore.kernels.backends.triton.launch import kernels, on
 from bkcore.kernels.backends.triton.sweep import sweep, sweep_backward
-from bkcore.kernels.checks import ChannelRounding
 
 
 def attention(args: Attention) -> AttentionResults:
@@ -113,11 +107,6 @@ def _adjoint_of_g(
         dhopping[:, 1:] += rows.transpose(0, 1)
     dv, deta = (x.view(sites, batch, heads).transpose(0, 1).contiguous() for x in (dv, deta))
     return dv, deta, dhopping
-
-
-def recall_step(args: RecallStep, rounding: Sequence[ChannelRounding]) -> RecallStepResults:
-    """Without a kernel of its own: the reference's pieces around the attention above."""
-    return reference.recall_step(args, rounding, attention)
 
 
 def _chains(args: Attention | AttentionBackward) -> Sweep:
