@@ -5,6 +5,7 @@
 # make test-slow    set up .venv and run the slow tests: the same promises for more sizes and forms
 # make test-runtime install bkcore-runtime alone, without PyTorch, and run it
 # make test-cpp     the tests in C++, which `make test` runs, too; they need CMake and doctest
+# make test-arm     these for aarch64, cross-compiled and run in qemu (g++-aarch64-linux-gnu, qemu-user)
 # make docs         set up .venv and build the documentation in build/site, links checked
 # make tables       write the tables of the documentation again, from docs/data
 # make test-lowest  set up .venv-lowest with the lowest versions allowed and run the tests of LOWEST
@@ -29,7 +30,7 @@ ROUNDS ?= 2000
 SEED ?= 1
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
-.PHONY: demo bench lint check test test-slow test-runtime test-cpp test-lowest sanitize coverage \
+.PHONY: demo bench lint check test test-slow test-runtime test-cpp test-arm test-lowest sanitize coverage \
 	coverage-cpp docs docs-serve tables setup clean
 
 demo: setup
@@ -83,6 +84,9 @@ ifneq ($(or $(CI),$(shell command -v cmake)),)
 else
 	@echo "The C++ tests are left out, as CMake is not installed: apt install cmake doctest-dev"
 endif
+
+test-arm:
+	$(call build-cpp,arm,check,-DCMAKE_BUILD_TYPE=Release -DCMAKE_TOOLCHAIN_FILE=csrc/tests/aarch64.cmake)
 
 sanitize:
 	$(call build-cpp,sanitize,check,-DBKCORE_INSTRUMENT=sanitize)

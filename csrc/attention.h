@@ -151,7 +151,7 @@ struct SiteSums {
   Pair<T> source;  // key^T M value
 };
 
-// `partial` has two vectors for every key, which still have to be summed over lanes.
+// `partial` has partial sums for the query and for the key, for every key.
 template <class T>
 BKCORE_INLINE SiteSums<T> adjoint_site(const ChainRows<T> &rows, const AttentionBackward<T> &d,
                                        Index i, const T *before, const T *now, T *m, T *partial) {
@@ -164,16 +164,22 @@ BKCORE_INLINE SiteSums<T> adjoint_site(const ChainRows<T> &rows, const Attention
   const T t = rows.a.hopping[site];
   const auto g_re = S::set(g.re), g_im = S::set(g.im);
   const auto p_re = S::set(g.re * t), p_im = S::set(g.im * t), none = S::set(0);
-  auto source_re = none, source_im = none;
   // Two sums each, so that no product waits for the previous one.
-  auto re_re = none, im_im = none, re_im = none, im_re = none;
+  enum { kReRe, kImIm, kReIm, kImRe, kSourceRe, kSourceIm, kSums };
+  T sums[kSums][kPartialSums<T>] = {};
   for_vectors<T>(values, [&](Index u, auto place) {
+    const auto so_far = [&](int n) { return S::load(partial_sums(sums[n], u)); };
+    const auto keep = [&](int n, auto x) { S::store(partial_sums(sums[n], u), x); };
+    auto re_re = so_far(kReRe), im_im = so_far(kImIm);
+    auto re_im = so_far(kReIm), im_re = so_far(kImRe);
     const auto c_re = load<T>(grad + u, place), c_im = -load<T>(grad + values + u, place);
     const auto w = load<T>(value + u, place);
     auto value_re = none, value_im = none;
+    const bool begun = u >= kPartialSums<T>;
     for (Index k = 0; k < keys; ++k) {
       const Index at = k * values + u;
-      T *sums = partial + 2 * k * S::width;
+      T *of_query = partial_sums(partial + 2 * k * kPartialSums<T>, u);
+      T *of_key = of_query + kPartialSums<T>;
       const auto q = S::set(query[k]), kk = S::set(key[k]);
       const auto m_re = S::madd(q, c_re, load<T>(m + at, place));
       const auto m_im = S::madd(q, c_im, load<T>(m + plane + at, place));
@@ -185,24 +191,25 @@ BKCORE_INLINE SiteSums<T> adjoint_site(const ChainRows<T> &rows, const Attention
       im_re = S::madd(m_im, b_re, im_re);
       const auto query_sum = S::madd(psi_re, c_re, -(psi_im * c_im));
       const auto moved = S::madd(g_re, m_re, -(g_im * m_im));
-      S::store(sums, u ? S::load(sums) + query_sum : query_sum);
-      S::store(sums + S::width, u ? S::madd(moved, w, S::load(sums + S::width)) : moved * w);
+      S::store(of_query, begun ? S::load(of_query) + query_sum : query_sum);
+      S::store(of_key, begun ? S::madd(moved, w, S::load(of_key)) : moved * w);
       value_re = S::madd(kk, m_re, value_re);
       value_im = S::madd(kk, m_im, value_im);
       store<T>(m + at, S::madd(p_re, m_re, -(p_im * m_im)), place);
       store<T>(m + plane + at, S::madd(p_re, m_im, p_im * m_re), place);
     }
-    source_re = S::madd(w, value_re, source_re);
-    source_im = S::madd(w, value_im, source_im);
+    keep(kReRe, re_re), keep(kImIm, im_im), keep(kReIm, re_im), keep(kImRe, im_re);
+    keep(kSourceRe, S::madd(w, value_re, so_far(kSourceRe)));
+    keep(kSourceIm, S::madd(w, value_im, so_far(kSourceIm)));
     store<T>(d.dvalue + site * values + u, S::madd(g_re, value_re, -(g_im * value_im)), place);
   });
   for (Index k = 0; k < keys; ++k) {
-    const T *sums = partial + 2 * k * S::width;
-    d.dquery[site * keys + k] = S::sum(S::load(sums));
-    d.dkey[site * keys + k] = S::sum(S::load(sums + S::width));
+    const T *of_query = partial + 2 * k * kPartialSums<T>;
+    d.dquery[site * keys + k] = sum_of(of_query);
+    d.dkey[site * keys + k] = sum_of(of_query + kPartialSums<T>);
   }
-  return {{S::sum(re_re) - S::sum(im_im), S::sum(re_im) + S::sum(im_re)},
-          {S::sum(source_re), S::sum(source_im)}};
+  const auto sum = [&](int n) { return sum_of(sums[n]); };
+  return {{sum(kReRe) - sum(kImIm), sum(kReIm) + sum(kImRe)}, {sum(kSourceRe), sum(kSourceIm)}};
 }
 
 // The states of a chunk, plus the one before it.
@@ -213,7 +220,7 @@ BKCORE_INLINE Index kept_states(const Attention<T> &a) {
 
 template <class T>
 Index attention_adjoint_bytes(const Attention<T> &a) {
-  const Index state = 2 * a.keys * a.values, partial = 2 * a.keys * Simd<T>::width;
+  const Index state = 2 * a.keys * a.values, partial = 2 * a.keys * kPartialSums<T>;
   return ((kept_states(a) + 1) * state + partial) * static_cast<Index>(sizeof(T));
 }
 
@@ -224,8 +231,8 @@ void attention_adjoint(const Attention<T> &a, const AttentionBackward<T> &d, Ind
   const Index chain = rows.chain(), size = rows.state(), plane = size / 2;
   const Index chunks = chunks_of(a);
   T *states = memory, *m = memory + kept_states(a) * size, *partial = m + size;
-  // If there are no values, nothing writes to the sums, and they are 0.
-  std::memset(partial, 0, 2 * a.keys * Simd<T>::width * sizeof(T));
+  // Sums that no value reaches stay 0.
+  std::memset(partial, 0, 2 * a.keys * kPartialSums<T> * sizeof(T));
   copy_row(m, d.dpsi + chain * size, size);
   for (Index j = plane; j < size; ++j) m[j] = -m[j];  // a cotangent is dL/dRe - i dL/dIm
   Pair<T> carry = {0, 0};

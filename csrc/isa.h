@@ -1,6 +1,10 @@
 // The kernels of every instruction set that is compiled in, and those that this processor has.
 #pragma once
 
+#if defined(BKCORE_ARM) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -21,6 +25,19 @@ struct Isa {
   Functions functions;
 };
 
+#ifdef BKCORE_ARM
+inline bool has_dot_products() {
+#if defined(__APPLE__)
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned long kAsimdDp = 1ul << 20;  // HWCAP_ASIMDDP, which old headers lack
+  return getauxval(AT_HWCAP) & kAsimdDp;
+#else
+  return false;
+#endif
+}
+#endif
+
 inline std::vector<Isa> detect() {
   std::vector<Isa> found;
 #ifdef BKCORE_X86
@@ -37,6 +54,12 @@ inline std::vector<Isa> detect() {
   if (avx2)
     found.push_back({"avx2", sweep_kernels_avx2(), product_kernels_avx2(),
                      rounding_kernels_avx2(), functions_avx2()});
+#endif
+#ifdef BKCORE_ARM
+  // Everything else is the same: there is NEON on every processor.
+  if (has_dot_products())
+    found.push_back({"dotprod", sweep_kernels_baseline(), product_kernels_dotprod(),
+                     rounding_kernels_baseline()});
 #endif
   found.push_back({"baseline", sweep_kernels_baseline(), product_kernels_baseline(),
                    rounding_kernels_baseline(), functions_baseline()});

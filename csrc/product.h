@@ -16,8 +16,7 @@ struct Product {
   float *out;                   // (rows, outputs)
 };
 
-// Activations as codes. Each row has its groups one after the other, each padded with zeros to
-// whole words of `depth` codes.
+// Activations as codes, in rows of ProductKernels::words words, whose order is up to the kernels.
 struct EncodedRows {
   float *scale;          // (rows)
   std::int32_t *sums;    // (rows, groups): of the codes, which corrects for weights made unsigned
@@ -26,27 +25,18 @@ struct EncodedRows {
 
 struct ProductKernels {
   using Scratch = void *(*)(std::size_t bytes);
-  std::int64_t panel;  // outputs that are computed together
-  std::int64_t depth;  // codes in a word
+  std::int64_t panel;                      // outputs that are computed together
+  std::int64_t (*words)(const Product &);  // of one row of codes
   void (*encode)(const Product &, std::int64_t row, const EncodedRows &);
   // Computes the panel of outputs that starts at `output`, for `count` rows starting at `first`.
   void (*multiply)(const Product &, const EncodedRows &, std::int64_t output, std::int64_t first,
                    std::int64_t count, Scratch);
 };
 
-namespace {
-
-// Words of one row of codes.
-inline std::int64_t words_of(const Product &p, std::int64_t depth) {
-  const std::int64_t whole = p.inputs / p.group_size, rest = p.inputs % p.group_size;
-  return whole * ((p.group_size + depth - 1) / depth) + (rest + depth - 1) / depth;
-}
-
-}  // namespace
-
 // One function per instruction set, from one source compiled several times.
 ProductKernels product_kernels_baseline();
 ProductKernels product_kernels_avx2();
 ProductKernels product_kernels_vnni();
+ProductKernels product_kernels_dotprod();
 
 }  // namespace bkcore

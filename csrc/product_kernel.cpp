@@ -5,13 +5,11 @@
 // A panel of outputs is unpacked and transposed once, so that a vector holds a word of codes (2 or
 // 4 neighbouring inputs) of each of `lanes` outputs. Then a few rows at a time are multiplied with
 // it, one word of theirs in all lanes. For very few rows that would cost more than it saves. So
-// with AVX-512 they are multiplied with the weight as it is in memory, with vectors along the
-// inputs.
+// they are multiplied with the weight as it is in memory, with vectors along the inputs.
 
 #include <cstring>
 
 #include "dot.h"
-#include "packing.h"
 #include "product.h"
 #include "scales.h"
 
@@ -23,35 +21,74 @@ namespace {
 
 using V = Dot::V;
 constexpr Index kPanel = Dot::lanes * Dot::vectors;
+constexpr Index kCodes = Dot::lanes * Dot::depth;  // in a vector
+constexpr Index kFewRows = 4;
+
+// Whether vectors go along the inputs. Two codes of one byte must not belong to two groups.
+BKCORE_INLINE bool few_rows(const Product &p) {
+  return p.rows <= kFewRows && (p.bits == 8 || p.groups == 1 || p.group_size % 2 == 0);
+}
+
+// A row of codes has the groups of inputs one after the other, each filled up with zeros to whole
+// units: words, vectors, or with few rows and 4 bits two vectors, for even and for odd inputs.
+template <Index unit>
+constexpr Index words_of_group(Index inputs) {
+  return (inputs + unit - 1) / unit * (unit / Dot::depth);
+}
+
+template <Index unit>
+Index words_of(const Product &p) {
+  return p.inputs / p.group_size * words_of_group<unit>(p.group_size) +
+         words_of_group<unit>(p.inputs % p.group_size);
+}
+
+Index words_of_row(const Product &p) {
+  if (!few_rows(p)) return words_of<Dot::depth>(p);
+  return p.bits == 8 ? words_of<kCodes>(p) : words_of<2 * kCodes>(p);
+}
 
 // Calls work(group, first input, inputs, first word, words) for every group of inputs.
-template <class Work>
+template <Index unit, class Work>
 BKCORE_INLINE void for_groups(const Product &p, const Work &work) {
   Index word = 0;
   for (Index group = 0; group < p.groups; ++group) {
     const Index first = group * p.group_size;
     const Index count = least(p.group_size, p.inputs - first);
-    const Index words = (count + Dot::depth - 1) / Dot::depth;
+    const Index words = words_of_group<unit>(count);
     work(group, first, count, word, words);
     word += words;
   }
 }
 
+// In every two vectors of codes, moves those of even places to the first and the others to the
+// second.
+void separate(Dot::Activation *codes, Index count) {
+  for (Index k = 0; k < count; k += 2 * kCodes) {
+    Dot::Activation pairs[2 * kCodes];
+    std::memcpy(pairs, codes + k, sizeof pairs);
+    for (Index i = 0; i < kCodes; ++i) {
+      codes[k + i] = pairs[2 * i];
+      codes[k + kCodes + i] = pairs[2 * i + 1];
+    }
+  }
+}
+
 // The codes of one row of activations and their scale, as computed by `quantize_rows` in
 // src/bkcore/kernels/backends/reference/codes.py.
-void encode(const Product &p, Index row, const EncodedRows &rows) {
+template <Index unit>
+void encode_in(const Product &p, Index row, const EncodedRows &rows) {
   const float *x = p.x + row * p.inputs;
   std::uint32_t bits;
   const float scale = row_scale(x, p.inputs, bits);
   rows.scale[row] = scale;
 
-  const Index words = words_of(p, Dot::depth);
-  Word *out = rows.words + row * words;
-  std::memset(out, 0, words * sizeof(Word));
+  const Index all = words_of<unit>(p);
+  Word *out = rows.words + row * all;
+  std::memset(out, 0, all * sizeof(Word));
   std::int32_t *sums = rows.sums + row * p.groups;
   std::memset(sums, 0, p.groups * sizeof *sums);
   if (bits >= 0x7F800000u) return;  // codes of 0, and 0 times a scale that is not finite is NaN
-  for_groups(p, [&](Index group, Index first, Index count, Index word, Index) {
+  for_groups<unit>(p, [&](Index group, Index first, Index count, Index word, Index) {
     auto *codes = reinterpret_cast<Dot::Activation *>(out + word);
     std::int32_t sum = 0;
     for (Index i = 0; i < count; ++i) {
@@ -63,6 +100,13 @@ void encode(const Product &p, Index row, const EncodedRows &rows) {
     }
     sums[group] = Dot::offset * sum;
   });
+  if constexpr (unit == 2 * kCodes)
+    separate(reinterpret_cast<Dot::Activation *>(out), all * Dot::depth);
+}
+
+void encode(const Product &p, Index row, const EncodedRows &rows) {
+  if (!few_rows(p)) return encode_in<Dot::depth>(p, row, rows);
+  p.bits == 8 ? encode_in<kCodes>(p, row, rows) : encode_in<2 * kCodes>(p, row, rows);
 }
 
 // The codes of one output's weights, group by group in whole words.
@@ -75,7 +119,7 @@ void expand(const Product &p, Index output, std::int8_t *unpacked, Word *out) {
     look_up(unpacked, p.inputs);
     codes = unpacked;
   }
-  for_groups(p, [&](Index, Index first, Index count, Index word, Index words) {
+  for_groups<Dot::depth>(p, [&](Index, Index first, Index count, Index word, Index words) {
     if (words * Dot::depth != count) out[word + words - 1] = 0;
     auto *weights = reinterpret_cast<Dot::Weight *>(out + word);
     for (Index i = 0; i < count; ++i)
@@ -127,31 +171,36 @@ BKCORE_INLINE void add_up(const Word *x, Index pitch, const Word *panel, Index w
       Dot::store(sums + r * kPanel + j * Dot::lanes, sum[r][j]);
 }
 
-// A panel of outputs, ready for any row: its words, and the scales of its outputs for every group.
+// A panel of outputs, and the scales of its outputs for every group.
 struct Panel {
-  const Word *words;
   const float *scales;
   Index first, count;
 };
 
-// Multiplies R rows from `row` on, with roundings in the order of product.py.
+// Adds the sums of a group to the totals of N outputs, with roundings in the order of product.py.
+template <Index N>
+BKCORE_INLINE void add_group(const std::int32_t *sums, std::int32_t offset, const float *scales,
+                             bool first, float *total) {
+  for (Index o = 0; o < N; ++o) {
+    // Sums with unsigned weights may wrap around at 2^32; their difference is exact.
+    const Word exact = static_cast<Word>(sums[o]) - static_cast<Word>(offset);
+    const float term = static_cast<float>(static_cast<std::int32_t>(exact)) * scales[o];
+    total[o] = first ? term : total[o] + term;
+  }
+}
+
+// Multiplies R rows from `row` on with the words of a panel.
 template <int R>
-void multiply_rows(const Product &p, const EncodedRows &rows, const Panel &panel, Index row) {
-  const Index pitch = words_of(p, Dot::depth);
+void multiply_rows(const Product &p, const EncodedRows &rows, const Panel &panel, const Word *words,
+                   Index row) {
+  const Index pitch = words_of<Dot::depth>(p);
   std::int32_t sums[R * kPanel];
   float total[R * kPanel];
-  for_groups(p, [&](Index group, Index, Index, Index word, Index words) {
-    add_up<R>(rows.words + row * pitch + word, pitch, panel.words + word * kPanel, words, sums);
-    const float *scales = panel.scales + group * kPanel;
-    for (int r = 0; r < R; ++r) {
-      const std::int32_t offset = rows.sums[(row + r) * p.groups + group];
-      for (Index o = 0; o < kPanel; ++o) {
-        // Sums with unsigned weights may wrap around at 2^32; their difference is exact.
-        const Word exact = static_cast<Word>(sums[r * kPanel + o]) - static_cast<Word>(offset);
-        const float term = static_cast<float>(static_cast<std::int32_t>(exact)) * scales[o];
-        total[r * kPanel + o] = group ? total[r * kPanel + o] + term : term;
-      }
-    }
+  for_groups<Dot::depth>(p, [&](Index group, Index, Index, Index word, Index count) {
+    add_up<R>(rows.words + row * pitch + word, pitch, words + word * kPanel, count, sums);
+    for (int r = 0; r < R; ++r)
+      add_group<kPanel>(sums + r * kPanel, rows.sums[(row + r) * p.groups + group],
+                        panel.scales + group * kPanel, group == 0, total + r * kPanel);
   });
   for (int r = 0; r < R; ++r) {
     const float scale = rows.scale[row + r];
@@ -162,141 +211,98 @@ void multiply_rows(const Product &p, const EncodedRows &rows, const Panel &panel
 
 template <int R>
 BKCORE_INLINE void multiply_rest(const Product &p, const EncodedRows &rows, const Panel &panel,
-                                 Index row, Index count) {
+                                 const Word *words, Index row, Index count) {
   if constexpr (R > 0) {
     if (count == R)
-      multiply_rows<R>(p, rows, panel, row);
+      multiply_rows<R>(p, rows, panel, words, row);
     else
-      multiply_rest<R - 1>(p, rows, panel, row, count);
+      multiply_rest<R - 1>(p, rows, panel, words, row, count);
   }
-}
-
-#if defined(__AVX512VNNI__)
-
-constexpr Index kFewRows = 4;
-
-BKCORE_INLINE __mmask64 first_bytes(Index count) {
-  return count < 64 ? (std::uint64_t{1} << count) - 1 : ~std::uint64_t{0};
 }
 
 // Lane i of the result is the sum of all lanes of sum[i].
-BKCORE_INLINE V lane_sums(V (&sum)[16]) {
+template <int bit = 1>
+BKCORE_INLINE V lane_sums(V *sum) {
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i)
-    sum[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(sum[2 * i], sum[2 * i + 1]),
-                              _mm512_unpackhi_epi32(sum[2 * i], sum[2 * i + 1]));
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    sum[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(sum[2 * i], sum[2 * i + 1]),
-                              _mm512_unpackhi_epi64(sum[2 * i], sum[2 * i + 1]));
-  const auto halved = [](V a, V b) {
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
-  };
-  return halved(halved(sum[0], sum[1]), halved(sum[2], sum[3]));
+  for (int i = 0; i < Dot::lanes; i += 2 * bit) {
+    Dot::exchange<bit>(sum[i], sum[i + bit]);
+    sum[i] = Dot::plus(sum[i], sum[i + bit]);
+  }
+  if constexpr (2 * bit < Dot::lanes)
+    return lane_sums<2 * bit>(sum);
+  else
+    return sum[0];
 }
 
-// Levels plus 128, indexed by the code as an unsigned 4-bit number: 0 to 7, then -8 to -1.
-BKCORE_INLINE V unsigned_levels() {
-  const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i *>(kLevel));
-  const __m128i rotated = _mm_shuffle_epi32(table, 0x4E);
-  return _mm512_broadcast_i32x4(_mm_xor_si128(rotated, _mm_set1_epi8(-128)));
-}
+using Weights = const std::uint8_t * [Dot::outputs];
 
-// Multiplies `bytes` bytes of the weights of 16 outputs with one row of codes. At 4 bits a byte
-// holds an even and an odd input; for every 64 bytes, `x` has them in two halves of 64.
-template <int bits>
-BKCORE_INLINE V add_up_inputs(const std::uint8_t *const (&weight)[16], Index bytes,
-                              const std::int8_t *x) {
-  V sum[16];
+// Adds the products of one vector of every weight and the codes of the same inputs. `part` is how
+// many bytes there are, if they do not fill the vector.
+template <int bits, class... Part>
+BKCORE_INLINE void add_inputs(V *sum, const Weights &weight, Index k, const Word *x, Part... part) {
+  const V first = Dot::load(x);
+  if constexpr (bits == 8) {
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) sum[i] = _mm512_setzero_si512();
-  for (Index k = 0; k < bytes; k += 64) {
-    const __mmask64 mask = first_bytes(bytes - k);
-    if constexpr (bits == 8) {
-      const V codes = _mm512_maskz_loadu_epi8(mask, x + k);
+    for (int i = 0; i < Dot::outputs; ++i)
+      sum[i] = Dot::add(sum[i], Dot::codes(Dot::bytes(weight[i] + k, part...)), first);
+  } else {
+    const V second = Dot::load(x + Dot::lanes);
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        const V signed_codes = _mm512_maskz_loadu_epi8(mask, weight[i] + k);
-        const V w = _mm512_xor_si512(signed_codes, _mm512_set1_epi8(-128));
-        sum[i] = _mm512_dpbusd_epi32(sum[i], w, codes);
-      }
-    } else {
-      const V even = _mm512_loadu_si512(x + 2 * k), odd = _mm512_loadu_si512(x + 2 * k + 64);
-      const V low = _mm512_set1_epi8(0x0F), table = unsigned_levels();
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        const V packed = _mm512_maskz_loadu_epi8(mask, weight[i] + k);
-        const V first = _mm512_and_si512(packed, low);
-        const V second = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low);
-        sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_shuffle_epi8(table, first), even);
-        sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_shuffle_epi8(table, second), odd);
-      }
+    for (int i = 0; i < Dot::outputs; ++i) {
+      const auto packed = Dot::bytes(weight[i] + k, part...);
+      sum[i] = Dot::add(sum[i], Dot::even(packed), first);
+      sum[i] = Dot::add(sum[i], Dot::odd(packed), second);
     }
   }
-  return lane_sums(sum);
 }
 
-// The codes of a row with even and odd inputs separated, as `add_up_inputs` needs them at 4 bits.
-void split_codes(const Product &p, const Word *words, std::int8_t *out) {
-  for_groups(p, [&](Index, Index, Index count, Index word, Index) {
-    const auto *codes = reinterpret_cast<const std::int8_t *>(words + word);
-    for (Index k = 0; k < count; k += 128, out += 128) {
-      const Index rest = least(128, count - k);
-      if (rest < 128) std::memset(out, 0, 128);
-      for (Index i = 0; i < rest / 2; ++i) {
-        out[i] = codes[k + 2 * i];
-        out[64 + i] = codes[k + 2 * i + 1];
-      }
-      if (rest % 2) out[rest / 2] = codes[k + rest - 1];
-    }
-  });
+// Multiplies `bytes` bytes of the weights of some outputs with the codes of one row.
+template <int bits>
+BKCORE_INLINE void add_up_inputs(const Weights &weight, Index bytes, const Word *x,
+                                 std::int32_t *sums) {
+  constexpr Index words = Dot::lanes * 8 / bits;
+  V sum[Dot::outputs];
+  std::memset(&sum, 0, sizeof sum);
+  Index k = 0;
+  for (; k + kCodes <= bytes; k += kCodes, x += words) add_inputs<bits>(sum, weight, k, x);
+  if (k < bytes) add_inputs<bits>(sum, weight, k, x, bytes - k);
+#pragma GCC unroll 2
+  for (int i = 0; i < Dot::outputs; i += Dot::lanes) Dot::store(sums + i, lane_sums(sum + i));
 }
 
 template <int bits>
-void multiply_inputs(const Product &p, const EncodedRows &rows, const Panel &panel, Index row,
-                     std::int8_t *split) {
+void multiply_inputs(const Product &p, const EncodedRows &rows, const Panel &panel, Index row) {
+  constexpr Index unit = kCodes * 8 / bits, some = Dot::outputs;
   const Index width = bits == 8 ? p.inputs : (p.inputs + 1) / 2;
-  const Word *words = rows.words + row * words_of(p, Dot::depth);
-  if (bits == 4) split_codes(p, words, split);
-  for (Index o = 0; o < panel.count; o += 16) {
-    const Index outputs = least(16, panel.count - o);
-    // Sixteen rows at a time are more streams than the hardware prefetcher follows.
-    const std::uint8_t *next = p.weight + (panel.first + o + 16) * width;
-    const Index ahead = least(16, p.outputs - panel.first - o - 16) * width;
-    for (Index b = 0; b < ahead; b += 64) _mm_prefetch(next + b, _MM_HINT_T0);
-    __m512 total = _mm512_setzero_ps();
-    const std::int8_t *x = split;
-    for_groups(p, [&](Index group, Index first, Index count, Index word, Index) {
-      const Index bytes = bits == 8 ? count : (count + 1) / 2;
-      const std::uint8_t *weight[16];  // lanes beyond the last output repeat it
-      for (Index i = 0; i < 16; ++i) {
-        const Index output = panel.first + o + (i < outputs ? i : outputs - 1);
-        weight[i] = p.weight + output * width + (bits == 8 ? first : first / 2);
-      }
-      if (bits == 8) x = reinterpret_cast<const std::int8_t *>(words + word);
-      const int offset = rows.sums[row * p.groups + group];
-      const V sums =
-          _mm512_sub_epi32(add_up_inputs<bits>(weight, bytes, x), _mm512_set1_epi32(offset));
-      const __m512 scales = _mm512_loadu_ps(panel.scales + group * kPanel + o);
-      const __m512 term = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scales);
-      total = group ? _mm512_add_ps(total, term) : term;
-      if (bits == 4) x += round_up(bytes, 64) * 2;
+  const Word *words = rows.words + row * words_of<unit>(p);
+  for (Index o = 0; o < panel.count; o += some) {
+    const Index outputs = least(some, panel.count - o);
+    const std::uint8_t *start = p.weight + (panel.first + o) * width;
+    // So many weights at a time are more streams than the hardware prefetcher follows.
+    const Index ahead = least(some, p.outputs - panel.first - o - some) * width;
+    for (Index b = 0; b < ahead; b += 64) __builtin_prefetch(start + some * width + b);
+    float total[some];
+    for_groups<unit>(p, [&](Index group, Index first, Index count, Index word, Index) {
+      Weights weight;  // those beyond the last output repeat it
+      for (Index i = 0; i < some; ++i)
+        weight[i] = start + least(i, outputs - 1) * width + (bits == 8 ? first : first / 2);
+      std::int32_t sums[some];
+      add_up_inputs<bits>(weight, bits == 8 ? count : (count + 1) / 2, words + word, sums);
+      add_group<some>(sums, rows.sums[row * p.groups + group], panel.scales + group * kPanel + o,
+                      group == 0, total);
     });
-    const __m512 out = _mm512_mul_ps(total, _mm512_set1_ps(rows.scale[row]));
-    _mm512_mask_storeu_ps(p.out + row * p.outputs + panel.first + o,
-                          static_cast<__mmask16>((1u << outputs) - 1), out);
+    float *out = p.out + row * p.outputs + panel.first + o;
+    for (Index i = 0; i < outputs; ++i) out[i] = total[i] * rows.scale[row];
   }
 }
-
-#endif
 
 void multiply(const Product &p, const EncodedRows &rows, Index output, Index first, Index count,
               ProductKernels::Scratch scratch) {
-  const Index pitch = round_up(words_of(p, Dot::depth), Dot::lanes);
+  const bool few = few_rows(p);
+  const Index pitch = few ? 0 : round_up(words_of<Dot::depth>(p), Dot::lanes);
   const Index outputs = least(kPanel, p.outputs - output);
   float *scales = static_cast<float *>(
-      scratch((p.groups * kPanel + (kPanel + Dot::lanes) * pitch) * sizeof(Word) + p.inputs +
-              p.groups * 128));
+      scratch((p.groups * kPanel + (kPanel + Dot::lanes) * pitch) * sizeof(Word) + p.inputs));
   Word *words = reinterpret_cast<Word *>(scales + p.groups * kPanel);
   Word *expanded = words + kPanel * pitch;
   auto *codes = reinterpret_cast<std::int8_t *>(expanded + Dot::lanes * pitch);
@@ -304,28 +310,26 @@ void multiply(const Product &p, const EncodedRows &rows, Index output, Index fir
   for (Index o = 0; o < outputs; ++o)
     for (Index group = 0; group < p.groups; ++group)
       scales[group * kPanel + o] = from_bfloat16(p.scales[(output + o) * p.groups + group]);
-  const Panel panel = {words, scales, output, outputs};
-#if defined(__AVX512VNNI__)
-  if (count <= kFewRows && (p.bits == 8 || p.groups == 1 || p.group_size % 2 == 0)) {
-    for (Index row = first; row < first + count; ++row)
-      p.bits == 8 ? multiply_inputs<8>(p, rows, panel, row, codes)
-                  : multiply_inputs<4>(p, rows, panel, row, codes);
+  const Panel panel = {scales, output, outputs};
+  Index row = first;
+  if (few) {
+    for (; row < first + count; ++row)
+      p.bits == 8 ? multiply_inputs<8>(p, rows, panel, row)
+                  : multiply_inputs<4>(p, rows, panel, row);
     return;
   }
-#endif
   for (Index o = 0; o < kPanel; o += Dot::lanes) {
     for (Index l = 0; l < Dot::lanes && o + l < outputs; ++l)
       expand(p, output + o + l, codes, expanded + l * pitch);
     transpose(expanded, pitch, pitch, words + o);
   }
-  Index row = first;
   for (; row + Dot::rows <= first + count; row += Dot::rows)
-    multiply_rows<Dot::rows>(p, rows, panel, row);
-  multiply_rest<Dot::rows - 1>(p, rows, panel, row, first + count - row);
+    multiply_rows<Dot::rows>(p, rows, panel, words, row);
+  multiply_rest<Dot::rows - 1>(p, rows, panel, words, row, first + count - row);
 }
 
 }  // namespace
 
-ProductKernels BKCORE_TABLE(BKCORE_ISA)() { return {kPanel, Dot::depth, encode, multiply}; }
+ProductKernels BKCORE_TABLE(BKCORE_ISA)() { return {kPanel, words_of_row, encode, multiply}; }
 
 }  // namespace bkcore

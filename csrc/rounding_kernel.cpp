@@ -98,10 +98,11 @@ void adjoint_to_levels(const RoundChannelsBackward &a, Index share,
   const Index count = 1 << r.bits, channels = round_up(r.channels, S::width);
   const Index first = share * kRowsPerShare, end = least(r.rows, first + kRowsPerShare);
   float *memory = static_cast<float *>(
-      scratch((LevelSearch::size(r) + channels + S::width * count) * sizeof(float)));
-  // Neighbouring channels often have the same level, so each lane has its own sums.
+      scratch((LevelSearch::size(r) + channels + kPartialSums<float> * count) * sizeof(float)));
+  // Neighbouring channels often have the same level, so each lane has its own sums; and as many as
+  // the widest vectors have lanes, so that their order does not depend on the width.
   float *dscale = memory + LevelSearch::size(r), *dlevels = dscale + channels;
-  std::memset(dscale, 0, (channels + S::width * count) * sizeof(float));
+  std::memset(dscale, 0, (channels + kPartialSums<float> * count) * sizeof(float));
   const LevelSearch search(r, memory);
   const V lowest = S::set(r.levels[0]), highest = S::set(r.levels[search.bounds]), none = S::set(0);
   for (Index row = first; row < end; ++row) {
@@ -117,7 +118,7 @@ void adjoint_to_levels(const RoundChannelsBackward &a, Index share,
       const V level = search.nearest(place, number);
       const V by_level = grad * scale;
       for (Index lane = 0; lane < S::width; ++lane)
-        dlevels[lane * count + number[lane]] += by_level[lane];
+        dlevels[(c + lane) % kPartialSums<float> * count + number[lane]] += by_level[lane];
       const Mask outside = (place < lowest) | (place > highest);
       const V dx = outside ? none : grad, ratio = outside ? none : place - zero;
       whole ? S::store(a.dx + start + c, dx) : S::store(a.dx + start + c, dx, left);
@@ -125,7 +126,7 @@ void adjoint_to_levels(const RoundChannelsBackward &a, Index share,
     }
   }
   for (Index c = 0; c < r.channels; ++c) a.dscale[share * r.channels + c] = dscale[c];
-  for (Index lane = 0; lane < S::width; ++lane)
+  for (Index lane = 0; lane < kPartialSums<float>; ++lane)
     for (Index level = 0; level < count; ++level)
       a.dlevels[share * count + level] += dlevels[lane * count + level];
 }
@@ -258,7 +259,7 @@ void adjoint_of(const RoundWeight &w, Index row, const float *grad, float *dweig
   const float *weight = w.weight + row * w.columns;
   const Floats none = S::set(0);
   each_group(w, row, [&](Index group, Index first, Index end, float scale) {
-    Floats sum = none;
+    float sums[kPartialSums<float>] = {};
     for (Index k = first; k < end; k += S::width) {
       const Index left = end - k;
       const bool whole = left >= S::width;
@@ -268,10 +269,11 @@ void adjoint_of(const RoundWeight &w, Index row, const float *grad, float *dweig
       Mask outside;
       const Floats code = nearest_code<bits>(ratio, outside);
       const Floats dw = outside ? none : dy;
-      sum += dy * (code - (outside ? none : ratio));
+      float *sum = partial_sums(sums, k - first);
+      S::store(sum, S::load(sum) + dy * (code - (outside ? none : ratio)));
       whole ? S::store(dweight + k, dw) : S::store(dweight + k, dw, left);
     }
-    dscale[group] = S::sum(sum);
+    dscale[group] = sum_of(sums);
   });
 }
 

@@ -34,7 +34,7 @@ void multiply_codes(const Isa &isa, const Product &p, const Each &each) {
     return;
   }
   const ProductKernels &kernels = isa.product;
-  const EncodedRows encoded = encoded_rows(p, words_of(p, kernels.depth));
+  const EncodedRows encoded = encoded_rows(p, kernels.words(p));
   const Index panels = ceil_divide(p.outputs, kernels.panel);
   const Index chunks = ceil_divide(p.rows, kRowsPerPanel);
   each(chunks, [&](Index chunk) {

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -21,6 +21,18 @@ namespace bkcore {
 namespace {
 
 using Index = std::int64_t;
+
+// 1.5 * 2^23: adding it to a small number rounds the number to an integer, ties to even, which is
+// then in the low bits of the sum.
+constexpr float kRound = 12582912.0f;
+
+// How many of 2 * half bounds are below x, minus half. They ascend, and the last one is infinity.
+BKCORE_INLINE std::int8_t bounds_below(float x, const float *bounds, int half) {
+  int count = 0;
+  for (int step = half; step > 0; step /= 2)
+    if (x > bounds[count + step - 1]) count += step;
+  return static_cast<std::int8_t>(count - half);
+}
 
 template <class T>
 struct Simd;
@@ -50,9 +62,11 @@ struct Simd<float> {
   static BKCORE_INLINE V keep_nan(V value, V x) {
     return _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
   }
-  static BKCORE_INLINE V correct(V quotient, V remainder, V inverse) {
-    const __mmask16 infinite = _mm512_fpclass_ps_mask(quotient, 0x18);
-    return _mm512_mask3_fmadd_ps(remainder, inverse, quotient, _knot_mask16(infinite));
+  // x / scale, rounded correctly, if inverse is 1 / scale; see sweep_codes.h.
+  static BKCORE_INLINE V quotient(V x, V scale, V inverse) {
+    const V rough = x * inverse, remainder = madd(-rough, scale, x);
+    const __mmask16 infinite = _mm512_fpclass_ps_mask(rough, 0x18);
+    return _mm512_mask3_fmadd_ps(remainder, inverse, rough, _knot_mask16(infinite));
   }
   static BKCORE_INLINE V widen(const std::int8_t *p) {
     const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
@@ -168,11 +182,56 @@ struct SimdBase {
   }
 };
 
+// What kernels on codes need of float, without special instructions.
+template <class Vector, Index kWidth>
+struct SimdFloat : SimdBase<float, Vector, kWidth> {
+  using Base = SimdBase<float, Vector, kWidth>;
+  using V = Vector;
+  // Clamps to [low, high]; NaN becomes low.
+  static BKCORE_INLINE V clamp(V x, V low, V high) {
+    x = x > low ? x : low;
+    return x < high ? x : high;
+  }
+  // value, but x where x is NaN.
+  static BKCORE_INLINE V keep_nan(V value, V x) { return x == x ? value : x; }
+  // x / scale, rounded correctly, unless it is beyond 10^9; inverse is 1 / scale.
+  static BKCORE_INLINE V quotient(V x, V scale, V) { return x / scale; }
+  static BKCORE_INLINE V widen(const std::int8_t *p) {
+    float all[kWidth];
+    for (Index k = 0; k < kWidth; ++k) all[k] = p[k];
+    return Base::load(all);
+  }
+  // table[code + half] for codes from -half to half - 1.
+  static BKCORE_INLINE V look_up(const float *table, const std::int8_t *p, int half) {
+    float all[kWidth];
+    for (Index k = 0; k < kWidth; ++k) all[k] = table[p[k] + half];
+    return Base::load(all);
+  }
+  // The 2 * half bounds of a search, in ascending order, the last one infinity.
+  struct Bounds {
+    const float *table;
+    int half;
+  };
+  static BKCORE_INLINE Bounds bounds(const float *table, int half) { return {table, half}; }
+  // How many of the bounds are below x, minus half.
+  static BKCORE_INLINE void search(std::int8_t *p, V x, const Bounds &bounds) {
+    float all[kWidth];
+    Base::store(all, x);
+    for (Index k = 0; k < kWidth; ++k) p[k] = bounds_below(all[k], bounds.table, bounds.half);
+  }
+  // Rounds x to the nearest integer, ties to even, and adds the integer `zero`.
+  static BKCORE_INLINE void narrow(std::int8_t *p, V x, V zero) {
+    float all[kWidth];
+    Base::store(all, ((x + Base::set(kRound)) - Base::set(kRound)) + zero);
+    for (Index k = 0; k < kWidth; ++k) p[k] = static_cast<std::int8_t>(all[k]);
+  }
+};
+
 #if defined(__AVX2__)
 using Float8 = float __attribute__((vector_size(32)));
 using Double4 = double __attribute__((vector_size(32)));
 template <>
-struct Simd<float> : SimdBase<float, Float8, 8> {
+struct Simd<float> : SimdFloat<Float8, 8> {
   static BKCORE_INLINE V madd(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static BKCORE_INLINE void stream(float *p, V x) { _mm256_stream_ps(p, x); }
   static BKCORE_INLINE V clamp(V x, V low, V high) {
@@ -181,10 +240,11 @@ struct Simd<float> : SimdBase<float, Float8, 8> {
   static BKCORE_INLINE V keep_nan(V value, V x) {
     return _mm256_blendv_ps(value, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   }
-  static BKCORE_INLINE V correct(V quotient, V remainder, V inverse) {
-    const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), quotient);
+  static BKCORE_INLINE V quotient(V x, V scale, V inverse) {
+    const V rough = x * inverse, remainder = madd(-rough, scale, x);
+    const __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), rough);
     const __m256 finite = _mm256_cmp_ps(size, set(1e9f), _CMP_LT_OQ);
-    return _mm256_blendv_ps(quotient, madd(remainder, inverse, quotient), finite);
+    return _mm256_blendv_ps(rough, madd(remainder, inverse, rough), finite);
   }
   static BKCORE_INLINE V widen(const std::int8_t *p) {
     const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
@@ -195,11 +255,6 @@ struct Simd<float> : SimdBase<float, Float8, 8> {
     const __m256i place = _mm256_add_epi32(_mm256_cvtepi8_epi32(codes), _mm256_set1_epi32(half));
     return _mm256_i32gather_ps(table, place, sizeof(float));
   }
-  struct Bounds {
-    const float *table;
-    int half;
-  };
-  static BKCORE_INLINE Bounds bounds(const float *table, int half) { return {table, half}; }
   static BKCORE_INLINE void search(std::int8_t *p, V x, const Bounds &bounds) {
     __m256i count = _mm256_setzero_si256();
     for (int step = bounds.half; step > 0; step /= 2) {
@@ -225,29 +280,76 @@ struct Simd<double> : SimdBase<double, Double4, 4> {
   static BKCORE_INLINE V madd(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
   static BKCORE_INLINE void stream(double *p, V x) { _mm256_stream_pd(p, x); }
 };
-#else
+#elif defined(__aarch64__)
 using Float4 = float __attribute__((vector_size(16)));
 using Double2 = double __attribute__((vector_size(16)));
-#if defined(__aarch64__)
 template <>
-struct Simd<float> : SimdBase<float, Float4, 4> {
+struct Simd<float> : SimdFloat<Float4, 4> {
   static BKCORE_INLINE V madd(V a, V b, V c) { return vfmaq_f32(c, a, b); }
+  static BKCORE_INLINE V quotient(V x, V scale, V inverse) {
+    const V rough = x * inverse, remainder = madd(-rough, scale, x);
+    const V exact = madd(remainder, inverse, rough);
+    return (rough < set(1e9f)) & (rough > set(-1e9f)) ? exact : rough;
+  }
+  static BKCORE_INLINE V widen(const std::int8_t *p) {
+    std::uint32_t four;
+    std::memcpy(&four, p, sizeof four);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four)))));
+  }
+  static BKCORE_INLINE void narrow(std::int8_t *p, V x, V zero) {
+    const int16x4_t codes = vmovn_s32(vaddq_s32(vcvtnq_s32_f32(x), vcvtnq_s32_f32(zero)));
+    const int8x8_t bytes = vmovn_s16(vcombine_s16(codes, codes));
+    std::memcpy(p, &bytes, 4);
+  }
 };
 template <>
 struct Simd<double> : SimdBase<double, Double2, 2> {
   static BKCORE_INLINE V madd(V a, V b, V c) { return vfmaq_f64(c, a, b); }
 };
 #else
-// Without the instruction a fused multiply-add would be a slow library call.
+using Float4 = float __attribute__((vector_size(16)));
+using Double2 = double __attribute__((vector_size(16)));
+// Without an instruction, fused multiply-adds are slow, but their bits are those of all processors.
+#if defined(__SSE2__)
+// a + b rounded to odd: unless the sum is exact, to that neighbour whose last bit is 1. Rounded to
+// float it is the exact sum rounded once (Boldo and Melquiond 2008).
+BKCORE_INLINE Double2 add_to_odd(Double2 a, Double2 b) {
+  const Double2 sum = a + b, part = sum - a, none = {};
+  const Double2 error = (a - (sum - part)) + (b - part);  // exact (Knuth), or NaN beside infinity
+  const auto above = error > none, below = error < none;  // NaN is neither
+  auto bits = above;
+  std::memcpy(&bits, &sum, sizeof bits);
+  bits += ((sum > none) & below) | ((sum < none) & above);  // -1 where |sum| is too large
+  bits |= (above | below) & 1;
+  Double2 odd;
+  std::memcpy(&odd, &bits, sizeof odd);
+  return odd;
+}
+BKCORE_INLINE Double2 upper(Float4 x) { return _mm_cvtps_pd(_mm_movehl_ps(x, x)); }
+// The product of two floats is exact in double.
+BKCORE_INLINE Float4 fused(Float4 a, Float4 b, Float4 c) {
+  const Double2 low = add_to_odd(_mm_cvtps_pd(a) * _mm_cvtps_pd(b), _mm_cvtps_pd(c));
+  const Double2 high = add_to_odd(upper(a) * upper(b), upper(c));
+  return _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high));
+}
+#else
+BKCORE_INLINE Float4 fused(Float4 a, Float4 b, Float4 c) {
+  for (int k = 0; k < 4; ++k) c[k] = __builtin_fmaf(a[k], b[k], c[k]);
+  return c;
+}
+#endif
+BKCORE_INLINE Double2 fused(Double2 a, Double2 b, Double2 c) {
+  for (int k = 0; k < 2; ++k) c[k] = __builtin_fma(a[k], b[k], c[k]);
+  return c;
+}
 template <>
-struct Simd<float> : SimdBase<float, Float4, 4> {
-  static BKCORE_INLINE V madd(V a, V b, V c) { return a * b + c; }
+struct Simd<float> : SimdFloat<Float4, 4> {
+  static BKCORE_INLINE V madd(V a, V b, V c) { return fused(a, b, c); }
 };
 template <>
 struct Simd<double> : SimdBase<double, Double2, 2> {
-  static BKCORE_INLINE V madd(V a, V b, V c) { return a * b + c; }
+  static BKCORE_INLINE V madd(V a, V b, V c) { return fused(a, b, c); }
 };
-#endif
 #endif
 #endif
 
@@ -282,6 +384,29 @@ BKCORE_INLINE void for_vectors(Index lanes, const Body &body) {
   Index h = 0;
   for (; h + Simd<T>::width <= lanes; h += Simd<T>::width) body(h, Whole{});
   if (h < lanes) body(h, Ragged{lanes - h});
+}
+
+// The sum over a row has so many partial sums whatever the width of vectors, so that its bits do
+// not depend on that: lane h adds to number h % kPartialSums. At the end the second half of them is
+// added to the first, until one is left.
+template <class T>
+constexpr Index kPartialSums = 64 / sizeof(T);
+
+// Where the partial sums are to which the vector that starts at lane h adds.
+template <class T>
+BKCORE_INLINE T *partial_sums(T *all, Index h) {
+  return Simd<T>::width == kPartialSums<T> ? all : all + h % kPartialSums<T>;
+}
+
+template <class T>
+BKCORE_INLINE T sum_of(const T *all) {
+  using S = Simd<T>;
+  constexpr Index count = kPartialSums<T> / S::width;
+  typename S::V part[count];
+  for (Index i = 0; i < count; ++i) part[i] = S::load(all + i * S::width);
+  for (Index half = count / 2; half > 0; half /= 2)
+    for (Index i = 0; i < half; ++i) part[i] = part[i] + part[i + half];
+  return S::sum(part[0]) + 0;  // not -0, which would depend on how many lanes are missing
 }
 
 // Complex arithmetic on vectors (or scalars) of T.

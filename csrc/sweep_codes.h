@@ -5,9 +5,10 @@
 // the same code as float32 tensors and encoded, all within the first-level cache: bit for bit what
 // those three steps give.
 //
-// x / scale is rounded correctly without dividing (Markstein 1990): with y = 1 / scale rounded
-// correctly and q = x y, the remainder x - q scale is exact, and q + (remainder) y is the quotient
-// rounded correctly, as long as scale's significand is not all ones (stored scales have 8 bits).
+// Simd::quotient rounds x / scale correctly without dividing (Markstein 1990): with y = 1 / scale
+// rounded correctly and q = x y, the remainder x - q scale is exact, and q + (remainder) y is the
+// quotient rounded correctly, as long as scale's significand is not all ones (stored scales have 8
+// bits).
 #pragma once
 
 #include "packing.h"
@@ -36,12 +37,7 @@ struct Levels {
   const float *table;
   int half;
   float of(std::int8_t code) const { return table ? table[code + half] : static_cast<float>(code); }
-  std::int8_t nearest(float x) const {
-    int count = 0;
-    for (int step = half; step > 0; step /= 2)
-      if (x > table[count + step - 1]) count += step;
-    return static_cast<std::int8_t>(count - half);
-  }
+  std::int8_t nearest(float x) const { return bounds_below(x, table, half); }
 };
 
 // `sites` rows of codes, one per byte, that share a row of scales and a row of zero points. The
@@ -51,7 +47,6 @@ BKCORE_INLINE void decode_bytes(Rows<const std::int8_t> codes, Index sites, Inde
                                 const float *scale, const float *zero, const Levels &levels,
                                 Rows<float> out) {
   Index h = 0;
-#ifdef BKCORE_VECTOR_CODES
   using S = Simd<float>;
   for (; h + S::width <= count; h += S::width) {
     const auto s = S::load(scale + h), z = S::load(zero + h);
@@ -62,7 +57,6 @@ BKCORE_INLINE void decode_bytes(Rows<const std::int8_t> codes, Index sites, Inde
       S::store(out[k] + h, s * (level - z));
     }
   }
-#endif
   for (Index k = 0; k < sites; ++k)
     for (Index rest = h; rest < count; ++rest)
       out[k][rest] = scale[rest] * (levels.of(codes[k][rest]) - zero[rest]);
@@ -72,7 +66,6 @@ BKCORE_INLINE void encode_bytes(Rows<const float> x, Index sites, Index count,
                                 const EncoderRows &rows, const Levels &bounds,
                                 Rows<std::int8_t> codes) {
   Index h = 0;
-#ifdef BKCORE_VECTOR_CODES
   using S = Simd<float>;
   S::Bounds search = {};
   if (bounds.table) search = S::bounds(bounds.table, bounds.half);
@@ -82,8 +75,7 @@ BKCORE_INLINE void encode_bytes(Rows<const float> x, Index sites, Index count,
     const auto low = S::load(rows.low + h), high = S::load(rows.high + h);
     for (Index k = 0; k < sites; ++k) {
       const auto value = S::load(x[k] + h);
-      const auto rough = value * inverse;
-      const auto exact = S::correct(rough, S::madd(-rough, scale, value), inverse);
+      const auto exact = S::quotient(value, scale, inverse);
       if (bounds.table) {
         S::search(codes[k] + h, exact + zero, search);
       } else {
@@ -91,7 +83,6 @@ BKCORE_INLINE void encode_bytes(Rows<const float> x, Index sites, Index count,
       }
     }
   }
-#endif
   for (Index k = 0; k < sites; ++k)
     for (Index rest = h; rest < count; ++rest) {
       const float value = x[k][rest], zero = rows.zero[rest];

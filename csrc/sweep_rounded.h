@@ -28,7 +28,6 @@ BKCORE_INLINE float rounded(float x, const Grid &grid) {
 // The outer loop is over lanes, so that nothing is set up again for each row.
 BKCORE_INLINE void round_rows(Rows<float> rows, Index sites, Index count, const Grid &grid) {
   Index h = 0;
-#ifdef BKCORE_VECTOR_CODES
   using S = Simd<float>;
   const auto scale = S::set(grid.scale), inverse = S::set(1 / grid.scale), zero = S::set(grid.zero);
   const auto low = S::set(grid.low), high = S::set(grid.high), shift = S::set(kRound);
@@ -37,8 +36,7 @@ BKCORE_INLINE void round_rows(Rows<float> rows, Index sites, Index count, const 
   for (; h + S::width <= count; h += S::width) {
     for (Index k = 0; k < sites; ++k) {
       const auto x = S::load(rows[k] + h);
-      const auto rough = x * inverse;
-      const auto exact = S::correct(rough, S::madd(-rough, scale, x), inverse);
+      const auto exact = S::quotient(x, scale, inverse);
       typename S::V step;
       if (grid.levels.table) {
         std::int8_t codes[S::width];
@@ -50,7 +48,6 @@ BKCORE_INLINE void round_rows(Rows<float> rows, Index sites, Index count, const 
       S::store(rows[k] + h, S::keep_nan(scale * step, x));
     }
   }
-#endif
   for (Index k = 0; k < sites; ++k)
     for (Index rest = h; rest < count; ++rest) rows[k][rest] = rounded(rows[k][rest], grid);
 }

@@ -259,10 +259,12 @@ TEST_CASE_TEMPLATE("attention and adjoint, all sizes", T, float, double) {
       const double forward = relative * want.largest * want.input;
       const double backward =
           2 * relative * static_cast<double>(shape.sites) * want.largest_gradient() * want.input;
+      const AttentionResults<T> best(isas().front(), p, 1);
       for_isas([&](const Isa &isa) {
         const AttentionResults<T> got(isa, p, 1);
         CHECK(distance(got.forward(), want.forward) <= forward);
         CHECK(distance(got.backward(), want.backward) <= backward);
+        CHECK(distance(got.forward(), best.forward()) == 0);
       });
     }
 }

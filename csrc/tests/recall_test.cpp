@@ -154,11 +154,16 @@ void check_formulas(const RecallProblem &p, const RecallResults &got) {
 const RecallShape kRecallShapes[] = {
     {1, 1, 1, 1, 1}, {2, 3, 3, 2, 15}, {3, 4, 2, 3, 16}, {1, 6, 2, 5, 17}, {2, 2, 1, 16, 33}};
 
-TEST_CASE("a recall step is its formulas") {
+TEST_CASE("a recall step is its formulas, with the same bits everywhere") {
   for (const RecallShape &shape : kRecallShapes) {
     const RecallProblem p(shape, Rounding::kNone);
+    const RecallResults best(isas().front(), p, {});
     for_isas([&](const Isa &isa) {
-      check_formulas(p, RecallResults(isa, p, {}));
+      const RecallResults got(isa, p, {});
+      check_formulas(p, got);
+      CHECK(same_bits(got.features, best.features));
+      CHECK(same_bits(got.next_g, best.next_g));
+      CHECK(same_bits(got.next_psi, best.next_psi));
     });
   }
 }

@@ -48,10 +48,6 @@ void for_isas(const Work &work) {
   }
 }
 
-// avx2 and avx512 fuse the same multiply-adds, so that their results are equal to the bit; baseline
-// has none to fuse.
-inline bool fuses(const Isa &isa) { return isa.name != "baseline"; }
-
 // The largest difference between two rows of numbers. It is infinite if NaN or infinity is in one
 // row and not in the same place of the other.
 template <class Got, class Want>

@@ -212,7 +212,6 @@ void check(const Problem<T> &p, const Layout &layout, const Expected<T> &want, I
     const std::vector<T> gradients(all.begin() + static_cast<Index>(want.forward.size()),
                                    all.end());
     CHECK(distance(gradients, want.backward) <= want.backward_bound);
-    if (!fuses(isa)) return;
     if (base.empty()) base = all;
     CHECK(distance(all, base) == 0);
   });

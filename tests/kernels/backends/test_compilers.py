@@ -32,6 +32,11 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
             "g++-aarch64-linux-gnu",
             ["-Wno-maybe-uninitialized"],
         ),
+        (
+            "aarch64-linux-gnu-g++",
+            "g++-aarch64-linux-gnu",
+            ["-Wno-maybe-uninitialized", "-march=armv8.2-a+dotprod"],
+        ),
     ],
 )
 @pytest.mark.parametrize("source", ["sweep", "product", "rounding"])

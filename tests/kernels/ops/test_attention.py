@@ -78,14 +78,12 @@ def joined(parts: Tensor, dim: int) -> Tensor:
     return torch.complex(real, imag)
 
 
-@pytest.fixture(params=["reference", "avx512", "avx2", "baseline"])
+@pytest.fixture(params=["reference", *native.supported_isas()])
 def backend(request):
     if request.param == "reference":
         with use_backend("reference"):
             yield
         return
-    if request.param not in native.supported_isas():
-        pytest.skip(f"this processor or build has no {request.param}")
     with use_backend("cpu"), native.use_isa(request.param):
         yield
 

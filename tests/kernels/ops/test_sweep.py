@@ -279,12 +279,9 @@ def test_every_instruction_set(form, dtype, lanes):
             with native.use_isa(isa):
                 results[isa] = (sweep(*args), *gradients(args, grad))
             assert (results[isa][0] - want).abs().max().item() <= tolerance
-            for got, base in zip(results[isa], results[native.supported_isas()[0]], strict=True):
-                scale = base.abs().max().item()
-                assert (got - base).abs().max().item() <= 1e3 * torch.finfo(dtype).eps * scale
-    if {"avx2", "avx512"} <= results.keys():
-        # Both fuse the same multiply-adds, so the width of the vectors is the only difference.
-        pairs = zip(results["avx2"], results["avx512"], strict=True)
+    # All fuse the same multiply-adds, so the width of the vectors is the only difference.
+    for got in results.values():
+        pairs = zip(got, results["baseline"], strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
 
 

@@ -1,0 +1,112 @@
+// A fused multiply-add is rounded once, for every number there is, also where the processor has no
+// instruction for it: the instruction set of this file is the one that compilers assume.
+
+#include "simd.h"
+
+#include <cstring>
+#include <limits>
+
+#include "support.h"
+
+namespace bkcore {
+namespace {
+
+template <class T>
+struct BitsOf {
+  using Type = std::uint32_t;
+};
+template <>
+struct BitsOf<double> {
+  using Type = std::uint64_t;
+};
+
+template <class T>
+class Triples {
+ public:
+  using Bits = typename BitsOf<T>::Type;
+
+  // Any bits at all: exponents are mostly far apart, and there is NaN, infinity and subnormals.
+  T any() { return from(static_cast<Bits>(engine_())); }
+  // Of moderate size, so that sums cancel; few bits are set, so that many sums are near a tie.
+  T near() {
+    const T x =
+        from((static_cast<Bits>(engine_()) & static_cast<Bits>(engine_()) & kFraction) | kOne);
+    return engine_() % 2 ? x : -x;
+  }
+  // Close to another number, or far below it.
+  T beside(T x) {
+    Bits bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const T close = from(bits + static_cast<Bits>(engine_() % 5) - 2);
+    return engine_() % 2 ? close : std::ldexp(close, -static_cast<int>(engine_() % 60));
+  }
+
+ private:
+  static constexpr int kDigits = std::numeric_limits<T>::digits - 1;
+  static constexpr Bits kFraction = (Bits{1} << kDigits) - 1;
+  static constexpr Bits kOne = Bits{std::numeric_limits<T>::max_exponent - 1} << kDigits;
+  static T from(Bits bits) {
+    T x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+  std::mt19937_64 engine_{12};
+};
+
+template <class T>
+bool fused_once(T a, T b, T c) {
+  using S = Simd<T>;
+  const T want = std::fma(a, b, c);
+  T got[S::width];
+  S::store(got, S::madd(S::set(a), S::set(b), S::set(c)));
+  for (const T x : got)
+    if (std::memcmp(&x, &want, sizeof x) && !(x != x && want != want)) return false;
+  return true;
+}
+
+TEST_CASE_TEMPLATE("a fused multiply-add is rounded once", T, float, double) {
+  Triples<T> triples;
+  int wrong = 0;
+  for (int i = 0; i < 200000; ++i) {
+    wrong += !fused_once(triples.any(), triples.any(), triples.any());
+    const T a = triples.near(), b = triples.near();
+    wrong += !fused_once(a, b, triples.near());
+    wrong += !fused_once(a, b, triples.beside(-a * b));
+    // A result that is subnormal, and one at the largest number.
+    const T small = std::ldexp(a, std::numeric_limits<T>::min_exponent);
+    wrong += !fused_once(small, b, triples.beside(-small * b));
+    wrong += !fused_once(small, triples.near() / 1024, triples.beside(small));
+    const T large = std::ldexp(a, std::numeric_limits<T>::max_exponent - 2);
+    wrong += !fused_once(large, b, triples.beside(large));
+  }
+  CHECK(wrong == 0);
+}
+
+TEST_CASE_TEMPLATE("fused multiply-adds of zeros, infinity and NaN", T, float, double) {
+  using Limits = std::numeric_limits<T>;
+  const T special[] = {0,
+                       -T{0},
+                       1,
+                       -1,
+                       Limits::infinity(),
+                       -Limits::infinity(),
+                       Limits::quiet_NaN(),
+                       Limits::denorm_min(),
+                       -Limits::denorm_min(),
+                       Limits::min(),
+                       -Limits::min(),
+                       Limits::max(),
+                       Limits::lowest(),
+                       1 + Limits::epsilon()};
+  for (const T a : special)
+    for (const T b : special)
+      for (const T c : special) {
+        CAPTURE(a);
+        CAPTURE(b);
+        CAPTURE(c);
+        CHECK(fused_once(a, b, c));
+      }
+}
+
+}  // namespace
+}  // namespace bkcore
