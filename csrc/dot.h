@@ -34,7 +34,6 @@ struct Dot {
   static BKCORE_INLINE V load(const Word *p) { return _mm512_loadu_si512(p); }
   static BKCORE_INLINE void store(void *p, V x) { _mm512_storeu_si512(p, x); }
   static BKCORE_INLINE V everywhere(Word x) { return _mm512_set1_epi32(static_cast<int>(x)); }
-  static BKCORE_INLINE V plus(V a, V b) { return _mm512_add_epi32(a, b); }
   static BKCORE_INLINE V add(V sum, V weight, V x) { return _mm512_dpbusd_epi32(sum, weight, x); }
   // Exchanges the lanes of a whose index has `bit` set with the lanes of b whose index has not.
   template <int bit>
@@ -45,6 +44,21 @@ struct Dot {
     const V first = _mm512_mask_permutexvar_epi32(a, high, other, b);
     b = _mm512_mask_permutexvar_epi32(b, static_cast<__mmask16>(~high), other, a);
     a = first;
+  }
+  // Lane i of the result is the sum of all lanes of sum[i].
+  static BKCORE_INLINE V lane_sums(V *sum) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      sum[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(sum[2 * i], sum[2 * i + 1]),
+                                _mm512_unpackhi_epi32(sum[2 * i], sum[2 * i + 1]));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      sum[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(sum[2 * i], sum[2 * i + 1]),
+                                _mm512_unpackhi_epi64(sum[2 * i], sum[2 * i + 1]));
+    const auto halved = [](V a, V b) {
+      return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xDD));
+    };
+    return halved(halved(sum[0], sum[1]), halved(sum[2], sum[3]));
   }
   static BKCORE_INLINE Bytes bytes(const std::uint8_t *p) { return _mm512_loadu_si512(p); }
   // The first n; the others are 0.
@@ -77,10 +91,9 @@ struct Dot {
     _mm256_storeu_si256(static_cast<__m256i *>(p), x);
   }
   static BKCORE_INLINE V everywhere(Word x) { return _mm256_set1_epi32(static_cast<int>(x)); }
-  static BKCORE_INLINE V plus(V a, V b) { return _mm256_add_epi32(a, b); }
   // Pairs of 8-bit codes would overflow the 16 bits of _mm256_maddubs_epi16.
   static BKCORE_INLINE V add(V sum, V weight, V x) {
-    return plus(sum, _mm256_madd_epi16(weight, x));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(weight, x));
   }
   template <int bit>
   static BKCORE_INLINE void exchange(V &a, V &b) {
@@ -90,6 +103,14 @@ struct Dot {
     const V first = _mm256_blend_epi32(a, _mm256_permutevar8x32_epi32(b, other), high);
     b = _mm256_blend_epi32(b, _mm256_permutevar8x32_epi32(a, other), ~high & 0xFF);
     a = first;
+  }
+  static BKCORE_INLINE V lane_sums(const V *sum) {
+    const auto four = [](const V *s) {
+      return _mm256_hadd_epi32(_mm256_hadd_epi32(s[0], s[1]), _mm256_hadd_epi32(s[2], s[3]));
+    };
+    const V low = four(sum), high = four(sum + 4);
+    return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20),
+                            _mm256_permute2x128_si256(low, high, 0x31));
   }
   static BKCORE_INLINE Bytes bytes(const std::uint8_t *p, Index n = sizeof(Bytes)) {
     return first_bytes<Bytes>(p, n);
@@ -119,7 +140,6 @@ struct Dot {
   }
   static BKCORE_INLINE void store(void *p, V x) { std::memcpy(p, &x, sizeof x); }
   static BKCORE_INLINE V everywhere(Word x) { return vreinterpretq_s32_u32(vdupq_n_u32(x)); }
-  static BKCORE_INLINE V plus(V a, V b) { return vaddq_s32(a, b); }
   static BKCORE_INLINE V add(V sum, V weight, V x) {
     const int8x16_t a = vreinterpretq_s8_s32(weight), b = vreinterpretq_s8_s32(x);
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -141,6 +161,9 @@ struct Dot {
       a = vreinterpretq_s32_s64(vtrn1q_s64(x, y));
       b = vreinterpretq_s32_s64(vtrn2q_s64(x, y));
     }
+  }
+  static BKCORE_INLINE V lane_sums(const V *sum) {
+    return vpaddq_s32(vpaddq_s32(sum[0], sum[1]), vpaddq_s32(sum[2], sum[3]));
   }
   static BKCORE_INLINE Bytes bytes(const std::uint8_t *p, Index n = sizeof(Bytes)) {
     return first_bytes<Bytes>(p, n);
@@ -175,10 +198,6 @@ struct Dot {
     const auto value = static_cast<std::int32_t>(x);
     return {{value, value, value, value}};
   }
-  static BKCORE_INLINE V plus(V a, V b) {
-    for (int l = 0; l < lanes; ++l) a.of[l] += b.of[l];
-    return a;
-  }
   static BKCORE_INLINE V add(V sum, V weight, V x) {
     std::int16_t w[8], codes[8];
     std::memcpy(w, &weight, sizeof w);
@@ -195,6 +214,12 @@ struct Dot {
         a.of[l] = b.of[l ^ bit];
         b.of[l ^ bit] = kept;
       }
+  }
+  static BKCORE_INLINE V lane_sums(const V *sum) {
+    V all;
+    for (int l = 0; l < lanes; ++l)
+      all.of[l] = sum[l].of[0] + sum[l].of[1] + sum[l].of[2] + sum[l].of[3];
+    return all;
   }
   static BKCORE_INLINE Bytes bytes(const std::uint8_t *p, Index n = sizeof(Bytes)) {
     return first_bytes<Bytes>(p, n);

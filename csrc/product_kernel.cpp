@@ -177,19 +177,8 @@ struct Panel {
   Index first, count;
 };
 
-// Adds the sums of a group to the totals of N outputs, with roundings in the order of product.py.
-template <Index N>
-BKCORE_INLINE void add_group(const std::int32_t *sums, std::int32_t offset, const float *scales,
-                             bool first, float *total) {
-  for (Index o = 0; o < N; ++o) {
-    // Sums with unsigned weights may wrap around at 2^32; their difference is exact.
-    const Word exact = static_cast<Word>(sums[o]) - static_cast<Word>(offset);
-    const float term = static_cast<float>(static_cast<std::int32_t>(exact)) * scales[o];
-    total[o] = first ? term : total[o] + term;
-  }
-}
-
-// Multiplies R rows from `row` on with the words of a panel.
+// Multiplies R rows from `row` on with the words of a panel, with roundings in the order of
+// product.py.
 template <int R>
 void multiply_rows(const Product &p, const EncodedRows &rows, const Panel &panel, const Word *words,
                    Index row) {
@@ -198,9 +187,16 @@ void multiply_rows(const Product &p, const EncodedRows &rows, const Panel &panel
   float total[R * kPanel];
   for_groups<Dot::depth>(p, [&](Index group, Index, Index, Index word, Index count) {
     add_up<R>(rows.words + row * pitch + word, pitch, words + word * kPanel, count, sums);
-    for (int r = 0; r < R; ++r)
-      add_group<kPanel>(sums + r * kPanel, rows.sums[(row + r) * p.groups + group],
-                        panel.scales + group * kPanel, group == 0, total + r * kPanel);
+    const float *scales = panel.scales + group * kPanel;
+    for (int r = 0; r < R; ++r) {
+      const std::int32_t offset = rows.sums[(row + r) * p.groups + group];
+      for (Index o = 0; o < kPanel; ++o) {
+        // Sums with unsigned weights may wrap around at 2^32; their difference is exact.
+        const Word exact = static_cast<Word>(sums[r * kPanel + o]) - static_cast<Word>(offset);
+        const float term = static_cast<float>(static_cast<std::int32_t>(exact)) * scales[o];
+        total[r * kPanel + o] = group ? total[r * kPanel + o] + term : term;
+      }
+    }
   });
   for (int r = 0; r < R; ++r) {
     const float scale = rows.scale[row + r];
@@ -218,20 +214,6 @@ BKCORE_INLINE void multiply_rest(const Product &p, const EncodedRows &rows, cons
     else
       multiply_rest<R - 1>(p, rows, panel, words, row, count);
   }
-}
-
-// Lane i of the result is the sum of all lanes of sum[i].
-template <int bit = 1>
-BKCORE_INLINE V lane_sums(V *sum) {
-#pragma GCC unroll 8
-  for (int i = 0; i < Dot::lanes; i += 2 * bit) {
-    Dot::exchange<bit>(sum[i], sum[i + bit]);
-    sum[i] = Dot::plus(sum[i], sum[i + bit]);
-  }
-  if constexpr (2 * bit < Dot::lanes)
-    return lane_sums<2 * bit>(sum);
-  else
-    return sum[0];
 }
 
 using Weights = const std::uint8_t * [Dot::outputs];
@@ -256,23 +238,30 @@ BKCORE_INLINE void add_inputs(V *sum, const Weights &weight, Index k, const Word
   }
 }
 
-// Multiplies `bytes` bytes of the weights of some outputs with the codes of one row.
+// Multiplies the bytes [k, end) of the weights of some outputs with the codes of one row.
 template <int bits>
-BKCORE_INLINE void add_up_inputs(const Weights &weight, Index bytes, const Word *x,
-                                 std::int32_t *sums) {
+BKCORE_INLINE void add_up_inputs(const Weights &weight, Index k, Index end, const Word *x, V *sum) {
   constexpr Index words = Dot::lanes * 8 / bits;
-  V sum[Dot::outputs];
-  std::memset(&sum, 0, sizeof sum);
-  Index k = 0;
-  for (; k + kCodes <= bytes; k += kCodes, x += words) add_inputs<bits>(sum, weight, k, x);
-  if (k < bytes) add_inputs<bits>(sum, weight, k, x, bytes - k);
-#pragma GCC unroll 2
-  for (int i = 0; i < Dot::outputs; i += Dot::lanes) Dot::store(sums + i, lane_sums(sum + i));
+  for (; k + kCodes <= end; k += kCodes, x += words) add_inputs<bits>(sum, weight, k, x);
+  if (k < end) add_inputs<bits>(sum, weight, k, x, end - k);
+}
+
+// Vectors of one number for every lane of V.
+using Words = Word __attribute__((vector_size(4 * Dot::lanes)));
+using Ints = std::int32_t __attribute__((vector_size(4 * Dot::lanes)));
+using Floats = float __attribute__((vector_size(4 * Dot::lanes)));
+
+template <class Vector>
+BKCORE_INLINE Vector load_vector(const void *p) {
+  Vector x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
 }
 
 template <int bits>
 void multiply_inputs(const Product &p, const EncodedRows &rows, const Panel &panel, Index row) {
   constexpr Index unit = kCodes * 8 / bits, some = Dot::outputs;
+  constexpr int vectors = Dot::outputs / Dot::lanes;
   const Index width = bits == 8 ? p.inputs : (p.inputs + 1) / 2;
   const Word *words = rows.words + row * words_of<unit>(p);
   for (Index o = 0; o < panel.count; o += some) {
@@ -281,18 +270,28 @@ void multiply_inputs(const Product &p, const EncodedRows &rows, const Panel &pan
     // So many weights at a time are more streams than the hardware prefetcher follows.
     const Index ahead = least(some, p.outputs - panel.first - o - some) * width;
     for (Index b = 0; b < ahead; b += 64) __builtin_prefetch(start + some * width + b);
-    float total[some];
+    Weights weight;  // those beyond the last output repeat it
+    for (Index i = 0; i < some; ++i) weight[i] = start + least(i, outputs - 1) * width;
+    Floats total[vectors] = {};
     for_groups<unit>(p, [&](Index group, Index first, Index count, Index word, Index) {
-      Weights weight;  // those beyond the last output repeat it
-      for (Index i = 0; i < some; ++i)
-        weight[i] = start + least(i, outputs - 1) * width + (bits == 8 ? first : first / 2);
-      std::int32_t sums[some];
-      add_up_inputs<bits>(weight, bits == 8 ? count : (count + 1) / 2, words + word, sums);
-      add_group<some>(sums, rows.sums[row * p.groups + group], panel.scales + group * kPanel + o,
-                      group == 0, total);
+      V sum[Dot::outputs];
+      std::memset(&sum, 0, sizeof sum);
+      const Index end = first + count;
+      add_up_inputs<bits>(weight, first * bits / 8, (end * bits + 7) / 8, words + word, sum);
+      const Word offset = static_cast<Word>(rows.sums[row * p.groups + group]);
+      const float *scales = panel.scales + group * kPanel + o;
+#pragma GCC unroll 2
+      for (int i = 0; i < vectors; ++i) {
+        const V sums = Dot::lane_sums(sum + i * Dot::lanes);
+        const Words exact = load_vector<Words>(&sums) - offset;
+        const Floats term = __builtin_convertvector((Ints)exact, Floats) *
+                            load_vector<Floats>(scales + i * Dot::lanes);
+        total[i] = group ? total[i] + term : term;
+      }
     });
-    float *out = p.out + row * p.outputs + panel.first + o;
-    for (Index i = 0; i < outputs; ++i) out[i] = total[i] * rows.scale[row];
+    float *out = p.out + row * p.outputs + panel.first + o, all[some];
+    std::memcpy(all, &total, sizeof all);
+    for (Index i = 0; i < outputs; ++i) out[i] = all[i] * rows.scale[row];
   }
 }
 
