@@ -275,7 +275,8 @@ void multiply_inputs(const Product &p, const EncodedRows &rows, const Panel &pan
     Floats total[vectors] = {};
     for_groups<unit>(p, [&](Index group, Index first, Index count, Index word, Index) {
       V sum[Dot::outputs];
-      std::memset(&sum, 0, sizeof sum);
+#pragma GCC unroll 16
+      for (V &each : sum) each = V{};
       const Index end = first + count;
       add_up_inputs<bits>(weight, first * bits / 8, (end * bits + 7) / 8, words + word, sum);
       const Word offset = static_cast<Word>(rows.sums[row * p.groups + group]);

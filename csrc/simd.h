@@ -17,6 +17,10 @@
 
 #define BKCORE_INLINE inline __attribute__((always_inline))
 
+#if !defined(__AVX2__) && !defined(__aarch64__)
+#include "fused.h"
+#endif
+
 namespace bkcore {
 namespace {
 
@@ -307,41 +311,6 @@ struct Simd<double> : SimdBase<double, Double2, 2> {
   static BKCORE_INLINE V madd(V a, V b, V c) { return vfmaq_f64(c, a, b); }
 };
 #else
-using Float4 = float __attribute__((vector_size(16)));
-using Double2 = double __attribute__((vector_size(16)));
-// Without an instruction, fused multiply-adds are slow, but their bits are those of all processors.
-#if defined(__SSE2__)
-// a + b rounded to odd: unless the sum is exact, to that neighbour whose last bit is 1. Rounded to
-// float it is the exact sum rounded once (Boldo and Melquiond 2008).
-BKCORE_INLINE Double2 add_to_odd(Double2 a, Double2 b) {
-  const Double2 sum = a + b, part = sum - a, none = {};
-  const Double2 error = (a - (sum - part)) + (b - part);  // exact (Knuth), or NaN beside infinity
-  const auto above = error > none, below = error < none;  // NaN is neither
-  auto bits = above;
-  std::memcpy(&bits, &sum, sizeof bits);
-  bits += ((sum > none) & below) | ((sum < none) & above);  // -1 where |sum| is too large
-  bits |= (above | below) & 1;
-  Double2 odd;
-  std::memcpy(&odd, &bits, sizeof odd);
-  return odd;
-}
-BKCORE_INLINE Double2 upper(Float4 x) { return _mm_cvtps_pd(_mm_movehl_ps(x, x)); }
-// The product of two floats is exact in double.
-BKCORE_INLINE Float4 fused(Float4 a, Float4 b, Float4 c) {
-  const Double2 low = add_to_odd(_mm_cvtps_pd(a) * _mm_cvtps_pd(b), _mm_cvtps_pd(c));
-  const Double2 high = add_to_odd(upper(a) * upper(b), upper(c));
-  return _mm_movelh_ps(_mm_cvtpd_ps(low), _mm_cvtpd_ps(high));
-}
-#else
-BKCORE_INLINE Float4 fused(Float4 a, Float4 b, Float4 c) {
-  for (int k = 0; k < 4; ++k) c[k] = __builtin_fmaf(a[k], b[k], c[k]);
-  return c;
-}
-#endif
-BKCORE_INLINE Double2 fused(Double2 a, Double2 b, Double2 c) {
-  for (int k = 0; k < 2; ++k) c[k] = __builtin_fma(a[k], b[k], c[k]);
-  return c;
-}
 template <>
 struct Simd<float> : SimdFloat<Float4, 4> {
   static BKCORE_INLINE V madd(V a, V b, V c) { return fused(a, b, c); }

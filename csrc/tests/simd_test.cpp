@@ -33,6 +33,8 @@ class Triples {
         from((static_cast<Bits>(engine_()) & static_cast<Bits>(engine_()) & kFraction) | kOne);
     return engine_() % 2 ? x : -x;
   }
+  // 1 plus an odd multiple of 2^-bits.
+  T odd(int bits) { return 1 + std::ldexp(static_cast<T>(engine_() % 1000 * 2 + 1), -bits); }
   // Close to another number, or far below it.
   T beside(T x) {
     Bits bits;
@@ -72,6 +74,16 @@ TEST_CASE_TEMPLATE("a fused multiply-add is rounded once", T, float, double) {
     const T a = triples.near(), b = triples.near();
     wrong += !fused_once(a, b, triples.near());
     wrong += !fused_once(a, b, triples.beside(-a * b));
+    // A product that is halfway between two numbers, and a little more or less.
+    constexpr int kDigits = std::numeric_limits<T>::digits, kHalf = kDigits / 2;
+    const T tiny = std::ldexp(triples.near(), -60 - i % 60);
+    wrong += !fused_once(triples.odd(kHalf), triples.odd(kDigits - kHalf), tiny);
+    // Nearly halfway between two subnormal numbers.
+    constexpr int kHalfUnit = std::numeric_limits<T>::min_exponent - kDigits - 1;
+    const T unit = std::numeric_limits<T>::epsilon();
+    const T some = std::numeric_limits<T>::denorm_min() * static_cast<T>(i % 2 ? i : -i);
+    wrong += !fused_once(std::ldexp(1 + unit, kHalfUnit / 2),
+                         std::ldexp(1 - unit, kHalfUnit - kHalfUnit / 2), some);
     // A result that is subnormal, and one at the largest number.
     const T small = std::ldexp(a, std::numeric_limits<T>::min_exponent);
     wrong += !fused_once(small, b, triples.beside(-small * b));
