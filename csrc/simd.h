@@ -293,7 +293,8 @@ struct Simd<float> : SimdFloat<Float4, 4> {
   static BKCORE_INLINE V quotient(V x, V scale, V inverse) {
     const V rough = x * inverse, remainder = madd(-rough, scale, x);
     const V exact = madd(remainder, inverse, rough);
-    return (rough < set(1e9f)) & (rough > set(-1e9f)) ? exact : rough;
+    const auto finite = (rough < set(1e9f)) & (rough > set(-1e9f));
+    return finite ? exact : rough;
   }
   static BKCORE_INLINE V widen(const std::int8_t *p) {
     std::uint32_t four;
