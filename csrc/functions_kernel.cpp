@@ -3,16 +3,15 @@
 //
 // Compiled once per instruction set, which BKCORE_ISA names. sweep_kernel.cpp says why everything
 // is in an unnamed namespace and no header with inline functions is included.
-// Every result has the same bits for every instruction set: only sums, products, quotients and roots
-// are used, which IEEE 754 rounds one way, and no fused multiply-add. Sums have kLanes partial sums
-// whatever the vectors' width: partial sum j takes the numbers j, j + kLanes, ..., and the halves
-// are added until one is left.
-
-#include "functions.h"
+// Every result has the same bits for every instruction set: only sums, products, quotients and
+// roots are used, which IEEE 754 rounds one way, and no fused multiply-add. Sums have kLanes
+// partial sums whatever the vectors' width: partial sum j takes the numbers j, j + kLanes, ..., and
+// the halves are added until one is left.
 
 #include <cmath>
 #include <cstring>
 
+#include "functions.h"
 #include "packing.h"
 
 #define BKCORE_PASTE(a, b) a##b
@@ -135,8 +134,7 @@ void gated(const float *x, const float *gate, Index count, float *out) {
   });
 }
 
-void convolve(const float *const *sites, const float *weight, Index taps, Index count,
-              float *out) {
+void convolve(const float *const *sites, const float *weight, Index taps, Index count, float *out) {
   each_vector(count, [&](Index k, auto place) {
     const auto tap = [&](Index i) {
       return load<float>(sites[i] + k, place) * load<float>(weight + i * count + k, place);
@@ -176,8 +174,7 @@ BKCORE_INLINE float from_half(std::uint16_t x) {
 
 BKCORE_INLINE V widen_half(const std::uint16_t *p, Index count) {
 #if defined(__AVX512F__)
-  if (count >= 16)
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+  if (count >= 16) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
 #elif defined(__F16C__)
   if (count >= 8) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
 #endif
@@ -257,9 +254,12 @@ void multiply_as(const Dense &m, const float *x, Index rows, Index first, Index 
 void multiply(const Dense &m, const float *x, Index rows, Index first, Index count, float *out) {
   using Kind = Dense::Kind;
   switch (m.kind) {
-    case Kind::f32: return multiply_as<Kind::f32>(m, x, rows, first, count, out);
-    case Kind::f16: return multiply_as<Kind::f16>(m, x, rows, first, count, out);
-    case Kind::bf16: return multiply_as<Kind::bf16>(m, x, rows, first, count, out);
+    case Kind::f32:
+      return multiply_as<Kind::f32>(m, x, rows, first, count, out);
+    case Kind::f16:
+      return multiply_as<Kind::f16>(m, x, rows, first, count, out);
+    case Kind::bf16:
+      return multiply_as<Kind::bf16>(m, x, rows, first, count, out);
   }
 }
 
@@ -273,9 +273,12 @@ void row_as(const Dense &m, Index output, float *out) {
 
 void row(const Dense &m, Index output, float *out) {
   switch (m.kind) {
-    case Dense::Kind::f32: return row_as<Dense::Kind::f32>(m, output, out);
-    case Dense::Kind::f16: return row_as<Dense::Kind::f16>(m, output, out);
-    case Dense::Kind::bf16: return row_as<Dense::Kind::bf16>(m, output, out);
+    case Dense::Kind::f32:
+      return row_as<Dense::Kind::f32>(m, output, out);
+    case Dense::Kind::f16:
+      return row_as<Dense::Kind::f16>(m, output, out);
+    case Dense::Kind::bf16:
+      return row_as<Dense::Kind::bf16>(m, output, out);
   }
 }
 

@@ -52,14 +52,14 @@ inline std::vector<Isa> detect() {
                      rounding_kernels_avx512(), functions_avx512()});
   }
   if (avx2)
-    found.push_back({"avx2", sweep_kernels_avx2(), product_kernels_avx2(),
-                     rounding_kernels_avx2(), functions_avx2()});
+    found.push_back({"avx2", sweep_kernels_avx2(), product_kernels_avx2(), rounding_kernels_avx2(),
+                     functions_avx2()});
 #endif
 #ifdef BKCORE_ARM
   // Everything else is the same: there is NEON on every processor.
   if (has_dot_products())
     found.push_back({"dotprod", sweep_kernels_baseline(), product_kernels_dotprod(),
-                     rounding_kernels_baseline()});
+                     rounding_kernels_baseline(), functions_baseline()});
 #endif
   found.push_back({"baseline", sweep_kernels_baseline(), product_kernels_baseline(),
                    rounding_kernels_baseline(), functions_baseline()});

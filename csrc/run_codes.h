@@ -51,7 +51,8 @@ void multiply_codes(const Isa &isa, const Product &p, const Each &each) {
 inline void run_product(const Isa &isa, Index allowed, const Product &p) {
   const Index products = p.rows * p.outputs * p.inputs;
   const Index threads = worthwhile_threads(products, allowed, kProductsPerThread);
-  multiply_codes(isa, p, [&](Index count, const auto &work) { parallel_for(count, threads, work); });
+  multiply_codes(isa, p,
+                 [&](Index count, const auto &work) { parallel_for(count, threads, work); });
 }
 
 inline void run_round_channels(const Isa &isa, Index threads, const RoundChannels &r) {

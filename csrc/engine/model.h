@@ -95,7 +95,8 @@ class ConfigReader {
       fail("num_heads does not divide d_model");
     s.values = size("value_size", s.width / s.heads);
     s.eps = number("norm_eps", 1e-6), s.embedding_multiplier = number("embedding_multiplier", 16);
-    if (s.eps < 0 || s.embedding_multiplier <= 0) fail("norm_eps or embedding_multiplier is negative");
+    if (s.eps < 0 || s.embedding_multiplier <= 0)
+      fail("norm_eps or embedding_multiplier is negative");
     check_memory(s);
     read_quantization(s);
     return s;
@@ -219,9 +220,16 @@ class TensorReader {
     const std::string scales = name + ".stored_scales";
     const Tensor &scale = take(scales, {outputs, groups});
     if (scale.dtype != Dtype::bf16) fail(scales + " is not bfloat16");
-    m.codes = Product{0, outputs, inputs, is_int4 ? 4 : 8, groups, size, nullptr,
+    m.codes = Product{0,
+                      outputs,
+                      inputs,
+                      is_int4 ? 4 : 8,
+                      groups,
+                      size,
+                      nullptr,
                       reinterpret_cast<const std::uint8_t *>(weight.data),
-                      static_cast<const std::uint16_t *>(aligned(scale, scales)), nullptr};
+                      static_cast<const std::uint16_t *>(aligned(scale, scales)),
+                      nullptr};
     return m;
   }
 
@@ -285,11 +293,16 @@ class TensorReader {
 
   Dense::Kind dense_kind(const Tensor &tensor, const std::string &name) const {
     switch (tensor.dtype) {
-      case Dtype::f32: return Dense::Kind::f32;
-      case Dtype::f16: return Dense::Kind::f16;
-      case Dtype::bf16: return Dense::Kind::bf16;
-      case Dtype::f64: refuse(name + " has dtype F64, and the engine reads F32, F16 and BF16");
-      default: fail(name + " holds no floats");
+      case Dtype::f32:
+        return Dense::Kind::f32;
+      case Dtype::f16:
+        return Dense::Kind::f16;
+      case Dtype::bf16:
+        return Dense::Kind::bf16;
+      case Dtype::f64:
+        refuse(name + " has dtype F64, and the engine reads F32, F16 and BF16");
+      default:
+        fail(name + " holds no floats");
     }
   }
 
@@ -317,8 +330,10 @@ class TensorReader {
                                             : std::ldexp(fraction + 1024, exponent - 25);
         return static_cast<float>(half >> 15 ? -size : size);
       }
-      case Dtype::f64: refuse(name + " has dtype F64, and the engine reads F32, F16 and BF16");
-      default: fail(name + " holds no floats");
+      case Dtype::f64:
+        refuse(name + " has dtype F64, and the engine reads F32, F16 and BF16");
+      default:
+        fail(name + " holds no floats");
     }
   }
 
@@ -349,7 +364,8 @@ class Model {
   // config.json.
   Model(const Tensors &tensors, std::string_view config) {
     for (const Tensor &tensor : read(tensors, "the model", config, "its config"))
-      copies_.push_back({tensor.data, std::vector<std::byte>(tensor.data, tensor.data + tensor.bytes())});
+      copies_.push_back(
+          {tensor.data, std::vector<std::byte>(tensor.data, tensor.data + tensor.bytes())});
   }
 
   // Whether the tensors in memory that were copied still hold the same bytes.
@@ -368,8 +384,8 @@ class Model {
   };
 
   // Returns the tensors that it copied.
-  std::vector<Tensor> read(const Tensors &tensors, const std::string &path,
-                           std::string_view config, const std::string &config_path) {
+  std::vector<Tensor> read(const Tensors &tensors, const std::string &path, std::string_view config,
+                           const std::string &config_path) {
     const Json fields = Json::parse(config, config_path);
     sizes_ = ConfigReader(fields, config_path).sizes();
     TensorReader reader(tensors, path);
@@ -424,10 +440,13 @@ class Model {
 
   void read_roundings(TensorReader &reader, const std::string &at, Layer &layer) const {
     const Sizes &s = sizes_;
-    const std::pair<const char *, Index> parts[] = {
-        {"gate", s.heads},         {"barrier", s.heads},           {"query", s.key_width()},
-        {"key", s.key_width()},    {"value", s.value_width()},     {"found.real", s.value_width()},
-        {"found.imag", s.value_width()}};
+    const std::pair<const char *, Index> parts[] = {{"gate", s.heads},
+                                                    {"barrier", s.heads},
+                                                    {"query", s.key_width()},
+                                                    {"key", s.key_width()},
+                                                    {"value", s.value_width()},
+                                                    {"found.real", s.value_width()},
+                                                    {"found.imag", s.value_width()}};
     for (const auto &[name, channels] : parts)
       layer.rounding.push_back(reader.rounding(at + name, channels, s.core_bits));
   }

@@ -26,7 +26,7 @@ namespace {
 // What a layer remembers of a batch of sequences (bkcore.model.state.LayerState), before and after
 // a reading, which may be the same memory.
 struct Memory {
-  const float *taps, *g, *psi;  // (batch, taps - 1, mixed), (batch, heads, 2),
+  const float *taps, *g, *psi;           // (batch, taps - 1, mixed), (batch, heads, 2),
   float *next_taps, *next_g, *next_psi;  // (batch, heads, 2, keys, values)
 };
 
@@ -35,7 +35,8 @@ struct Reading {
   Index batch, sites;
   const std::int64_t *tokens;
   std::vector<Memory> layers;
-  bool of_all_sites;  // logits (batch, sites, vocabulary); else of the last site, (batch, vocabulary)
+  bool of_all_sites;  // logits (batch, sites, vocabulary); else of the last site, (batch,
+                      // vocabulary)
   float *logits;      // null: not wanted
 };
 
@@ -188,9 +189,8 @@ class Reader {
       Product p = m.codes;
       p.rows = rows, p.x = x, p.out = out;
       const bool shared = rows * m.outputs * m.inputs >= 2 * kProductsPerThread;
-      multiply_codes(isa_, p, [&](Index count, const auto &work) {
-        workers_.each(shared, count, work);
-      });
+      multiply_codes(isa_, p,
+                     [&](Index count, const auto &work) { workers_.each(shared, count, work); });
     } else {
       const bool shared = rows * m.outputs * m.inputs >= kProductsPerThread / 4;
       workers_.each(shared, ceil_divide(m.outputs, kOutputs), [&](Index piece) {
@@ -233,10 +233,27 @@ class Reader {
       std::copy_n(x, s_.heads, gate + row * s_.heads);
       std::copy_n(x + s_.heads, s_.heads, barrier + row * s_.heads);
     }
-    Recall recall{batch, sites, s_.heads, s_.groups, s_.keys, s_.values, gate, barrier, query, key,
-                  value, layer.rate.data(), layer.height.data(), layer.eta.data(),
-                  layer.features.data(), memory.g, memory.psi, {}, features_.data(),
-                  memory.next_g, memory.next_psi};
+    Recall recall{batch,
+                  sites,
+                  s_.heads,
+                  s_.groups,
+                  s_.keys,
+                  s_.values,
+                  gate,
+                  barrier,
+                  query,
+                  key,
+                  value,
+                  layer.rate.data(),
+                  layer.height.data(),
+                  layer.eta.data(),
+                  layer.features.data(),
+                  memory.g,
+                  memory.psi,
+                  {},
+                  features_.data(),
+                  memory.next_g,
+                  memory.next_psi};
     for (const Rounding &r : layer.rounding)
       recall.rounding.push_back({rows, r.channels, s_.core_bits, r.group_size, nullptr,
                                  r.scale.data(), r.zero.data(),
@@ -282,7 +299,8 @@ class Reader {
         const float share = shares_[row * chosen + i];
         const float *served = served_.data() + (row * chosen + i) * width;
         float *out = update_.data() + row * width;
-        for (Index k = 0; k < width; ++k) out[k] = i ? out[k] + served[k] * share : served[k] * share;
+        for (Index k = 0; k < width; ++k)
+          out[k] = i ? out[k] + served[k] * share : served[k] * share;
       }
   }
 

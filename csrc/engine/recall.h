@@ -42,7 +42,8 @@ class RecallRun {
         attention_{recall.batch, recall.sites, recall.heads, recall.keys, recall.values, 1} {
     const Index heads = call_.heads, width = heads * call_.values;
     const Index shared = call_.groups * call_.keys;
-    const Index used = rows_ * (6 * heads + 2 * shared + 2 * heads * call_.keys + 7 * width) + heads;
+    const Index used =
+        rows_ * (6 * heads + 2 * shared + 2 * heads * call_.keys + 7 * width) + heads;
     static thread_local std::vector<std::byte> memory;
     free_ = static_cast<float *>(aligned(memory, used * sizeof(float)));
   }

@@ -30,10 +30,17 @@ struct Tensor {
 
   static std::size_t size_of(Dtype dtype) {
     switch (dtype) {
-      case Dtype::f64: case Dtype::i64: return 8;
-      case Dtype::f32: return 4;
-      case Dtype::f16: case Dtype::bf16: return 2;
-      case Dtype::i8: case Dtype::u8: return 1;
+      case Dtype::f64:
+      case Dtype::i64:
+        return 8;
+      case Dtype::f32:
+        return 4;
+      case Dtype::f16:
+      case Dtype::bf16:
+        return 2;
+      case Dtype::i8:
+      case Dtype::u8:
+        return 1;
     }
     return 0;
   }

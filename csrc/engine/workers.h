@@ -120,7 +120,8 @@ class Workers {
     }
 
     // Takes pieces of a job until none is left. A thread that is late finds another number, or no
-    // piece: whoever gets a piece knows that the job is not over, and its `call` and `context` stay.
+    // piece: whoever gets a piece knows that the job is not over, and its `call` and `context`
+    // stay.
     void work(std::uint32_t number) {
       std::uint64_t at = todo.load();
       while (at >> 32 == number && (at & kMost) > 0) {

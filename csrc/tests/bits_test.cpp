@@ -5,7 +5,7 @@
 #include <cstdio>
 
 #include "codes.h"
-#include "recall_step.h"
+#include "engine/recall.h"
 #include "run_attention.h"
 #include "run_codes.h"
 #include "run_sweep.h"
@@ -300,11 +300,29 @@ TEST_CASE("bits of recall steps") {
           parts.push_back({1, channels, 8, 1, nullptr, scale.data(), zero.data(),
                            rounding == 2 ? levels.data() : nullptr, nullptr});
       const Buffer<float> features(width), next_g(2 * heads), next_psi(2 * keys * width);
-      CHECK(run_recall_step(
-          isa, 1, {1,           heads,          groups,          keys,          values,
-                   gate.data(), barrier.data(), query.data(),    key.data(),    value.data(),
-                   rate.data(), height.data(),  eta.data(),      weight.data(), g.data(),
-                   psi.data(),  parts,          features.data(), next_g.data(), next_psi.data()}));
+      engine::Workers workers(1);
+      const engine::Recall recall{1,
+                                  1,
+                                  heads,
+                                  groups,
+                                  keys,
+                                  values,
+                                  gate.data(),
+                                  barrier.data(),
+                                  query.data(),
+                                  key.data(),
+                                  value.data(),
+                                  rate.data(),
+                                  height.data(),
+                                  eta.data(),
+                                  weight.data(),
+                                  g.data(),
+                                  psi.data(),
+                                  parts,
+                                  features.data(),
+                                  next_g.data(),
+                                  next_psi.data()};
+      engine::RecallRun(isa, workers, recall).run();
       for (const Buffer<float> *x : {&features, &next_g, &next_psi}) digest.add(*x);
     }
   });

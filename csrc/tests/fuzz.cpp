@@ -14,8 +14,8 @@
 #include <random>
 #include <vector>
 
-#include "memory.h"
 #include "engine/recall.h"
+#include "memory.h"
 #include "run_attention.h"
 #include "run_codes.h"
 #include "run_sweep.h"

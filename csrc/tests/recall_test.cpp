@@ -91,12 +91,27 @@ struct RecallResults {
         next_g(p.g.size(), Place::kBeforePage),
         next_psi(p.psi.size(), Place::kBeforePage) {
     const auto [batch, heads, groups, keys, values] = p.shape;
-    const engine::Recall recall{
-        batch,         1,              heads,           groups,          keys,
-        values,        p.gate.data(),  p.barrier.data(), p.query.data(), p.key.data(),
-        p.value.data(), p.rate.data(), p.height.data(), p.eta.data(),    p.weight.data(),
-        p.g.data(),    p.psi.data(),   rounding,        features.data(), next_g.data(),
-        next_psi.data()};
+    const engine::Recall recall{batch,
+                                1,
+                                heads,
+                                groups,
+                                keys,
+                                values,
+                                p.gate.data(),
+                                p.barrier.data(),
+                                p.query.data(),
+                                p.key.data(),
+                                p.value.data(),
+                                p.rate.data(),
+                                p.height.data(),
+                                p.eta.data(),
+                                p.weight.data(),
+                                p.g.data(),
+                                p.psi.data(),
+                                rounding,
+                                features.data(),
+                                next_g.data(),
+                                next_psi.data()};
     engine::Workers workers(threads);
     engine::RecallRun(isa, workers, recall).run();
   }
