@@ -120,7 +120,10 @@ def softmax(rows: int = 3, channels: int = 5) -> Arguments:
 def short_convolution(
     batch: int = 2, sites: int = 4, taps: int = 3, channels: int = 5
 ) -> Arguments:
-    return {"x": normal(batch, max(0, sites + taps - 1), channels), "weight": normal(taps, channels)}
+    return {
+        "x": normal(batch, max(0, sites + taps - 1), channels),
+        "weight": normal(taps, channels),
+    }
 
 
 def dense_product(rows: int = 3, inputs: int = 5, outputs: int = 4) -> Arguments:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bkcore.model import ResNetBKConfig, ResNetBKForCausalLM, moe
+from bkcore.model import ResNetBKConfig, ResNetBKForCausalLM
 from bkcore.model.moe import Expert, MixtureOfExperts, counting_load
 
 
@@ -148,21 +148,6 @@ def test_a_float_row_does_not_depend_on_how_many_there_are(rows):
     expert = mixture(d_model=64, expert_size=96).experts[0]
     x = torch.randn(300, 64)
     assert torch.equal(expert(x[:rows]), expert(x)[:rows])
-
-
-@pytest.mark.parametrize("width", [1, 31, 40, 64, 1000, 1024, 2048])
-@pytest.mark.parametrize("threads", [1, 2])
-@torch.no_grad()
-def test_silu_of_a_row_does_not_depend_on_how_many_there_are(width, threads):
-    x = 4 * torch.randn(70, width)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        whole = moe._silu(x)
-        for rows in (1, 2, 3, 4, 31, 32, 33, 64, 69):
-            assert torch.equal(moe._silu(x[:rows]), whole[:rows])
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("mode", ["ptq_int8", "ptq_int4", "mixed_precision"])

@@ -16,7 +16,6 @@ from operator import attrgetter, is_
 from weakref import WeakKeyDictionary
 
 import torch
-from bkcore_runtime import _engine as native
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -34,6 +33,7 @@ from bkcore.quantization.levels import LevelTable
 from bkcore.quantization.linear import QuantizedEmbedding, QuantizedLinear
 from bkcore.quantization.quantizers import GroupWiseQuantizer
 from bkcore.quantization.weights import HalfWeight, PackedWeight
+from bkcore_runtime import _engine as native
 
 CHOICES = ("auto", "always", "never")
 _environment = os.environ.get("BKCORE_ENGINE") or "auto"

@@ -242,9 +242,7 @@ class GreenMixer(nn.Module):
         super().__init__()
         width = config.value_width
         self.in_proj = nn.Linear(config.d_model, 3 * width, bias=False)
-        self.conv = nn.Conv1d(
-            2 * width, 2 * width, config.conv_width, groups=2 * width, bias=False
-        )
+        self.conv = nn.Conv1d(2 * width, 2 * width, config.conv_width, groups=2 * width, bias=False)
         self.log_eta = nn.Parameter(torch.empty(width))
         self.energy = nn.Parameter(torch.empty(width))
         self.hopping = nn.Parameter(torch.empty(width))

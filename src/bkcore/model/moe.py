@@ -122,7 +122,8 @@ class MixtureOfExperts(nn.Module):
             for found in probabilities.sort(dim=-1, descending=True, stable=True)
         )
         weights = weights / in_turn(weights)
-        served = self._serve(tokens, chosen) * weights[..., None].to(tokens.dtype)
+        served = self._serve(tokens, chosen)
+        served = served * weights[..., None].to(served.dtype)
         out = in_turn(served.transpose(1, 2)).view_as(x)
         if self.load is not None:
             self.load += self._load_of(chosen, real)

@@ -194,9 +194,7 @@ def _both(args: tuple[Tensor, ...]) -> list[Tensor]:
     return [x.resolve_neg().contiguous() for x in args]
 
 
-define(
-    "silu", Silu, _check_alone, lambda backend, args: backend.silu(_ready(args)), _like_x
-)
+define("silu", Silu, _check_alone, lambda backend, args: backend.silu(_ready(args)), _like_x)
 define(
     "unit_length",
     UnitLength,

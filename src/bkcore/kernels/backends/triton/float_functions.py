@@ -1,4 +1,4 @@
-"""Float functions of a language model on a GPU: PyTorch's own, equal to the others up to rounding."""
+"""Float functions of a language model on a GPU: PyTorch's own, equal up to rounding."""
 
 from __future__ import annotations
 
