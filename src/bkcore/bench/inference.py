@@ -8,7 +8,6 @@ logits with those of the parallel pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 
 from bkcore.arguments import starting_with
 from bkcore.bench import rival_models
+from bkcore.bench.random_models import MODES, quantized, random_model
 from bkcore.bench.result import Result
 from bkcore.bench.settings import WIDTHS
 from bkcore.bench.timing import Call, interleaved
@@ -27,8 +27,7 @@ from bkcore.display.progress import Plan
 from bkcore.errors import BenchmarkError
 from bkcore.host import torch_threads
 from bkcore.kernels import use_backend
-from bkcore.model import LanguageModel, ResNetBKForCausalLM, StreamState
-from bkcore.quantization import QuantizationConfig
+from bkcore.model import ResNetBKForCausalLM, StreamState
 from bkcore.quantization.linear import QuantizedLinear
 from bkcore.quantization.weights import PackedWeight, pack_weight
 from bkcore.training.onednn import onednn_products
@@ -38,7 +37,6 @@ ROWS = (1, 64, 1024)
 SEQUENCES = (1, 8, 64)
 CONTEXTS = (512, 4096, 16384)
 
-_MODES = {"INT8": "ptq_int8", "INT4": "ptq_int4"}
 _PREFILL_TARGETS = {"INT8": 2.0, "INT4": 1.5}
 _DECODE_TARGETS = {"INT8": 1.5, "INT4": 2.0}
 # From these widths on there are targets; below them, a quantized model must only not be slower.
@@ -97,20 +95,17 @@ def _each(case: Callable[..., Iterator[Result]], size: Any, counts: Sequence[int
 
 def build(width: int) -> dict[str, ResNetBKForCausalLM]:
     """A float32 model and its quantized versions, by name; checked."""
-    torch.manual_seed(0)
-    model = LanguageModel(
-        _VOCABULARY, d_model=width, n_layers=_LAYERS, n_seq=_WINDOW, expert_size=2 * width
-    ).eval()
-    for layer in model.layers:  # a new model's mixers add nothing, and would pass every check
-        nn.init.normal_(layer.mixer.out_proj.weight, std=0.05)
+    model = random_model(
+        vocab_size=_VOCABULARY,
+        d_model=width,
+        n_layers=_LAYERS,
+        n_seq=_WINDOW,
+        expert_size=2 * width,
+    )
     models = {"float32": model}
-    for name, mode in _MODES.items():
-        quantized = deepcopy(model)
-        # How weights are rounded does not affect the time.
-        quantized.configure_quantization(QuantizationConfig(mode, weight_rounding="nearest"))
-        quantized.calibrate_quantization([_tokens(*_CALIBRATION)])
-        check_products(quantized.eval())
-        models[name] = quantized
+    for name, mode in MODES.items():
+        models[name] = quantized(model, mode, _tokens(*_CALIBRATION))
+        check_products(models[name])
     for model in models.values():
         check_stream(model)
     return models

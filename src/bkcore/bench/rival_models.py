@@ -7,7 +7,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from bkcore.bench.timing import Call
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 _WIDTH = 256
 _BEGINNING = 64
@@ -73,10 +75,11 @@ def _rival(
     return LanguageRival(name, models, count_parameters(model), order)
 
 
-def of_size(make: Callable[[int], PreTrainedModel], parameters: int) -> PreTrainedModel:
-    """The model with the number of layers that comes closest to `parameters`."""
+def of_size(make: Callable[[int], Model], parameters: int) -> Model:
+    """The model with the number of layers, or of other equal parts, that comes closest to
+    `parameters`."""
     with torch.device("meta"):
-        one, two = (count_parameters(make(layers)) for layers in (1, 2))
+        one, two = (count_parameters(make(parts)) for parts in (1, 2))
     return make(max(1, 1 + round((parameters - one) / (two - one))))
 
 
