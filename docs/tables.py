@@ -171,6 +171,48 @@ def rivals() -> str:
     )
 
 
+def engine_speeds(report: dict[str, Any], work: str) -> str:
+    """Tokens a second by context, and how many times as fast as the other side that is."""
+    rows = [row for row in report["rows"] if row["work"] == work]
+    contexts = sorted({row["context"] for row in rows})
+    cells: dict[tuple[str, str, int], dict[int, str]] = {}
+    for row in rows:
+        place = row["model"], row["format"], row["threads"]
+        ratio = "" if row["ratio"] is None else f" ({times(row['ratio'])})"
+        speed = f"{row['own']['tokens_per_second']:,.0f}{ratio}"
+        cells.setdefault(place, {})[row["context"]] = speed
+    return markdown(
+        ("model", "format", "threads", *(f"at {context:,}" for context in contexts)),
+        [
+            [model, form, str(threads), *(found[context] for context in contexts)]
+            for (model, form, threads), found in cells.items()
+        ],
+        left=2,
+    )
+
+
+def engine_costs(report: dict[str, Any]) -> str:
+    """What a token needs after 512 others on one thread, and how close to a plain read it comes."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in report["rows"]:
+        if (row["work"], row["context"], row["threads"]) != ("decode", 512, 1):
+            continue
+        for side in filter(None, (row["own"], row["other"])):
+            ours = side is row["own"]
+            model = row["model"] if ours else f"Llama, {side['parameters'] / 1e6:.1f} M"
+            lines[model, side["engine"]] = [
+                f"{side['bytes'] / 1e6:.2f}",
+                f"{side['operations'] / 1e6:.1f}",
+                f"{1e6 * side['seconds']:,.0f}",
+                f"{side['of_plain_read']:.2f}",
+            ]
+    return markdown(
+        ("model", "engine", "MB", "million operations", "us", "of a plain read"),
+        [[*names, *cells] for names, cells in lines.items()],
+        left=2,
+    )
+
+
 def layers() -> str:
     ratios = {tuple(row["shape"]): row["ratio"] for row in inference("layer INT8")}
     counts = sorted({count for count, _, _ in ratios})

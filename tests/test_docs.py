@@ -13,7 +13,7 @@ import typer
 
 from bkcore.cli import app
 from docs.pages import BLOCK, ROOT, pages, run_blocks
-from docs.tables import MARKED, TABLES, with_tables
+from docs.tables import MARKED, TABLES, engine_costs, engine_speeds, with_tables
 
 PAGES = pages()
 # Made when the site is built, where `mkdocs build --strict` looks after the links.
@@ -85,6 +85,59 @@ def test_every_table_stands_on_a_page() -> None:
 def test_a_table_that_was_typed_is_found_out() -> None:
     typed = "<!-- table: widths -->\n\n| typed |\n\n<!-- end of table -->\n"
     assert with_tables(typed) == typed.replace("| typed |\n", TABLES["widths"]())
+
+
+def engine_side(engine: str, seconds: float) -> dict[str, Any]:
+    return {
+        "engine": engine,
+        "parameters": 4_890_000,
+        "seconds": seconds,
+        "tokens_per_second": 1 / seconds,
+        "bytes": 2_500_000,
+        "operations": 4_000_000,
+        "of_plain_read": 0.125,
+    }
+
+
+def engine_row(form: str, work: str, context: int, other: float | None) -> dict[str, Any]:
+    return {
+        "model": "4.9 M shipped",
+        "format": form,
+        "work": work,
+        "context": context,
+        "threads": 1,
+        "own": engine_side(f"bkcore {form}", 1e-4),
+        "other": None if other is None else engine_side("llama.cpp Q8_0", other),
+        "ratio": None if other is None else other / 1e-4,
+    }
+
+
+def test_the_tables_of_engines() -> None:
+    """From made-up figures, of a run that left out a format's rival."""
+    rows = [
+        engine_row("float32", "decode", 0, None),
+        engine_row("float32", "decode", 512, None),
+        engine_row("INT8", "decode", 0, 3.5e-4),
+        engine_row("INT8", "decode", 512, 5e-4),
+        engine_row("INT8", "together", 0, 8e-4),
+    ]
+    report = {"rows": rows}
+    assert engine_speeds(report, "decode").splitlines() == [
+        "| model | format | threads | at 0 | at 512 |",
+        "| --- | --- | ---: | ---: | ---: |",
+        "| 4.9 M shipped | float32 | 1 | 10,000 | 10,000 |",
+        "| 4.9 M shipped | INT8 | 1 | 10,000 (3.5) | 10,000 (5.0) |",
+    ]
+    assert engine_costs(report).splitlines()[2:] == [
+        "| 4.9 M shipped | bkcore float32 | 2.50 | 4.0 | 100 | 0.12 |",
+        "| 4.9 M shipped | bkcore INT8 | 2.50 | 4.0 | 100 | 0.12 |",
+        "| Llama, 4.9 M | llama.cpp Q8_0 | 2.50 | 4.0 | 500 | 0.12 |",
+    ]
+    assert engine_speeds(report, "together").splitlines() == [
+        "| model | format | threads | at 0 |",
+        "| --- | --- | ---: | ---: |",
+        "| 4.9 M shipped | INT8 | 1 | 10,000 (8.0) |",
+    ]
 
 
 def test_what_was_copied_names_its_command_and_date() -> None:

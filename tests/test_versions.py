@@ -42,6 +42,14 @@ def pinned(name: str) -> dict[str, str]:
     return versions
 
 
+def test_no_one_compiles_llama_cpp_without_wishing_to() -> None:
+    assert "llama-cpp-python" in allowed("bench")
+    groups = PROJECT["project"]["optional-dependencies"]
+    named = {name for name, lines in groups.items() if "bench" in str(lines) and name != "bench"}
+    assert not named
+    assert "llama-cpp-python" not in allowed(*(name for name in groups if name != "bench"))
+
+
 def test_the_lowest_versions_are_the_bounds() -> None:
     lowest = pinned("constraints-lowest.txt")
     bounds = allowed("data", "plot", "gpu", "test")

@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bkcore.bench.engine_rows import Row
 from bkcore.bench.memory import Point
 from bkcore.bench.result import Result
 from bkcore.display.plots import write_plot
+
+_COLORS = {"float32": "tab:gray", "INT8": "tab:blue", "INT4": "tab:orange"}
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -33,6 +36,31 @@ def draw_memory(points: Sequence[Point], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     _draw_growth(left, points, lambda point: point.peak_bytes / 1e6, "peak memory, MB")
     _draw_growth(right, points, lambda point: point.seconds, "seconds")
+    write_plot(figure, path)
+
+
+def draw_engines(rows: Sequence[Row], path: Path) -> None:
+    """Draw tokens a second against parameters: one sequence after 512 tokens, on one thread."""
+    from matplotlib.figure import Figure
+
+    lines: dict[tuple[str, str, str], set[tuple[int, float]]] = defaultdict(set)
+    for row in rows:
+        if (row.work, row.context, row.threads) == ("decode", 512, 1):
+            style = "D:" if row.model.endswith("dense") else "o-"
+            for side, look in ((row.own, style), (row.other, "s--")):
+                if side is not None:
+                    name = f"{side.engine}, dense" if look == "D:" else side.engine
+                    point = side.parameters, side.tokens_per_second
+                    lines[name, look, _COLORS[row.format]].add(point)
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for (name, look, color), points in lines.items():
+        axes.loglog(*zip(*sorted(points), strict=True), look, label=name, color=color)
+    axes.set(xlabel="parameters", ylabel="tokens a second, one thread, after 512 tokens")
+    if lines:
+        sizes = [size for points in lines.values() for size, _ in points]
+        axes.set_xlim(min(sizes) / 2, max(sizes) * 2)
+        axes.legend()
     write_plot(figure, path)
 
 

@@ -89,6 +89,30 @@ def inference(
 
 
 @command()
+def engines(
+    json_file: JsonOption = None,
+    plot: PlotOption = None,
+    only: OnlyOption = "",
+    rivals: Annotated[
+        bool, typer.Option("--rivals/--no-rivals", help="Whether to time llama.cpp, too.")
+    ] = True,
+) -> None:
+    """Time decoding and reading against llama.cpp, on models with as many parameters."""
+    from bkcore.bench.engine_rows import table
+    from bkcore.bench.engines import run_engines
+    from bkcore.bench.plot import draw_engines
+
+    console, files = Console(), Files(json_file, plot=plot)
+    files.prepare(read=[SHIPPED])
+    found = run_engines(console, SHIPPED, only, rivals)
+    files.publish(
+        lambda: console.print(table(found.rows)),
+        found.as_dict(),
+        draw=partial(draw_engines, found.rows),
+    )
+
+
+@command()
 def memory(
     json_file: JsonOption = None,
     markdown: MarkdownOption = None,
