@@ -148,7 +148,8 @@ def test_the_kernel_is_what_runs(build, monkeypatch):
     model = mixed(build)
     kernels = {entry["name"]: entry["kernel"] for entry in model.receipt["weights"]}
     for name, kernel in kernels.items():
-        assert kernel == ("aten::mm" if MIXED.get(name) == 16 else "bkcore::product")
+        half = "bkcore::dense_product"
+        assert kernel == (half if MIXED.get(name) == 16 else "bkcore::product")
     assert receipt.problems(model.receipt) == []
 
     def in_float(x, weight, scales, group_size, bits):
@@ -246,7 +247,9 @@ def test_small_weights_stay_in_float16_unless_they_are_named(build, tokens, tmp_
     small = [name for name, entry in entries.items() if "reason" in entry]
     assert small == ["layers.1.mixer.out_proj"]
     entry = entries[small[0]]
-    assert (entry["bits"], entry["scheme"], entry["kernel"]) == (16, "float16", "aten::mm")
+    assert (entry["bits"], entry["scheme"], entry["kernel"]) == (
+        *(16, "float16", "bkcore::dense_product"),
+    )
     assert entry["reason"] == "small: fewer numbers than min_size, 960"
     [problem] = receipt.problems(model.receipt)
     assert problem.startswith("layers.1.mixer.out_proj stayed float16 (small")

@@ -283,4 +283,6 @@ def test_a_first_call_in_inference_mode_leaves_nothing_that_no_graph_may_hold(
     model, ids = ResNetBKForCausalLM.from_pretrained(tmp_path).eval(), tokens(2, 9)
     with torch.inference_mode():
         first = model(ids).logits
-    assert torch.equal(model(ids).logits, first)
+    # A float model takes PyTorch's own functions where there may be a gradient.
+    exact = {} if state == "float" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(model(ids).logits, first, **exact)

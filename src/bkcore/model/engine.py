@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from bkcore.errors import BackendError
+from bkcore.errors import BackendError, BKCoreError, InputError
 from bkcore.kernels.backends.cpu.native import isa
 from bkcore.kernels.backends.selection import current_choice
 from bkcore.model.core_quantizers import CoreQuantizers
@@ -213,7 +213,7 @@ class _Bound:
         threads = torch.get_num_threads()
         try:
             self.engine = native.Engine.of_tensors(tensors, config, threads, isa())
-        except native.Error as error:
+        except BKCoreError as error:
             return str(error)
         return None
 
@@ -230,7 +230,7 @@ class _Bound:
             self.engine.read_at(
                 len(input_ids), 1, input_ids.data_ptr(), addresses, logits.data_ptr()
             )
-        except native.InputError as error:
+        except InputError as error:
             raise IndexError(str(error)) from error
         layers = tuple(LayerState(*fields) for fields in after)
         return logits, StreamState(layers, state.seen + 1)

@@ -30,7 +30,10 @@ Receipt = dict[str, Any]
 
 _ROWS = 32  # of the input that shows which kernel a layer runs
 
-_FLOAT_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::linear"}
+_FLOAT_PRODUCTS = {
+    *("aten::mm", "aten::addmm", "aten::bmm", "aten::linear"),
+    "bkcore::dense_product",
+}
 _PRODUCTS = {*_FLOAT_PRODUCTS, "aten::_int_mm"}
 
 __getattr__ = moved_names(__name__)

@@ -49,12 +49,8 @@ _WEIGHTS = (torch.float32, torch.float16, torch.bfloat16)
 
 def in_order(x: Tensor) -> bool:
     """Whether the functions of this module stand in for PyTorch's: in float32, where no gradient is
-    wanted and no graph is traced."""
-    return (
-        x.dtype == torch.float32
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
+    wanted."""
+    return x.dtype == torch.float32 and not torch.is_grad_enabled()
 
 
 def silu(x: Tensor) -> Tensor:
