@@ -165,7 +165,8 @@ def test_the_library_has_its_own_names_only_and_no_openmp(prefix):
     if shutil.which("readelf") is None or shutil.which("nm") is None:
         pytest.skip("readelf and nm are not installed")
     (path,) = prefix.rglob("libbkcore.so")
-    names = run("nm", "--dynamic", "--defined-only", "--format=just-symbols", path).split()
+    lines = run("nm", "--dynamic", "--defined-only", path).splitlines()
+    names = [line.split()[-1] for line in lines]
     header = (prefix / "include" / "bkcore.h").read_text()
     assert sorted(names) == sorted(re.findall(r"^BKCORE_API .*?\b(bkcore_\w+)\(", header, re.M))
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "--dynamic", path))
