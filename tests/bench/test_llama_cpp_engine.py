@@ -54,7 +54,11 @@ def test_a_library_that_ends_its_process_is_told(monkeypatch: pytest.MonkeyPatch
         raise ProcessDiedError(-11)
 
     monkeypatch.setattr(llama_cpp_engine, "call_in_new_process", die)
-    with pytest.raises(BenchmarkError, match=r"exit code -11 on a small .* -fno-tree-dse"):
+    monkeypatch.setattr(llama_cpp_engine, "describe", lambda: {"system": "AVX2 = 1"})
+    with pytest.raises(BenchmarkError, match=r"exit code -11 on a small .*CC=clang"):
+        check_llama_cpp()
+    monkeypatch.setattr(llama_cpp_engine, "describe", lambda: {"system": "AMX_INT8 = 1 |"})
+    with pytest.raises(InputError, match="install it again with CXXFLAGS=-mno-amx-int8"):
         check_llama_cpp()
 
 

@@ -268,15 +268,22 @@ def check_llama_cpp() -> None:
     Another process does it: a library that was compiled wrongly ends its process.
 
     Raises:
+        InputError: if llama.cpp is compiled for AMX. Beside PyTorch its kernels end the process
+            with an illegal instruction; GCC 12.2 does not even compile them rightly.
         BenchmarkError: if logits or tokens differ, or the process ends.
     """
+    if "AMX_INT8 = 1" in describe()["system"]:
+        raise InputError(
+            "llama.cpp is compiled for AMX, whose kernels do not run beside PyTorch; install it "
+            "again with CXXFLAGS=-mno-amx-int8 and pip's --force-reinstall --no-cache-dir"
+        )
     try:
         call_in_new_process(_check_small)
     except ProcessDiedError as error:
         raise BenchmarkError(
-            f"llama.cpp ended its process with exit code {error.exit_code} on a small model; on "
-            "processors with AMX, GCC 12.2 compiles it wrongly: install it again with "
-            "CXXFLAGS='-fno-dse -fno-tree-dse' and --force-reinstall --no-cache-dir"
+            f"llama.cpp ended its process with exit code {error.exit_code} on a small model; "
+            "install it again with another compiler (CC=clang CXX=clang++) and pip's "
+            "--force-reinstall --no-cache-dir"
         ) from error
 
 
