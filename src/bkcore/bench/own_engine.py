@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
 from bkcore_runtime import Engine, State
 
 Tokens = npt.NDArray[np.int64]
