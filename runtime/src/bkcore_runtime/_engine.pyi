@@ -26,7 +26,7 @@ class Engine:
         batch: int,
         sites: int,
         tokens: int,
-        layers: Sequence[tuple[int, int, int, int, int, int]],
+        layers: Sequence[Sequence[int]],
         logits: int,
     ) -> None: ...
 

@@ -22,6 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from bkcore.errors import BackendError, BKCoreError, InputError
 from bkcore.kernels.backends.cpu.native import isa
 from bkcore.kernels.backends.selection import current_choice
+from bkcore.model.config import ResNetBKConfig
 from bkcore.model.core_quantizers import CoreQuantizers
 from bkcore.model.functions import RMSNorm, Router, ShortConvolution
 from bkcore.model.layers import ResNetBKLayer, TokenEmbedding
@@ -144,6 +145,7 @@ class _Bound:
     """An engine for a model's tensors, or why there is none; and whether that still holds."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.config: ResNetBKConfig = model.config  # type: ignore[assignment]
         self.modules = list(model.modules())
         self.attributes = [m.__dict__ for m in self.modules]
         self.hooks = [m._forward_hooks for m in self.modules]
@@ -181,7 +183,7 @@ class _Bound:
             any("forward" in attributes for attributes in self.attributes),
             any(x.load is not None or x.calibration_load is not None for x in self.experts),
             all(x.rounds_only for x in self.quantizers),
-            self.modules[0].config.embedding_multiplier,
+            self.config.embedding_multiplier,
             isa(),
             torch.get_num_threads(),
         )
@@ -209,7 +211,7 @@ class _Bound:
             if x.dtype not in _DTYPES or not (x.is_cpu and x.is_contiguous() and is_float):
                 return f"{name} is {x.dtype} on {x.device}"
             tensors[name] = _DTYPES[x.dtype], list(x.shape), x.data_ptr()
-        config = json.dumps(model.config.to_dict(), default=str)
+        config = json.dumps(self.config.to_dict(), default=str)
         threads = torch.get_num_threads()
         try:
             self.engine = native.Engine.of_tensors(tensors, config, threads, isa())
@@ -225,7 +227,8 @@ class _Bound:
             fields = layer.taps, layer.g, layer.psi
             before.append([x if x.is_contiguous() else x.contiguous() for x in fields])
             after.append(list(map(torch.empty_like, before[-1])))
-        addresses = [[x.data_ptr() for x in (*b, *a)] for b, a in zip(before, after, strict=True)]
+        pairs = zip(before, after, strict=True)
+        addresses = [tuple(x.data_ptr() for x in (*b, *a)) for b, a in pairs]
         try:
             self.engine.read_at(
                 len(input_ids), 1, input_ids.data_ptr(), addresses, logits.data_ptr()

@@ -169,8 +169,12 @@ def _check_product(args: DenseProduct) -> DenseProduct:
     return args
 
 
+def _plain(x: Tensor) -> Tensor:
+    return x.resolve_neg().contiguous()
+
+
 def _ready(args: A) -> A:
-    return args._replace(x=args.x.resolve_neg().contiguous())
+    return args._replace(x=_plain(args.x))
 
 
 def _like_x(args: A | RmsNorm) -> Tensor:
@@ -184,10 +188,6 @@ def _convolved(args: ShortConvolution) -> Tensor:
 
 def _multiplied(args: DenseProduct) -> Tensor:
     return args.x.new_empty(*args.x.shape[:-1], len(args.weight))
-
-
-def _both(args: tuple[Tensor, ...]) -> list[Tensor]:
-    return [x.resolve_neg().contiguous() for x in args]
 
 
 define("silu", Silu, _check_alone, lambda backend, args: backend.silu(_ready(args)), _like_x)
@@ -205,20 +205,22 @@ define(
     "rms_norm",
     RmsNorm,
     _check_norm,
-    lambda backend, args: backend.rms_norm(RmsNorm(*_both(args[:2]), args.eps)),
+    lambda backend, args: backend.rms_norm(
+        args._replace(x=_plain(args.x), weight=_plain(args.weight))
+    ),
     _like_x,
 )
 define(
     "short_convolution",
     ShortConvolution,
     _check_convolution,
-    lambda backend, args: backend.short_convolution(ShortConvolution(*_both(args))),
+    lambda backend, args: backend.short_convolution(ShortConvolution(*map(_plain, args))),
     _convolved,
 )
 define(
     "dense_product",
     DenseProduct,
     _check_product,
-    lambda backend, args: backend.dense_product(DenseProduct(*_both(args))),
+    lambda backend, args: backend.dense_product(DenseProduct(*map(_plain, args))),
     _multiplied,
 )
