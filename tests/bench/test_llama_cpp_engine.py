@@ -58,7 +58,7 @@ def test_a_library_that_ends_its_process_is_told(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(BenchmarkError, match=r"exit code -11 on a small .*CC=clang"):
         check_llama_cpp()
     monkeypatch.setattr(llama_cpp_engine, "describe", lambda: {"system": "AMX_INT8 = 1 |"})
-    with pytest.raises(InputError, match="install it again with CXXFLAGS=-mno-amx-int8"):
+    with pytest.raises(InputError, match="again with CFLAGS=-mno-amx-int8 CXXFLAGS=-mno"):
         check_llama_cpp()
 
 

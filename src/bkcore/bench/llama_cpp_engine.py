@@ -275,7 +275,8 @@ def check_llama_cpp() -> None:
     if "AMX_INT8 = 1" in describe()["system"]:
         raise InputError(
             "llama.cpp is compiled for AMX, whose kernels do not run beside PyTorch; install it "
-            "again with CXXFLAGS=-mno-amx-int8 and pip's --force-reinstall --no-cache-dir"
+            "again with CFLAGS=-mno-amx-int8 CXXFLAGS=-mno-amx-int8 and pip's --force-reinstall "
+            "--no-cache-dir"
         )
     try:
         call_in_new_process(_check_small)
