@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -277,5 +278,13 @@ def test_bad_input_raises():
             made(torch.tensor([[bad]]))
     with torch.no_grad(), pytest.raises(ShapeError, match="state of another model"):
         made(tokens(2, 1), cache_params=model("ptq_int8", key_size=5).first_state(2))
+    state = made.first_state(2)
+    short = dataclasses.replace(state.layers[0], psi=state.layers[0].psi[:1])
+    state = dataclasses.replace(state, layers=(short, *state.layers[1:]))
+    with (
+        torch.no_grad(),
+        pytest.raises(ShapeError, match=r"\[2, 2, 1\] sequences in taps"),
+    ):
+        made(tokens(2, 1), cache_params=state)
     with pytest.raises(BackendError, match="no choice 'sometimes'"), use_engine("sometimes"):
         pass

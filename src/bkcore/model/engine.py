@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from bkcore.errors import BackendError, BKCoreError, InputError
+from bkcore.errors import BackendError, BKCoreError, InputError, ShapeError
 from bkcore.kernels.backends.cpu.native import isa
 from bkcore.kernels.backends.selection import current_choice
 from bkcore.model.config import ResNetBKConfig
@@ -127,11 +127,18 @@ def _unfit(input_ids: Tensor, state: StreamState) -> str | None:
         return "PyTorch traces, compiles or watches the model"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func is at work"
+    if torch.jit.is_tracing():
+        return "PyTorch traces the model"
     for layer in state.layers:
         for x in (layer.taps, layer.g, layer.psi):
-            if x.dtype != torch.float32 or not x.is_cpu:
+            if x.dtype != torch.float32 or not _is_plain(x):
                 return f"the state is {x.dtype} on {x.device}, not float32 on the CPU"
     return None
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether the numbers of x are what is in its memory."""
+    return type(x) in (Tensor, nn.Parameter) and x.is_cpu and not x.is_neg()
 
 
 def _bind(model: nn.Module) -> str | None:
@@ -208,7 +215,7 @@ class _Bound:
         tensors = {}
         for name, x in model.state_dict(keep_vars=True).items():
             is_float = x.dtype == torch.float32 or not isinstance(x, nn.Parameter)
-            if x.dtype not in _DTYPES or not (x.is_cpu and x.is_contiguous() and is_float):
+            if x.dtype not in _DTYPES or not (_is_plain(x) and x.is_contiguous() and is_float):
                 return f"{name} is {x.dtype} on {x.device}"
             tensors[name] = _DTYPES[x.dtype], list(x.shape), x.data_ptr()
         config = json.dumps(self.config.to_dict(), default=str)
@@ -225,6 +232,11 @@ class _Bound:
         for mixer, layer in zip(self.mixers, state.layers, strict=True):
             mixer.check_state(layer)
             fields = layer.taps, layer.g, layer.psi
+            if {len(x) for x in fields} != {len(input_ids)}:
+                raise ShapeError(
+                    f"a layer's state has {[len(x) for x in fields]} sequences in taps, g and psi, "
+                    f"but input_ids has {len(input_ids)}"
+                )
             before.append([x if x.is_contiguous() else x.contiguous() for x in fields])
             after.append(list(map(torch.empty_like, before[-1])))
         pairs = zip(before, after, strict=True)
