@@ -17,7 +17,7 @@ namespace {
 
 void each_is_done_once(Workers &workers, Index count) {
   std::vector<std::atomic<int>> done(static_cast<std::size_t>(count));
-  workers.each(count, [&](Index i) { done[static_cast<std::size_t>(i)].fetch_add(1); });
+  workers.each(true, count, [&](Index i) { done[static_cast<std::size_t>(i)].fetch_add(1); });
   for (const auto &times : done) REQUIRE(times.load() == 1);
 }
 
@@ -34,7 +34,7 @@ TEST_CASE("what a piece wrote is there afterwards") {
   Workers workers(3);
   std::vector<Index> squares(1000);
   for (int round = 1; round <= 50; ++round) {
-    workers.each(1000, [&](Index i) { squares[static_cast<std::size_t>(i)] = i * round; });
+    workers.each(true, 1000, [&](Index i) { squares[static_cast<std::size_t>(i)] = i * round; });
     REQUIRE(std::accumulate(squares.begin(), squares.end(), Index{0}) == round * 499500);
   }
 }
@@ -51,7 +51,7 @@ TEST_CASE("an exception of a piece is thrown again, and the next work is done") 
   for (const Index threads : {1, 2, 5}) {
     Workers workers(threads);
     for (int round = 0; round < 20; ++round) {
-      CHECK_THROWS_AS(workers.each(50,
+      CHECK_THROWS_AS(workers.each(true, 50,
                                    [](Index i) {
                                      if (i % 7 == 3) throw std::bad_alloc();
                                    }),
@@ -63,7 +63,7 @@ TEST_CASE("an exception of a piece is thrown again, and the next work is done") 
 
 TEST_CASE("more pieces than can be counted are refused") {
   Workers workers(2);
-  CHECK_THROWS_AS(workers.each(Index{1} << 32, [](Index) {}), InputError);
+  CHECK_THROWS_AS(workers.each(true, Index{1} << 32, [](Index) {}), InputError);
 }
 
 TEST_CASE("several teams work at once, one inside another") {
@@ -71,9 +71,9 @@ TEST_CASE("several teams work at once, one inside another") {
   const auto work = [&] {
     Workers outer(2);
     for (int i = 0; i < 20; ++i)
-      outer.each(4, [&](Index) {
+      outer.each(true, 4, [&](Index) {
         Workers inner(2);
-        inner.each(3, [&](Index) { total.fetch_add(1); });
+        inner.each(true, 3, [&](Index) { total.fetch_add(1); });
       });
   };
   std::vector<std::thread> threads;
@@ -102,7 +102,7 @@ TEST_CASE("a child of a fork has threads of its own") {
   each_is_done_once(*workers, 10);
   const auto work = [&] {
     std::atomic<Index> total{0};
-    for (int i = 0; i < 100; ++i) workers->each(10, [&](Index) { total.fetch_add(1); });
+    for (int i = 0; i < 100; ++i) workers->each(true, 10, [&](Index) { total.fetch_add(1); });
     workers.reset();
     return total.load() == 1000;
   };
@@ -111,7 +111,7 @@ TEST_CASE("a child of a fork has threads of its own") {
   // A child of the child, whose parent has threads or has none.
   CHECK(status_of_child([&] { return status_of_child(work) == 0; }) == 0);
   CHECK(status_of_child([&] {
-          workers->each(10, [](Index) {});
+          workers->each(true, 10, [](Index) {});
           return status_of_child(work) == 0;
         }) == 0);
   CHECK(status_of_child([&] {  // forgets them without having used them
