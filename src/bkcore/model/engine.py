@@ -127,7 +127,7 @@ def _unfit(input_ids: Tensor, state: StreamState) -> str | None:
         return "PyTorch traces, compiles or watches the model"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func is at work"
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return "PyTorch traces the model"
     for layer in state.layers:
         for x in (layer.taps, layer.g, layer.psi):
