@@ -311,12 +311,21 @@ class Reader {
     const Index count = s_.experts_per_token;
     float total = 0;
     for (Index i = 0; i < count; ++i) {
-      float *const best = std::max_element(scores, scores + s_.experts);
-      chosen_[row * count + i] = best - scores, shares_[row * count + i] = *best;
-      total = i ? total + *best : *best;
-      *best = -1;
+      const Index best = best_of(scores);
+      chosen_[row * count + i] = best, shares_[row * count + i] = scores[best];
+      total = i ? total + scores[best] : scores[best];
+      scores[best] = -1;  // below every probability
     }
     for (Index i = 0; i < count; ++i) shares_[row * count + i] /= total;
+  }
+
+  // The first of the largest probabilities that were not chosen yet; another one than before even if
+  // they are NaN, so that no token chooses an expert twice.
+  Index best_of(const float *scores) const {
+    Index best = -1;
+    for (Index e = 0; e < s_.experts; ++e)
+      if (!(scores[e] < 0) && (best < 0 || scores[e] > scores[best])) best = e;
+    return best;
   }
 
   // Serves the tokens that chose an expert.

@@ -218,11 +218,11 @@ class _Bound:
             if x.dtype not in _DTYPES or not (_is_plain(x) and x.is_contiguous() and is_float):
                 return f"{name} is {x.dtype} on {x.device}"
             tensors[name] = _DTYPES[x.dtype], list(x.shape), x.data_ptr()
-        config = json.dumps(self.config.to_dict(), default=str)
         threads = torch.get_num_threads()
         try:
+            config = json.dumps(self.config.to_dict(), default=str, allow_nan=False)
             self.engine = native.Engine.of_tensors(tensors, config, threads, isa())
-        except BKCoreError as error:
+        except (BKCoreError, ValueError) as error:
             return str(error)
         return None
 

@@ -65,8 +65,8 @@ def exponential(x: Tensor) -> Tensor:
 
 
 def softmax(x: Tensor) -> Tensor:
-    """Softmax over the last axis of x (..., K), in float32."""
-    x = x.float()
+    """Softmax over the last axis of x (..., K), in at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     return kernels.softmax(x) if in_order(x) else x.softmax(-1)
 
 
