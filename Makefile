@@ -48,8 +48,8 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/typos
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.h csrc/tests/*.cpp \
-		csrc/tests/engine/*.h csrc/tests/engine/*.cpp csrc/engine/c_api.cpp csrc/engine/include/*.h examples/*.c)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard $(foreach folder,csrc csrc/tests csrc/engine \
+		csrc/engine/include csrc/tests/engine examples,$(folder)/*.h $(folder)/*.c $(folder)/*.cpp))
 
 check: lint
 	$(subst python,$(BIN)/python,$(PYTEST)) -m "fast and not slow" $(ARGS)

@@ -319,8 +319,8 @@ class Reader {
     for (Index i = 0; i < count; ++i) shares_[row * count + i] /= total;
   }
 
-  // The first of the largest probabilities that were not chosen yet; another one than before even if
-  // they are NaN, so that no token chooses an expert twice.
+  // The first of the largest probabilities that were not chosen yet; another one than before even
+  // if they are NaN, so that no token chooses an expert twice.
   Index best_of(const float *scores) const {
     Index best = -1;
     for (Index e = 0; e < s_.experts; ++e)

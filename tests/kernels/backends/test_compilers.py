@@ -37,7 +37,7 @@ PACKAGES = {"clang++": "clang", GCC: "g++-aarch64-linux-gnu"}
         (GCC, [QUIET, *DOTPROD]),
     ],
 )
-@pytest.mark.parametrize("source", ["sweep", "product", "rounding"])
+@pytest.mark.parametrize("source", ["sweep", "product", "rounding", "functions"])
 def test_compiles(compiler, flags, source, tmp_path):
     # For aarch64, Clang takes the headers of GCC.
     needed = {compiler, GCC} if "--target=aarch64-linux-gnu" in flags else {compiler}
