@@ -219,18 +219,23 @@ BKCORE_INLINE void multiply_rest(const Product &p, const EncodedRows &rows, cons
 using Weights = const std::uint8_t * [Dot::outputs];
 
 // Adds the products of one vector of every weight and the codes of the same inputs. `part` is how
-// many bytes there are, if they do not fill the vector.
+// many bytes there are, if they do not fill the vector. What lies `ahead` is prefetched: so many
+// weights at a time are more streams than the hardware follows.
 template <int bits, class... Part>
-BKCORE_INLINE void add_inputs(V *sum, const Weights &weight, Index k, const Word *x, Part... part) {
+BKCORE_INLINE void add_inputs(V *sum, const Weights &weight, Index k, Index ahead, const Word *x,
+                              Part... part) {
   const V first = Dot::load(x);
   if constexpr (bits == 8) {
 #pragma GCC unroll 16
-    for (int i = 0; i < Dot::outputs; ++i)
+    for (int i = 0; i < Dot::outputs; ++i) {
+      __builtin_prefetch(weight[i] + k + ahead);
       sum[i] = Dot::add(sum[i], Dot::codes(Dot::bytes(weight[i] + k, part...)), first);
+    }
   } else {
     const V second = Dot::load(x + Dot::lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < Dot::outputs; ++i) {
+      __builtin_prefetch(weight[i] + k + ahead);
       const auto packed = Dot::bytes(weight[i] + k, part...);
       sum[i] = Dot::add(sum[i], Dot::even(packed), first);
       sum[i] = Dot::add(sum[i], Dot::odd(packed), second);
@@ -240,10 +245,11 @@ BKCORE_INLINE void add_inputs(V *sum, const Weights &weight, Index k, const Word
 
 // Multiplies the bytes [k, end) of the weights of some outputs with the codes of one row.
 template <int bits>
-BKCORE_INLINE void add_up_inputs(const Weights &weight, Index k, Index end, const Word *x, V *sum) {
+BKCORE_INLINE void add_up_inputs(const Weights &weight, Index k, Index end, Index ahead,
+                                 const Word *x, V *sum) {
   constexpr Index words = Dot::lanes * 8 / bits;
-  for (; k + kCodes <= end; k += kCodes, x += words) add_inputs<bits>(sum, weight, k, x);
-  if (k < end) add_inputs<bits>(sum, weight, k, x, end - k);
+  for (; k + kCodes <= end; k += kCodes, x += words) add_inputs<bits>(sum, weight, k, ahead, x);
+  if (k < end) add_inputs<bits>(sum, weight, k, ahead, x, end - k);
 }
 
 // Vectors of one number for every lane of V.
@@ -267,9 +273,6 @@ void multiply_inputs(const Product &p, const EncodedRows &rows, const Panel &pan
   for (Index o = 0; o < panel.count; o += some) {
     const Index outputs = least(some, panel.count - o);
     const std::uint8_t *start = p.weight + (panel.first + o) * width;
-    // So many weights at a time are more streams than the hardware prefetcher follows.
-    const Index ahead = least(some, p.outputs - panel.first - o - some) * width;
-    for (Index b = 0; b < ahead; b += 64) __builtin_prefetch(start + some * width + b);
     Weights weight;  // those beyond the last output repeat it
     for (Index i = 0; i < some; ++i) weight[i] = start + least(i, outputs - 1) * width;
     Floats total[vectors] = {};
@@ -278,7 +281,8 @@ void multiply_inputs(const Product &p, const EncodedRows &rows, const Panel &pan
 #pragma GCC unroll 16
       for (V &each : sum) each = V{};
       const Index end = first + count;
-      add_up_inputs<bits>(weight, first * bits / 8, (end * bits + 7) / 8, words + word, sum);
+      add_up_inputs<bits>(weight, first * bits / 8, (end * bits + 7) / 8, some * width,
+                          words + word, sum);
       const Word offset = static_cast<Word>(rows.sums[row * p.groups + group]);
       const float *scales = panel.scales + group * kPanel + o;
 #pragma GCC unroll 2
@@ -296,6 +300,17 @@ void multiply_inputs(const Product &p, const EncodedRows &rows, const Panel &pan
   }
 }
 
+// Scales (outputs, groups) to floats (groups, kPanel).
+void widen_scales(const std::uint16_t *from, Index outputs, Index groups, float *to) {
+  if (groups == 1) {  // the usual case, which compilers turn into vectors
+    for (Index o = 0; o < outputs; ++o) to[o] = from_bfloat16(from[o]);
+    return;
+  }
+  for (Index o = 0; o < outputs; ++o)
+    for (Index group = 0; group < groups; ++group)
+      to[group * kPanel + o] = from_bfloat16(from[o * groups + group]);
+}
+
 void multiply(const Product &p, const EncodedRows &rows, Index output, Index first, Index count,
               ProductKernels::Scratch scratch) {
   const bool few = few_rows(p);
@@ -307,9 +322,7 @@ void multiply(const Product &p, const EncodedRows &rows, Index output, Index fir
   Word *expanded = words + kPanel * pitch;
   auto *codes = reinterpret_cast<std::int8_t *>(expanded + Dot::lanes * pitch);
 
-  for (Index o = 0; o < outputs; ++o)
-    for (Index group = 0; group < p.groups; ++group)
-      scales[group * kPanel + o] = from_bfloat16(p.scales[(output + o) * p.groups + group]);
+  widen_scales(p.scales + output * p.groups, outputs, p.groups, scales);
   const Panel panel = {scales, output, outputs};
   Index row = first;
   if (few) {

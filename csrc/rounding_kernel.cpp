@@ -15,6 +15,11 @@ namespace {
 
 // Copies the scales and zero points of groups to each of their channels.
 void each_channel(const RoundChannels &r, float *scale, float *zero) {
+  if (r.group_size == 1) {  // the usual case, which compilers turn into vectors
+    for (Index c = 0; c < r.channels; ++c) scale[c] = from_bfloat16(r.scale[c]);
+    for (Index c = 0; c < r.channels; ++c) zero[c] = r.zero[c];
+    return;
+  }
   for (Index group = 0, c = 0; c < r.channels; ++group) {
     const float s = from_bfloat16(r.scale[group]), z = r.zero[group];
     const Index left = r.channels - c, end = c + (left < r.group_size ? left : r.group_size);

@@ -30,7 +30,6 @@ using Unlocked = nb::gil_scoped_release;
 using Tokens = nb::ndarray<const std::int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Logits = nb::ndarray<nb::numpy, float, nb::ndim<2>, nb::c_contig>;
 using Ids = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Sampled = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using Address = std::uintptr_t;
 
 // The bytes of a path, in whatever encoding.
@@ -44,25 +43,40 @@ Logits new_logits(Index rows, Index columns) {
   return Logits(memory.release(), {unsigned_of(rows), unsigned_of(columns)}, owner);
 }
 
-void read_into(Engine &engine, State &state, const Tokens &tokens, float *logits) {
+// How many tokens each sequence of the state is to read.
+Index sites_of(const State &state, const Tokens &tokens) {
   const auto batch = static_cast<Index>(tokens.shape(0));
   const auto sites = static_cast<Index>(tokens.shape(1));
   if (batch != state.batch() || sites < 1)
     throw InputError("tokens must be (" + std::to_string(state.batch()) + ", N), N >= 1, not (" +
                      std::to_string(batch) + ", " + std::to_string(sites) + ")");
-  const Unlocked unlocked;
-  engine.read(state, sites, tokens.data(), logits);
+  return sites;
 }
 
 Logits read_logits(Engine &engine, State &state, const Tokens &tokens) {
+  const Index sites = sites_of(state, tokens);
   Logits logits = new_logits(state.batch(), engine.sizes().vocabulary);
-  read_into(engine, state, tokens, logits.data());
+  const Unlocked unlocked;
+  engine.read(state, sites, tokens.data(), logits.data());
   return logits;
 }
 
 // Reads without making logits.
 void skip(Engine &engine, State &state, const Tokens &tokens) {
-  read_into(engine, state, tokens, nullptr);
+  const Index sites = sites_of(state, tokens);
+  const Unlocked unlocked;
+  engine.read(state, sites, tokens.data(), nullptr);
+}
+
+// Reads, and chooses the next token of the only sequence.
+std::int64_t next(Engine &engine, State &state, const Tokens &tokens, Sampler &sampler) {
+  const Index sites = sites_of(state, tokens), vocabulary = engine.sizes().vocabulary;
+  if (state.batch() != 1 || sampler.vocabulary() != vocabulary)
+    throw InputError("one token is chosen for one sequence, by a sampler of the model's tokens");
+  const Unlocked unlocked;
+  std::vector<float> logits(unsigned_of(vocabulary));
+  engine.read(state, sites, tokens.data(), logits.data());
+  return sampler.sample(logits.data());
 }
 
 Dtype dtype_named(const std::string &name) {
@@ -178,13 +192,8 @@ NB_MODULE(_engine, m) {
              const Sampling sampling{repetition_penalty, temperature, top_k, top_p, min_p};
              new (self) Sampler(vocabulary, sampling, seed);
            })
-      .def("see", [](Sampler &sampler,
-                     const Ids &ids) { sampler.see(ids.data(), static_cast<Index>(ids.shape(0))); })
-      .def("sample", [](Sampler &sampler, const Sampled &logits) {
-        if (static_cast<Index>(logits.size()) != sampler.vocabulary())
-          throw InputError("there are " + std::to_string(logits.size()) + " logits, not " +
-                           std::to_string(sampler.vocabulary()));
-        return sampler.sample(logits.data());
+      .def("see", [](Sampler &sampler, const Ids &ids) {
+        sampler.see(ids.data(), static_cast<Index>(ids.shape(0)));
       });
   nb::class_<Engine>(m, "Engine")
       .def("__init__",
@@ -198,6 +207,7 @@ NB_MODULE(_engine, m) {
       .def("is_current", &Engine::is_current)
       .def("read", &read_logits)
       .def("skip", &skip)
+      .def("next", &next)
       .def("load_state",
            [](const Engine &engine, const nb::bytes &path) {
              return load_state(engine.sizes(), text_of(path));

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -126,8 +127,9 @@ class Sampler {
   // Throws Error if a logit is NaN or infinity, or all are -infinity, which means a probability of
   // 0.
   std::int64_t sample(const float *logits) {
-    take(logits);
-    const std::int64_t token = sampling_.temperature == 0 ? first() : draw();
+    if (sampling_.repetition_penalty != 1) logits = penalized(logits);
+    check_possible(logits);
+    const std::int64_t token = sampling_.temperature == 0 ? likeliest(logits) : draw(logits);
     see(&token, 1);
     return token;
   }
@@ -143,26 +145,50 @@ class Sampler {
   }
   static bool comes_after(const Candidate &a, const Candidate &b) { return comes_before(b, a); }
 
-  void take(const float *logits) {
+  const float *penalized(const float *logits) {
     const auto penalty = static_cast<float>(sampling_.repetition_penalty);
-    kept_.clear();
+    penalized_.assign(logits, logits + vocabulary());
+    for (std::size_t token = 0; token < seen_.size(); ++token)
+      if (seen_[token]) {
+        float &x = penalized_[token];
+        x = x < 0 ? x * penalty : x / penalty;
+      }
+    return penalized_.data();
+  }
+
+  void check_possible(const float *logits) const {
+    std::int64_t above = 0, possible = 0;  // sums, which compilers turn into vectors
     for (std::int64_t token = 0; token < vocabulary(); ++token) {
-      float x = logits[token];
-      if (seen_[static_cast<std::size_t>(token)]) x = x < 0 ? x * penalty : x / penalty;
-      if (!(x <= FLT_MAX))
-        throw Error("the logit of token " + std::to_string(token) + " is " + shown(x) +
-                    ": the checkpoint or the state holds NaN or infinity, or the penalty is too "
-                    "close to 0");
-      if (x >= -FLT_MAX) kept_.push_back({token, x});
+      above += !(logits[token] <= FLT_MAX);
+      possible += logits[token] >= -FLT_MAX;
     }
-    if (kept_.empty()) throw Error("all logits are -infinity, so that no token is possible");
+    if (above) {
+      const float *bad =
+          std::find_if(logits, logits + vocabulary(), [](float x) { return !(x <= FLT_MAX); });
+      throw Error("the logit of token " + std::to_string(bad - logits) + " is " + shown(*bad) +
+                  ": the checkpoint or the state holds NaN or infinity, or the penalty is too "
+                  "close to 0");
+    }
+    if (!possible) throw Error("all logits are -infinity, so that no token is possible");
   }
 
-  std::int64_t first() const {
-    return std::min_element(kept_.begin(), kept_.end(), comes_before)->token;
+  std::int64_t likeliest(const float *logits) const {
+    constexpr std::int64_t kParts = 16;  // maxima beside each other, in vectors
+    float part[kParts];
+    std::fill_n(part, kParts, -HUGE_VALF);
+    std::int64_t token = 0;
+    for (; token + kParts <= vocabulary(); token += kParts)
+      for (std::int64_t i = 0; i < kParts; ++i)
+        part[i] = logits[token + i] > part[i] ? logits[token + i] : part[i];
+    float highest = *std::max_element(part, part + kParts);
+    for (; token < vocabulary(); ++token) highest = std::max(highest, logits[token]);
+    return std::find(logits, logits + vocabulary(), highest) - logits;
   }
 
-  std::int64_t draw() {
+  std::int64_t draw(const float *logits) {
+    kept_.clear();
+    for (std::int64_t token = 0; token < vocabulary(); ++token)
+      if (logits[token] >= -FLT_MAX) kept_.push_back({token, logits[token]});
     keep_top_k();
     weigh();
     keep_top_p();
@@ -227,8 +253,9 @@ class Sampler {
 
   Sampling sampling_;
   Generator generator_;
-  std::vector<bool> seen_;
-  std::vector<Candidate> kept_;  // by token, from one step to the next
+  std::vector<char> seen_;        // whether a token was, by token
+  std::vector<float> penalized_;  // scratch memory
+  std::vector<Candidate> kept_;   // by token, from one step to the next
 };
 
 }  // namespace bkcore::engine

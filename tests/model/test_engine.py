@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bkcore import LanguageModel
+from bkcore import LanguageModel, ResNetBKForCausalLM
 from bkcore.errors import BackendError, InputError, ShapeError
 from bkcore.kernels import use_backend
 from bkcore.kernels.backends.cpu import native
@@ -236,6 +237,43 @@ def test_what_it_cannot_take_goes_through_the_modules(what):
         made(ids)
     with torch.no_grad():
         assert made(ids).logits.isfinite().all()
+
+
+class Louder(ResNetBKForCausalLM):
+    """A model whose forward pass is its own."""
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        output: Any = super().forward(*args, **options)
+        output.logits = 2 * output.logits
+        return output
+
+
+def test_a_subclass_keeps_its_forward_pass():
+    made, ids = model("ptq_int8"), tokens(2, 1)
+    with torch.no_grad():
+        expected = made(ids).logits
+        made = copy.deepcopy(made)
+        made.__class__ = Louder
+        assert torch.equal(made(ids).logits, 2 * expected)
+        with use_engine("always"), pytest.raises(BackendError, match="forward pass of its own"):
+            made(ids)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_streams_are_the_same_without_it(temperature):
+    made, ids = model("ptq_int4"), tokens(2, 4)
+    found = []
+    for choice in ("always", "never"):
+        generator = torch.Generator().manual_seed(3)
+        with use_engine(choice):
+            stream = made.stream(ids, temperature=temperature, generator=generator)
+            found.append([(token, state) for token, state in itertools.islice(stream, 6)])
+    for (token, state), (other, expected) in zip(*found, strict=True):
+        assert torch.equal(token, other)
+        for a, b in zip(state.layers, expected.layers, strict=True):
+            for one, another in ((a.taps, b.taps), (a.g, b.g), (a.psi, b.psi)):
+                assert torch.equal(one, another)
+        assert torch.equal(state.seen, expected.seen)
 
 
 def test_counted_experts_go_through_the_modules():

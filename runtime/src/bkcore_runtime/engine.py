@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from bkcore_runtime import _engine, manifest
 from bkcore_runtime.errors import (
@@ -24,6 +25,7 @@ from bkcore_runtime.host import free_cores
 from bkcore_runtime.reading import foreign, parse_json, shown
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
 
     Floats = npt.NDArray[np.float32]
@@ -70,12 +72,14 @@ class State:
     @property
     def seen(self) -> Integers:
         """int64 (B,), number of tokens read: a copy."""
+        _numpy("seen")
         with self._lock:
             return self._native.seen().copy()
 
     @property
     def layers(self) -> tuple[LayerState, ...]:
         """What each layer remembers: copies."""
+        _numpy("layers")
         with self._lock:
             return tuple(
                 LayerState(*(field.copy() for field in fields)) for fields in self._native.fields()
@@ -103,7 +107,8 @@ class Engine:
 
     It reads float checkpoints and quantized ones, and computes what bkcore does with PyTorch. Any
     number of sequences, tokens and threads gives the same bits. An engine may be used by several
-    threads of a program at once; they take turns.
+    threads of a program at once; they take turns. `generate` needs Python alone; what takes or
+    gives arrays needs numpy.
 
     Args:
         folder: what `save_pretrained` wrote. The files are checked against the manifest, then
@@ -189,6 +194,7 @@ class Engine:
             ShapeError: if they are not those of a state of this model.
             DTypeError: if a part is not float32, or `seen` not of integers.
         """
+        np = _numpy("resume")
         counts = _integers(seen, "seen")
         if counts.ndim != 1 or not counts.size or counts.min() < 0:
             raise ShapeError(f"seen must be (B,), all at least 0, not {shown(seen)}")
@@ -235,10 +241,12 @@ class Engine:
             DTypeError: if tokens are not integers.
             InputError: if a token is none of the vocabulary.
         """
+        np = _numpy("read")
         ids = _integers(tokens, "tokens")
         if ids.ndim != 2 or len(ids) != len(state) or not ids.size:
             raise ShapeError(f"tokens must be ({len(state)}, N), N >= 1, not {ids.shape}")
-        self._check_tokens(ids)
+        if ids.min() < 0 or ids.max() >= self.vocabulary:
+            self._refuse(ids.ravel().tolist())
         step = max(1, _ROWS_AT_ONCE // len(ids))
         last = (ids.shape[1] - 1) // step * step
         with state._lock:
@@ -287,10 +295,9 @@ class Engine:
             InputError: if another argument is out of its range.
             EngineError: while it runs, if the model gives logits that are NaN or infinite.
         """
-        ids = _integers(prompt_ids, "prompt_ids")
-        if ids.ndim != 1 or not ids.size:
-            raise ShapeError(f"prompt_ids must be (N,), N >= 1, not {ids.shape}")
-        self._check_tokens(ids)
+        ids = _row(prompt_ids, "prompt_ids")
+        if min(ids) < 0 or max(ids) >= self.vocabulary:
+            self._refuse(ids)
         state = self.start() if state is None else state
         if len(state) != 1:
             raise ShapeError(f"generate continues one sequence, not {len(state)}")
@@ -312,26 +319,28 @@ class Engine:
     def _tokens(
         self,
         state: State,
-        prompt: Integers,
+        prompt: array[int],
         sampler: _engine.Sampler,
         most: int | None,
         ends: frozenset[int],
     ) -> Iterator[int]:
-        logits = self.read(state, prompt[None])
-        token = np.empty((1, 1), np.int64)
+        last = (len(prompt) - 1) // _ROWS_AT_ONCE * _ROWS_AT_ONCE
+        with state._lock:
+            for first in range(0, last, _ROWS_AT_ONCE):
+                self._native.skip(state._native, _one(prompt[first : first + _ROWS_AT_ONCE]))
+        unread = prompt[last:]
         for number in itertools.count(1):
-            chosen = token[0, 0] = sampler.sample(logits)
-            yield chosen
-            if chosen in ends or number == most:
-                return
             with state._lock:
-                logits = self._native.read(state._native, token)
+                token = self._native.next(state._native, _one(unread), sampler)
+            yield token
+            if token in ends or number == most:
+                return
+            unread = array("q", (token,))
 
-    def _check_tokens(self, ids: Integers) -> None:
-        """Raise `InputError` if a token is none of the vocabulary."""
-        if ids.min() < 0 or ids.max() >= self.vocabulary:
-            wrong = ids[(ids < 0) | (ids >= self.vocabulary)][0]
-            raise InputError(f"token {wrong} is not in [0, {self.vocabulary})")
+    def _refuse(self, ids: Iterable[int]) -> NoReturn:
+        """Raise for the first token that is none of the vocabulary."""
+        wrong = next(each for each in ids if not 0 <= each < self.vocabulary)
+        raise InputError(f"token {wrong} is not in [0, {self.vocabulary})")
 
 
 def _check_files(folder: Path, digests: manifest.Digests) -> None:
@@ -379,12 +388,44 @@ def _bytes(path: str | os.PathLike[str]) -> bytes:
     return name
 
 
+def _numpy(name: str) -> ModuleType:
+    """The module numpy; raises `InputError` if it is not installed."""
+    try:
+        return importlib.import_module("numpy")
+    except ModuleNotFoundError as error:
+        raise InputError(f"{name} needs numpy; pip install 'bkcore-runtime[numpy]'") from error
+
+
+def _one(row: array[int]) -> memoryview:
+    """A row of integers as the only one of a batch: (1, N)."""
+    return memoryview(row).cast("B").cast("q", (1, len(row)))
+
+
+def _row(values: npt.ArrayLike, name: str) -> array[int]:
+    """A copy of at least one integer as int64.
+
+    Raises:
+        ShapeError: if the values are not (N,), N >= 1.
+        DTypeError: if the values are not integers.
+    """
+    if isinstance(values, list | tuple | range) and {type(each) for each in values} == {int}:
+        try:
+            return array("q", values)
+        except OverflowError as error:
+            raise DTypeError(f"{name} must be integers that fit int64") from error
+    found = _integers(values, name)
+    if found.ndim != 1 or not found.size:
+        raise ShapeError(f"{name} must be (N,), N >= 1, not {found.shape}")
+    return array("q", found.tolist())
+
+
 def _integers(values: npt.ArrayLike, name: str) -> Integers:
     """A copy as int64, which nobody else can change while it is read.
 
     Raises:
         DTypeError: if the values are not integers.
     """
+    np = _numpy(f"{name} that is not a list of integers")
     try:
         found = np.asarray(values)
     except ValueError as error:  # rows of different lengths

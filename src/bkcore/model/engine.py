@@ -198,11 +198,13 @@ class _Bound:
     def _unfit(self) -> str | None:
         """What there is against the model as it is."""
         training, hooked, replaced, counting, rounds_only = self.facts[:5]
+        own = type(self.modules[0]).forward.__qualname__
         unknown = [type(m).__name__ for m in self.modules[1:] if type(m) not in _PARTS]
         reasons = {
             "it is in training mode": training,
             "a hook is registered": hooked,
             "the forward pass of a module is replaced": replaced,
+            "its class has a forward pass of its own": own != "ResNetBKForCausalLM.forward",
             "tokens are counted by expert": counting,
             "its quantizers observe or learn": not rounds_only,
             f"it has modules of other kinds: {', '.join(unknown[:3])}": unknown,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,24 +28,31 @@ def first_state(
 @torch.no_grad()
 def stream(
     model: nn.Module,
+    step: Callable[[Tensor, StreamState], tuple[Tensor, StreamState] | None],
     input_ids: Tensor,
     temperature: float,
     state: StreamState | None,
     generator: torch.Generator | None,
 ) -> Iterator[tuple[Tensor, StreamState]]:
-    """`ResNetBKForCausalLM.stream`."""
+    """`ResNetBKForCausalLM.stream`; `step` is the engine's, which may return None."""
     if not temperature >= 0:
         raise InputError(f"temperature must be at least 0, not {temperature}")
+    output = model(input_ids, cache_params=state, use_cache=True)
+    logits, state = output.logits, output.cache_params
     while True:
-        output = model(input_ids, cache_params=state, use_cache=True)
-        logits, state = output.logits[:, -1].float(), output.cache_params
+        logits = logits[:, -1].float()
         if temperature:
             chances = (logits / temperature).softmax(-1)
             token = chances.multinomial(1, generator=generator).squeeze(1)
         else:
             token = logits.argmax(-1)
         yield token, state
-        input_ids = token[:, None]
+        # A token made here needs none of the checks of `forward`.
+        found = step(token[:, None], state)
+        if found is None:
+            output = model(token[:, None], cache_params=state, use_cache=True)
+            found = output.logits, output.cache_params
+        logits, state = found
 
 
 def next_inputs(

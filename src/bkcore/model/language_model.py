@@ -375,7 +375,7 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
         Raises:
             InputError: if the temperature is negative.
         """
-        return generation.stream(self, input_ids, temperature, state, generator)
+        return generation.stream(self, self._step, input_ids, temperature, state, generator)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
