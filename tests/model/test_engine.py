@@ -38,7 +38,7 @@ def model(mode: str | None, *, seed: int = 0, **options: Any) -> Any:
         for layer in made.layers:
             layer.mixer.log_eta.data.sub_(4)
         if mode is not None:
-            made.configure_quantization(mode)
+            made.configure_quantization(mode, observer="minmax")
             made.calibrate_quantization([torch.randint(50, (4, 40))])
     return made
 
