@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bkcore import LanguageModel, ResNetBKForCausalLM
+from bkcore import LanguageModel, QuantizationConfig, ResNetBKForCausalLM
 from bkcore.errors import BackendError, InputError, ShapeError
 from bkcore.kernels import use_backend
 from bkcore.kernels.backends.cpu import native
@@ -38,7 +38,7 @@ def model(mode: str | None, *, seed: int = 0, **options: Any) -> Any:
         for layer in made.layers:
             layer.mixer.log_eta.data.sub_(4)
         if mode is not None:
-            made.configure_quantization(mode, observer="minmax")
+            made.configure_quantization(QuantizationConfig(mode, observer="minmax"))
             made.calibrate_quantization([torch.randint(50, (4, 40))])
     return made
 
