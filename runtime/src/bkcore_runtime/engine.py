@@ -245,10 +245,10 @@ class Engine:
         ids = _integers(tokens, "tokens")
         if ids.ndim != 2 or len(ids) != len(state) or not ids.size:
             raise ShapeError(f"tokens must be ({len(state)}, N), N >= 1, not {ids.shape}")
-        if ids.min() < 0 or ids.max() >= self.vocabulary:
-            self._refuse(ids.ravel().tolist())
         step = max(1, _ROWS_AT_ONCE // len(ids))
         last = (ids.shape[1] - 1) // step * step
+        if last and (ids.min() < 0 or ids.max() >= self.vocabulary):
+            self._refuse(ids.ravel().tolist())  # before a part is read
         with state._lock:
             for first in range(0, last, step):
                 self._native.skip(state._native, np.ascontiguousarray(ids[:, first : first + step]))
