@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -13,12 +14,14 @@
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "engine.h"
 #include "sampling.h"
+#include "snapshot.h"
 #include "state_file.h"
 
 namespace nb = nanobind;
@@ -28,7 +31,7 @@ namespace {
 
 using Unlocked = nb::gil_scoped_release;
 using Tokens = nb::ndarray<const std::int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Logits = nb::ndarray<nb::numpy, float, nb::ndim<2>, nb::c_contig>;
+using Logits = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ids = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Address = std::uintptr_t;
 
@@ -36,12 +39,6 @@ using Address = std::uintptr_t;
 std::string text_of(const nb::bytes &path) { return std::string(path.c_str(), path.size()); }
 
 std::size_t unsigned_of(Index x) { return static_cast<std::size_t>(x); }
-
-Logits new_logits(Index rows, Index columns) {
-  auto memory = std::make_unique<float[]>(unsigned_of(rows * columns));
-  const nb::capsule owner(memory.get(), [](void *p) noexcept { delete[] static_cast<float *>(p); });
-  return Logits(memory.release(), {unsigned_of(rows), unsigned_of(columns)}, owner);
-}
 
 // How many tokens each sequence of the state is to read.
 Index sites_of(const State &state, const Tokens &tokens) {
@@ -53,19 +50,16 @@ Index sites_of(const State &state, const Tokens &tokens) {
   return sites;
 }
 
-Logits read_logits(Engine &engine, State &state, const Tokens &tokens) {
+// Writes logits (batch, vocabulary) after the last tokens, unless none are wanted.
+void read_into(Engine &engine, State &state, const Tokens &tokens,
+               const std::optional<Logits> &logits) {
   const Index sites = sites_of(state, tokens);
-  Logits logits = new_logits(state.batch(), engine.sizes().vocabulary);
+  if (logits && (static_cast<Index>(logits->shape(0)) != state.batch() ||
+                 static_cast<Index>(logits->shape(1)) != engine.sizes().vocabulary))
+    throw InputError("the logits are not (batch, vocabulary)");
+  float *const out = logits ? logits->data() : nullptr;
   const Unlocked unlocked;
-  engine.read(state, sites, tokens.data(), logits.data());
-  return logits;
-}
-
-// Reads without making logits.
-void skip(Engine &engine, State &state, const Tokens &tokens) {
-  const Index sites = sites_of(state, tokens);
-  const Unlocked unlocked;
-  engine.read(state, sites, tokens.data(), nullptr);
+  engine.read(state, sites, tokens.data(), out);
 }
 
 // Reads, and chooses the next token of the only sequence.
@@ -176,6 +170,9 @@ NB_MODULE(_engine, m) {
     for (const bkcore::Isa &isa : bkcore::isas()) names.append(isa.name.c_str());
     return names;
   });
+  nb::class_<Snapshot>(m, "Snapshot")
+      .def(nb::init<const nb::list &>())
+      .def("holds", &Snapshot::holds);
   nb::class_<State>(m, "State")
       .def("__init__", [](State *self, const Engine &engine,
                           Index batch) { new (self) State(engine.sizes(), batch); })
@@ -205,8 +202,7 @@ NB_MODULE(_engine, m) {
       .def_prop_ro("threads", &Engine::threads)
       .def_prop_ro("vocabulary", [](const Engine &engine) { return engine.sizes().vocabulary; })
       .def("is_current", &Engine::is_current)
-      .def("read", &read_logits)
-      .def("skip", &skip)
+      .def("read", &read_into, nb::arg("state"), nb::arg("tokens"), nb::arg("logits").none())
       .def("next", &next)
       .def("load_state",
            [](const Engine &engine, const nb::bytes &path) {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import itertools
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -205,6 +207,15 @@ def test_copies_have_engines_of_their_own():
         again.final_norm.weight.data.mul_(2)
         assert_same_bits(again, ids)
     assert torch.equal(read(made, ids, "always")[0], before)
+
+
+def test_a_model_can_go():
+    made = model("ptq_int8")
+    read(made, tokens(1, 2), "always")
+    seen = weakref.ref(made)
+    del made
+    gc.collect()
+    assert seen() is None
 
 
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {

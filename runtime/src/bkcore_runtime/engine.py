@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import os
@@ -251,8 +252,11 @@ class Engine:
             self._refuse(ids.ravel().tolist())  # before a part is read
         with state._lock:
             for first in range(0, last, step):
-                self._native.skip(state._native, np.ascontiguousarray(ids[:, first : first + step]))
-            return self._native.read(state._native, np.ascontiguousarray(ids[:, last:]))
+                part = np.ascontiguousarray(ids[:, first : first + step])
+                self._native.read(state._native, part, None)
+            logits = np.empty((len(ids), self.vocabulary), np.float32)
+            self._native.read(state._native, np.ascontiguousarray(ids[:, last:]), logits)
+        return logits
 
     def generate(
         self,
@@ -327,7 +331,7 @@ class Engine:
         last = (len(prompt) - 1) // _ROWS_AT_ONCE * _ROWS_AT_ONCE
         with state._lock:
             for first in range(0, last, _ROWS_AT_ONCE):
-                self._native.skip(state._native, _one(prompt[first : first + _ROWS_AT_ONCE]))
+                self._native.read(state._native, _one(prompt[first : first + _ROWS_AT_ONCE]), None)
         unread = prompt[last:]
         for number in itertools.count(1):
             with state._lock:
@@ -388,6 +392,7 @@ def _bytes(path: str | os.PathLike[str]) -> bytes:
     return name
 
 
+@functools.cache
 def _numpy(name: str) -> ModuleType:
     """The module numpy; raises `InputError` if it is not installed."""
     try:

@@ -114,6 +114,8 @@ def write_gguf(model: LlamaForCausalLM, path: Path, form: str) -> int:
             continue
         numbers = _in_pairs(model.config, name, tensor).float().numpy()
         target = names.get_name(name, try_suffixes=(".weight",))
+        if target is None:
+            raise BenchmarkError(f"llama.cpp has no name for {name}")
         used = kind if numbers.ndim == 2 else gguf.GGMLQuantizationType.F32
         data = gguf.quants.quantize(numbers, used)
         writer.add_tensor(target, data, raw_dtype=used)

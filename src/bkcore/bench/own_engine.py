@@ -35,6 +35,9 @@ class OwnEngine:
     def greedy(self, text: Text, first: Tokens, steps: int) -> Tokens:
         """Read tokens (B,), then the likeliest next ones: (B, steps), of which the last is not
         read."""
+        if len(first) == 1:
+            made = self._engine.generate(first, steps, stop=(), state=text)
+            return np.fromiter(made, np.int64, steps)[None]
         found = np.empty((len(first), steps), np.int64)
         for step in range(steps):
             first = self._engine.read(text, first[:, None]).argmax(1)

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
-from operator import attrgetter, is_
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -111,13 +111,13 @@ def refusal(model: nn.Module, input_ids: Tensor, state: StreamState) -> str | No
     choice = _choice.get() or _known(_environment)
     if choice == "never":
         return "it is turned off"
-    reason = _unfit(input_ids, state) or _bind(model)
+    reason = _unfit_tokens(input_ids, state) or _bind(model)
     if reason is not None and choice == "always":
         raise BackendError(f"the engine was requested, but cannot be used: {reason}")
     return reason
 
 
-def _unfit(input_ids: Tensor, state: StreamState) -> str | None:
+def _unfit_tokens(input_ids: Tensor, state: StreamState) -> str | None:
     """What there is against these tokens, whatever the model."""
     if current_choice() not in ("auto", "cpu"):
         return f"the backend {current_choice()} is forced"
@@ -144,8 +144,42 @@ def _is_plain(x: Tensor) -> bool:
 def _bind(model: nn.Module) -> str | None:
     bound = _bound.get(model)
     if bound is None or not bound.holds():
+        _bound.pop(model, None)
+        if (reason := _meddled(model)) is not None:
+            return reason  # without a binding: what meddles often refers to the model
         bound = _bound[model] = _Bound(model)
     return bound.refusal
+
+
+def _meddled(model: nn.Module) -> str | None:
+    """Whether something was put between a module and its call."""
+    for m in model.modules():
+        if m._forward_hooks or m._forward_pre_hooks or _has_any_global_hook():
+            return "a hook is registered"
+        if "forward" in vars(m):
+            return "the forward pass of a module is replaced"
+        if vars(m).get("_compiled_call_impl"):
+            return "a module is compiled"
+    return None
+
+
+def _unfit(model: nn.Module) -> str | None:
+    """What there is against the model as it is."""
+    modules = list(model.modules())
+    experts = [m for m in modules if isinstance(m, MixtureOfExperts)]
+    quantizers = [m for m in modules if isinstance(m, CoreQuantizers)]
+    own = type(model).forward.__qualname__
+    unknown = [type(m).__name__ for m in modules[1:] if type(m) not in _PARTS]
+    reasons = {
+        "it is in training mode": any(m.training for m in modules),
+        "its class has a forward pass of its own": own != "ResNetBKForCausalLM.forward",
+        "tokens are counted by expert": any(
+            m.load is not None or m.calibration_load is not None for m in experts
+        ),
+        "its quantizers observe or learn": not all(m.rounds_only for m in quantizers),
+        f"it has modules of other kinds: {', '.join(unknown[:3])}": unknown,
+    }
+    return next((reason for reason, found in reasons.items() if found), None)
 
 
 class _Bound:
@@ -153,64 +187,38 @@ class _Bound:
 
     def __init__(self, model: nn.Module) -> None:
         self.config: ResNetBKConfig = model.config  # type: ignore[assignment]
-        self.modules = list(model.modules())
-        self.attributes = [m.__dict__ for m in self.modules]
-        self.hooks = [m._forward_hooks for m in self.modules]
-        self.hooks += [m._forward_pre_hooks for m in self.modules]
-        self.experts = [m for m in self.modules if isinstance(m, MixtureOfExperts)]
-        self.mixers = [m for m in self.modules if isinstance(m, ResolventMixer)]
-        self.quantizers = [m for m in self.modules if isinstance(m, CoreQuantizers)]
-        held = [held for m in self.modules for held in (m._modules, m._parameters, m._buffers)]
-        entries = [(where, *entry) for where in held for entry in where.items()]
-        self.counts = list(map(len, held))
-        self.held = held
-        self.places = [where for where, _, _ in entries]
-        self.names = [name for _, name, _ in entries]
-        self.found = [x for _, _, x in entries]
-        self.tensors = [x for x in self.found if isinstance(x, Tensor)]
+        self.mixers = [m for m in model.modules() if isinstance(m, ResolventMixer)]
+        # No reference to the model itself, so that it can go: of its own attributes, some facts.
+        self.attributes = vars(model)
+        dicts: list[dict[Any, Any]] = [vars(m) for m in model.modules() if m is not model]
+        for m in model.modules():
+            dicts += [m._modules, m._parameters, m._buffers, m._forward_hooks, m._forward_pre_hooks]
+        self.snapshot = native.Snapshot(dicts)
+        self.tensors = [*model.parameters(), *model.buffers()]
         self.addresses = list(map(Tensor.data_ptr, self.tensors))
         self.facts = self._facts()
-        self.refusal = self._unfit() or self._open(model)
+        self.refusal = _unfit(model) or self._open(model)
 
     def holds(self) -> bool:
         """Whether the model is as it was. Every token asks, so this takes few steps of Python."""
         return (
-            all(map(is_, map(dict.get, self.places, self.names), self.found))
-            and list(map(len, self.held)) == self.counts
+            self.snapshot.holds()
             and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
             and self._facts() == self.facts
             and (self.refusal is not None or self.engine.is_current())
         )
 
     def _facts(self) -> tuple[object, ...]:
-        """What decides, apart from tensors, whether the engine can take the model, and how."""
+        """What decides, apart from the snapshot, whether the engine can take the model, and how."""
         return (
-            any(map(attrgetter("training"), self.modules)),
-            any(self.hooks) or _has_any_global_hook(),
-            any("forward" in attributes for attributes in self.attributes),
-            any(x.load is not None or x.calibration_load is not None for x in self.experts),
-            all(x.rounds_only for x in self.quantizers),
+            self.attributes["training"],
+            "forward" in self.attributes,
+            self.attributes.get("_compiled_call_impl"),
+            _has_any_global_hook(),
             self.config.embedding_multiplier,
             isa(),
             torch.get_num_threads(),
         )
-
-    def _unfit(self) -> str | None:
-        """What there is against the model as it is."""
-        training, hooked, replaced, counting, rounds_only = self.facts[:5]
-        own = type(self.modules[0]).forward.__qualname__
-        unknown = [type(m).__name__ for m in self.modules[1:] if type(m) not in _PARTS]
-        reasons = {
-            "it is in training mode": training,
-            "a hook is registered": hooked,
-            "the forward pass of a module is replaced": replaced,
-            "its class has a forward pass of its own": own != "ResNetBKForCausalLM.forward",
-            "tokens are counted by expert": counting,
-            "its quantizers observe or learn": not rounds_only,
-            f"it has modules of other kinds: {', '.join(unknown[:3])}": unknown,
-            "a module is compiled": any(x.get("_compiled_call_impl") for x in self.attributes),
-        }
-        return next((reason for reason, found in reasons.items() if found), None)
 
     def _open(self, model: nn.Module) -> str | None:
         """Set up the engine; or return why it cannot be."""
