@@ -59,6 +59,13 @@ BKCORE_INLINE void prefetch_inputs(const ChainRows<T> &rows, Index i) {
   prefetch<0>(rows.a.hopping + rows.site(i), 1);
 }
 
+// Part of the state before a site. A memory that nothing is added to decays until its numbers are
+// subnormal, and they would stay so.
+template <class T, class Place>
+BKCORE_INLINE typename Simd<T>::V remembered(const T *p, Place place) {
+  return without_tiny<T>(load<T>(p, place));
+}
+
 // psi := g (key value^T + t psi), from one array to another or in place. Writes query^T psi to
 // `out` unless that is null.
 template <class T>
@@ -74,7 +81,7 @@ BKCORE_INLINE void propagate_site(const ChainRows<T> &rows, Index i, const T *fr
     auto sum_re = S::set(0), sum_im = S::set(0);
     for (Index k = 0; k < keys; ++k) {
       const Index at = k * values + u;
-      const auto re = load<T>(from + at, place), im = load<T>(from + plane + at, place);
+      const auto re = remembered(from + at, place), im = remembered(from + plane + at, place);
       const auto moved_re = S::madd(p_re, re, -(p_im * im));
       const auto moved_im = S::madd(p_re, im, p_im * re);
       const auto new_re = S::madd(S::set(g.re * key[k]), source, moved_re);
@@ -184,7 +191,8 @@ BKCORE_INLINE SiteSums<T> adjoint_site(const ChainRows<T> &rows, const Attention
       const auto m_re = S::madd(q, c_re, load<T>(m + at, place));
       const auto m_im = S::madd(q, c_im, load<T>(m + plane + at, place));
       const auto psi_re = load<T>(now + at, place), psi_im = load<T>(now + plane + at, place);
-      const auto b_re = load<T>(before + at, place), b_im = load<T>(before + plane + at, place);
+      const auto b_re = remembered(before + at, place);
+      const auto b_im = remembered(before + plane + at, place);
       re_re = S::madd(m_re, b_re, re_re);
       im_im = S::madd(m_im, b_im, im_im);
       re_im = S::madd(m_re, b_im, re_im);

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -354,6 +355,21 @@ BKCORE_INLINE void for_vectors(Index lanes, const Body &body) {
   Index h = 0;
   for (; h + Simd<T>::width <= lanes; h += Simd<T>::width) body(h, Whole{});
   if (h < lanes) body(h, Ragged{lanes - h});
+}
+
+// x, but 0 for lanes smaller than twice the smallest normal number. Processors take some hundred
+// cycles for what is smaller still.
+template <class T>
+BKCORE_INLINE typename Simd<T>::V without_tiny(typename Simd<T>::V x) {
+  using Bits = decltype(x < x);  // integers of the same size
+  using Word = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+  // All bits of the exponent but the lowest.
+  constexpr Word high = static_cast<Word>(sizeof(T) == 4 ? 0x7F000000 : 0x7FE0000000000000);
+  Bits bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= (bits & high) != 0;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
 }
 
 // The sum over a row has so many partial sums whatever the width of vectors, so that its bits do

@@ -306,6 +306,18 @@ TEST_CASE_TEMPLATE("NaN in a value reaches that value only, and no g", T, float,
   });
 }
 
+TEST_CASE_TEMPLATE("a memory that nothing is added to ends at 0", T, float, double) {
+  const AttentionProblem<T> p({1, 5000, 1, 2, 18}, true);
+  // |g| is 0.76, and to the nearest number that takes no subnormal number down to 0.
+  std::fill(p.v.begin(), p.v.end(), T{1});
+  std::fill(p.hopping.begin(), p.hopping.end(), T{1});
+  std::fill(p.value.begin(), p.value.end(), T{0});
+  p.energy[0] = 0, p.eta[0] = static_cast<T>(0.5);
+  for_isas([&](const Isa &isa) {
+    for (const T x : AttentionResults<T>(isa, p, 1).psi) CHECK(x == 0);
+  });
+}
+
 TEST_CASE_TEMPLATE("attention without batch, sites, heads, keys or values", T, float, double) {
   for (const Shape &shape : {Shape{0, 3, 2, 2, 2}, Shape{2, 0, 2, 2, 2}, Shape{2, 3, 0, 2, 2},
                              Shape{2, 3, 2, 0, 2}, Shape{2, 3, 2, 2, 0}})

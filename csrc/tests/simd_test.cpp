@@ -120,5 +120,24 @@ TEST_CASE_TEMPLATE("fused multiply-adds of zeros, infinity and NaN", T, float, d
       }
 }
 
+TEST_CASE_TEMPLATE("only tiny numbers are left out", T, float, double) {
+  using Limits = std::numeric_limits<T>;
+  using S = Simd<T>;
+  const T below = std::nextafter(2 * Limits::min(), T{0});
+  const T kept[] = {2 * Limits::min(), 1, Limits::max(), Limits::infinity()};
+  for (const T sign : {T{1}, T{-1}}) {
+    for (const T x : {T{0}, Limits::denorm_min(), Limits::min(), below})
+      CHECK(S::sum(without_tiny<T>(S::set(sign * x))) == 0);
+    for (const T x : kept) {
+      T got[S::width];
+      S::store(got, without_tiny<T>(S::set(sign * x)));
+      CHECK(got[S::width - 1] == sign * x);
+    }
+  }
+  T got[S::width];
+  S::store(got, without_tiny<T>(S::set(Limits::quiet_NaN())));
+  CHECK(got[0] != got[0]);
+}
+
 }  // namespace
 }  // namespace bkcore

@@ -37,6 +37,8 @@ With cotangents c = dL/dRe - i dL/dIm as in `bkcore.kernels.ops.sweep`, from the
 where <M, W> = sum_ku M_ku W_ku, so that <M_i, w_i> = k_i^T M_i u_i + t_i <M_i, psi_{i-1}>. The
 recurrences start from the cotangent of the last psi (and of the last g, which `out` g carries) and
 end in those of the first state: c^first_psi = t_0 g_0 M_0, c^first_g = t_0^2 P_0.
+
+The CPU backend takes numbers of psi_{i-1} below twice the smallest normal number for 0.
 """
 
 from __future__ import annotations
