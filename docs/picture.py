@@ -1,6 +1,6 @@
 """The figure at the top of the README; `make tables` draws it.
 
-Its figures are those of the tables "overview" and "rivals": `docs.tables` finds them.
+Its figures are those of the tables "overview" and "engines-decode": `docs.tables` finds them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from docs.pages import ROOT
-from docs.tables import data, float32_bytes, sizes, times_as_fast
+from docs.tables import data, decoding_speeds, float32_bytes, sizes
 
 LABELS = {
     "ptq_int8": "INT8",
@@ -21,14 +21,15 @@ LABELS = {
     "qat_int4": "INT4, trained to imitate",
     "ptq_int4": "INT4",
 }
-RIVALS = {"GPT-2 INT8": "#9a9a9a", "Mamba INT8": "#5b5b5b"}
-WORK = {
-    ("prefill", 4096): "read\n4,096 tokens",
-    ("decode", 512): "write, at\ntoken 512",
-    ("decode", 4096): "write, at\ntoken 4,096",
-    ("decode", 16384): "write, at\ntoken 16,384",
-}
 ACCENT = "#1f6f8b"
+ENGINES = {
+    "bkcore INT4": ("o-", ACCENT),
+    "bkcore INT8": ("o--", ACCENT),
+    "bkcore INT8, dense": ("D", ACCENT),
+    "llama.cpp Q4_0": ("s-", "#5b5b5b"),
+    "llama.cpp Q8_0": ("s--", "#5b5b5b"),
+}
+"""How a line of the right panel looks."""
 
 
 def quality(axes: Axes) -> None:
@@ -55,25 +56,19 @@ def quality(axes: Axes) -> None:
 
 
 def speed(axes: Axes) -> None:
-    """Speed relative to well-known models of equal size, all in INT8."""
-    ratios = times_as_fast()
-    width = 0.38
-    for index, (rival, color) in enumerate(RIVALS.items()):
-        heights = [ratios[(*work, rival)] for work in WORK]
-        places = [place + (index - 0.5) * width for place in range(len(WORK))]
-        bars = axes.bar(places, heights, width, color=color, label=f"as {rival.split()[0]}")
-        axes.bar_label(bars, [f"{height:.1f}x" for height in heights], padding=2)
-    axes.axhline(1, color=ACCENT, linewidth=1)
-    axes.set_xticks(range(len(WORK)), WORK.values())
+    """Tokens a second of one sequence against parameters, beside llama.cpp."""
+    speeds = decoding_speeds()
+    for engine, (look, color) in ENGINES.items():
+        axes.loglog(*zip(*speeds[engine], strict=True), look, color=color, label=engine)
     axes.set(
-        yscale="log",
-        ylim=(0.8, 60),
-        ylabel="times as fast",
-        title="Speed against models of equal size, INT8",
+        xlim=(3.5e6, 1.5e8),
+        xlabel="parameters",
+        ylabel="tokens a second",
+        title="Writing speed, one thread",
     )
-    axes.set_yticks([1, 3, 10, 30], ["1", "3", "10", "30"])
+    axes.set_xticks([5e6, 1e7, 2e7, 5e7, 1e8], ["5 M", "10 M", "20 M", "50 M", "100 M"])
     axes.minorticks_off()
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=False)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -189,6 +190,20 @@ def engine_speeds(report: dict[str, Any], work: str) -> str:
         ],
         left=2,
     )
+
+
+def decoding_speeds() -> dict[str, list[tuple[int, float]]]:
+    """Parameters and tokens a second of one sequence after 512 tokens, on one thread, by engine."""
+    found = defaultdict(set)
+    for row in data("engines")["rows"]:
+        if (row["work"], row["context"], row["threads"]) != ("decode", 512, 1):
+            continue
+        dense = ", dense" if row["model"].endswith("dense") else ""
+        for side, label in ((row["own"], dense), (row["other"], "")):
+            if side is not None:
+                point = side["parameters"], side["tokens_per_second"]
+                found[side["engine"] + label].add(point)
+    return {name: sorted(points) for name, points in found.items()}
 
 
 def engine_costs(report: dict[str, Any]) -> str:
@@ -406,6 +421,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "widths": widths,
     "serving": serving,
     "rivals": rivals,
+    "engines-decode": lambda: engine_speeds(data("engines"), "decode"),
+    "engines-read": lambda: engine_speeds(data("engines"), "read"),
+    "engines-together": lambda: engine_speeds(data("engines"), "together"),
+    "engines-costs": lambda: engine_costs(data("engines")),
     "layers": layers,
     "stability": stability,
     "memory": memory,

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 
@@ -158,24 +159,22 @@ def test_the_picture_shows_the_figures_of_the_tables(monkeypatch: pytest.MonkeyP
 
     from docs import picture, tables
 
-    report = tables.data("inference")
-    others = [{**row, "threads": 1, "ratio": 77.0} for row in report["results"]]
-    read = tables.data
-    monkeypatch.setattr(
-        tables,
-        "data",
-        lambda name: {"results": report["results"] + others} if name == "inference" else read(name),
-    )
+    report, read = tables.data("engines"), tables.data
+    costs = [line.split("|") for line in tables.engine_costs(report).splitlines()[2:]]
+    others = [{**row, "threads": 3, "own": {**row["own"], "seconds": 77}} for row in report["rows"]]
+    more = {**report, "rows": report["rows"] + others}
+    monkeypatch.setattr(tables, "data", lambda name: more if name == "engines" else read(name))
     figure, (left, right) = plt.subplots(1, 2)
     picture.speed(right)
     picture.quality(left)
-    heights = [f"{bar.get_height():.1f}" for bar in right.patches]
-    table = [
-        [cell.strip() for cell in line.split("|")]
-        for line in tables.rivals().splitlines()
-        if line.startswith(("| prefill at 4", "| decode"))
-    ]
-    assert heights == [row[3] for row in table] + [row[5] for row in table]
+    drawn = {
+        (str(line.get_label()).removesuffix(", dense"), f"{1e6 / speed:,.0f}")
+        for line in right.lines
+        for speed in np.asarray(line.get_ydata())
+    }
+    timed = {(cells[2].strip(), cells[5].strip()) for cells in costs}
+    assert drawn <= timed
+    assert len({engine for engine, _ in drawn}) == 4
     plotted = [round(float(line.get_xdata()[0]), 2) for line in left.lines]
     sizes = [float(line.split("|")[2]) for line in tables.overview().splitlines()[2:]]
     assert {*sizes, round(4 * tables.shipped()["parameters"] / 1e6, 2)} <= set(plotted)

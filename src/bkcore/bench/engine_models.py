@@ -63,13 +63,13 @@ SIZES = (
         "4.9 M",
         {"shipped": None},
         {"width": 256, "layers": 5, "heads": 4, "cached_heads": 1},
-        120.0,
+        270.0,
     ),
     Size(
         "11 M",
         {"mixture": {"vocab_size": 4096, "d_model": 256, "n_layers": 4, "expert_size": 544}},
         {"width": 384, "layers": 6, "heads": 6, "cached_heads": 2},
-        200.0,
+        280.0,
     ),
     Size(
         "100 M",
@@ -78,7 +78,7 @@ SIZES = (
             "mixture": {**_LARGE, "expert_size": 424},
         },
         {"width": 768, "layers": 12, "heads": 12, "cached_heads": 3},
-        1500.0,
+        2100.0,
     ),
 )
 
