@@ -53,6 +53,15 @@ def test_tokens_that_cannot_be(save: Save, tokens: Any, error: type[Exception], 
     assert same(state, before)
 
 
+def test_a_refused_token_at_the_end_of_a_long_text_changes_nothing(save: Save) -> None:
+    engine = Engine(save().folder)
+    state, text = engine.start(), draw(1, 5000)
+    text[0, -1] = VOCABULARY
+    with pytest.raises(InputError, match=f"token {VOCABULARY} is not"):
+        engine.read(state, text)
+    assert same(state, engine.start())
+
+
 def test_tokens_of_any_integer_type(save: Save) -> None:
     engine, ids = Engine(save().folder), draw(2, 9)
     expected, _ = cut(engine, ids, [])

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import itertools
 import os
 import threading
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from numbers import Integral, Real
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from bkcore_runtime import _engine, manifest
+from bkcore_runtime.arguments import (
+    a_number,
+    an_integer,
+    integers,
+    numpy_for,
+    only_row,
+    row_of_integers,
+)
 from bkcore_runtime.errors import (
     CheckpointError,
     DTypeError,
@@ -73,14 +77,14 @@ class State:
     @property
     def seen(self) -> Integers:
         """int64 (B,), number of tokens read: a copy."""
-        _numpy("seen")
+        numpy_for("seen")
         with self._lock:
             return self._native.seen().copy()
 
     @property
     def layers(self) -> tuple[LayerState, ...]:
         """What each layer remembers: copies."""
-        _numpy("layers")
+        numpy_for("layers")
         with self._lock:
             return tuple(
                 LayerState(*(field.copy() for field in fields)) for fields in self._native.fields()
@@ -117,7 +121,8 @@ class Engine:
         threads: to compute with, 1 to 1,024. By default 1 if the weights have at most 64 MiB, since
             one sequence of so small a model gains little from more; otherwise the cores that are
             idle now.
-        isa: instruction set, "avx512", "avx2" or "baseline"; by default the best of this processor.
+        isa: instruction set: "avx512", "avx2" or "baseline", on ARM "dotprod" or "baseline"; by
+            default the best of this processor.
         digests: the result of `bkcore_runtime.manifest.read(folder)`, to read exactly those files
             or fail.
 
@@ -140,7 +145,7 @@ class Engine:
         isa: str | None = None,
         digests: manifest.Digests | None = None,
     ) -> None:
-        if threads is not None and not 1 <= _integer("threads", threads) <= 1024:
+        if threads is not None and not 1 <= an_integer("threads", threads) <= 1024:
             raise InputError(f"threads must be from 1 to 1024, not {shown(threads)}")
         if isa is not None and isa not in _engine.isas():
             known = ", ".join(_engine.isas())
@@ -180,7 +185,7 @@ class Engine:
         Raises:
             InputError: if there are fewer than 1 or more than 2^20.
         """
-        if not 1 <= _integer("batch", batch) <= 1 << 20:
+        if not 1 <= an_integer("batch", batch) <= 1 << 20:
             raise InputError(f"a batch must have 1 to 2^20 sequences, not {shown(batch)}")
         return State(_engine.State(self._native, batch))
 
@@ -195,8 +200,8 @@ class Engine:
             ShapeError: if they are not those of a state of this model.
             DTypeError: if a part is not float32, or `seen` not of integers.
         """
-        np = _numpy("resume")
-        counts = _integers(seen, "seen")
+        np = numpy_for("resume")
+        counts = integers(seen, "seen")
         if counts.ndim != 1 or not counts.size or counts.min() < 0:
             raise ShapeError(f"seen must be (B,), all at least 0, not {shown(seen)}")
         state = self.start(len(counts))
@@ -242,8 +247,8 @@ class Engine:
             DTypeError: if tokens are not integers.
             InputError: if a token is none of the vocabulary.
         """
-        np = _numpy("read")
-        ids = _integers(tokens, "tokens")
+        np = numpy_for("read")
+        ids = integers(tokens, "tokens")
         if ids.ndim != 2 or len(ids) != len(state) or not ids.size:
             raise ShapeError(f"tokens must be ({len(state)}, N), N >= 1, not {ids.shape}")
         step = max(1, _ROWS_AT_ONCE // len(ids))
@@ -299,23 +304,23 @@ class Engine:
             InputError: if another argument is out of its range.
             EngineError: while it runs, if the model gives logits that are NaN or infinite.
         """
-        ids = _row(prompt_ids, "prompt_ids")
+        ids = row_of_integers(prompt_ids, "prompt_ids")
         if min(ids) < 0 or max(ids) >= self.vocabulary:
             self._refuse(ids)
         state = self.start() if state is None else state
         if len(state) != 1:
             raise ShapeError(f"generate continues one sequence, not {len(state)}")
-        if max_new_tokens is not None and _integer("max_new_tokens", max_new_tokens) < 1:
+        if max_new_tokens is not None and an_integer("max_new_tokens", max_new_tokens) < 1:
             raise InputError(f"max_new_tokens must be at least 1, not {shown(max_new_tokens)}")
         ends = self.stop if stop is None else _stops(stop, self.vocabulary)
         sampler = _engine.Sampler(
             self.vocabulary,
-            _integer("seed", seed) % 2**64,
-            _number("temperature", temperature),
-            max(-1, min(_integer("top_k", top_k), self.vocabulary)),
-            _number("top_p", top_p),
-            _number("min_p", min_p),
-            _number("repetition_penalty", repetition_penalty),
+            an_integer("seed", seed) % 2**64,
+            a_number("temperature", temperature),
+            max(-1, min(an_integer("top_k", top_k), self.vocabulary)),
+            a_number("top_p", top_p),
+            a_number("min_p", min_p),
+            a_number("repetition_penalty", repetition_penalty),
         )
         sampler.see(ids)
         return self._tokens(state, ids, sampler, max_new_tokens, frozenset(ends))
@@ -331,11 +336,13 @@ class Engine:
         last = (len(prompt) - 1) // _ROWS_AT_ONCE * _ROWS_AT_ONCE
         with state._lock:
             for first in range(0, last, _ROWS_AT_ONCE):
-                self._native.read(state._native, _one(prompt[first : first + _ROWS_AT_ONCE]), None)
+                self._native.read(
+                    state._native, only_row(prompt[first : first + _ROWS_AT_ONCE]), None
+                )
         unread = prompt[last:]
         for number in itertools.count(1):
             with state._lock:
-                token = self._native.next(state._native, _one(unread), sampler)
+                token = self._native.next(state._native, only_row(unread), sampler)
             yield token
             if token in ends or number == most:
                 return
@@ -375,7 +382,7 @@ def _stop(folder: Path, digests: manifest.Digests) -> tuple[int, ...]:
 def _stops(stop: Sequence[int], vocabulary: int) -> tuple[int, ...]:
     """Ids that end a text, checked."""
     try:
-        ids = tuple(_integer("an id of stop", each) for each in stop)
+        ids = tuple(an_integer("an id of stop", each) for each in stop)
     except TypeError as error:
         raise InputError(f"stop must be a sequence of token ids, not {shown(stop)}") from error
     for each in ids:
@@ -390,68 +397,3 @@ def _bytes(path: str | os.PathLike[str]) -> bytes:
     if b"\0" in name:
         raise CheckpointError(f"there is no file {shown(str(path))}")
     return name
-
-
-@functools.cache
-def _numpy(name: str) -> ModuleType:
-    """The module numpy; raises `InputError` if it is not installed."""
-    try:
-        return importlib.import_module("numpy")
-    except ModuleNotFoundError as error:
-        raise InputError(f"{name} needs numpy; pip install 'bkcore-runtime[numpy]'") from error
-
-
-def _one(row: array[int]) -> memoryview:
-    """A row of integers as the only one of a batch: (1, N)."""
-    return memoryview(row).cast("B").cast("q", (1, len(row)))
-
-
-def _row(values: npt.ArrayLike, name: str) -> array[int]:
-    """A copy of at least one integer as int64.
-
-    Raises:
-        ShapeError: if the values are not (N,), N >= 1.
-        DTypeError: if the values are not integers.
-    """
-    if isinstance(values, list | tuple | range) and {type(each) for each in values} == {int}:
-        try:
-            return array("q", values)
-        except OverflowError as error:
-            raise DTypeError(f"{name} must be integers that fit int64") from error
-    found = _integers(values, name)
-    if found.ndim != 1 or not found.size:
-        raise ShapeError(f"{name} must be (N,), N >= 1, not {found.shape}")
-    return array("q", found.tolist())
-
-
-def _integers(values: npt.ArrayLike, name: str) -> Integers:
-    """A copy as int64, which nobody else can change while it is read.
-
-    Raises:
-        DTypeError: if the values are not integers.
-    """
-    np = _numpy(f"{name} that is not a list of integers")
-    try:
-        found = np.asarray(values)
-    except ValueError as error:  # rows of different lengths
-        raise ShapeError(f"{name} must have rows of one length") from error
-    if found.dtype.kind not in "iu" or not np.can_cast(found.dtype, np.int64):
-        raise DTypeError(f"{name} must be integers that fit int64, not {found.dtype}")
-    return np.array(found, dtype=np.int64, order="C")
-
-
-def _integer(name: str, value: object) -> int:
-    """An integer; raises `InputError` if the value is none."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise InputError(f"{name} must be an integer, not {shown(value)}")
-    return int(value)
-
-
-def _number(name: str, value: object) -> float:
-    """A number; raises `InputError` if the value is none, or float64 cannot hold it."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InputError(f"{name} must be a number, not {shown(value)}")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise InputError(f"{name} must be a number of float64, not {shown(value)}") from error
