@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -141,3 +143,24 @@ def test_a_signal_waits_until_a_process_has_started(work, number, monkeypatch, c
         other.join()
     assert began
     assert capfd.readouterr().err == ""
+
+
+LEAVING = """
+import atexit, sys, torch.distributed as dist
+from bkcore.processes import leave
+atexit.register(print, "the interpreter ends")
+if len(sys.argv) > 1:
+    dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+sys.stdout.write("done. ")
+leave(3)
+"""
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_only_in_a_group_a_process_leaves_at_once(group: bool, tmp_path: Path) -> None:
+    arguments = [str(tmp_path / "store")] if group else []
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVING, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 3, done.stderr
+    assert done.stdout == ("done. " if group else "done. the interpreter ends\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.metadata import version
 from typing import Annotated
 
@@ -21,6 +20,7 @@ from bkcore.commands import (
 )
 from bkcore.commands.running import Command, run
 from bkcore.host import keep_freed_memory
+from bkcore.processes import leave
 
 app = typer.Typer(
     add_completion=False,
@@ -68,4 +68,4 @@ def main() -> None:
     errors.
     """
     keep_freed_memory()
-    sys.exit(run(app))
+    leave(run(app))

@@ -1,16 +1,18 @@
-"""Work in a fresh interpreter, which shares only files with this one."""
+"""Work in a fresh interpreter, which shares only files with this one; and a process's end."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from bkcore.errors import BKCoreError
 
@@ -131,3 +133,22 @@ def _work(connection: Connection) -> None:
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process, as `sys.exit` does; in a process group of PyTorch, at once.
+
+    A thread of PyTorch's gloo may still be letting go of a tensor when all results are there. It
+    needs the interpreter's lock for that, and asking an interpreter that is ending for its lock
+    aborts the process (https://github.com/pytorch/pytorch/issues/190489). So in a group the
+    interpreter does not end: output is flushed, and what `atexit` registered is not called.
+
+    Args:
+        exit_code: 0 to 255.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        sys.exit(exit_code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
 from bkcore.model.moe import counting_load
+from bkcore.processes import leave
 from bkcore.training import shard
 
 TEXTS = torch.randint(0, 50, (3, 4, 5), generator=torch.Generator().manual_seed(0))
@@ -99,7 +100,7 @@ def main() -> None:
                     if rank == 0:
                         print(f"{mode} {name} reentrant={reentrant} parts={parts}", flush=True)
     dist.barrier()
-    dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from bkcore.errors import CheckpointError, InputError
 from bkcore.model import LanguageModel, ResNetBKForCausalLM
+from bkcore.processes import leave
 from bkcore.text import TokenWindows
 from bkcore.training import Schedule, save_whole, shard, train
 
@@ -96,7 +97,7 @@ def main(folder: Path) -> None:
         if state.num_processes > 1:
             shared(folder / f"shared-{parts}", parts)
     state.wait_for_everyone()  # one that leaves early tears the connection down for the other
-    state.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":
