@@ -300,15 +300,26 @@ void multiply_inputs(const Product &p, const EncodedRows &rows, const Panel &pan
   }
 }
 
-// Scales (outputs, groups) to floats (groups, kPanel).
+// Scales (outputs, groups) to floats (groups, kPanel). Those of the next panel are prefetched: the
+// weights between two panels' scales are more than the hardware looks ahead.
 void widen_scales(const std::uint16_t *from, Index outputs, Index groups, float *to) {
+  constexpr Index line = 64 / sizeof *from;
+  for (Index k = 0; k < kPanel * groups; k += line) __builtin_prefetch(from + kPanel * groups + k);
   if (groups == 1) {  // the usual case, which compilers turn into vectors
     for (Index o = 0; o < outputs; ++o) to[o] = from_bfloat16(from[o]);
     return;
   }
-  for (Index o = 0; o < outputs; ++o)
-    for (Index group = 0; group < groups; ++group)
-      to[group * kPanel + o] = from_bfloat16(from[o * groups + group]);
+  for (Index o = 0; o < outputs; ++o, from += groups) {
+    float *place = to + o;
+    Index group = 0;
+    for (; group + 2 <= groups; group += 2, place += 2 * kPanel) {  // one load for two
+      std::uint16_t two[2];
+      std::memcpy(two, from + group, sizeof two);
+      place[0] = from_bfloat16(two[0]);
+      place[kPanel] = from_bfloat16(two[1]);
+    }
+    if (group < groups) place[0] = from_bfloat16(from[group]);
+  }
 }
 
 void multiply(const Product &p, const EncodedRows &rows, Index output, Index first, Index count,

@@ -30,8 +30,12 @@ class MappedFile {
     const bool known = ::fstat(file, &found) == 0;
     if (known && S_ISREG(found.st_mode)) {
       size_ = static_cast<std::size_t>(found.st_size);
-      if (size_ > 0 && size_ <= most)
+      if (size_ > 0 && size_ <= most) {
         data_ = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
+#if defined(MADV_HUGEPAGE)  // advice, which may be refused
+        if (data_ != MAP_FAILED) ::madvise(data_, size_, MADV_HUGEPAGE);
+#endif
+      }
     }
     const int error = errno;
     ::close(file);

@@ -121,6 +121,8 @@ class Reader {
  private:
   static constexpr Index kRows = 256;
   static constexpr Index kOutputs = 64;  // of a float product, that a thread takes at a time
+  // Products of numbers from which on a second thread saves time; codes take less of it.
+  static constexpr Index kSharedCodes = Index{1} << 17, kSharedFloats = Index{1} << 14;
 
   void read_block(const Reading &reading, Index first, Index sites) {
     const Index rows = reading.batch * sites, width = s_.width;
@@ -184,16 +186,23 @@ class Reader {
                   normed_.data() + row * s_.width);
   }
 
+  // Whether threads share a product. Helpers sleep if layers have nothing for them, and waking them
+  // takes longer than half of the last product, so that a layer's first decides about that, too.
+  bool shared(const Matrix &m, Index rows) const {
+    const Index products = rows * std::min(m.outputs * m.inputs, s_.projected() * s_.width);
+    return products >= (m.in_codes ? kSharedCodes : kSharedFloats);
+  }
+
   void multiply(const Matrix &m, Index rows, const float *x, float *out) {
+    const auto each = [&, share = shared(m, rows)](Index count, const auto &work) {
+      workers_.each(share, count, work);
+    };
     if (m.in_codes) {
       Product p = m.codes;
       p.rows = rows, p.x = x, p.out = out;
-      const bool shared = rows * m.outputs * m.inputs >= 2 * kProductsPerThread;
-      multiply_codes(isa_, p,
-                     [&](Index count, const auto &work) { workers_.each(shared, count, work); });
+      multiply_codes(isa_, p, each);
     } else {
-      const bool shared = rows * m.outputs * m.inputs >= kProductsPerThread / 4;
-      workers_.each(shared, ceil_divide(m.outputs, kOutputs), [&](Index piece) {
+      each(ceil_divide(m.outputs, kOutputs), [&](Index piece) {
         const Index first = piece * kOutputs;
         f_.multiply(m.dense, x, rows, first, std::min(kOutputs, m.outputs - first), out);
       });

@@ -37,6 +37,8 @@ TOKENIZER_FILES = _runtime.TOKENIZER_FILES
 _INDEX = re.compile(r"model\.safetensors\.index(\.[A-Za-z0-9_-]+)?\.json")
 _WITHOUT_VARIANT = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
+_HUGE_PAGE = 2**21
+
 Digests = _runtime.Digests
 
 read = _runtime.read
@@ -222,7 +224,18 @@ def _is_own(path: Path) -> bool:
 
 
 def _digests(staged: Path) -> Digests:
+    for path in staged.iterdir():
+        if path.stat().st_size >= _HUGE_PAGE:
+            _drop_from_memory(path)
     return {path.name: _digest(path) for path in staged.iterdir()}
+
+
+def _drop_from_memory(path: Path) -> None:
+    """Have the next reader read a file from the disk; `sha256` of the runtime says why."""
+    with open_regular(path) as file:
+        os.fsync(file.fileno())
+        with suppress(AttributeError):  # only Linux has it
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _digest(path: Path) -> str:

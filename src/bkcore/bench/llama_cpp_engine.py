@@ -124,6 +124,7 @@ def write_gguf(model: LlamaForCausalLM, path: Path, form: str) -> int:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    path.write_bytes(path.read_bytes())  # in one piece, which stays in memory in huge pages
     return size
 
 

@@ -28,7 +28,7 @@ KERNEL_SECONDS = {
 }
 """The cases of `bkcore bench kernels`, and about how long each takes."""
 
-WIDTHS = (64, 128, 256, 512, 1024)
+WIDTHS = (32, 64, 128, 256, 512, 1024)
 """The widths of the models that `bkcore bench inference` times."""
 
 
