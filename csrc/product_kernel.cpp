@@ -23,14 +23,21 @@ using V = Dot::V;
 constexpr Index kPanel = Dot::lanes * Dot::vectors;
 constexpr Index kCodes = Dot::lanes * Dot::depth;  // in a vector
 constexpr Index kFewRows = 4;
+constexpr Index kPair = 2 * Dot::depth;  // inputs of two words, in a panel
 
-// Whether vectors go along the inputs. Two codes of one byte must not belong to two groups.
+// Whether 4-bit codes are expanded as they lie in bytes: those of even inputs, then those of odd
+// ones. The two of a byte must not belong to two groups.
+BKCORE_INLINE bool in_bytes(const Product &p) {
+  return p.bits == 4 && (p.groups == 1 || p.group_size % 2 == 0);
+}
+
+// Whether vectors go along the inputs.
 BKCORE_INLINE bool few_rows(const Product &p) {
-  return p.rows <= kFewRows && (p.bits == 8 || p.groups == 1 || p.group_size % 2 == 0);
+  return p.rows <= kFewRows && (p.bits == 8 || in_bytes(p));
 }
 
 // A row of codes has the groups of inputs one after the other, each filled up with zeros to whole
-// units: words, vectors, or with few rows and 4 bits two vectors, for even and for odd inputs.
+// units: pairs of words, and with few rows vectors, or with 4 bits two of them.
 template <Index unit>
 constexpr Index words_of_group(Index inputs) {
   return (inputs + unit - 1) / unit * (unit / Dot::depth);
@@ -43,7 +50,7 @@ Index words_of(const Product &p) {
 }
 
 Index words_of_row(const Product &p) {
-  if (!few_rows(p)) return words_of<Dot::depth>(p);
+  if (!few_rows(p)) return words_of<kPair>(p);
   return p.bits == 8 ? words_of<kCodes>(p) : words_of<2 * kCodes>(p);
 }
 
@@ -60,17 +67,24 @@ BKCORE_INLINE void for_groups(const Product &p, const Work &work) {
   }
 }
 
-// In every two vectors of codes, moves those of even places to the first and the others to the
-// second.
+// In every two vectors of codes, and in what is left, moves those of even places to the first half
+// and the others to the second.
 void separate(Dot::Activation *codes, Index count) {
-  for (Index k = 0; k < count; k += 2 * kCodes) {
+  const auto part = [&](Index half) {
     Dot::Activation pairs[2 * kCodes];
-    std::memcpy(pairs, codes + k, sizeof pairs);
-    for (Index i = 0; i < kCodes; ++i) {
-      codes[k + i] = pairs[2 * i];
-      codes[k + kCodes + i] = pairs[2 * i + 1];
+    std::memcpy(pairs, codes, 2 * half * sizeof *codes);
+    for (Index i = 0; i < half; ++i) {
+      codes[i] = pairs[2 * i];
+      codes[half + i] = pairs[2 * i + 1];
     }
-  }
+  };
+  for (; count >= 2 * kCodes; codes += 2 * kCodes, count -= 2 * kCodes) part(kCodes);
+  part(count / 2);
+}
+
+// Bytes of one output's weights.
+BKCORE_INLINE Index row_bytes(const Product &p) {
+  return p.bits == 8 ? p.inputs : (p.inputs + 1) / 2;
 }
 
 // The codes of one row of activations and their scale, as computed by `quantize_rows` in
@@ -88,7 +102,7 @@ void encode_in(const Product &p, Index row, const EncodedRows &rows) {
   std::int32_t *sums = rows.sums + row * p.groups;
   std::memset(sums, 0, p.groups * sizeof *sums);
   if (bits >= 0x7F800000u) return;  // codes of 0, and 0 times a scale that is not finite is NaN
-  for_groups<unit>(p, [&](Index group, Index first, Index count, Index word, Index) {
+  for_groups<unit>(p, [&](Index group, Index first, Index count, Index word, Index words) {
     auto *codes = reinterpret_cast<Dot::Activation *>(out + word);
     std::int32_t sum = 0;
     for (Index i = 0; i < count; ++i) {
@@ -99,31 +113,51 @@ void encode_in(const Product &p, Index row, const EncodedRows &rows) {
       sum += static_cast<Dot::Activation>(code);
     }
     sums[group] = Dot::offset * sum;
+    if (in_bytes(p)) separate(codes, words * Dot::depth);
   });
-  if constexpr (unit == 2 * kCodes)
-    separate(reinterpret_cast<Dot::Activation *>(out), all * Dot::depth);
 }
 
 void encode(const Product &p, Index row, const EncodedRows &rows) {
-  if (!few_rows(p)) return encode_in<Dot::depth>(p, row, rows);
+  if (!few_rows(p)) return encode_in<kPair>(p, row, rows);
   p.bits == 8 ? encode_in<kCodes>(p, row, rows) : encode_in<2 * kCodes>(p, row, rows);
 }
 
-// The codes of one output's weights, group by group in whole words.
+// The 8-bit codes of some bytes as words. Whole vectors are written, which go beyond the last word.
+BKCORE_INLINE void expand_codes(const std::uint8_t *codes, Index count, Word *out) {
+  for (; count >= kCodes; codes += kCodes, count -= kCodes, out += Dot::lanes)
+    Dot::store(out, Dot::codes(Dot::bytes(codes)));
+  if (count > 0) Dot::store(out, Dot::codes(Dot::bytes(codes, count)));
+}
+
+// The same of 4-bit codes, in the order of `separate`.
+BKCORE_INLINE void expand_nibbles(const std::uint8_t *packed, Index bytes, Word *out) {
+  for (; bytes >= kCodes; packed += kCodes, bytes -= kCodes, out += 2 * Dot::lanes) {
+    const auto all = Dot::bytes(packed);
+    Dot::store(out, Dot::even(all));
+    Dot::store(out + Dot::lanes, Dot::odd(all));
+  }
+  if (bytes == 0) return;
+  const auto all = Dot::bytes(packed, bytes);
+  Dot::store(out, Dot::even(all));
+  Dot::store(out + (bytes + Dot::depth - 1) / Dot::depth, Dot::odd(all));
+}
+
+// The codes of one output's weights, group by group.
 void expand(const Product &p, Index output, std::int8_t *unpacked, Word *out) {
-  const Index bytes = p.bits == 8 ? p.inputs : (p.inputs + 1) / 2;
-  const std::uint8_t *row = p.weight + output * bytes;
-  const std::int8_t *codes = reinterpret_cast<const std::int8_t *>(row);
+  const std::uint8_t *row = p.weight + output * row_bytes(p);
+  if (in_bytes(p)) {
+    for_groups<kPair>(p, [&](Index, Index first, Index count, Index word, Index) {
+      expand_nibbles(row + first / 2, (count + 1) / 2, out + word);
+    });
+    return;
+  }
   if (p.bits == 4) {
     unpack(row, p.inputs, unpacked);
-    look_up(unpacked, p.inputs);
-    codes = unpacked;
+    for (Index k = 0; k < p.inputs; ++k) unpacked[k] = kLevel[unpacked[k] + 8];
+    row = reinterpret_cast<const std::uint8_t *>(unpacked);
   }
-  for_groups<Dot::depth>(p, [&](Index, Index first, Index count, Index word, Index words) {
-    if (words * Dot::depth != count) out[word + words - 1] = 0;
-    auto *weights = reinterpret_cast<Dot::Weight *>(out + word);
-    for (Index i = 0; i < count; ++i)
-      weights[i] = static_cast<Dot::Weight>(codes[first + i] + Dot::offset);
+  for_groups<kPair>(p, [&](Index, Index first, Index count, Index word, Index) {
+    expand_codes(row + first, count, out + word);
   });
 }
 
@@ -182,10 +216,10 @@ struct Panel {
 template <int R>
 void multiply_rows(const Product &p, const EncodedRows &rows, const Panel &panel, const Word *words,
                    Index row) {
-  const Index pitch = words_of<Dot::depth>(p);
+  const Index pitch = words_of<kPair>(p);
   std::int32_t sums[R * kPanel];
   float total[R * kPanel];
-  for_groups<Dot::depth>(p, [&](Index group, Index, Index, Index word, Index count) {
+  for_groups<kPair>(p, [&](Index group, Index, Index, Index word, Index count) {
     add_up<R>(rows.words + row * pitch + word, pitch, words + word * kPanel, count, sums);
     const float *scales = panel.scales + group * kPanel;
     for (int r = 0; r < R; ++r) {
@@ -268,7 +302,7 @@ template <int bits>
 void multiply_inputs(const Product &p, const EncodedRows &rows, const Panel &panel, Index row) {
   constexpr Index unit = kCodes * 8 / bits, some = Dot::outputs;
   constexpr int vectors = Dot::outputs / Dot::lanes;
-  const Index width = bits == 8 ? p.inputs : (p.inputs + 1) / 2;
+  const Index width = row_bytes(p);
   const Word *words = rows.words + row * words_of<unit>(p);
   for (Index o = 0; o < panel.count; o += some) {
     const Index outputs = least(some, panel.count - o);
@@ -325,13 +359,13 @@ void widen_scales(const std::uint16_t *from, Index outputs, Index groups, float 
 void multiply(const Product &p, const EncodedRows &rows, Index output, Index first, Index count,
               ProductKernels::Scratch scratch) {
   const bool few = few_rows(p);
-  const Index pitch = few ? 0 : round_up(words_of<Dot::depth>(p), Dot::lanes);
+  const Index pitch = few ? 0 : round_up(words_of<kPair>(p), Dot::lanes);
   const Index outputs = least(kPanel, p.outputs - output);
-  float *scales = static_cast<float *>(
-      scratch((p.groups * kPanel + (kPanel + Dot::lanes) * pitch) * sizeof(Word) + p.inputs));
+  float *scales = static_cast<float *>(scratch(
+      (p.groups * kPanel + (kPanel + Dot::lanes) * pitch + Dot::lanes) * sizeof(Word) + p.inputs));
   Word *words = reinterpret_cast<Word *>(scales + p.groups * kPanel);
   Word *expanded = words + kPanel * pitch;
-  auto *codes = reinterpret_cast<std::int8_t *>(expanded + Dot::lanes * pitch);
+  auto *codes = reinterpret_cast<std::int8_t *>(expanded + Dot::lanes * (pitch + 1));
 
   widen_scales(p.scales + output * p.groups, outputs, p.groups, scales);
   const Panel panel = {scales, output, outputs};
