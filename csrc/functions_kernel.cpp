@@ -8,10 +8,10 @@
 // partial sums whatever the vectors' width: partial sum j takes the numbers j, j + kLanes, ..., and
 // the halves are added until one is left.
 
-#include <cmath>
 #include <cstring>
 
 #include "functions.h"
+#include "halves.h"
 #include "packing.h"
 
 #define BKCORE_PASTE(a, b) a##b
@@ -26,16 +26,16 @@ using V = S::V;
 constexpr Index kLanes = 16;
 constexpr Index kVectors = kLanes / S::width;
 
-// The integer type that comparisons and exponents of a vector have.
-using Int = std::int32_t __attribute__((vector_size(sizeof(V))));
+// The bits of a vector's numbers. Unsigned, so that they may be shifted out.
+using Bits = std::uint32_t __attribute__((vector_size(sizeof(V))));
 
-BKCORE_INLINE Int bits_of(V x) {
-  Int out;
+BKCORE_INLINE Bits bits_of(V x) {
+  Bits out;
   std::memcpy(&out, &x, sizeof out);
   return out;
 }
 
-BKCORE_INLINE V from_bits(Int x) {
+BKCORE_INLINE V from_bits(Bits x) {
   V out;
   std::memcpy(&out, &x, sizeof out);
   return out;
@@ -62,13 +62,14 @@ BKCORE_INLINE V exponential(V given) {
   p = p * r + S::set(5.0000001201e-1f);
   p = p * (r * r) + r + S::set(1);
   // The low bits of `shifted` hold n; as a power of two it is n in the exponent.
-  const Int power = (bits_of(shifted) << 23) + 0x3F800000;
+  const Bits power = (bits_of(shifted) << 23) + 0x3F800000u;
   return given == given ? p * from_bits(power) : given;
 }
 
 BKCORE_INLINE V silu(V x) { return x / (S::set(1) + exponential(-x)); }
 
-// Calls body(first, load, store) for all vectors of `count` numbers; the last may be ragged.
+// Calls body(k, place) for all vectors of `count` numbers, which start at number k; the last may be
+// ragged.
 template <class Body>
 BKCORE_INLINE void each_vector(Index count, const Body &body) {
   for_vectors<float>(count, body);
@@ -158,20 +159,6 @@ void softmax(const float *x, Index count, float *out) {
   });
 }
 
-BKCORE_INLINE float from_half(std::uint16_t x) {
-  // A float with the exponent and fraction of the half, times 2^112 to correct the bias.
-  const std::uint32_t sign = (x & 0x8000u) << 16, rest = (x & 0x7FFFu) << 13;
-  std::uint32_t bits = rest;
-  float value;
-  if (rest >= 0x0F800000u) bits += 0x70000000u;  // infinity and NaN
-  std::memcpy(&value, &bits, sizeof value);
-  if (rest < 0x0F800000u) value *= 5.192296858534828e33f;
-  std::memcpy(&bits, &value, sizeof bits);
-  bits |= sign;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 BKCORE_INLINE V widen_half(const std::uint16_t *p, Index count) {
 #if defined(__AVX512F__)
   if (count >= 16) return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
@@ -179,16 +166,14 @@ BKCORE_INLINE V widen_half(const std::uint16_t *p, Index count) {
   if (count >= 8) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
 #endif
   float all[S::width] = {};
-  for (Index k = 0; k < least(count, S::width); ++k) all[k] = from_half(p[k]);
+  for (Index k = 0; k < least(count, S::width); ++k) all[k] = from_float16(p[k]);
   return S::load(all);
 }
 
 BKCORE_INLINE V widen_bfloat(const std::uint16_t *p, Index count) {
-  std::uint32_t all[S::width] = {};
-  for (Index k = 0; k < least(count, S::width); ++k) all[k] = std::uint32_t{p[k]} << 16;
-  V out;
-  std::memcpy(&out, all, sizeof out);
-  return out;
+  float all[S::width] = {};
+  for (Index k = 0; k < least(count, S::width); ++k) all[k] = from_bfloat16(p[k]);
+  return S::load(all);
 }
 
 template <Dense::Kind kind>

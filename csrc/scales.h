@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "halves.h"
 #include "packing.h"
 
 namespace bkcore {
@@ -44,13 +45,6 @@ BKCORE_INLINE void look_up(std::int8_t *codes, Index count) {
   }
 #endif
   for (; k < count; ++k) codes[k] = kLevel[codes[k] + 8];
-}
-
-BKCORE_INLINE float from_bfloat16(std::uint16_t x) {
-  const std::uint32_t bits = std::uint32_t{x} << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
 }
 
 Index round_up(Index a, Index b) { return (a + b - 1) / b * b; }
