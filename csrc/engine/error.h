@@ -40,6 +40,13 @@ inline std::string shown(std::string_view text) {
   return text.size() > kMost ? out + "..." : out;
 }
 
+// A path for a message: one line, and otherwise as it is.
+inline std::string shown_path(std::string path) {
+  for (char &c : path)
+    if ((c >= 0 && c < ' ') || c == '\x7F') c = '?';
+  return path;
+}
+
 inline std::string shown(double number) {
   char text[32];
   std::snprintf(text, sizeof text, "%.9g", number);

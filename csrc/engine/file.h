@@ -12,7 +12,6 @@
 #include <cstring>
 #include <string>
 #include <string_view>
-#include <utility>
 
 #include "error.h"
 
@@ -44,14 +43,13 @@ class MappedFile {
       errno = error;
       fail(path);
     }
-    if (!S_ISREG(found.st_mode)) throw CheckpointError(path + " is not a regular file");
+    if (!S_ISREG(found.st_mode)) throw CheckpointError(shown_path(path) + " is not a regular file");
     if (size_ > most)
-      throw CheckpointError(path + " has " + std::to_string(size_) + " bytes, more than " +
-                            std::to_string(most));
+      throw CheckpointError(shown_path(path) + " has " + std::to_string(size_) +
+                            " bytes, more than " + std::to_string(most));
   }
-  MappedFile(MappedFile &&other) noexcept
-      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-  MappedFile &operator=(MappedFile &&) = delete;
+  MappedFile(const MappedFile &) = delete;
+  MappedFile &operator=(const MappedFile &) = delete;
   ~MappedFile() {
     if (data_) ::munmap(data_, size_);
   }
@@ -62,7 +60,7 @@ class MappedFile {
 
  private:
   [[noreturn]] static void fail(const std::string &path) {
-    throw CheckpointError(path + " cannot be read: " + std::strerror(errno));
+    throw CheckpointError(shown_path(path) + " cannot be read: " + std::strerror(errno));
   }
 
   void *data_ = nullptr;

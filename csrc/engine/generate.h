@@ -57,19 +57,21 @@ class GenerationRun {
   }
 
  private:
-  // Chooses a token for each sequence, and says whether some go on.
+  // Chooses a token for each sequence, and gives them out. Says whether some go on.
   bool choose(bool last) {
-    std::vector<Index> going;  // rows
+    const auto rows = static_cast<Index>(sequences_.size());
     tokens_.clear();
-    for (Index row = 0; row < static_cast<Index>(sequences_.size()); ++row) {
-      const Index sequence = sequences_[row];
-      const std::int64_t token =
-          samplers_[sequence].sample(logits_.data() + row * engine_.sizes().vocabulary);
+    for (Index row = 0; row < rows; ++row)
+      tokens_.push_back(
+          samplers_[sequences_[row]].sample(logits_.data() + row * engine_.sizes().vocabulary));
+    std::vector<Index> going;  // rows
+    for (Index row = 0; row < rows; ++row) {
+      const std::int64_t token = tokens_[row];
       const auto &stops = settings_.stops;
-      const bool wanted = on_token_(sequence, token);
+      const bool wanted = on_token_(sequences_[row], token);
       if (!wanted || last || std::find(stops.begin(), stops.end(), token) != stops.end()) continue;
+      tokens_[static_cast<Index>(going.size())] = token;
       going.push_back(row);
-      tokens_.push_back(token);
     }
     if (going.size() < sequences_.size()) keep(going);
     return !going.empty();
@@ -106,11 +108,14 @@ class GenerationRun {
 };
 
 // Reads a prompt (batch, sites), at least one token each, and generates. on_token(sequence, token)
-// is called for every token; if it returns false that sequence ends. Afterwards the state has read
-// the prompt and all generated tokens but the last of each sequence, even if something was thrown
-// after the prompt: an InputError for a setting or a token, an Error for logits that are not
-// finite, or what on_token throws. The penalty applies to tokens of the prompt and to generated
-// ones.
+// is called for every token; if it returns false that sequence ends. Afterwards each sequence has
+// read its prompt and its tokens but the last. The penalty applies to tokens of the prompt and to
+// generated ones.
+//
+// Throws InputError for a setting or a token, before anything is read. The tokens of a round are
+// all chosen before one is given out: if that throws an Error, because logits are not finite,
+// sequences that had not ended have read all tokens that they got. If on_token throws, those that
+// got a token in that round have not read it. If memory runs out, the state may have read a part.
 template <class OnToken>
 void generate(Engine &engine, State &state, Index sites, const std::int64_t *prompt,
               const Generation &settings, const OnToken &on_token) {

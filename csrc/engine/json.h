@@ -28,6 +28,7 @@ class Json {
 
   Kind kind() const { return kind_; }
   bool is_null() const { return kind_ == Kind::null; }
+  bool is_boolean() const { return kind_ == Kind::boolean; }
   bool is_integer() const { return kind_ == Kind::integer; }
   bool is_number() const { return kind_ == Kind::integer || kind_ == Kind::real; }
   bool is_text() const { return kind_ == Kind::text; }

@@ -74,9 +74,9 @@ std::int64_t next(Engine &engine, State &state, const Tokens &tokens, Sampler &s
 }
 
 Dtype dtype_named(const std::string &name) {
-  const auto found = Safetensors::kinds().find(name);
-  if (found == Safetensors::kinds().end()) throw InputError("no tensor here can be " + name);
-  return found->second.first;
+  const Kind *const kind = kind_named(name);
+  if (!kind) throw InputError("no tensor here can be " + shown(name));
+  return kind->dtype;
 }
 
 // An engine for tensors that Python keeps alive and unchanged: {name: (dtype, shape, address)}.
@@ -90,17 +90,19 @@ std::unique_ptr<Engine> engine_of_tensors(const nb::dict &given, const std::stri
         nb::cast<std::string>(name),
         Tensor{dtype_named(dtype), shape, reinterpret_cast<const std::byte *>(address)});
   }
-  return std::make_unique<Engine>(std::make_unique<Model>(tensors, config), threads, isa);
+  return std::make_unique<Engine>(tensors, config, threads, isa);
 }
 
 // Reads tokens at an address into logits (batch, vocabulary) at another. `layers` has six addresses
 // each: taps, g and psi, before and after.
 void read_at(Engine &engine, Index batch, Index sites, Address tokens,
              const std::vector<std::array<Address, 6>> &layers, Address logits) {
-  if (batch < 1 || sites < 1 || static_cast<Index>(layers.size()) != engine.sizes().layers)
-    throw InputError("there are no tokens, or not as many states as layers");
-  Reading reading{batch, sites, reinterpret_cast<const std::int64_t *>(tokens),
-                  {},    false, reinterpret_cast<float *>(logits)};
+  if (static_cast<Index>(layers.size()) != engine.sizes().layers)
+    throw InputError("there are not as many states as layers");
+  Reading reading{};
+  reading.batch = batch, reading.sites = sites;
+  reading.tokens = reinterpret_cast<const std::int64_t *>(tokens);
+  reading.logits = reinterpret_cast<float *>(logits);
   const auto in = [](Address x) { return reinterpret_cast<const float *>(x); };
   const auto out = [](Address x) { return reinterpret_cast<float *>(x); };
   for (const auto &at : layers)
@@ -180,8 +182,11 @@ NB_MODULE(_engine, m) {
       .def("seen", &seen)
       .def("fields", &fields)
       .def("copy", [](const State &state) { return State(state); })
-      .def("save",
-           [](const State &state, const nb::bytes &path) { save_state(state, text_of(path)); });
+      .def("save", [](const State &state, const nb::bytes &path) {
+        const std::string text = text_of(path);
+        const Unlocked unlocked;
+        save_state(state, text);
+      });
   nb::class_<Sampler>(m, "Sampler")
       .def("__init__",
            [](Sampler *self, Index vocabulary, std::uint64_t seed, double temperature, Index top_k,
@@ -195,7 +200,9 @@ NB_MODULE(_engine, m) {
   nb::class_<Engine>(m, "Engine")
       .def("__init__",
            [](Engine *self, const nb::bytes &folder, Index threads, const std::string &isa) {
-             new (self) Engine(text_of(folder), threads, isa);
+             const std::string text = text_of(folder);
+             const Unlocked unlocked;
+             new (self) Engine(text, threads, isa);
            })
       .def_static("of_tensors", &engine_of_tensors)
       .def_prop_ro("isa", &Engine::isa)
@@ -206,7 +213,9 @@ NB_MODULE(_engine, m) {
       .def("next", &next)
       .def("load_state",
            [](const Engine &engine, const nb::bytes &path) {
-             return load_state(engine.sizes(), text_of(path));
+             const std::string text = text_of(path);
+             const Unlocked unlocked;
+             return load_state(engine.sizes(), text);
            })
       .def("read_at", &read_at);
 }

@@ -44,10 +44,11 @@ struct Reading {
 class State {
  public:
   static constexpr Index kMostSequences = Index{1} << 20;
+  static constexpr std::int64_t kMostSeen = std::int64_t{1} << 62;  // tokens of a sequence
 
   // Throws InputError unless there are 1 to 2^20 sequences.
   State(const Sizes &s, Index batch)
-      : sizes_(s), layers_(static_cast<std::size_t>(s.layers)), seen_(checked(batch)) {
+      : sizes_(s), seen_(check_batch(batch)), layers_(static_cast<std::size_t>(s.layers)) {
     for (Layer &layer : layers_) {
       layer.taps.resize(batch * (s.taps - 1) * s.mixed());
       layer.g.resize(batch * s.heads * 2);
@@ -77,52 +78,74 @@ class State {
 
   // A reading that replaces this state.
   Reading reading(Index sites, const std::int64_t *tokens, bool of_all_sites, float *logits) {
-    Reading r{batch(), sites, tokens, {}, of_all_sites, logits};
+    Reading r{};
+    r.batch = batch(), r.sites = sites, r.tokens = tokens;
+    r.of_all_sites = of_all_sites, r.logits = logits;
     for (Layer &layer : layers_)
       r.layers.push_back({layer.taps.data(), layer.g.data(), layer.psi.data(), layer.taps.data(),
                           layer.g.data(), layer.psi.data()});
     return r;
   }
 
- private:
-  static std::size_t checked(Index batch) {
+  // The number of sequences. Throws InputError unless it is 1 to 2^20.
+  static std::size_t check_batch(Index batch) {
     if (batch < 1 || batch > kMostSequences)
       throw InputError("a batch must have 1 to 2^20 sequences, not " + std::to_string(batch));
     return static_cast<std::size_t>(batch);
   }
 
+ private:
   Sizes sizes_;
-  std::vector<Layer> layers_;
   std::vector<std::int64_t> seen_;  // tokens that each sequence has read
+  std::vector<Layer> layers_;
 };
 
 // Reads with a model. Its scratch memory serves one call at a time.
 class Reader {
  public:
-  Reader(const Model &model, const Isa &isa, Index threads)
-      : model_(model), s_(model.sizes()), isa_(isa), f_(isa.functions), workers_(threads) {}
+  Reader(const Model &model, const Isa &isa, Workers &workers)
+      : model_(model), s_(model.sizes()), isa_(isa), f_(isa.functions), workers_(workers) {}
 
-  Index threads() const { return workers_.threads(); }
-
-  // Throws InputError if a token is none of the vocabulary.
-  void read(Reading reading) {
+  // Throws InputError, and reads nothing, if a token is none of the vocabulary.
+  void read(const Reading &reading) {
     for (Index i = 0; i < reading.batch * reading.sites; ++i)
       if (reading.tokens[i] < 0 || reading.tokens[i] >= s_.vocabulary)
         throw InputError("token " + std::to_string(reading.tokens[i]) + " is not in [0, " +
                          std::to_string(s_.vocabulary) + ")");
-    // Blocks of sites: their rows share the weights while these are in the caches.
-    const Index block = std::max<Index>(1, kRows / std::max<Index>(reading.batch, 1));
+    for (Index first = 0; first < reading.batch; first += kRows)
+      read_sequences(part(reading, first, std::min(kRows, reading.batch - first)));
+  }
+
+ private:
+  // Rows that are read at once: they share the weights while these are in the caches, and limit the
+  // memory that a reading takes, and the pieces of work that there are.
+  static constexpr Index kRows = 256;
+  static constexpr Index kOutputs = 64;  // of a float product, that a thread takes at a time
+  // Products of numbers from which on a second thread saves time; codes take less of it.
+  static constexpr Index kSharedCodes = Index{1} << 17, kSharedFloats = Index{1} << 14;
+
+  // The reading of some of its sequences.
+  Reading part(const Reading &all, Index first, Index count) const {
+    Reading r = all;
+    r.batch = count, r.tokens += first * all.sites;
+    if (r.logits) r.logits += first * (all.of_all_sites ? all.sites : 1) * s_.vocabulary;
+    const Index taps = first * (s_.taps - 1) * s_.mixed(), g = first * s_.heads * 2;
+    const Index psi = first * s_.heads * s_.state();
+    for (Memory &m : r.layers) {
+      m.taps += taps, m.g += g, m.psi += psi;
+      m.next_taps += taps, m.next_g += g, m.next_psi += psi;
+    }
+    return r;
+  }
+
+  // Sequences of at most kRows, in blocks of sites.
+  void read_sequences(Reading reading) {
+    const Index block = kRows / reading.batch;
     for (Index first = 0; first < reading.sites; first += block) {
       read_block(reading, first, std::min(block, reading.sites - first));
       for (Memory &m : reading.layers) m.taps = m.next_taps, m.g = m.next_g, m.psi = m.next_psi;
     }
   }
-
- private:
-  static constexpr Index kRows = 256;
-  static constexpr Index kOutputs = 64;  // of a float product, that a thread takes at a time
-  // Products of numbers from which on a second thread saves time; codes take less of it.
-  static constexpr Index kSharedCodes = Index{1} << 17, kSharedFloats = Index{1} << 14;
 
   void read_block(const Reading &reading, Index first, Index sites) {
     const Index rows = reading.batch * sites, width = s_.width;
@@ -170,7 +193,7 @@ class Reader {
       for (Index k = 0; k < p.inputs; ++k) {
         const int nibble = codes[k / 2] >> (k % 2 * 4) & 0xF;
         const int code =
-            p.bits == 8 ? static_cast<std::int8_t>(codes[k]) : kLevel[((nibble ^ 8) - 8) + 8];
+            p.bits == 8 ? static_cast<std::int8_t>(codes[k]) : kLevelOfNibble.of[nibble];
         const float scale = from_bfloat16(p.scales[token * p.groups + k / p.group_size]);
         out[k] = static_cast<float>(code) * scale * s_.embedding_multiplier;
       }
@@ -242,36 +265,32 @@ class Reader {
       std::copy_n(x, s_.heads, gate + row * s_.heads);
       std::copy_n(x + s_.heads, s_.heads, barrier + row * s_.heads);
     }
-    Recall recall{batch,
-                  sites,
-                  s_.heads,
-                  s_.groups,
-                  s_.keys,
-                  s_.values,
-                  gate,
-                  barrier,
-                  query,
-                  key,
-                  value,
-                  layer.rate.data(),
-                  layer.height.data(),
-                  layer.eta.data(),
-                  layer.features.data(),
-                  memory.g,
-                  memory.psi,
-                  {},
-                  features_.data(),
-                  memory.next_g,
-                  memory.next_psi};
-    for (const Rounding &r : layer.rounding)
-      recall.rounding.push_back({rows, r.channels, s_.core_bits, r.group_size, nullptr,
-                                 r.scale.data(), r.zero.data(),
-                                 r.levels.empty() ? nullptr : r.levels.data(), nullptr});
+    Recall recall{};
+    recall.batch = batch, recall.sites = sites, recall.heads = s_.heads, recall.groups = s_.groups;
+    recall.keys = s_.keys, recall.values = s_.values;
+    recall.gate = gate, recall.barrier = barrier;
+    recall.query = query, recall.key = key, recall.value = value;
+    recall.rate = layer.rate.data(), recall.height = layer.height.data();
+    recall.eta = layer.eta.data(), recall.weight = layer.features.data();
+    recall.g = memory.g, recall.psi = memory.psi;
+    for (const Rounding &r : layer.rounding) recall.rounding.push_back(round_channels(r, rows));
+    recall.features = features_.data();
+    recall.next_g = memory.next_g, recall.next_psi = memory.next_psi;
     RecallRun(isa_, workers_, recall).run();
     for (Index row = 0; row < rows; ++row) {
       float *out = features_.data() + row * width;
       f_.gated(out, projected_.data() + row * s_.projected() + mixed, width, out);
     }
+  }
+
+  // x and out are left open.
+  RoundChannels round_channels(const Rounding &rounding, Index rows) const {
+    RoundChannels r{};
+    r.rows = rows, r.channels = rounding.channels, r.bits = s_.core_bits;
+    r.group_size = rounding.group_size;
+    r.scale = rounding.scale.data(), r.zero = rounding.zero.data();
+    r.levels = rounding.levels.empty() ? nullptr : rounding.levels.data();
+    return r;
   }
 
   // The short convolutions, and the sites that those of the next reading will need.
@@ -364,7 +383,7 @@ class Reader {
   const Sizes &s_;
   const Isa &isa_;
   const Functions &f_;
-  Workers workers_;
+  Workers &workers_;
   std::vector<float> hidden_, normed_, projected_, mixed_, gathered_, features_, update_;
   std::vector<float> scores_, shares_, served_, chosen_rows_, up_, down_;
   std::vector<Index> chosen_, places_of_;

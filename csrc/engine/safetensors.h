@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "file.h"
@@ -16,6 +18,27 @@ namespace bkcore::engine {
 
 enum class Dtype { f32, f16, bf16, f64, i64, i8, u8 };
 
+// A dtype, the name that the format has for it, and the bytes of a number.
+struct Kind {
+  Dtype dtype;
+  const char *name;
+  std::uint64_t bytes;
+};
+
+// In the order of Dtype.
+constexpr Kind kKinds[] = {{Dtype::f32, "F32", 4}, {Dtype::f16, "F16", 2}, {Dtype::bf16, "BF16", 2},
+                           {Dtype::f64, "F64", 8}, {Dtype::i64, "I64", 8}, {Dtype::i8, "I8", 1},
+                           {Dtype::u8, "U8", 1}};
+
+constexpr const Kind &kind_of(Dtype dtype) { return kKinds[static_cast<int>(dtype)]; }
+
+// Null if there is none of that name.
+inline const Kind *kind_named(std::string_view name) {
+  for (const Kind &kind : kKinds)
+    if (name == kind.name) return &kind;
+  return nullptr;
+}
+
 struct Tensor {
   Dtype dtype;
   std::vector<std::int64_t> shape;
@@ -23,26 +46,9 @@ struct Tensor {
 
   // The shape is known to fit.
   std::size_t bytes() const {
-    std::size_t all = size_of(dtype);
+    std::size_t all = kind_of(dtype).bytes;
     for (const std::int64_t size : shape) all *= static_cast<std::size_t>(size);
     return all;
-  }
-
-  static std::size_t size_of(Dtype dtype) {
-    switch (dtype) {
-      case Dtype::f64:
-      case Dtype::i64:
-        return 8;
-      case Dtype::f32:
-        return 4;
-      case Dtype::f16:
-      case Dtype::bf16:
-        return 2;
-      case Dtype::i8:
-      case Dtype::u8:
-        return 1;
-    }
-    return 0;
   }
 };
 
@@ -56,7 +62,7 @@ inline std::string shown(const std::vector<std::int64_t> &shape) {
 
 class Safetensors {
  public:
-  explicit Safetensors(const std::string &path) : path_(path), file_(path) {
+  explicit Safetensors(const std::string &path) : path_(shown_path(path)), file_(path) {
     constexpr std::uint64_t kLargestHeader = 100'000'000;
     std::uint64_t length = 0;
     if (file_.size() < sizeof length) fail("it is too short");
@@ -64,7 +70,7 @@ class Safetensors {
     if (length > kLargestHeader || length > file_.size() - sizeof length)
       fail("its header has " + std::to_string(length) + " bytes, more than there are or may be");
     const Json header =
-        Json::parse(file_.text().substr(sizeof length, static_cast<std::size_t>(length)), path);
+        Json::parse(file_.text().substr(sizeof length, static_cast<std::size_t>(length)), path_);
     if (!header.is_object()) fail("its header is not an object");
     start_ = file_.data() + sizeof length + length;
     bytes_ = file_.size() - sizeof length - static_cast<std::size_t>(length);
@@ -75,16 +81,7 @@ class Safetensors {
   }
 
   const Tensors &tensors() const { return tensors_; }
-  const std::string &path() const { return path_; }
-
-  // Dtypes by the names that the format has for them, and their bytes.
-  static const std::map<std::string, std::pair<Dtype, std::uint64_t>> &kinds() {
-    static const std::map<std::string, std::pair<Dtype, std::uint64_t>> all = {
-        {"F64", {Dtype::f64, 8}},   {"F32", {Dtype::f32, 4}}, {"F16", {Dtype::f16, 2}},
-        {"BF16", {Dtype::bf16, 2}}, {"I64", {Dtype::i64, 8}}, {"I8", {Dtype::i8, 1}},
-        {"U8", {Dtype::u8, 1}}};
-    return all;
-  }
+  const std::string &path() const { return path_; }  // for messages
 
  private:
   static constexpr std::size_t kMostAxes = 8;
@@ -104,10 +101,10 @@ class Safetensors {
     if (!dtype || !shape || !offsets || entry.members().size() != 3 || !dtype->is_text() ||
         !shape->is_array() || !offsets->is_array() || offsets->items().size() != 2)
       fail(title + " has no dtype, shape and data_offsets, or more");
-    const auto known = kinds().find(dtype->text());
-    if (known == kinds().end()) fail(title + " has dtype " + shown(dtype->text()));
-    Tensor tensor{known->second.first, {}, nullptr};
-    std::uint64_t bytes = known->second.second;
+    const Kind *const kind = kind_named(dtype->text());
+    if (!kind) fail(title + " has dtype " + shown(dtype->text()));
+    Tensor tensor{kind->dtype, {}, nullptr};
+    std::uint64_t bytes = kind->bytes;
     if (shape->items().size() > kMostAxes) fail(title + " has too many axes");
     for (const Json &size : shape->items()) {
       if (!size.is_integer() || size.integer() < 0) fail(title + " has a wrong shape");

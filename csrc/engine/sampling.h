@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "error.h"
+#include "float_mode.h"
 
 namespace bkcore::engine {
 
@@ -127,6 +128,7 @@ class Sampler {
   // Throws Error if a logit is NaN or infinity, or all are -infinity, which means a probability of
   // 0.
   std::int64_t sample(const float *logits) {
+    const DefaultFloats floats;
     if (sampling_.repetition_penalty != 1) logits = penalized(logits);
     check_possible(logits);
     const std::int64_t token = sampling_.temperature == 0 ? likeliest(logits) : draw(logits);

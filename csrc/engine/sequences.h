@@ -25,15 +25,15 @@ inline void copy_sequence(const State &from, Index sequence, State &to, Index pl
 }
 
 // A state of some sequences, in any order and possibly repeated. Throws InputError if there is no
-// such sequence, or none is selected.
+// such sequence, none is selected, or more than a state may have.
 inline State select(const State &state, const Index *sequences, Index count) {
-  State out(state.sizes(), count);
-  for (Index i = 0; i < count; ++i) {
+  State::check_batch(count);
+  for (Index i = 0; i < count; ++i)
     if (sequences[i] < 0 || sequences[i] >= state.batch())
       throw InputError("sequence " + std::to_string(sequences[i]) + " is not in [0, " +
                        std::to_string(state.batch()) + ")");
-    copy_sequence(state, sequences[i], out, i);
-  }
+  State out(state.sizes(), count);
+  for (Index i = 0; i < count; ++i) copy_sequence(state, sequences[i], out, i);
   return out;
 }
 

@@ -44,12 +44,12 @@ inline void save_state(const State &state, const std::string &path) {
   write_safetensors(path, tensors);
 }
 
-// Throws CheckpointError unless the file has a state in float32 of a model of these sizes. All of
-// it is compared with them before there is memory for a state.
+// Throws CheckpointError unless the file has a state in float32 of a model of these sizes. There is
+// no memory for a state before all has been checked but the floats, which may be any.
 inline State load_state(const Sizes &s, const std::string &path) {
   const Safetensors file(path);
   const auto fail = [&](const std::string &what) {
-    throw CheckpointError(path + " is no state of this model: " + what);
+    throw CheckpointError(file.path() + " is no state of this model: " + what);
   };
   const Tensors &tensors = file.tensors();
   const auto seen = tensors.find("seen");
@@ -58,6 +58,12 @@ inline State load_state(const Sizes &s, const std::string &path) {
   const Index batch = seen->second.shape[0];
   if (batch < 1 || batch > State::kMostSequences)
     fail("it has " + std::to_string(batch) + " sequences, which must be 1 to 2^20");
+  std::vector<std::int64_t> counts(static_cast<std::size_t>(batch));
+  std::memcpy(counts.data(), seen->second.data, counts.size() * sizeof counts.front());
+  for (const std::int64_t count : counts)
+    if (count < 0 || count > State::kMostSeen)
+      fail("a sequence has seen " + std::to_string(count) +
+           " tokens, which is negative or above 2^62");
   const std::vector<StateField> fields = state_fields(s, batch);
   if (tensors.size() != fields.size() + 1)
     fail("it has " + std::to_string(tensors.size()) + " tensors, and not " +
@@ -69,9 +75,7 @@ inline State load_state(const Sizes &s, const std::string &path) {
       fail(field.name + " is not float32 " + shown(field.shape));
   }
   State state(s, batch);
-  std::memcpy(state.seen().data(), seen->second.data, static_cast<std::size_t>(batch) * 8);
-  for (const std::int64_t count : state.seen())
-    if (count < 0) fail("a sequence has seen a negative number of tokens");
+  state.seen() = counts;
   for (const StateField &field : fields) {
     std::vector<float> &numbers = state.layers()[field.layer].*field.numbers;
     if (!numbers.empty())

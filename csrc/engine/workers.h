@@ -22,6 +22,7 @@
 
 #include "../threads.h"
 #include "error.h"
+#include "float_mode.h"
 
 namespace bkcore::engine {
 
@@ -51,6 +52,9 @@ class Workers {
 
   Index threads() const { return threads_; }
 
+  // How often the threads have shared work.
+  std::uint32_t jobs() const { return team_ ? team_->job : 0; }
+
   // Calls work(i) for i in [0, count), in any order, and returns when all are done. An exception
   // of a call is thrown again here. Work that is not worth sharing, which takes a microsecond, is
   // done by the caller.
@@ -60,6 +64,7 @@ class Workers {
       for (Index i = 0; i < count; ++i) work(i);
       return;
     }
+    // A reading has fewer: its rows and the channels of a model are limited.
     if (count > kMost) throw InputError("there are more than 2^32 - 1 pieces of work");
     if (!team_ || team_->forks != forks()) start();
     const auto ascending = [&](Index left) { work(count - left); };
@@ -84,11 +89,12 @@ class Workers {
 
   struct Team {
     explicit Team(Index helpers) : forks(Workers::forks()) {
+      threads.reserve(static_cast<std::size_t>(helpers));
       try {
         for (Index i = 0; i < helpers; ++i) threads.emplace_back([this] { serve(); });
-      } catch (const std::system_error &error) {
+      } catch (...) {  // a thread that runs must not be destroyed
         stop();
-        throw Error("threads cannot be started: " + std::string(error.what()));
+        throw;
       }
     }
 
@@ -105,8 +111,8 @@ class Workers {
         wake.notify_all();
       }
       work(job);
-      for (int looks = 0; finished.load() < count; ++looks)
-        looks < kLooks ? pause_briefly() : static_cast<void>(::sched_yield());
+      for (int looks = 0; looks < kLooks && finished.load() < count; ++looks) pause_briefly();
+      while (finished.load() < count) ::sched_yield();
       if (failure) std::rethrow_exception(failure);
     }
 
@@ -138,6 +144,7 @@ class Workers {
     }
 
     void serve() {
+      const DefaultFloats floats;  // not those of whoever started the thread
       std::uint32_t seen = 0;
       for (;;) {
         std::uint32_t number = current();
@@ -167,16 +174,20 @@ class Workers {
     std::atomic<std::uint64_t> todo{0};  // the job in the high half, pieces left in the low one
     std::atomic<Index> finished{0};
     std::atomic<int> sleeping{0};
-    bool stopped = false;  // under the lock, as is `failure`
+    bool stopped = false;  // under the lock
     std::mutex mutex;
     std::condition_variable wake;
-    std::exception_ptr failure;
+    std::exception_ptr failure;  // under the lock while pieces are done, else the caller's
     std::vector<std::thread> threads;
   };
 
   void start() {
     abandon();
-    team_ = std::make_unique<Team>(threads_ - 1);
+    try {
+      team_ = std::make_unique<Team>(threads_ - 1);
+    } catch (const std::system_error &error) {
+      throw Error("threads cannot be started: " + std::string(error.what()));
+    }
   }
 
   // Forgets a team that a fork left without threads: what they had locked stays locked.

@@ -61,19 +61,12 @@ class NewFile {
 
  private:
   [[noreturn]] void fail() const {
-    throw CheckpointError(path_ + " cannot be written: " + std::strerror(errno));
+    throw CheckpointError(shown_path(path_) + " cannot be written: " + std::strerror(errno));
   }
 
   std::string path_, temporary_;
   int file_ = -1;
 };
-
-// The name of a dtype in the format, and its bytes.
-inline std::pair<std::string, std::uint64_t> kind_of(Dtype dtype) {
-  for (const auto &[name, kind] : Safetensors::kinds())
-    if (kind.first == dtype) return {name, kind.second};
-  return {};
-}
 
 // Writes tensors, contiguous in memory. Names may have letters, digits, points and underscores.
 inline void write_safetensors(const std::string &path,
@@ -82,14 +75,14 @@ inline void write_safetensors(const std::string &path,
   std::vector<std::uint64_t> sizes;
   std::uint64_t end = 0;
   for (const auto &[name, tensor] : tensors) {
-    const auto [kind, bytes] = kind_of(tensor.dtype);
+    const Kind &kind = kind_of(tensor.dtype);
     std::string shape;
-    std::uint64_t size = bytes;
+    std::uint64_t size = kind.bytes;
     for (const std::int64_t n : tensor.shape) {
       shape += (shape.empty() ? "" : ",") + std::to_string(n);
       size *= static_cast<std::uint64_t>(n);
     }
-    header += (header.empty() ? "{\"" : ",\"") + name + "\":{\"dtype\":\"" + kind +
+    header += (header.empty() ? "{\"" : ",\"") + name + "\":{\"dtype\":\"" + kind.name +
               "\",\"shape\":[" + shape + "],\"data_offsets\":[" + std::to_string(end) + "," +
               std::to_string(end + size) + "]}";
     sizes.push_back(size);

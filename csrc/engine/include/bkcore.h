@@ -168,8 +168,9 @@ BKCORE_API bkcore_status bkcore_state_load(const bkcore_engine *engine, const ch
  *     floats there is memory for, which must be batch * vocabulary. NULL and 0: they are not
  * wanted.
  *
- * BKCORE_INPUT_ERROR: a token is none of the vocabulary, a size is wrong, or the state belongs to a
- *     model of other sizes. The state stays as it was.
+ * BKCORE_INPUT_ERROR: a token is none of the vocabulary, a size is wrong, there are more than 2^40
+ *     tokens, the state belongs to a model of other sizes, or a sequence would have read more than
+ *     2^62. The state stays as it was.
  * BKCORE_MEMORY_ERROR, BKCORE_ERROR: the state may have read a part of the tokens, and should be
  *     freed. */
 BKCORE_API bkcore_status bkcore_read(bkcore_engine *engine, bkcore_state *state,
@@ -256,11 +257,14 @@ typedef int (*bkcore_on_token)(void *context, int64_t sequence, int64_t token);
  *
  * tokens: the prompt (batch, sites), at least one token for each sequence of the state.
  *
- * Afterwards the state has read the prompt and all generated tokens but each sequence's last. To go
- * on, read that one and what comes next. The same holds if choosing a token fails.
+ * Afterwards each sequence has read its prompt and its tokens but the last. To go on, read that one
+ * and what comes next.
  *
  * BKCORE_INPUT_ERROR: as bkcore_read(), or a setting is out of range.
- * BKCORE_ERROR: as bkcore_sampler_sample(). */
+ * BKCORE_ERROR: as bkcore_read() or, after the prompt, as bkcore_sampler_sample(). In the second
+ *     case no sequence got a token of that round, and those that had not ended have read all that
+ *     they got; bkcore_state_seen() counts them.
+ * BKCORE_MEMORY_ERROR: as bkcore_read(). */
 BKCORE_API bkcore_status bkcore_generate(bkcore_engine *engine, bkcore_state *state,
                                          const int64_t *tokens, int64_t batch, int64_t sites,
                                          const bkcore_generation *generation,

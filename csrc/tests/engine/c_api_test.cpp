@@ -129,6 +129,19 @@ TEST_CASE("sizes are compared with what is needed") {
   };
   REFUSED(read_all(2, 46), "count must be 92, not 46");
   REFUSED(read_all(INT64_MAX, 46), "too many logits");
+  // Twice these sites are no number of 64 bits, or too many.
+  bkcore_generation generation{};
+  generation.most_tokens = 1, generation.sampling = bkcore_default_sampling();
+  int count = 0;
+  for (const std::int64_t sites : {INT64_MAX, INT64_MAX / 2 + 1, (INT64_C(1) << 39) + 1}) {
+    REFUSED(bkcore_read(model.engine, model.state, tokens, 2, sites, nullptr, 0), "2^40 tokens");
+    REFUSED(bkcore_read_all(model.engine, model.state, tokens, 2, sites, nullptr, 0),
+            "2^40 tokens");
+    REFUSED(
+        bkcore_generate(model.engine, model.state, tokens, 2, sites, &generation, go_on, &count),
+        "2^40 tokens");
+  }
+  CHECK(count == 0);
   std::int64_t seen[] = {-1, -1, -1};
   REFUSED(bkcore_state_seen(model.state, seen, 3), "batch must be 2, not 3");
   CHECK(bkcore_state_seen(model.state, seen, 2) == BKCORE_OK);
@@ -173,6 +186,12 @@ TEST_CASE("each kind of error has its number") {
   REFUSED(bkcore_sampler_sample(sampler, logits, 1, &token), "vocabulary must be 2, not 1");
   CHECK(token == -1);
   bkcore_sampler_free(sampler);
+  CHECK(bkcore_open("no\nfolder\x1b[2J\xC3\xA9", 1, nullptr, &engine) == BKCORE_CHECKPOINT_ERROR);
+  CHECK(said("no?folder?[2J\xC3\xA9/model.safetensors cannot be read"));
+  CHECK(bkcore_state_load(model.engine, "no\nstate", &state) == BKCORE_CHECKPOINT_ERROR);
+  CHECK(said("no?state"));
+  CHECK(bkcore_state_save(model.state, "no\n/state") == BKCORE_CHECKPOINT_ERROR);
+  CHECK(said("no?/state"));
   const std::string longer(5000, 'x');
   CHECK(bkcore_open(longer.c_str(), 1, nullptr, &engine) == BKCORE_CHECKPOINT_ERROR);
   CHECK(std::strlen(bkcore_error_message()) == 1023);

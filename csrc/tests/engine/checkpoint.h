@@ -59,6 +59,13 @@ inline Sizes small_sizes() {
   return s;
 }
 
+// Sizes with which threads share every product and the recall of 256 rows.
+inline Sizes shared_sizes() {
+  Sizes s = small_sizes();
+  s.vocabulary = 150, s.width = 72, s.hidden = 144, s.keys = 8, s.values = 18;
+  return s;
+}
+
 class Checkpoint {
  public:
   struct Part {
@@ -69,7 +76,7 @@ class Checkpoint {
   };
 
   Checkpoint(const Sizes &sizes, Format format, unsigned seed)
-      : s_(sizes), format_(format), engine_(seed) {
+      : s_(sizes), format_(format), per_channel_(seed % 2), engine_(seed) {
     config = configuration();
     matrix("embedding.weight", s_.vocabulary, s_.width, format == Format::mixed ? 16 : bits());
     floats("final_norm.weight", {s_.width}, 0.5, 1.5);
@@ -85,7 +92,7 @@ class Checkpoint {
           Tensor{part.dtype, part.shape, reinterpret_cast<const std::byte *>(part.data.data())});
     // Larger numbers first, so that all are aligned, as the library of the format does it.
     std::stable_sort(tensors.begin(), tensors.end(), [](const auto &a, const auto &b) {
-      return kind_of(a.second.dtype).second > kind_of(b.second.dtype).second;
+      return kind_of(a.second.dtype).bytes > kind_of(b.second.dtype).bytes;
     });
     write_safetensors(folder + "/model.safetensors", tensors);
   }
@@ -115,7 +122,8 @@ class Checkpoint {
         << (format_ == Format::mixed ? "mixed_precision"
             : bits() == 4            ? "ptq_int4"
                                      : "ptq_int8")
-        << "\", \"state\": \"quantized\", \"group_size\": " << s_.group_size << "}}";
+        << "\", \"state\": \"quantized\", \"group_size\": " << s_.group_size
+        << ", \"per_channel\": " << (per_channel_ ? "true" : "false") << "}}";
     return out.str();
   }
 
@@ -150,7 +158,7 @@ class Checkpoint {
                                                   {"found.imag", s_.value_width()}};
     for (const auto &[part, channels] : all) {
       const std::string name = at + part;
-      const Index groups = uniform(0, 1) < 0.5 ? 1 : channels;
+      const Index groups = per_channel_ ? channels : 1;
       halves(name + ".stored_scales", Dtype::bf16, {groups}, bits() == 4 ? 0.2 : 0.01,
              bits() == 4 ? 0.4 : 0.03);
       bytes(name + ".zero_points", Dtype::i8, {groups}, [&] { return uniform(-3, 3); });
@@ -224,6 +232,7 @@ class Checkpoint {
 
   Sizes s_;
   Format format_;
+  bool per_channel_;
   std::mt19937_64 engine_;
 };
 

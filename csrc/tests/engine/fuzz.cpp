@@ -265,10 +265,18 @@ class Fuzzer {
 
   // Numbers that are NaN, infinite, tiny or the largest of some dtype.
   void fill(std::string &data) {
-    static const std::string patterns[] = {
-        {"\xFF"},        {"\0", 1},           {"\x80"},           {"\x7F"},
-        {"\x80\x7F", 2}, {"\x80\xFF", 2},     {"\x7F\x7F", 2},    {"\0\x7C", 2},
-        {"\x01\0", 2},   {"\0\0\x80\x7F", 4}, {"\0\0\xC0\xFF", 4}};
+    static const std::string patterns[] = {{"\xFF"},
+                                           {"\0", 1},
+                                           {"\x80"},
+                                           {"\x7F"},
+                                           {"\x80\x7F", 2},
+                                           {"\x80\xFF", 2},
+                                           {"\x7F\x7F", 2},
+                                           {"\0\x7C", 2},
+                                           {"\x01\0", 2},
+                                           {"\0\0\x80\x7F", 4},
+                                           {"\0\0\xC0\xFF", 4},
+                                           "\xFF\xFF\xFF\xFF\xFF\xFF\xFF\x7F"};
     const std::string &pattern = one_of(patterns);
     const std::size_t first = chance(0.5) ? 0 : place(data) / 4 * 4;
     for (std::size_t i = first; i < data.size(); ++i)
@@ -277,7 +285,7 @@ class Fuzzer {
 
   // As many bytes as the shape asks for.
   static void fit(Checkpoint::Part &part) {
-    std::uint64_t size = kind_of(part.dtype).second;
+    std::uint64_t size = kind_of(part.dtype).bytes;
     for (const Index n : part.shape) size *= static_cast<std::uint64_t>(n);
     part.data.resize(size);
   }

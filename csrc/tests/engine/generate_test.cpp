@@ -128,6 +128,58 @@ TEST_CASE("an exception of the callback leaves a state that goes on") {
   }
 }
 
+TEST_CASE("a token that cannot be chosen ends a round before anyone gets one") {
+  Opened model;
+  const Tokens prompt = {1, 2, 3, 4, 5, 6};
+  for (const Index broken : {0, 1, 2}) {
+    CAPTURE(broken);
+    State state(model.engine->sizes(), 3);
+    std::map<Index, Tokens> found;
+    const auto on_token = [&](Index b, std::int64_t token) {
+      found[b].push_back(token);
+      return true;
+    };
+    // A round goes well, and then one sequence has NaN.
+    Generation one = settings(1);
+    generate(*model.engine, state, 2, prompt.data(), one, on_token);
+    state.layers()[0].psi[broken * static_cast<Index>(state.layers()[0].psi.size()) / 3] = NAN;
+    const Tokens last = {found[0][0], found[1][0], found[2][0]};
+    CHECK_THROWS_WITH_AS(generate(*model.engine, state, 1, last.data(), settings(5), on_token),
+                         doctest::Contains("is nan"), Error);
+    for (Index b = 0; b < 3; ++b) {
+      CHECK(found[b].size() == 1);
+      CHECK(state.seen()[b] == 3);  // the prompt, and the token
+    }
+  }
+}
+
+TEST_CASE("after an exception, sequences without a token of the round have read all of theirs") {
+  Opened model;
+  const Tokens prompt = {1, 2, 3, 4};
+  for (const Index last_row : {0, 1}) {
+    State state(model.engine->sizes(), 2);
+    std::map<Index, Tokens> found;
+    CHECK_THROWS_AS(generate(*model.engine, state, 2, prompt.data(), settings(20),
+                             [&](Index b, std::int64_t token) {
+                               found[b].push_back(token);
+                               if (found[b].size() == 3 && b == last_row)
+                                 throw std::runtime_error("enough");
+                               return true;
+                             }),
+                    std::runtime_error);
+    CHECK(found[0].size() == 3);
+    CHECK(found[1].size() == (last_row ? 3 : 2));
+    CHECK(state.seen() == Tokens{4, 4});
+    for (Index b = 0; b < 2; ++b) {
+      Generation alone = settings(3, 5 + static_cast<std::uint64_t>(b));
+      State one(model.engine->sizes(), 1);
+      const Tokens wanted = by_hand(*model.engine, {prompt[2 * b], prompt[2 * b + 1]}, alone, one);
+      CHECK(std::equal(found[b].begin(), found[b].end(), wanted.begin()));
+      same_state(state, b, one);
+    }
+  }
+}
+
 TEST_CASE("the callback may use the engine") {
   Opened model;
   const Tokens prompt = {1, 2};

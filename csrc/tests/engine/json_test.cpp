@@ -4,7 +4,7 @@
 
 #include <doctest/doctest.h>
 
-#include <clocale>
+#include <locale>
 
 namespace bkcore::engine {
 namespace {
@@ -54,13 +54,13 @@ TEST_CASE("numbers follow the grammar") {
 }
 
 TEST_CASE("a decimal point is a point whatever the locale") {
-  const char *const old = std::setlocale(LC_NUMERIC, nullptr);
-  const std::string before = old;
-  for (const char *name : {"de_DE.UTF-8", "fr_FR.UTF-8", "C.UTF-8"}) {
-    std::setlocale(LC_NUMERIC, name);  // not all are installed
-    CHECK(parsed("1.5").number() == 1.5);
-  }
-  std::setlocale(LC_NUMERIC, before.c_str());
+  struct Comma : std::numpunct<char> {
+    char do_decimal_point() const override { return ','; }
+  };
+  const std::locale before = std::locale::global(std::locale(std::locale::classic(), new Comma));
+  const double number = parsed("1.5").number();
+  std::locale::global(before);
+  CHECK(number == 1.5);
 }
 
 TEST_CASE("texts have escapes and are UTF-8") {

@@ -6,6 +6,7 @@
 
 #include <functional>
 
+#include "allocations.h"
 #include "checkpoint.h"
 #include "engine/engine.h"
 #include "engine/sequences.h"
@@ -56,6 +57,30 @@ TEST_CASE("a state is loaded as it was saved") {
   }
 }
 
+TEST_CASE("there is no memory for a selection that cannot be") {
+  const State state(small_sizes(), 1);
+  std::vector<Index> rows(10000);
+  rows.back() = 1;
+  Allocations::largest = 0;
+  CHECK_THROWS_AS(select(state, rows.data(), 10000), InputError);
+  CHECK(Allocations::largest < 10000);
+}
+
+TEST_CASE("a sequence that has read too much reads no more") {
+  Opened model;
+  const std::int64_t tokens[] = {1, 2, 3};
+  State state = model.read({1, 2});
+  state.seen() = {State::kMostSeen - 2};
+  save_state(state, model.folder.file("state"));
+  State again = load_state(model.engine->sizes(), model.folder.file("state"));
+  CHECK_THROWS_WITH_AS(model.engine->read(again, 3, tokens, nullptr), doctest::Contains("2^62"),
+                       InputError);
+  CHECK(same(again, state));
+  model.engine->read(again, 2, tokens, nullptr);
+  CHECK(again.seen() == std::vector<std::int64_t>{State::kMostSeen});
+  CHECK_THROWS_AS(model.engine->read(again, 1, tokens, nullptr), InputError);
+}
+
 TEST_CASE("states of models of other sizes are not joined") {
   Sizes other = small_sizes();
   other.taps = 4;
@@ -90,6 +115,7 @@ TEST_CASE("a file that is no state of the model is refused") {
         ->second;
   };
   const std::int64_t negative = -1, many[2] = {1, 1};
+  const std::int64_t too_long[] = {State::kMostSeen + 1, INT64_MAX};
   damaged("no int64 seen", [&](auto &all) { all.pop_back(); });
   damaged("no int64 seen", [&](auto &all) { named(all, "seen").dtype = Dtype::f64; });
   damaged("no int64 seen", [&](auto &all) { named(all, "seen").shape = {}; });
@@ -100,6 +126,10 @@ TEST_CASE("a file that is no state of the model is refused") {
   damaged("negative", [&](auto &all) {
     named(all, "seen").data = reinterpret_cast<const std::byte *>(&negative);
   });
+  for (const std::int64_t &seen : too_long)
+    damaged("above 2^62", [&](auto &all) {
+      named(all, "seen").data = reinterpret_cast<const std::byte *>(&seen);
+    });
   damaged("it has 6 tensors, and not 7", [&](auto &all) { all.erase(all.begin()); });
   damaged("it lacks 1.psi", [&](auto &all) {
     for (auto &each : all)

@@ -6,11 +6,14 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <functional>
 #include <memory>
 #include <numeric>
 #include <stdexcept>
+
+#include "allocations.h"
 
 namespace bkcore::engine {
 namespace {
@@ -19,6 +22,18 @@ void each_is_done_once(Workers &workers, Index count) {
   std::vector<std::atomic<int>> done(static_cast<std::size_t>(count));
   workers.each(true, count, [&](Index i) { done[static_cast<std::size_t>(i)].fetch_add(1); });
   for (const auto &times : done) REQUIRE(times.load() == 1);
+}
+
+// Whether two threads work at the same time: each piece waits for the other one to begin.
+bool two_work_at_once(Workers &workers) {
+  std::atomic<int> begun{0}, met{0};
+  workers.each(true, 2, [&](Index) {
+    begun.fetch_add(1);
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+    while (begun.load() < 2 && std::chrono::steady_clock::now() < end) std::this_thread::yield();
+    if (begun.load() == 2) met.fetch_add(1);
+  });
+  return met.load() == 2;
 }
 
 TEST_CASE("each piece is done once") {
@@ -40,11 +55,37 @@ TEST_CASE("what a piece wrote is there afterwards") {
 }
 
 TEST_CASE("threads that sleep are woken") {
-  Workers workers(3);
+  Workers workers(2);
   for (int i = 0; i < 5; ++i) {
-    each_is_done_once(workers, 20);
-    std::this_thread::sleep_for(std::chrono::milliseconds(3));
+    CHECK(two_work_at_once(workers));
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
   }
+}
+
+TEST_CASE("jobs are counted, and those of the caller alone are none") {
+  Workers workers(2);
+  CHECK(workers.jobs() == 0);
+  workers.each(false, 5, [](Index) {}), workers.each(true, 1, [](Index) {});
+  CHECK(workers.jobs() == 0);
+  for (int i = 0; i < 3; ++i) workers.each(true, 2, [](Index) {});
+  CHECK(workers.jobs() == 3);
+}
+
+TEST_CASE("memory that runs out when threads are started is an exception, and the next try works") {
+  int refused = 0;
+  for (bool started = false; !started;) {
+    Workers workers(4);
+    Allocations::until_failure = refused;
+    try {
+      workers.each(true, 8, [](Index) {});
+      started = true;
+    } catch (const std::bad_alloc &) {
+      ++refused;
+    }
+    Allocations::until_failure = -1;
+    CHECK(two_work_at_once(workers));
+  }
+  CHECK(refused >= 4);  // the team, and each of its three threads
 }
 
 TEST_CASE("an exception of a piece is thrown again, and the next work is done") {
@@ -101,6 +142,7 @@ TEST_CASE("a child of a fork has threads of its own") {
   auto workers = std::make_unique<Workers>(3);
   each_is_done_once(*workers, 10);
   const auto work = [&] {
+    if (!two_work_at_once(*workers)) return false;
     std::atomic<Index> total{0};
     for (int i = 0; i < 100; ++i) workers->each(true, 10, [&](Index) { total.fetch_add(1); });
     workers.reset();
