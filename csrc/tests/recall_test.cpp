@@ -64,9 +64,12 @@ struct RecallProblem {
   }
   std::vector<RoundChannels> parts() const {
     std::vector<RoundChannels> all;
-    for (std::size_t n = 0; n < scale.size(); ++n)
-      all.push_back({shape.batch, channels()[n], bits, 2, nullptr, scale[n].data(), zero[n].data(),
-                     data_or_null(levels[n]), nullptr});
+    for (std::size_t n = 0; n < scale.size(); ++n) {
+      RoundChannels r{};
+      r.rows = shape.batch, r.channels = channels()[n], r.bits = bits, r.group_size = 2;
+      r.scale = scale[n].data(), r.zero = zero[n].data(), r.levels = data_or_null(levels[n]);
+      all.push_back(r);
+    }
     return all;
   }
   // Rounds a part, one number at a time.
@@ -91,27 +94,15 @@ struct RecallResults {
         next_g(p.g.size(), Place::kBeforePage),
         next_psi(p.psi.size(), Place::kBeforePage) {
     const auto [batch, heads, groups, keys, values] = p.shape;
-    const engine::Recall recall{batch,
-                                1,
-                                heads,
-                                groups,
-                                keys,
-                                values,
-                                p.gate.data(),
-                                p.barrier.data(),
-                                p.query.data(),
-                                p.key.data(),
-                                p.value.data(),
-                                p.rate.data(),
-                                p.height.data(),
-                                p.eta.data(),
-                                p.weight.data(),
-                                p.g.data(),
-                                p.psi.data(),
-                                rounding,
-                                features.data(),
-                                next_g.data(),
-                                next_psi.data()};
+    engine::Recall recall{};
+    recall.batch = batch, recall.sites = 1, recall.heads = heads, recall.groups = groups;
+    recall.keys = keys, recall.values = values;
+    recall.gate = p.gate.data(), recall.barrier = p.barrier.data();
+    recall.query = p.query.data(), recall.key = p.key.data(), recall.value = p.value.data();
+    recall.rate = p.rate.data(), recall.height = p.height.data(), recall.eta = p.eta.data();
+    recall.weight = p.weight.data(), recall.g = p.g.data(), recall.psi = p.psi.data();
+    recall.rounding = rounding, recall.features = features.data();
+    recall.next_g = next_g.data(), recall.next_psi = next_psi.data();
     engine::Workers workers(threads);
     engine::RecallRun(isa, workers, recall).run();
   }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +272,48 @@ def test_an_engine_has_threads_of_its_own_and_loads_nothing_heavy(save: Save) ->
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+# ---- Python's lock --------------------------------------------------------------------------
+
+
+def runs_meanwhile(call: Callable[[], object]) -> bool:
+    """Whether another thread gets to run while this one calls, and not between two calls."""
+    before = sys.getswitchinterval()
+    gate, ran = threading.Lock(), threading.Event()
+
+    def wait() -> None:
+        with gate:
+            ran.set()
+
+    gate.acquire()
+    sys.setswitchinterval(1000)  # so that no thread has to give way to another one
+    try:
+        other = threading.Thread(target=wait)
+        other.start()
+        gate.release()
+        for _ in range(300):
+            call()
+            if ran.is_set():
+                break
+        return ran.is_set()
+    finally:
+        sys.setswitchinterval(before)
+        other.join()
+
+
+@pytest.mark.parametrize("what", ["open", "save", "load"])
+def test_files_are_read_and_written_without_pythons_lock(
+    save: Save, tmp_path: Path, what: str
+) -> None:
+    folder, path = os.fsencode(save().folder), os.fsencode(tmp_path / "state")
+    native = _engine.Engine(folder, 1, "")
+    state = _engine.State(native, 500)
+    state.save(path)
+    calls: dict[str, Callable[[], object]] = {
+        "open": lambda: _engine.Engine(folder, 1, ""),
+        "save": lambda: state.save(path),
+        "load": lambda: native.load_state(path),
+    }
+    assert runs_meanwhile(calls[what])
+    assert not runs_meanwhile(native.is_current)

@@ -106,10 +106,23 @@ def test_parts_that_make_no_state(save: Save) -> None:
         ([first, second], np.zeros(0, int), ShapeError),
         ([first, second], 5, ShapeError),
         ([first, second], [0.5, 1.0], DTypeError),
+        ([first, second], [5, 2**62 + 1], InputError),
+        ([first, second], [2**63 - 1, 5], InputError),
     ]
     for layers, seen, error in cases:
         with pytest.raises(error):
             engine.resume(layers, seen)
+
+
+def test_a_sequence_that_has_read_too_much_reads_no_more(save: Save) -> None:
+    engine = Engine(save().folder)
+    state = engine.resume(engine.start(2).layers, [0, 2**62 - 1])
+    before = state.copy()
+    with pytest.raises(InputError, match=r"2\^62"):
+        engine.read(state, [[1, 2], [1, 2]])
+    assert same(state, before)
+    engine.read(state, [[1], [2]])
+    assert state.seen.tolist() == [1, 2**62]
 
 
 def test_the_state_of_another_model(save: Save) -> None:
@@ -174,6 +187,55 @@ def test_what_only_pytorch_runs(
 ) -> None:
     with pytest.raises(UnsupportedError, match=f"the engine does not read.*{match}"):
         Engine(save(mode, state, **options).folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mode": "ptq_int4 "},
+        {"mode": "banana"},
+        {"mode": None},
+        {"state": None},
+        {"state": "calibrating"},
+        {"nonuniform": False},
+        {"nonuniform": 1},
+        {"per_channel": False},
+        {"group_size": None},
+        {"group_sise": 8},
+    ],
+    ids=str,
+)
+def test_a_quantization_that_bkcore_refuses(save: Save, change: dict[str, Any]) -> None:
+    folder = save("ptq_int4", "quantized").folder
+    form = json.loads((folder / "config.json").read_text())["quantization"]
+    edit(folder, quantization=form | change)
+    with pytest.raises(CheckpointError):
+        ResNetBKForCausalLM.from_pretrained(folder)
+    with pytest.raises(CheckpointError) as own:
+        Engine(folder)
+    assert not isinstance(own.value, UnsupportedError)
+
+
+@pytest.mark.parametrize("name", ["n_layers", "d_model", "conv_width", "norm_eps", "mixer"])
+def test_null_that_bkcore_refuses(save: Save, name: str) -> None:
+    folder = save().folder
+    edit(folder, **{name: None})
+    for load in (Engine, ResNetBKForCausalLM.from_pretrained):
+        with pytest.raises(CheckpointError):
+            load(folder)
+
+
+def test_quantization_that_leaves_out_what_has_a_default(save: Save) -> None:
+    saved, ids = save("ptq_int8", "quantized"), draw(1, 9)
+    wanted, _ = cut(Engine(saved.folder), ids, [])
+    form = json.loads((saved.folder / "config.json").read_text())["quantization"]
+    edit(saved.folder, quantization={k: form[k] for k in form if k not in ("mode", "nonuniform")})
+    assert ResNetBKForCausalLM.from_pretrained(saved.folder).quantization_state == "quantized"
+    assert np.array_equal(cut(Engine(saved.folder), ids, [])[0], wanted)
+    folder = save().folder
+    edit(folder, quantization={"mode": "ptq_int4"})
+    assert ResNetBKForCausalLM.from_pretrained(folder).quantization_state == "float"
+    assert Engine(folder).read(Engine(folder).start(), ids).shape == (1, VOCABULARY)
 
 
 def test_weights_that_only_pytorch_reads(save: Save, tmp_path: Path) -> None:

@@ -194,16 +194,19 @@ class Engine:
 
         Args:
             layers: as in `State.layers`: float32.
-            seen: int64 (B,), number of tokens read, at least 0.
+            seen: int64 (B,), number of tokens read, 0 to 2^62.
 
         Raises:
             ShapeError: if they are not those of a state of this model.
             DTypeError: if a part is not float32, or `seen` not of integers.
+            InputError: if a number of tokens is above 2^62.
         """
         np = numpy_for("resume")
         counts = integers(seen, "seen")
         if counts.ndim != 1 or not counts.size or counts.min() < 0:
             raise ShapeError(f"seen must be (B,), all at least 0, not {shown(seen)}")
+        if counts.max() > 1 << 62:
+            raise InputError(f"seen must be at most 2^62, not {counts.max()}")
         state = self.start(len(counts))
         places = state._native.fields()
         if len(layers) != len(places):
