@@ -182,6 +182,7 @@ bkcore_status bkcore_state_join(const bkcore_state *const *states, int64_t count
   return guarded([&] {
     given(states, "states"), given(joined, "joined");
     check_least("count", count, 0);
+    if (count > 0) State::check_batch(count);  // each has a sequence
     std::vector<const State *> all;
     for (Index i = 0; i < count; ++i) all.push_back(&given(states[i], "one of states")->state);
     *joined = new bkcore_state{join(all)};
@@ -271,6 +272,8 @@ bkcore_status bkcore_generate(bkcore_engine *engine, bkcore_state *state, const 
     if (!on_token) throw InputError("on_token is NULL");
     const bkcore_generation &g = *generation;
     check_least("stop_count", g.stop_count, 0);
+    if (g.stop_count > INT32_MAX)
+      throw InputError("stop_count must be below 2^31, not " + std::to_string(g.stop_count));
     if (g.stop_count > 0) given(g.stops, "stops");
     const Generation wanted{
         g.most_tokens, {g.stops, g.stops + g.stop_count}, settings(g.sampling), g.seed};

@@ -37,8 +37,6 @@ class TensorReader {
  public:
   TensorReader(const Tensors &tensors, const std::string &path) : tensors_(tensors), path_(path) {}
 
-  bool has(const std::string &name) const { return tensors_.count(name) != 0; }
-
   const Tensor &take(const std::string &name, const std::vector<Index> &shape) {
     const auto found = tensors_.find(name);
     if (found == tensors_.end()) fail("it lacks " + name + " " + shown(shape));
@@ -83,11 +81,12 @@ class TensorReader {
     r.group_size = channels / groups;
     const Tensor &scale = copied(take(name + ".stored_scales", {groups}));
     const Tensor &zero = copied(take(name + ".zero_points", {groups}));
-    if (scale.dtype != Dtype::bf16 || zero.dtype != Dtype::i8) fail(name + " has wrong dtypes");
+    const Tensor &record = take(name + ".record", {3});
+    if (scale.dtype != Dtype::bf16 || zero.dtype != Dtype::i8 || record.dtype != Dtype::i64)
+      fail(name + " has wrong dtypes");
     r.scale.resize(groups), r.zero.resize(groups);
     std::memcpy(r.scale.data(), scale.data, groups * 2);
     std::memcpy(r.zero.data(), zero.data, groups);
-    if (has(name + ".record")) take(name + ".record", {3});
     if (s.level_tables) r.levels = levels(name + ".table.stored_levels");
     return r;
   }

@@ -219,7 +219,8 @@ def test_a_quantization_that_bkcore_refuses(save: Save, change: dict[str, Any]) 
 @pytest.mark.parametrize("name", ["n_layers", "d_model", "conv_width", "norm_eps", "mixer"])
 def test_null_that_bkcore_refuses(save: Save, name: str) -> None:
     folder = save().folder
-    edit(folder, **{name: None})
+    change: Any = {name: None}
+    edit(folder, **change)
     for load in (Engine, ResNetBKForCausalLM.from_pretrained):
         with pytest.raises(CheckpointError):
             load(folder)

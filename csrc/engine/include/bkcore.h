@@ -133,7 +133,7 @@ BKCORE_API bkcore_status bkcore_state_select(const bkcore_state *state, const in
 /* Makes a state of all sequences of several ones, which may have different lengths, one state's
  * after the other's. So texts of different lengths are read one by one and go on together.
  *
- * states: (count), at least one, of models of the same sizes. */
+ * states: (count), at least one, of models of the same sizes, with at most 2^20 sequences. */
 BKCORE_API bkcore_status bkcore_state_join(const bkcore_state *const *states, int64_t count,
                                            bkcore_state **joined);
 
@@ -242,8 +242,8 @@ typedef struct bkcore_generation {
   uint64_t seed; /* sequence b gets the tokens that it would get alone with the seed `seed + b` */
 } bkcore_generation;
 
-/* Called for every token as soon as it is chosen, by the thread that called bkcore_generate(). All
- * sequences get their n-th token before one gets the next.
+/* Called for every token as soon as those of all sequences are chosen, by the thread that called
+ * bkcore_generate(). All sequences get their n-th token before one gets the next.
  *
  * context: as given. sequence: its number in the state. token: a stop token is passed, too.
  *

@@ -141,6 +141,9 @@ TEST_CASE("sizes are compared with what is needed") {
         bkcore_generate(model.engine, model.state, tokens, 2, sites, &generation, go_on, &count),
         "2^40 tokens");
   }
+  generation.stops = tokens, generation.stop_count = INT64_MAX;
+  REFUSED(bkcore_generate(model.engine, model.state, tokens, 2, 1, &generation, go_on, &count),
+          "stop_count must be below 2^31");
   CHECK(count == 0);
   std::int64_t seen[] = {-1, -1, -1};
   REFUSED(bkcore_state_seen(model.state, seen, 3), "batch must be 2, not 3");
@@ -162,6 +165,7 @@ TEST_CASE("sizes are compared with what is needed") {
   }
   REFUSED(bkcore_state_select(model.state, tokens, -1, &model.state), "sequences, not -1");
   REFUSED(bkcore_state_join(&model.state, -1, &model.state), "count must be at least 0");
+  REFUSED(bkcore_state_join(&model.state, INT64_MAX, &model.state), "1 to 2^20 sequences");
 }
 
 TEST_CASE("each kind of error has its number") {

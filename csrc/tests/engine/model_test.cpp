@@ -371,6 +371,11 @@ TEST_CASE("tensors that do not fit are refused by name") {
   });
   damaged(Format::int4, "layers.0.mixer.quantizers.gate.table.stored_levels", "does not ascend",
           [](auto &part) { part.data[7] = '\xC0'; });
+  const std::string record = "layers.0.mixer.quantizers.gate.record";
+  damaged(Format::int8, record, "gate has wrong dtypes",
+          [](auto &part) { part.dtype = Dtype::f64; });
+  damaged(Format::int8, record, "it lacks layers.0.mixer.quantizers.gate.record (3,)",
+          [](auto &part) { part.name = "other"; });
   Checkpoint more(small_sizes(), Format::f32, 1);
   more.parts.push_back({"more", Dtype::f32, {1}, "1234"});
   refused(more, "the model has no tensor more");
