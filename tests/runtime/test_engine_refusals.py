@@ -201,7 +201,7 @@ def test_what_only_pytorch_runs(
         {"nonuniform": 1},
         {"per_channel": False},
         {"group_size": None},
-        {"group_sise": 8},
+        {"groupsize": 8},
     ],
     ids=str,
 )
