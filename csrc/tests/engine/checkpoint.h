@@ -59,10 +59,12 @@ inline Sizes small_sizes() {
   return s;
 }
 
-// Sizes with which threads share every product and the recall of 256 rows.
+// Sizes with which threads share every product and the recall of 256 rows. Every token goes to
+// every expert, so that none has too few.
 inline Sizes shared_sizes() {
   Sizes s = small_sizes();
-  s.vocabulary = 150, s.width = 72, s.hidden = 144, s.keys = 8, s.values = 18;
+  s.experts_per_token = s.experts, s.vocabulary = 150, s.width = 72, s.hidden = 144, s.keys = 8,
+  s.values = 18;
   return s;
 }
 
