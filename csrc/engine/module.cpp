@@ -173,8 +173,10 @@ NB_MODULE(_engine, m) {
     return names;
   });
   nb::class_<Snapshot>(m, "Snapshot")
-      .def(nb::init<const nb::list &>())
-      .def("holds", &Snapshot::holds);
+      .def(nb::init<const nb::list &, nb::handle, nb::handle, const nb::set &>(),
+           nb::arg("objects"), nb::arg("tensor"), nb::arg("exchange").none(), nb::arg("inner"))
+      .def_prop_ro("sees_layouts", &Snapshot::sees_layouts)
+      .def("hold", &Snapshot::hold);
   nb::class_<State>(m, "State")
       .def("__init__", [](State *self, const Engine &engine,
                           Index batch) { new (self) State(engine.sizes(), batch); })

@@ -17,56 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bkcore import LanguageModel, QuantizationConfig, ResNetBKForCausalLM
+from bkcore import LanguageModel, ResNetBKForCausalLM
 from bkcore.errors import BackendError, InputError, ShapeError
 from bkcore.kernels import use_backend
 from bkcore.kernels.backends.cpu import native
 from bkcore.model import engine
 from bkcore.model.engine import use_engine
 from bkcore.model.moe import counting_load
-from bkcore.model.state import StreamState
-
-MODES = ("ptq_int8", "ptq_int4", "mixed_precision")
-
-
-def model(mode: str | None, *, seed: int = 0, **options: Any) -> Any:
-    """A model with strong gates and barriers, quantized as `mode` says."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        sizes: dict[str, Any] = {"d_model": 24, "n_layers": 2, "num_experts": 4, "expert_size": 40}
-        made = LanguageModel(50, **{**sizes, "num_heads": 4, "key_size": 7, **options}).eval()
-        for parameter in made.parameters():
-            nn.init.normal_(parameter, std=0.3)
-        for layer in made.layers:
-            layer.mixer.log_eta.data.sub_(4)
-        if mode is not None:
-            made.configure_quantization(QuantizationConfig(mode, observer="minmax"))
-            made.calibrate_quantization([torch.randint(50, (4, 40))])
-    return made
-
-
-def read(made: Any, ids: Tensor, choice: str) -> tuple[Tensor, StreamState]:
-    """Token by token, with the engine or without."""
-    logits, state = [], made.first_state(len(ids))
-    with torch.no_grad(), use_engine(choice):
-        for token in ids.split(1, 1):
-            output = made(token, cache_params=state)
-            logits.append(output.logits)
-            state = output.cache_params
-    return torch.cat(logits, 1), state
-
-
-def assert_same_bits(made: Any, ids: Tensor) -> None:
-    (found, end), (expected, last) = (read(made, ids, choice) for choice in ("always", "never"))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(end.seen, last.seen)
-    for one, other in zip(end.layers, last.layers, strict=True):
-        for x, y in zip(vars(one).values(), vars(other).values(), strict=True):
-            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
-
-
-def tokens(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randint(50, shape, generator=torch.Generator().manual_seed(seed))
+from tests.model.single_tokens import MODES, assert_same_bits, model, read, tokens
 
 
 @given(
@@ -307,17 +265,102 @@ def test_a_forced_backend_goes_through_the_modules():
 
 def test_gradients_go_through_the_modules():
     made, ids = model(None), tokens(2, 1)
-    with use_engine("always"):
-        made(ids).logits.sum().backward()
+    made(ids).logits.sum().backward()
     assert made.final_norm.weight.grad is not None
 
 
-def test_vmap_goes_through_the_modules():
-    made, ids = model(None), tokens(3, 2, 1)
-    with torch.no_grad():
-        expected = torch.stack([made(x).logits for x in ids])
-        assert engine.refusal(made, ids[0], made.first_state(2)) is None
-    assert expected.shape == (3, 2, 1, 50)
+ASKED: dict[str, tuple[Callable[[], Any], str]] = {
+    "gradients": (lambda: model(None)(tokens(2, 1)), "no gradients; use torch.no_grad"),
+    "labels": (
+        lambda: model("ptq_int8")(tokens(2, 1), labels=tokens(2, 1)),
+        "no loss; leave out the labels",
+    ),
+    "another mixer": (
+        lambda: LanguageModel(50, 24, 1, mixer="convolution").eval()(tokens(2, 1)),
+        'mixer "convolution" keeps no state',
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ASKED)
+def test_always_raises_for_whatever_else_is_asked_of_one_token(what):
+    ask, words = ASKED[what]
+    ask()
+    with use_engine("always"), pytest.raises(BackendError, match=words):
+        ask()
+
+
+def test_longer_texts_go_through_the_modules():
+    with torch.no_grad(), use_engine("always"):
+        assert model("ptq_int8")(tokens(2, 3)).logits.shape == (2, 3, 50)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(dtype):
+    made, ids = model("ptq_int8"), tokens(3, 4)
+    expected, _ = read(made, ids, "always")
+    torch.set_default_dtype(dtype)
+    try:
+        found, _ = read(made, ids, "always")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_the_default_device_changes_nothing():
+    made, ids = model("ptq_int8"), tokens(3, 4)
+    expected, _ = read(made, ids, "always")
+    torch.set_default_device("meta")
+    try:
+        found, _ = read(copy.deepcopy(made), ids, "always")
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)
+
+
+def test_autocast_goes_through_the_modules_of_a_float_model():
+    made, ids = model(None), tokens(2, 1)
+    read(made, ids, "always")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = made(ids).logits
+        with use_engine("never"):
+            assert torch.equal(found, made(ids).logits)
+        with use_engine("always"), pytest.raises(BackendError, match="autocast is on"):
+            made(ids)
+    assert not torch.equal(found.float(), read(made, ids, "never")[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_does_not_concern_a_quantized_model(mode):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits(model(mode), tokens(2, 3))
+
+
+def test_states_of_other_formats_are_named():
+    made, ids = model("ptq_int8"), tokens(1, 1)
+    state = made.first_state(1)
+    for words, x in {
+        "torch.float64, not float32": state.layers[0].psi.double(),
+        "a Strange, not a plain tensor": state.layers[0].psi.as_subclass(Strange),
+        "on meta, not on the CPU": state.layers[0].psi.to("meta"),
+        "a negated view": torch._neg_view(state.layers[0].psi),
+    }.items():
+        layer = dataclasses.replace(state.layers[0], psi=x)
+        odd = dataclasses.replace(state, layers=(layer, *state.layers[1:]))
+        with torch.no_grad(), use_engine("always"), pytest.raises(BackendError, match=words):
+            made(ids, cache_params=odd)
+
+
+class Strange(Tensor):
+    """A tensor of a class that the engine does not know."""
+
+
+def test_a_bad_choice_names_where_it_came_from(monkeypatch):
+    monkeypatch.setattr(engine, "_environment", "sometimes")
+    words = "BKCORE_ENGINE is set, but there is no choice 'sometimes' of the engine"
+    with torch.no_grad(), pytest.raises(BackendError, match=words):
+        model("ptq_int8")(tokens(1, 1))
 
 
 def test_bad_input_raises():

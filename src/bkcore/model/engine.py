@@ -17,36 +17,22 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from bkcore.errors import BackendError, BKCoreError, InputError, ShapeError
 from bkcore.kernels.backends.cpu.native import isa
 from bkcore.kernels.backends.selection import current_choice
-from bkcore.model.config import ResNetBKConfig
+from bkcore.model import meddling
 from bkcore.model.core_quantizers import CoreQuantizers
-from bkcore.model.functions import RMSNorm, Router, ShortConvolution
-from bkcore.model.layers import ResNetBKLayer, TokenEmbedding
-from bkcore.model.mixer import Features, ResolventMixer
-from bkcore.model.moe import Expert, MixtureOfExperts
+from bkcore.model.layers import TokenEmbedding
+from bkcore.model.moe import MixtureOfExperts
 from bkcore.model.state import LayerState, StreamState
-from bkcore.quantization.complex_quantizer import ComplexQuantizer
-from bkcore.quantization.levels import LevelTable
-from bkcore.quantization.linear import QuantizedEmbedding, QuantizedLinear
-from bkcore.quantization.quantizers import GroupWiseQuantizer
-from bkcore.quantization.weights import HalfWeight, PackedWeight
+from bkcore.model.watchers import watcher
 from bkcore_runtime import _engine as native
 
 CHOICES = ("auto", "always", "never")
-_environment = os.environ.get("BKCORE_ENGINE") or "auto"
+_VARIABLE = "BKCORE_ENGINE"
+_environment = os.environ.get(_VARIABLE) or "auto"
 _choice: ContextVar[str | None] = ContextVar("bkcore_engine", default=None)
-
-_PARTS = {
-    *(nn.ModuleList, nn.Dropout, nn.Linear, TokenEmbedding, ResNetBKLayer, RMSNorm, Router),
-    *(ShortConvolution, ResolventMixer, Features, MixtureOfExperts, Expert),
-    *(QuantizedEmbedding, QuantizedLinear, PackedWeight, HalfWeight, CoreQuantizers),
-    *(ComplexQuantizer, GroupWiseQuantizer, LevelTable),
-}
-"""Modules that the engine knows; any other class may compute something else."""
 
 _DTYPES = {
     torch.float32: "F32",
@@ -58,15 +44,23 @@ _DTYPES = {
 }
 """Their names in safetensors, which the engine goes by."""
 
+_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+"""By which the native snapshot looks at tensors; PyTorch 2.9 has none."""
+
+_INNER = {"_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"}
+"""Dictionaries of a module that belong to what it computes."""
+
 
 @contextlib.contextmanager
 def use_engine(choice: str) -> Iterator[None]:
-    """Say whether the engine generates tokens, inside a with block.
+    """Say whether the engine reads single tokens, inside a with block.
 
-    It overrides the environment variable BKCORE_ENGINE, which is read at import.
+    It overrides the environment variable BKCORE_ENGINE, which is read at import. It concerns calls
+    of a model with one token for each sequence; longer texts go through the modules.
 
     Args:
-        choice: "auto" where it can, "never", or "always": then a model that it cannot take raises.
+        choice: "auto" where it can, "never", or "always": then a call with one token that it cannot
+            take raises.
 
     Raises:
         BackendError: if the choice is unknown.
@@ -78,169 +72,167 @@ def use_engine(choice: str) -> Iterator[None]:
         _choice.reset(token)
 
 
-def _known(choice: str) -> str:
+def _known(choice: str, source: str = "") -> str:
     if choice not in CHOICES:
-        raise BackendError(f"there is no choice {choice!r} of the engine; it is one of {CHOICES}")
+        raise BackendError(
+            f"{source}there is no choice {choice!r} of the engine; it is one of {CHOICES}"
+        )
     return choice
 
 
-def step(model: nn.Module, input_ids: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-    """Read a token of every sequence.
+def step(
+    model: nn.Module, input_ids: Tensor, state: StreamState | None, objection: str | None = None
+) -> tuple[Tensor, StreamState] | None:
+    """Read a token of every sequence, if the engine can.
 
     Args:
-        model: a model for which `refusal` found nothing.
-        input_ids: int64 (B, 1), in the vocabulary.
-        state: what the sequences read before, which is not changed.
+        model: a language model.
+        input_ids: (B, 1).
+        state: what the sequences read before, which is not changed; None only with an objection.
+        objection: why the engine must not read them, whatever the model; None if it may.
 
     Returns:
-        Logits float32 (B, 1, V), and the new state.
+        Logits float32 (B, 1, V), and the new state; None if the modules must read the tokens.
 
     Raises:
+        BackendError: if the engine is to be used always, and cannot.
         IndexError: if a token is not in the vocabulary.
         ShapeError: if the state is that of another model.
     """
-    return _bound[model].step(input_ids.contiguous(), state)
-
-
-def refusal(model: nn.Module, input_ids: Tensor, state: StreamState) -> str | None:
-    """Why the engine will not read these tokens (B, 1) with this model; None if it will.
-
-    Raises:
-        BackendError: if the engine is to be used always, and this is why it cannot.
-    """
-    choice = _choice.get() or _known(_environment)
+    if objection is not None and torch.compiler.is_compiling():
+        return None  # a graph cannot look at context variables
+    choice = _choice.get() or _known(_environment, f"{_VARIABLE} is set, but ")
     if choice == "never":
-        return "it is turned off"
-    reason = _unfit_tokens(input_ids, state) or _bind(model)
-    if reason is not None and choice == "always":
+        return None
+    reason = objection or _unfit_tokens(input_ids, state)
+    if reason is None and state is not None:
+        bound, tensors = _binding(model)
+        reason = bound.refusal_now()
+        if reason is None:
+            return bound.step(model, input_ids.contiguous(), state, tensors)
+    if choice == "always":
         raise BackendError(f"the engine was requested, but cannot be used: {reason}")
-    return reason
+    return None
 
 
-def _unfit_tokens(input_ids: Tensor, state: StreamState) -> str | None:
+def _unfit_tokens(input_ids: Tensor, state: StreamState | None) -> str | None:
     """What there is against these tokens, whatever the model."""
     if current_choice() not in ("auto", "cpu"):
         return f"the backend {current_choice()} is forced"
-    if type(input_ids) is not Tensor or not input_ids.is_cpu:
-        return "the tokens are not on the CPU"
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return "PyTorch traces, compiles or watches the model"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a transform of torch.func is at work"
-    if torch._C._get_tracing_state() is not None:
-        return "PyTorch traces the model"
-    for layer in state.layers:
+    if (reason := watcher()) is not None:
+        return reason
+    if (reason := _unreadable("the tensor of tokens", input_ids)) is not None:
+        return reason
+    if input_ids.dtype != torch.int64:
+        return f"the tokens are {input_ids.dtype}, not int64"
+    for layer in () if state is None else state.layers:
         for x in (layer.taps, layer.g, layer.psi):
-            if x.dtype != torch.float32 or not _is_plain(x):
-                return f"the state is {x.dtype} on {x.device}, not float32 on the CPU"
+            if (reason := _unreadable("the state", x)) is not None:
+                return reason
+            if x.dtype != torch.float32:
+                return f"the state is {x.dtype}, not float32; begin with that of a float32 model"
     return None
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether the numbers of x are what is in its memory."""
-    return type(x) in (Tensor, nn.Parameter) and x.is_cpu and not x.is_neg()
+def _unreadable(name: str, x: Tensor) -> str | None:
+    """Why the numbers of x are not simply what is in this machine's memory; None if they are."""
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"{name} is a {type(x).__qualname__}, not a plain tensor"
+    if not x.is_cpu:
+        return f'{name} is on {x.device}, not on the CPU; move it with to("cpu")'
+    if x.layout != torch.strided:
+        return f"{name} is stored as {x.layout}; convert it with to_dense()"
+    if x.is_neg():
+        return f"{name} is a negated view of other numbers; use resolve_neg()"
+    return None
 
 
-def _bind(model: nn.Module) -> str | None:
+def _binding(model: nn.Module) -> tuple[_Bound, list[Tensor]]:
+    """The engine of a model as it is now, and the tensors that it reads."""
     bound = _bound.get(model)
-    if bound is None or not bound.holds():
-        _bound.pop(model, None)
-        if (reason := _meddled(model)) is not None:
-            return reason  # without a binding: what meddles often refers to the model
+    tensors = None if bound is None else bound.hold()
+    if bound is None or tensors is None:
+        tensors = [*model.parameters(), *model.buffers()]
         bound = _bound[model] = _Bound(model)
-    return bound.refusal
-
-
-def _meddled(model: nn.Module) -> str | None:
-    """Whether something was put between a module and its call."""
-    for m in model.modules():
-        if m._forward_hooks or m._forward_pre_hooks or _has_any_global_hook():
-            return "a hook is registered"
-        if "forward" in vars(m):
-            return "the forward pass of a module is replaced"
-        if vars(m).get("_compiled_call_impl"):
-            return "a module is compiled"
-    return None
+    return bound, tensors
 
 
 def _unfit(model: nn.Module) -> str | None:
-    """What there is against the model as it is."""
+    """What there is against a model whose modules are the usual ones."""
     modules = list(model.modules())
     experts = [m for m in modules if isinstance(m, MixtureOfExperts)]
     quantizers = [m for m in modules if isinstance(m, CoreQuantizers)]
-    own = type(model).forward.__qualname__
-    unknown = [type(m).__name__ for m in modules[1:] if type(m) not in _PARTS]
     reasons = {
-        "it is in training mode": any(m.training for m in modules),
-        "its class has a forward pass of its own": own != "ResNetBKForCausalLM.forward",
+        "it is in training mode; call eval()": any(m.training for m in modules),
         "tokens are counted by expert": any(
             m.load is not None or m.calibration_load is not None for m in experts
         ),
         "its quantizers observe or learn": not all(m.rounds_only for m in quantizers),
-        f"it has modules of other kinds: {', '.join(unknown[:3])}": unknown,
     }
     return next((reason for reason, found in reasons.items() if found), None)
 
 
 class _Bound:
-    """An engine for a model's tensors, or why there is none; and whether that still holds."""
+    """An engine for a model's tensors, or why there is none; and whether that still holds.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.config: ResNetBKConfig = model.config  # type: ignore[assignment]
-        self.mixers = [m for m in model.modules() if isinstance(m, ResolventMixer)]
-        # No reference to the model itself, so that it can go: of its own attributes, some facts.
-        self.attributes = vars(model)
-        dicts: list[dict[Any, Any]] = [vars(m) for m in model.modules() if m is not model]
-        for m in model.modules():
-            dicts += [m._modules, m._parameters, m._buffers, m._forward_hooks, m._forward_pre_hooks]
-        self.snapshot = native.Snapshot(dicts)
-        self.tensors = [*model.parameters(), *model.buffers()]
-        self.addresses = list(map(Tensor.data_ptr, self.tensors))
-        self.facts = self._facts()
-        self.refusal = _unfit(model) or self._open(model)
+    It keeps nothing of the model alive.
+    """
 
-    def holds(self) -> bool:
-        """Whether the model is as it was. Every token asks, so this takes few steps of Python."""
-        return (
-            self.snapshot.holds()
-            and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
-            and self._facts() == self.facts
-            and (self.refusal is not None or self.engine.is_current())
-        )
+    def __init__(self, model: Any) -> None:
+        objects = [*model.modules(), model.config, *meddling.classes(model)]
+        self.snapshot = native.Snapshot(objects, Tensor, _EXCHANGE, _INNER)
+        self.layouts = self._layouts([*model.parameters(), *model.buffers()])
+        self.facts = _facts()
+        self.has_floats = any(type(m) in (nn.Linear, TokenEmbedding) for m in model.modules())
+        self.refusal = meddling.meddled(model) or _unfit(model) or self._open(model)
 
-    def _facts(self) -> tuple[object, ...]:
-        """What decides, apart from the snapshot, whether the engine can take the model, and how."""
-        return (
-            self.attributes["training"],
-            "forward" in self.attributes,
-            self.attributes.get("_compiled_call_impl"),
-            _has_any_global_hook(),
-            self.config.embedding_multiplier,
-            isa(),
-            torch.get_num_threads(),
-        )
+    def hold(self) -> list[Tensor] | None:
+        """The model's tensors if it is as it was. Every token asks, so this takes little Python."""
+        tensors: list[Tensor] | None = self.snapshot.hold()
+        if tensors is None or self.facts != _facts() or self.layouts != self._layouts(tensors):
+            return None
+        return tensors if self.refusal is not None or self.engine.is_current() else None
 
-    def _open(self, model: nn.Module) -> str | None:
+    def refusal_now(self) -> str | None:
+        """Why the engine cannot take the model, if so."""
+        if self.refusal is None and self.has_floats and torch.is_autocast_enabled("cpu"):
+            return "autocast is on, and would round the products of a float model"
+        return self.refusal
+
+    def _layouts(self, tensors: list[Tensor]) -> list[object]:
+        """Where tensors are and how their numbers lie, as far as the snapshot does not look."""
+        if self.snapshot.sees_layouts:
+            return []
+        return [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
+
+    def _open(self, model: Any) -> str | None:
         """Set up the engine; or return why it cannot be."""
         tensors = {}
-        for name, x in model.state_dict(keep_vars=True).items():
-            is_float = x.dtype == torch.float32 or not isinstance(x, nn.Parameter)
-            if x.dtype not in _DTYPES or not (_is_plain(x) and x.is_contiguous() and is_float):
-                return f"{name} is {x.dtype} on {x.device}"
+        try:
+            named = model.state_dict(keep_vars=True)
+        except RecursionError:
+            return "its modules contain each other"
+        for name, x in named.items():
+            if (reason := _unreadable(name, x) or _odd(name, x)) is not None:
+                return reason
             tensors[name] = _DTYPES[x.dtype], list(x.shape), x.data_ptr()
         threads = torch.get_num_threads()
         try:
-            config = json.dumps(self.config.to_dict(), default=str, allow_nan=False)
+            config = json.dumps(model.config.to_dict(), default=str, allow_nan=False)
             self.engine = native.Engine.of_tensors(tensors, config, threads, isa())
+            return meddling.misfit(model, config)
         except (BKCoreError, ValueError) as error:
             return str(error)
-        return None
 
-    def step(self, input_ids: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-        logits = torch.empty(len(input_ids), 1, self.engine.vocabulary)
+    def step(
+        self, model: Any, input_ids: Tensor, state: StreamState, tensors: list[Tensor]
+    ) -> tuple[Tensor, StreamState]:
+        """Read tokens (B, 1); `tensors` are the model's, which so live until they are read."""
+        shape = len(input_ids), 1, self.engine.vocabulary
+        logits = torch.empty(shape, dtype=torch.float32, device="cpu")
         before, after = [], []
-        for mixer, layer in zip(self.mixers, state.layers, strict=True):
-            mixer.check_state(layer)
+        for part, layer in zip(model.layers, state.layers, strict=True):
+            part.mixer.check_state(layer)
             fields = layer.taps, layer.g, layer.psi
             if {len(x) for x in fields} != {len(input_ids)}:
                 raise ShapeError(
@@ -259,6 +251,23 @@ class _Bound:
             raise IndexError(str(error)) from error
         layers = tuple(LayerState(*fields) for fields in after)
         return logits, StreamState(layers, state.seen + 1)
+
+
+def _facts() -> tuple[object, ...]:
+    """What an engine is made for, beside the model."""
+    return isa(), torch.get_num_threads()
+
+
+def _odd(name: str, x: Tensor) -> str | None:
+    """Why the engine does not read a tensor of a model that is in this machine's memory."""
+    if x.dtype not in _DTYPES or (isinstance(x, nn.Parameter) and x.dtype != torch.float32):
+        return f"{name} is {x.dtype}, and the engine computes in float32; convert it with float()"
+    if not x.is_contiguous():
+        return (
+            f"{name} is {tuple(x.shape)} with strides {x.stride()}, not row by row; copy it with "
+            "contiguous()"
+        )
+    return None
 
 
 _bound: WeakKeyDictionary[nn.Module, _Bound] = WeakKeyDictionary()

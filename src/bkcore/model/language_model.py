@@ -21,6 +21,7 @@ from bkcore.model.config import ResNetBKConfig
 from bkcore.model.functions import RMSNorm
 from bkcore.model.layers import ResNetBKLayer, TokenEmbedding, initialize
 from bkcore.model.loss import next_token_loss, share_of_batch
+from bkcore.model.meddling import known_model
 from bkcore.model.quantizing import QuantizableModel
 from bkcore.model.state import LayerState, StreamState
 from bkcore.quantization.config import QuantizationConfig
@@ -46,6 +47,7 @@ class ResNetBKOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
 
+@known_model
 class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
     """Causal language model: position i of the logits depends only on tokens up to i.
 
@@ -148,8 +150,8 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
         use_cache = cache_params is not None if use_cache is None else use_cache
         if use_cache or cache_params is not None:
             inputs.check_stream(self.config, len(self.layers), input_ids, real, cache_params)
-        if labels is None and real is None and input_ids.shape[1] == 1 and not self._has_graph():
-            step = self._step(input_ids, cache_params)
+        if input_ids.shape[1] == 1:
+            step = self._step(input_ids, cache_params, self._objection(labels, real))
             if step is not None:
                 output = ResNetBKOutput(logits=step[0], cache_params=step[1] if use_cache else None)
                 return output.to_tuple() if return_dict is False else output
@@ -164,17 +166,29 @@ class ResNetBKForCausalLM(QuantizableModel, GenerationMixin):
         """Whether a forward pass may have a gradient."""
         return torch.is_grad_enabled() and self._state is not QuantizationState.QUANTIZED
 
-    def _step(
-        self, input_ids: Tensor, state: StreamState | None
-    ) -> tuple[Tensor, StreamState] | None:
-        """Logits (B, 1, V) and the new state by the engine; None if it cannot take the tokens."""
+    def _objection(self, labels: Tensor | None, real: Tensor | None) -> str | None:
+        """Why the engine cannot do what was asked, whatever the tokens; None if it may."""
         if not self.config.mixer_traits.streams:
-            return None
-        state = self.first_state(len(input_ids)) if state is None else state
-        if engine.refusal(self, input_ids, state) is not None:
-            return None
+            return f'the mixer "{self.config.mixer}" keeps no state'
+        if labels is not None:
+            return "it computes no loss; leave out the labels"
+        if real is not None:
+            return "it reads no padding; leave out the attention_mask"
+        if self._has_graph():
+            return "it computes no gradients; use torch.no_grad()"
+        return None
+
+    def _step(
+        self, input_ids: Tensor, state: StreamState | None, objection: str | None = None
+    ) -> tuple[Tensor, StreamState] | None:
+        """Logits (B, 1, V) and the new state by the engine; None if it cannot take the tokens.
+
+        An objection is why it must not, whatever the model.
+        """
+        if state is None and objection is None:
+            state = self.first_state(len(input_ids))
         try:
-            return engine.step(self, input_ids, state)
+            return engine.step(self, input_ids, state, objection)
         except IndexError as error:
             raise inputs.outside_vocabulary(input_ids, self.config.vocab_size) from error
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bkcore import kernels
+from bkcore.errors import InputError
 from bkcore.kernels import in_order, use_backend
 from bkcore.kernels.backends.cpu import native
 from tests.kernels.operators import arguments, call
@@ -182,3 +183,12 @@ def test_where_they_stand_in_for_pytorchs():
         assert in_order(x)
         assert not in_order(x.double())
         assert not in_order(x.half())
+
+
+@pytest.mark.parametrize("eps", [-1.0, -1e-30, math.nan, math.inf, 1e39])
+@pytest.mark.parametrize("name", ["rms_norm", "unit_length"])
+def test_eps_has_a_range(name, eps):
+    args = arguments(name, rows=2, channels=3)
+    with pytest.raises(InputError, match="eps must be at least 0 and finite in float32, not"):
+        call(name, {**args, "eps": eps})
+    assert call(name, {**args, "eps": 0.0})[0].isfinite().all()

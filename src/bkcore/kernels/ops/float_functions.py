@@ -32,7 +32,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bkcore.errors import DTypeError, ShapeError
+from bkcore.errors import DTypeError, InputError, ShapeError
 from bkcore.kernels.backends.interface import (
     DenseProduct,
     RmsNorm,
@@ -45,6 +45,7 @@ from bkcore.kernels.checks import check_tensors
 from bkcore.kernels.ops.contract import define
 
 _WEIGHTS = (torch.float32, torch.float16, torch.bfloat16)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def in_order(x: Tensor) -> bool:
@@ -68,18 +69,29 @@ def silu(x: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., K) over its root mean square, times weight (K,).
 
+    Args:
+        x, weight: float32.
+        eps: at least 0 and finite in float32; added to the mean square. With 0, zeros become NaN.
+
     Raises:
-        ShapeError, DTypeError, InputError: if the tensors do not fit together.
+        ShapeError, DTypeError, InputError: if the tensors do not fit together, or eps is out of its
+            range.
     """
     out: Tensor = torch.ops.bkcore.rms_norm.default(x, weight, eps)
     return out
 
 
 def unit_length(x: Tensor, eps: float) -> Tensor:
-    """x (..., K) over its length, with eps added to the sum of squares.
+    """x (..., K) over its length.
+
+    Args:
+        x: float32.
+        eps: at least 0 and finite in float32; added to the sum of squares. With 0, zeros become
+            NaN.
 
     Raises:
         ShapeError, DTypeError: if x has no axis, or is not float32.
+        InputError: if eps is out of its range.
     """
     out: Tensor = torch.ops.bkcore.unit_length.default(x, eps)
     return out
@@ -123,6 +135,8 @@ def _check_alone(args: A) -> A:
     if x.ndim == 0 and not isinstance(args, Silu):
         raise ShapeError("x must have at least one axis")
     check_tensors({"x": (x, x.shape, torch.float32)}, x.device)
+    if isinstance(args, UnitLength):
+        _check_eps(args.eps)
     return args
 
 
@@ -135,7 +149,16 @@ def _check_norm(args: RmsNorm) -> RmsNorm:
         "weight": (weight, x.shape[-1:], torch.float32),
     }
     check_tensors(expected, x.device, lambda: f"for x {tuple(x.shape)}")
+    _check_eps(args.eps)
     return args
+
+
+def _check_eps(eps: float) -> None:
+    if not 0 <= eps <= _LARGEST:
+        raise InputError(
+            f"eps must be at least 0 and finite in float32, not {eps!r}; a small number such as "
+            "1e-6 keeps the root from 0"
+        )
 
 
 def _check_convolution(args: ShortConvolution) -> ShortConvolution:
