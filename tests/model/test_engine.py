@@ -378,5 +378,8 @@ def test_bad_input_raises():
         pytest.raises(ShapeError, match=r"\[2, 2, 1\] sequences in taps"),
     ):
         made(tokens(2, 1), cache_params=state)
+    state = dataclasses.replace(state, layers=made.first_state(2).layers[:1])
+    with torch.no_grad(), pytest.raises(ShapeError, match="1 layers, but the model has 2"):
+        made(tokens(2, 1), cache_params=state)
     with pytest.raises(BackendError, match="no choice 'sometimes'"), use_engine("sometimes"):
         pass

@@ -130,11 +130,14 @@ LAYOUTS: dict[str, tuple[str | None, Callable[[Any], object], str]] = {
 @pytest.mark.parametrize("sees", [True, False])
 @pytest.mark.parametrize("what", LAYOUTS)
 def test_layouts(what, sees, monkeypatch):
-    if not sees:  # PyTorch 2.9 has no such interface
+    if not sees:  # as with an older PyTorch
         monkeypatch.setattr(engine, "_EXCHANGE", None)
     mode, change, words = LAYOUTS[what]
     made, ids = model(mode), tokens(2, 3) % 20
     read(made, ids, "always")
+    bound = engine._bound[made]
+    read(made, ids, "always")
+    assert engine._bound[made] is bound
     change(made)
     assert_stands_back(made, words, ids)
 

@@ -24,6 +24,7 @@ from bkcore.kernels.backends.selection import current_choice
 from bkcore.model import meddling
 from bkcore.model.core_quantizers import CoreQuantizers
 from bkcore.model.layers import TokenEmbedding
+from bkcore.model.mixer import ResolventMixer
 from bkcore.model.moe import MixtureOfExperts
 from bkcore.model.state import LayerState, StreamState
 from bkcore.model.watchers import watcher
@@ -45,7 +46,7 @@ _DTYPES = {
 """Their names in safetensors, which the engine goes by."""
 
 _EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-"""By which the native snapshot looks at tensors; PyTorch 2.9 has none."""
+"""By which the native snapshot looks at tensors; older versions of PyTorch have none."""
 
 _INNER = {"_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"}
 """Dictionaries of a module that belong to what it computes."""
@@ -126,7 +127,7 @@ def _unfit_tokens(input_ids: Tensor, state: StreamState | None) -> str | None:
     if input_ids.dtype != torch.int64:
         return f"the tokens are {input_ids.dtype}, not int64"
     for layer in () if state is None else state.layers:
-        for x in (layer.taps, layer.g, layer.psi):
+        for x in _fields(layer):
             if (reason := _unreadable("the state", x)) is not None:
                 return reason
             if x.dtype != torch.float32:
@@ -181,10 +182,14 @@ class _Bound:
     def __init__(self, model: Any) -> None:
         objects = [*model.modules(), model.config, *meddling.classes(model)]
         self.snapshot = native.Snapshot(objects, Tensor, _EXCHANGE, _INNER)
-        self.layouts = self._layouts([*model.parameters(), *model.buffers()])
+        self.layouts = self._layouts(self.snapshot.hold() or [])
         self.facts = _facts()
         self.has_floats = any(type(m) in (nn.Linear, TokenEmbedding) for m in model.modules())
         self.refusal = meddling.meddled(model) or _unfit(model) or self._open(model)
+        if self.refusal is None:
+            first = model.first_state(1).layers
+            self.layers = len(first)
+            self.sizes = [tuple(x.shape[1:]) for x in _fields(first[0])]
 
     def hold(self) -> list[Tensor] | None:
         """The model's tensors if it is as it was. Every token asks, so this takes little Python."""
@@ -203,7 +208,8 @@ class _Bound:
         """Where tensors are and how their numbers lie, as far as the snapshot does not look."""
         if self.snapshot.sees_layouts:
             return []
-        return [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors]
+        dense = (x for x in tensors if x.layout == torch.strided)
+        return [(x.data_ptr(), x.dtype, x.shape, x.stride()) for x in dense]
 
     def _open(self, model: Any) -> str | None:
         """Set up the engine; or return why it cannot be."""
@@ -228,29 +234,44 @@ class _Bound:
         self, model: Any, input_ids: Tensor, state: StreamState, tensors: list[Tensor]
     ) -> tuple[Tensor, StreamState]:
         """Read tokens (B, 1); `tensors` are the model's, which so live until they are read."""
-        shape = len(input_ids), 1, self.engine.vocabulary
-        logits = torch.empty(shape, dtype=torch.float32, device="cpu")
+        batch = len(input_ids)
+        expected = [(batch, *size) for size in self.sizes]
         before, after = [], []
-        for part, layer in zip(model.layers, state.layers, strict=True):
-            part.mixer.check_state(layer)
-            fields = layer.taps, layer.g, layer.psi
-            if {len(x) for x in fields} != {len(input_ids)}:
-                raise ShapeError(
-                    f"a layer's state has {[len(x) for x in fields]} sequences in taps, g and psi, "
-                    f"but input_ids has {len(input_ids)}"
-                )
+        for layer in state.layers:
+            fields = _fields(layer)
+            if [x.shape for x in fields] != expected:
+                raise _misfit(model, layer, batch)
             before.append([x if x.is_contiguous() else x.contiguous() for x in fields])
             after.append(list(map(torch.empty_like, before[-1])))
+        if len(before) != self.layers:
+            raise ShapeError(
+                f"the state has {len(before)} layers, but the model has {self.layers}; it is the "
+                "state of another model"
+            )
+        logits = torch.empty((batch, 1, self.engine.vocabulary), dtype=torch.float32, device="cpu")
         pairs = zip(before, after, strict=True)
         addresses = [tuple(x.data_ptr() for x in (*b, *a)) for b, a in pairs]
         try:
-            self.engine.read_at(
-                len(input_ids), 1, input_ids.data_ptr(), addresses, logits.data_ptr()
-            )
+            self.engine.read_at(batch, 1, input_ids.data_ptr(), addresses, logits.data_ptr())
         except InputError as error:
             raise IndexError(str(error)) from error
         layers = tuple(LayerState(*fields) for fields in after)
         return logits, StreamState(layers, state.seen + 1)
+
+
+def _fields(layer: LayerState) -> tuple[Tensor, Tensor, Tensor]:
+    return layer.taps, layer.g, layer.psi
+
+
+def _misfit(model: nn.Module, layer: LayerState, batch: int) -> ShapeError:
+    """What is wrong with the shapes of a layer's state."""
+    for mixer in model.modules():
+        if isinstance(mixer, ResolventMixer):
+            mixer.check_state(layer)
+    return ShapeError(
+        f"a layer's state has {[len(x) for x in _fields(layer)]} sequences in taps, g and psi, but "
+        f"input_ids has {batch}"
+    )
 
 
 def _facts() -> tuple[object, ...]:
