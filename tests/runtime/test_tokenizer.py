@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import tokenizers
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers.decoders import Fuse, Replace, Sequence
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from bkcore.text import load_tokenizer
-from bkcore_runtime import CheckpointError, InputError, Tokenizer, UnsupportedError, load
+from bkcore_runtime import (
+    CheckpointError,
+    DTypeError,
+    InputError,
+    Tokenizer,
+    UnsupportedError,
+    load,
+)
 from tests.model.helpers import edit, sign
 from tests.runtime.conftest import SHIPPED, TEXT, Save
 
@@ -32,11 +46,37 @@ def test_pieces_make_the_whole_text(shipped, ids: list[int], after: int) -> None
     """Any ids, such as a careless model makes: parts of characters and special tokens, too."""
     tokenizer = shipped[1]
     before = tokenizer.encode(TEXTS[3])[:after]
-    while before and tokenizer.decode(before).endswith("\ufffd"):
-        before.pop()
     pieces = list(tokenizer.stream(iter(ids), after=before))
     assert all(pieces)
-    assert tokenizer.decode(before) + "".join(pieces) == tokenizer.decode(before + ids)
+    told = tokenizer.decode(before).rstrip("\ufffd")  # without a part of a character
+    assert told + "".join(pieces) == tokenizer.decode(before + ids)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Zoë – é!", "a狐狸", "🦊👩‍👩‍👧 x", "\ufffd", "a\ufffdb\ufffd", "\ufffd\ufffd🦊\ufffd é"],
+)
+def test_a_text_may_be_continued_anywhere(shipped, text: str) -> None:
+    """What was complete before does not come again, and the rest of a character is not lost."""
+    tokenizer = shipped[1]
+    ids = tokenizer.encode(text)
+    tokens = [tokenizer._tokenizer.id_to_token(each) for each in ids]
+    for cut in range(len(ids) + 1):
+        count = len("".join(tokens[:cut]))  # a token has a character for each byte
+        told = text.encode()[:count].decode(errors="ignore")
+        pieces = list(tokenizer.stream(iter(ids[cut:]), after=ids[:cut]))
+        assert all(pieces)
+        assert told + "".join(pieces) == text
+
+
+def test_ids_of_a_stream_are_checked(shipped) -> None:
+    for ids, after in (([-1], ()), ((), [-1]), ([2**40], ())):
+        with pytest.raises(InputError, match="ids must be from 0"):
+            list(shipped[1].stream(ids, after=after))
+    wrong: list[Any] = [2.0, True, "7", None]
+    for each in wrong:
+        with pytest.raises(DTypeError, match="ids must be integers"):
+            list(shipped[1].stream([each]))
 
 
 def test_no_character_comes_in_parts(shipped) -> None:
@@ -67,16 +107,70 @@ def test_pieces_come_as_soon_as_they_can(shipped) -> None:
         assert len(asked) == count
 
 
-@pytest.mark.parametrize("text", ["", "\ud800", None, 3])
-def test_texts_that_cannot_be(shipped, text) -> None:
-    with pytest.raises(InputError, match="the prompt"):
+@pytest.mark.parametrize(
+    ("text", "error", "match"),
+    [
+        ("", InputError, "the prompt is empty"),
+        ("\ud800", InputError, "the prompt .* is not valid UTF-8 text"),
+        (None, DTypeError, "the prompt must be a str, not None"),
+        (3, DTypeError, "the prompt must be a str, not 3"),
+        (b"hi", DTypeError, "the prompt must be a str, not b'hi'"),
+    ],
+)
+def test_texts_that_cannot_be(shipped, text, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
         shipped[1].encode(text)
+
+
+def test_a_long_text_is_not_shown_whole(shipped) -> None:
+    with pytest.raises(InputError, match="is not valid UTF-8 text") as caught:
+        shipped[1].encode("x" * 100_000 + "\ud800")
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("ids", [[-1], [2**40]])
 def test_ids_that_cannot_be(shipped, ids: list[int]) -> None:
     with pytest.raises(InputError, match=r"ids must be from 0"):
         shipped[1].decode(ids)
+
+
+@pytest.mark.parametrize("ids", [[2.9], ["7"], [True], [None], np.array([1.5])])
+def test_what_is_no_id(shipped, ids: Any) -> None:
+    with pytest.raises(DTypeError, match="ids must be integers"):
+        shipped[1].decode(ids)
+
+
+def test_ids_may_be_those_of_numpy_and_pytorch(shipped) -> None:
+    tokenizer = shipped[1]
+    ids = tokenizer.encode("The river")
+    for form in (tuple(ids), iter(ids), np.array(ids), list(np.array(ids)), torch.tensor(ids)):
+        assert tokenizer.decode(form) == "The river"
+    assert tokenizer.decode([]) == ""
+
+
+def test_what_a_tokenizer_cannot_do_is_a_sentence(whole: Path) -> None:
+    """One of words, without a token for those that it does not know."""
+    words = tokenizers.Tokenizer(WordLevel({"the": 0, "fox": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    words.save(str(whole / "tokenizer.json"))
+    sign(whole)
+    tokenizer = Tokenizer(whole)
+    assert tokenizer.decode(tokenizer.encode("the fox")) == "the fox"
+    with pytest.raises(CheckpointError, match=r"the tokenizer in .* is damaged: .*\[UNK\]"):
+        tokenizer.encode("the dog")
+
+
+def test_pieces_that_cannot_be_are_a_sentence(whole: Path) -> None:
+    """A later token changes earlier text."""
+    words = tokenizers.Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words.decoder = Sequence([Fuse(), Replace("ab", "cde")])
+    words.save(str(whole / "tokenizer.json"))
+    sign(whole)
+    tokenizer = Tokenizer(whole)
+    assert tokenizer.decode([0, 1]) == "cde"
+    for after in ([], [0]):
+        with pytest.raises(CheckpointError, match=r"the tokenizer in .* is damaged: .*prefix"):
+            list(tokenizer.stream([0, 1][len(after) :], after=after))
 
 
 def test_settings_of_the_tokenizer_that_shorten_or_pad_do_not(whole: Path) -> None:

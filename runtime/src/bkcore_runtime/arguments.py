@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 from array import array
+from collections.abc import Iterable
 from numbers import Integral, Real
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bkcore_runtime.errors import DTypeError, InputError, ShapeError
-from bkcore_runtime.reading import shown
+from bkcore_runtime.reading import shortened, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,37 +35,80 @@ def only_row(row: array[int]) -> memoryview:
 
 
 def row_of_integers(values: npt.ArrayLike, name: str) -> array[int]:
-    """A copy of at least one integer as int64.
+    """A copy of at least one integer as int64; a list of them needs no numpy.
 
     Raises:
         ShapeError: if the values are not (N,), N >= 1.
         DTypeError: if the values are not integers.
     """
-    if isinstance(values, list | tuple | range) and {type(each) for each in values} == {int}:
+    if isinstance(values, list | tuple | range) and {type(each) for each in values} <= {int}:
         try:
-            return array("q", values)
+            row = array("q", values)
         except OverflowError as error:
             raise DTypeError(f"{name} must be integers that fit int64") from error
-    found = integers(values, name)
-    if found.ndim != 1 or not found.size:
-        raise ShapeError(f"{name} must be (N,), N >= 1, not {found.shape}")
-    return array("q", found.tolist())
+    else:
+        found = integers(values, name)
+        if found.ndim != 1:
+            raise ShapeError(f"{name} must be (N,), N >= 1, not {found.shape}")
+        row = array("q", found.tolist())
+    if not row:
+        raise ShapeError(f"{name} must be (N,), N >= 1, not (0,)")
+    return row
 
 
 def integers(values: npt.ArrayLike, name: str) -> Integers:
     """A copy as int64, which nobody else can change while it is read.
 
     Raises:
+        ShapeError: if rows have different lengths.
         DTypeError: if the values are not integers.
     """
+    if _holds_bools(values):
+        raise DTypeError(f"{name} must be integers that fit int64, not bool")
     np = numpy_for(f"{name} that is not a list of integers")
-    try:
-        found = np.asarray(values)
-    except ValueError as error:  # rows of different lengths
-        raise ShapeError(f"{name} must have rows of one length") from error
-    if found.dtype.kind not in "iu" or not np.can_cast(found.dtype, np.int64):
+    found = array_of(values, name)
+    # numpy takes an empty list for one of floats
+    if found.size and (found.dtype.kind not in "iu" or not np.can_cast(found.dtype, np.int64)):
         raise DTypeError(f"{name} must be integers that fit int64, not {found.dtype}")
     return np.array(found, dtype=np.int64, order="C")
+
+
+def array_of(values: object, name: str) -> npt.NDArray[Any]:
+    """Values as numpy takes them.
+
+    Raises:
+        ShapeError: if rows have different lengths.
+        DTypeError: if they are, say, a tensor that needs gradients or is not on the CPU.
+    """
+    try:
+        return numpy_for(name).asarray(values)
+    except ValueError as error:
+        raise ShapeError(f"{name} must have rows of one length") from error
+    except (TypeError, RuntimeError) as error:
+        raise DTypeError(f"{name} cannot be read as an array: {shortened(error)}") from error
+
+
+def _holds_bools(values: object) -> bool:
+    """Whether there are truth values, which numpy takes for integers if others are."""
+    if isinstance(values, list | tuple):
+        kinds = set(map(type, values))  # long lists are of integers alone
+        return kinds != {int} and any(map(_holds_bools, values))
+    return isinstance(values, bool) or "bool" in str(getattr(values, "dtype", ""))
+
+
+def list_of_integers(values: Iterable[Any], name: str) -> list[int]:
+    """A copy as plain integers, without numpy.
+
+    Raises:
+        DTypeError: if a value is no integer.
+    """
+    found: list[Any] = values.tolist() if hasattr(values, "tolist") else list(values)
+    if {type(each) for each in found} <= {int}:
+        return found
+    for each in found:
+        if isinstance(each, bool) or not isinstance(each, Integral):
+            raise DTypeError(f"{name} must be integers, not {shown(each)}")
+    return list(map(int, found))
 
 
 def an_integer(name: str, value: object) -> int:

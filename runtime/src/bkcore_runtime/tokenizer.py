@@ -12,10 +12,12 @@ from tokenizers.decoders import DecodeStream
 from tokenizers.models import BPE
 
 from bkcore_runtime import manifest
-from bkcore_runtime.errors import CheckpointError, InputError, UnsupportedError
+from bkcore_runtime.arguments import list_of_integers
+from bkcore_runtime.errors import CheckpointError, DTypeError, InputError, UnsupportedError
 from bkcore_runtime.reading import foreign, parse_json, shown
 
 _BYTES = 128 << 20
+_PART = "\ufffd"
 _SETTINGS = "tokenizer_config.json"
 _OF_TRANSFORMERS = ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens")
 """Settings that make transformers change what `tokenizer.json` says."""
@@ -43,7 +45,8 @@ class Tokenizer:
         folder = Path(folder)
         listed = manifest.read(folder) if digests is None else digests
         content = manifest.contents(folder, manifest.TOKENIZER, listed, _BYTES)
-        with foreign(f"the tokenizer in {folder}"):
+        self._name = f"the tokenizer in {folder}"
+        with foreign(self._name):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
@@ -55,9 +58,13 @@ class Tokenizer:
 
         Raises:
             InputError: if the text is empty, has no tokens, or contains lone surrogates.
+            DTypeError: if it is no text.
+            CheckpointError: if the tokenizer cannot encode it, as if it lacks a token for unknown
+                words.
         """
         check_text(text)
-        ids: list[int] = self._tokenizer.encode(text).ids
+        with foreign(self._name):
+            ids: list[int] = self._tokenizer.encode(text).ids
         if not ids:
             raise InputError(f"the tokenizer finds no tokens in {shown(text)}")
         return ids
@@ -69,11 +76,12 @@ class Tokenizer:
 
         Raises:
             InputError: if an id is negative or too large.
+            DTypeError: if an id is no integer.
+            CheckpointError: if the tokenizer cannot decode them.
         """
-        try:
-            return str(self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True))
-        except OverflowError as error:
-            raise InputError(f"ids must be from 0 to 2^32 - 1, not {shown(ids)}") from error
+        checked = _checked(ids)
+        with foreign(self._name):
+            return str(self._tokenizer.decode(checked, skip_special_tokens=True))
 
     def stream(self, ids: Iterable[int], after: Sequence[int] = ()) -> Iterator[str]:
         """The text of ids piece by piece, as they come; together the pieces are the whole text.
@@ -83,28 +91,73 @@ class Tokenizer:
 
         Args:
             ids: may be an iterator that makes them.
-            after: ids of the text that they continue. It is not repeated.
+            after: ids of the text that they continue. It is not repeated, except for a character at
+                its end that is incomplete.
+
+        Raises:
+            InputError, DTypeError, CheckpointError: as `decode`.
         """
-        every = list(after)
-        done = len(self.decode(every))
-        stream = DecodeStream(ids=every, skip_special_tokens=True)
+        every = _checked(after)
+        told = len(self._complete(every))
+        stream, done = self._stream(every)
         for each in ids:
-            every.append(each)
-            piece = stream.step(self._tokenizer, each)
-            if piece:
-                done += len(piece)
-                yield piece
-        rest = self.decode(every)[done:]
+            every += _checked([each])
+            piece = self._step(stream, every[-1])
+            new = piece[max(0, told - done) :]
+            done += len(piece)
+            if new:
+                yield new
+        rest = self.decode(every)[max(told, done) :]
         if rest:
             yield rest
 
+    def _complete(self, ids: list[int]) -> str:
+        """The text of ids without a character at its end of which only a part is there."""
+        count = len(ids)
+        # A complete U+FFFD is that of its own ids, not of a part of another character.
+        while (text := self.decode(ids[:count])).endswith(_PART) and self.encode(text) != ids[
+            :count
+        ]:
+            count -= 1
+        return text
+
+    def _stream(self, ids: list[int]) -> tuple[DecodeStream, int]:
+        """A stream that has read ids, and how many characters of their text came out of it."""
+        # The library loses the beginning of a stream if that ends inside a character.
+        begun = len(ids)
+        while (text := self.decode(ids[:begun])).endswith(_PART):
+            begun -= 1
+        stream = DecodeStream(ids=ids[:begun], skip_special_tokens=True)
+        return stream, len(text) + sum(len(self._step(stream, each)) for each in ids[begun:])
+
+    def _step(self, stream: DecodeStream, each: int) -> str:
+        with foreign(self._name):
+            return stream.step(self._tokenizer, each) or ""
+
 
 def check_text(text: str) -> None:
-    """Raise `InputError` if a text to continue is empty or contains lone surrogates."""
-    if not isinstance(text, str) or not text:
+    """Check a text to continue.
+
+    Raises:
+        InputError: if it is empty or contains lone surrogates.
+        DTypeError: if it is no text.
+    """
+    if not isinstance(text, str):
+        raise DTypeError(f"the prompt must be a str, not {shown(text)}")
+    if not text:
         raise InputError("the prompt is empty; give at least one character")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise InputError(f"the prompt {text!r} is not valid UTF-8 text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt {shown(text)} is not valid UTF-8 text: {error}") from error
+
+
+def _checked(ids: Iterable[int]) -> list[int]:
+    """A copy of token ids, each from 0 to 2^32 - 1."""
+    found = list_of_integers(ids, "ids")
+    if found and not 0 <= min(found) <= max(found) < 1 << 32:
+        raise InputError(f"ids must be from 0 to 2^32 - 1, not {shown(found)}")
+    return found
 
 
 def _check_settings(
