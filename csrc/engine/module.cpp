@@ -29,6 +29,10 @@ namespace nb = nanobind;
 namespace bkcore::engine {
 namespace {
 
+// Every change of the functions' arguments or results raises it, here and in
+// bkcore_runtime/extension.py, so that an extension built for other Python code is recognized.
+constexpr int kInterface = 1;
+
 using Unlocked = nb::gil_scoped_release;
 using Tokens = nb::ndarray<const std::int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Logits = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -163,6 +167,7 @@ void translate(const std::exception_ptr &caught, void *errors) {
 NB_MODULE(_engine, m) {
   using namespace bkcore::engine;
   m.doc() = "Private: use bkcore_runtime.Engine.";
+  m.attr("__interface__") = kInterface;
   // A program may end while it holds an engine.
   nb::set_leak_warnings(false);
   nb::register_exception_translator(translate,
@@ -211,6 +216,8 @@ NB_MODULE(_engine, m) {
       .def_prop_ro("threads", &Engine::threads)
       .def_prop_ro("vocabulary", [](const Engine &engine) { return engine.sizes().vocabulary; })
       .def("is_current", &Engine::is_current)
+      .def("check_fits",
+           [](const Engine &engine, const State &state) { state.check_fits(engine.sizes()); })
       .def("read", &read_into, nb::arg("state"), nb::arg("tokens"), nb::arg("logits").none())
       .def("next", &next)
       .def("load_state",

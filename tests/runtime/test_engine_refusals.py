@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from bkcore.model import ResNetBKForCausalLM
 from bkcore_runtime import (
@@ -38,6 +39,11 @@ from tests.runtime.conftest import VOCABULARY, Save, cut, draw, same
         ([[0, 1], [1]], ShapeError, "rows of one length"),
         ([[0.0]], DTypeError, "must be integers that fit int64, not float64"),
         ([[True]], DTypeError, "not bool"),
+        ([[True, 2]], DTypeError, "not bool"),
+        ([[2, np.True_]], DTypeError, "not bool"),
+        ([np.array([True, False])], DTypeError, "not bool"),
+        ([[]], ShapeError, r"not \(1, 0\)"),
+        ([], ShapeError, r"not \(0,\)"),
         ([["a"]], DTypeError, "must be integers"),
         ([[None]], DTypeError, "not object"),
         ([[2**64]], DTypeError, "must be integers"),
@@ -97,6 +103,7 @@ def test_parts_that_make_no_state(save: Save) -> None:
     engine = Engine(save().folder)
     _, state = cut(engine, draw(2, 5), [])
     first, second = state.layers
+    parts: Any = second._replace
     cases: list[tuple[Any, Any, type[Exception]]] = [
         ([first], state.seen, ShapeError),
         ([first, second._replace(g=second.g[:1])], state.seen, ShapeError),
@@ -108,6 +115,19 @@ def test_parts_that_make_no_state(save: Save) -> None:
         ([first, second], [0.5, 1.0], DTypeError),
         ([first, second], [5, 2**62 + 1], InputError),
         ([first, second], [2**63 - 1, 5], InputError),
+        ([first, second], [True, 1], DTypeError),
+        ([first, second], [], ShapeError),
+        ([first, second[:2]], state.seen, ShapeError),
+        ([first, None], state.seen, ShapeError),
+        ([first, parts(g=None)], state.seen, DTypeError),
+        ([first, parts(g=[[0.0], []])], state.seen, ShapeError),
+        (
+            [first, parts(g=torch.tensor(second.g, requires_grad=True))],
+            state.seen,
+            DTypeError,
+        ),
+        (state, state.seen, DTypeError),
+        (None, state.seen, DTypeError),
     ]
     for layers, seen, error in cases:
         with pytest.raises(error):
@@ -127,7 +147,7 @@ def test_a_sequence_that_has_read_too_much_reads_no_more(save: Save) -> None:
 
 def test_the_state_of_another_model(save: Save) -> None:
     engine, other = Engine(save().folder), Engine(save(key_size=5).folder)
-    with pytest.raises(InputError, match="other sizes"):
+    with pytest.raises(ShapeError, match="other sizes"):
         engine.read(other.start(), [[1]])
     twin = Engine(save(num_experts=2).folder)
     assert engine.read(twin.start(), [[1]]).shape == (1, VOCABULARY)
@@ -266,6 +286,38 @@ def test_a_checkpoint_that_changes_meanwhile(save: Save, monkeypatch: pytest.Mon
         Engine(folder)
 
 
+@pytest.mark.parametrize("how", ["another blob", "no blob"])
+def test_a_link_that_changes_meanwhile(
+    save: Save, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
+) -> None:
+    """As in a hub's cache, whose files are links to blobs."""
+    folder, other = save().folder, save(embedding_multiplier=3.0).folder
+    place = tmp_path / "hub" / "snapshots" / "main"
+    blobs = tmp_path / "hub" / "blobs"
+    place.parent.mkdir(parents=True)
+    folder.rename(place)
+    blobs.mkdir()
+    link = place / "config.json"
+    link.rename(blobs / "first")
+    (other / "config.json").rename(blobs / "second")
+    link.symlink_to(blobs / "first")
+    Engine(place)
+    native = _engine.Engine
+
+    def replace(*arguments: Any) -> _engine.Engine:
+        if how == "another blob":
+            link.unlink()
+            link.symlink_to(blobs / "second")
+            return native(*arguments)
+        made = native(*arguments)
+        (blobs / "first").unlink()
+        return made
+
+    monkeypatch.setattr(_engine, "Engine", replace)
+    with pytest.raises(CheckpointError, match="changed while it was being read"):
+        Engine(place)
+
+
 def test_a_folder_whose_name_is_no_text(save: Save, tmp_path: Path) -> None:
     name = os.fsdecode(b"\xff\xfe")
     os.rename(save().folder, tmp_path / name)
@@ -284,6 +336,18 @@ def test_what_ends_a_text(save: Save, ids: Any, stop: tuple[int, ...]) -> None:
     sign_without(folder, "generation_config.json")
     edit(folder, eos_token_id=ids)
     assert Engine(folder).stop == stop
+
+
+@pytest.mark.parametrize("ids", [True, "7", 2.9, [3, None], [[3]], {}])
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_ends_that_cannot_be(save: Save, file: str, ids: Any) -> None:
+    folder = save().folder
+    if file == "config.json":
+        (folder / "generation_config.json").unlink()
+        sign_without(folder, "generation_config.json")
+    edit(folder, file, eos_token_id=ids)
+    with pytest.raises(CheckpointError, match=rf"eos_token_id in .*{file} cannot be "):
+        Engine(folder)
 
 
 def sign_without(folder: Path, name: str) -> None:

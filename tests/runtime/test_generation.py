@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import islice
 from typing import Any
 
@@ -95,7 +97,13 @@ def test_a_state_is_continued(save: Save) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"prompt_ids": []}, DTypeError, "not float64"),
+        ({"prompt_ids": []}, ShapeError, r"must be \(N,\), N >= 1, not \(0,\)"),
+        ({"prompt_ids": ()}, ShapeError, r"not \(0,\)"),
+        ({"prompt_ids": [[]]}, ShapeError, r"not \(1, 0\)"),
+        ({"prompt_ids": [True, 5]}, DTypeError, "not bool"),
+        ({"prompt_ids": [5, np.True_]}, DTypeError, "not bool"),
+        ({"prompt_ids": [1, 2.0]}, DTypeError, "not float64"),
+        ({"prompt_ids": torch.ones(2, requires_grad=True)}, DTypeError, "prompt_ids cannot be"),
         ({"prompt_ids": np.zeros(0, int)}, ShapeError, r"must be \(N,\), N >= 1, not \(0,\)"),
         ({"prompt_ids": [[1]]}, ShapeError, r"not \(1, 1\)"),
         ({"prompt_ids": [VOCABULARY]}, InputError, f"token {VOCABULARY} is not in"),
@@ -151,16 +159,47 @@ def test_a_batch_is_not_continued(save: Save) -> None:
     engine = Engine(save().folder)
     with pytest.raises(ShapeError, match="one sequence, not 2"):
         engine.generate(PROMPT, state=engine.start(2))
-    other = Engine(save(key_size=5).folder)
-    with pytest.raises(InputError, match="other sizes"):
-        next(engine.generate(PROMPT, state=other.start()))
+
+
+def test_the_state_of_something_else_is_not_continued(save: Save) -> None:
+    """The call itself refuses it."""
+    engine, other = Engine(save().folder), Engine(save(key_size=5).folder)
+    with pytest.raises(ShapeError, match="other sizes"):
+        engine.generate(PROMPT, state=other.start())
+    with pytest.raises(ShapeError, match="other sizes"):
+        next(other.generate(PROMPT, state=engine.start()))
+    model = save().model
+    theirs: Any = model(torch.tensor([PROMPT]), use_cache=True).cache_params
+    with pytest.raises(DTypeError, match=r"not StreamState; Engine\.resume\(state\.layers"):
+        engine.generate(PROMPT, state=theirs)
+    with pytest.raises(DTypeError, match=r"Engine\.start made, not dict"):
+        engine.read({}, [PROMPT])  # type: ignore[arg-type]
+
+
+WITHOUT_NUMPY = """
+import sys
+sys.modules["numpy"] = None
+from bkcore_runtime import Engine, InputError
+engine = Engine(sys.argv[1])
+for ids in ([], (), range(0), [True, 5], [2**70], [5000], [[1]]):
+    try:
+        engine.generate(ids)
+    except (InputError, TypeError) as error:
+        print(type(error).__name__)
+print(list(engine.generate([1, 2], 3)) == list(engine.generate(range(1, 3), 3)))
+"""
+
+
+def test_lists_are_checked_without_numpy(save: Save) -> None:
+    command = [sys.executable, "-c", WITHOUT_NUMPY, str(save().folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    shapes, types = ["ShapeError"] * 3, ["DTypeError"] * 2
+    assert done.stdout.split() == [*shapes, *types, "InputError", "InputError", "True"]
 
 
 def test_logits_that_are_not_finite_choose_nothing(save: Save) -> None:
     engine = Engine(save().folder)
     state = engine.start()
-    for layer in state.layers:
-        layer.g[:] = np.nan
     broken = engine.resume(
         [layer._replace(g=np.full_like(layer.g, np.nan)) for layer in state.layers], state.seen
     )

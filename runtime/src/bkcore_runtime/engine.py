@@ -8,12 +8,13 @@ import threading
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from bkcore_runtime import _engine, manifest
+from bkcore_runtime import manifest
 from bkcore_runtime.arguments import (
     a_number,
     an_integer,
+    array_of,
     integers,
     numpy_for,
     only_row,
@@ -26,7 +27,8 @@ from bkcore_runtime.errors import (
     ShapeError,
     UnsupportedError,
 )
-from bkcore_runtime.host import free_cores
+from bkcore_runtime.extension import _engine
+from bkcore_runtime.host import MOST_THREADS, asked_threads, free_cores
 from bkcore_runtime.reading import foreign, parse_json, shown
 
 if TYPE_CHECKING:
@@ -119,8 +121,8 @@ class Engine:
         folder: what `save_pretrained` wrote. The files are checked against the manifest, then
             mapped into memory: they must not be shortened while the engine lives.
         threads: to compute with, 1 to 1,024. By default 1 if the weights have at most 64 MiB, since
-            one sequence of so small a model gains little from more; otherwise the cores that are
-            idle now.
+            one sequence of so small a model gains little from more; otherwise OMP_NUM_THREADS in
+            the environment, or without it the cores that are idle now.
         isa: instruction set: "avx512", "avx2" or "baseline", on ARM "dotprod" or "baseline"; by
             default the best of this processor.
         digests: the result of `bkcore_runtime.manifest.read(folder)`, to read exactly those files
@@ -145,19 +147,22 @@ class Engine:
         isa: str | None = None,
         digests: manifest.Digests | None = None,
     ) -> None:
-        if threads is not None and not 1 <= an_integer("threads", threads) <= 1024:
-            raise InputError(f"threads must be from 1 to 1024, not {shown(threads)}")
+        if threads is not None and not 1 <= an_integer("threads", threads) <= MOST_THREADS:
+            raise InputError(f"threads must be from 1 to {MOST_THREADS}, not {shown(threads)}")
         if isa is not None and isa not in _engine.isas():
             known = ", ".join(_engine.isas())
             raise InputError(f"isa must be one of {known} on this processor, not {shown(isa)}")
         folder = Path(folder)
         listed = manifest.read(folder) if digests is None else digests
         _check_files(folder, listed)
-        checked = [manifest.check(folder, name, listed) for name in (manifest.CONFIG, WEIGHTS)]
+        names = manifest.CONFIG, WEIGHTS
+        checked = {folder / name: manifest.check(folder, name, listed)[1] for name in names}
         if threads is None:
-            threads = 1 if checked[1][1].st_size <= _SMALL else free_cores()
+            is_small = checked[folder / WEIGHTS].st_size <= _SMALL
+            threads = 1 if is_small else asked_threads() or free_cores()
         self._native = _engine.Engine(os.fsencode(folder), threads, isa or "")
-        if not all(manifest.is_same(path, status) for path, status in checked):
+        # By these names, which may be links, the engine has opened them.
+        if not all(manifest.is_same(path, status) for path, status in checked.items()):
             raise CheckpointError(f"{folder} changed while it was being read; load it again")
         self.stop = _stop(folder, listed)
 
@@ -189,19 +194,25 @@ class Engine:
             raise InputError(f"a batch must have 1 to 2^20 sequences, not {shown(batch)}")
         return State(_engine.State(self._native, batch))
 
-    def resume(self, layers: Sequence[LayerState], seen: npt.ArrayLike) -> State:
+    def resume(self, layers: Sequence[Any], seen: npt.ArrayLike) -> State:
         """The state with these parts, which are copied.
 
         Args:
-            layers: as in `State.layers`: float32.
+            layers: as in `State.layers`, or in `StreamState.layers` of bkcore: float32 on the CPU.
             seen: int64 (B,), number of tokens read, 0 to 2^62.
 
         Raises:
             ShapeError: if they are not those of a state of this model.
-            DTypeError: if a part is not float32, or `seen` not of integers.
+            DTypeError: if `layers` is no sequence, a part is not float32, or `seen` not of
+                integers.
             InputError: if a number of tokens is above 2^62.
         """
         np = numpy_for("resume")
+        if not isinstance(layers, Sequence):
+            raise DTypeError(
+                "layers must be a sequence of layers' states, such as State.layers, not "
+                f"{type(layers).__name__}"
+            )
         counts = integers(seen, "seen")
         if counts.ndim != 1 or not counts.size or counts.min() < 0:
             raise ShapeError(f"seen must be (B,), all at least 0, not {shown(seen)}")
@@ -212,8 +223,9 @@ class Engine:
         if len(layers) != len(places):
             raise ShapeError(f"the model has {len(places)} layers, not {len(layers)}")
         for number, (given, fields) in enumerate(zip(layers, places, strict=True)):
-            for name, part, place in zip(LayerState._fields, given, fields, strict=True):
-                part = np.asarray(part)
+            parts = zip(LayerState._fields, _parts(given, number), fields, strict=True)
+            for name, part, place in parts:
+                part = array_of(part, f"{name} of layer {number}")
                 if part.dtype != np.float32:
                     raise DTypeError(f"{name} of layer {number} must be float32, not {part.dtype}")
                 if part.shape != place.shape:
@@ -247,9 +259,10 @@ class Engine:
 
         Raises:
             ShapeError: if the shape is not that, or the state is one of another model.
-            DTypeError: if tokens are not integers.
+            DTypeError: if tokens are not integers, or the state is none of an engine.
             InputError: if a token is none of the vocabulary.
         """
+        self._check_state(state)
         np = numpy_for("read")
         ids = integers(tokens, "tokens")
         if ids.ndim != 2 or len(ids) != len(state) or not ids.size:
@@ -302,8 +315,9 @@ class Engine:
                 state has read everything before that token.
 
         Raises:
-            ShapeError: if `prompt_ids` is not that, or the state is of more sequences.
-            DTypeError: if ids are not integers.
+            ShapeError: if `prompt_ids` is not that, or the state is of more sequences, or of
+                another model.
+            DTypeError: if ids are not integers, or the state is none of an engine.
             InputError: if another argument is out of its range.
             EngineError: while it runs, if the model gives logits that are NaN or infinite.
         """
@@ -311,6 +325,7 @@ class Engine:
         if min(ids) < 0 or max(ids) >= self.vocabulary:
             self._refuse(ids)
         state = self.start() if state is None else state
+        self._check_state(state)
         if len(state) != 1:
             raise ShapeError(f"generate continues one sequence, not {len(state)}")
         if max_new_tokens is not None and an_integer("max_new_tokens", max_new_tokens) < 1:
@@ -351,10 +366,31 @@ class Engine:
                 return
             unread = array("q", (token,))
 
+    def _check_state(self, state: State) -> None:
+        if not isinstance(state, State):
+            raise DTypeError(
+                f"the state must be one that Engine.start made, not {type(state).__name__}; "
+                "Engine.resume(state.layers, state.seen) makes one of a StreamState"
+            )
+        try:
+            self._native.check_fits(state._native)
+        except InputError as error:
+            raise ShapeError(str(error)) from error
+
     def _refuse(self, ids: Iterable[int]) -> NoReturn:
         """Raise for the first token that is none of the vocabulary."""
         wrong = next(each for each in ids if not 0 <= each < self.vocabulary)
         raise InputError(f"token {wrong} is not in [0, {self.vocabulary})")
+
+
+def _parts(layer: Any, number: int) -> Sequence[object]:
+    """The fields of a layer's state, by name or else by position."""
+    names = LayerState._fields
+    if all(hasattr(layer, name) for name in names):
+        return [getattr(layer, name) for name in names]
+    if isinstance(layer, list | tuple) and len(layer) == len(names):
+        return layer
+    raise ShapeError(f"layer {number} must have taps, g and psi, not {shown(layer)}")
 
 
 def _check_files(folder: Path, digests: manifest.Digests) -> None:
@@ -379,7 +415,10 @@ def _stop(folder: Path, digests: manifest.Digests) -> tuple[int, ...]:
         ids = fields.get("eos_token_id")
         if ids is None:
             return ()
-        return tuple(int(each) for each in (ids if isinstance(ids, list) else [ids]))
+        given = ids if isinstance(ids, list) else [ids]
+        if not all(type(each) is int for each in given):
+            raise CheckpointError(f"eos_token_id in {folder / name} cannot be {shown(ids)}")
+        return tuple(given)
 
 
 def _stops(stop: Sequence[int], vocabulary: int) -> tuple[int, ...]:

@@ -7,6 +7,9 @@ import re
 import time
 from pathlib import Path
 
+MOST_THREADS = 1024
+"""That an engine may have."""
+
 _STATISTICS = Path("/proc/stat")
 
 
@@ -15,6 +18,14 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def asked_threads() -> int | None:
+    """The threads that the environment variable OMP_NUM_THREADS asks for; None if it does not."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # of nested levels
+    if not re.fullmatch(r"[0-9]{1,9}", first) or not int(first):
+        return None
+    return min(int(first), MOST_THREADS)
 
 
 def free_cores(seconds: float = 0.2) -> int:

@@ -28,7 +28,7 @@ from bkcore.model.mixer import ResolventMixer
 from bkcore.model.moe import MixtureOfExperts
 from bkcore.model.state import LayerState, StreamState
 from bkcore.model.watchers import watcher
-from bkcore_runtime import _engine as native
+from bkcore_runtime.extension import _engine as native
 
 CHOICES = ("auto", "always", "never")
 _VARIABLE = "BKCORE_ENGINE"
