@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,3 +165,25 @@ def test_only_in_a_group_a_process_leaves_at_once(group: bool, tmp_path: Path) -
     )
     assert done.returncode == 3, done.stderr
     assert done.stdout == ("done. " if group else "done. the interpreter ends\n")
+
+
+LEAVING_WITHOUT = """
+import atexit, pathlib, sys, torch.distributed as dist
+from bkcore.processes import leave
+atexit.register(pathlib.Path("ended").touch)
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+print("done. ", end="")
+leave(3)
+"""
+
+
+@pytest.mark.parametrize("streams", [">&-", ">&- 2>&-", "> /dev/full", "2>&-", "| exit"])
+def test_a_process_of_a_group_leaves_whatever_its_streams_are(streams: str, tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text(LEAVING_WITHOUT)
+    line = f"set -o pipefail; {sys.executable} code.py {tmp_path / 'store'} {streams}"
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    options: dict[str, Any] = {"cwd": tmp_path, "env": buffered, "capture_output": True}
+    done = subprocess.run(["bash", "-c", line], text=True, check=False, **options)
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "ended").exists()

@@ -149,6 +149,10 @@ def leave(exit_code: int) -> NoReturn:
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         sys.exit(exit_code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # as it is if it was closed before the start
+                with suppress(OSError, ValueError):  # nobody reads it, or the program closed it
+                    stream.flush()
+    finally:
+        os._exit(exit_code)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,26 @@ def test_the_prompt_may_come_from_standard_input(
     monkeypatch.setattr(sys, "stdin", given)
     assert run(str(SHIPPED), "--prompt", "-", "--temperature=0") == 0
     assert capsys.readouterr().out == GREEDY + "\n"
+
+
+def test_waiting_for_the_prompt_is_no_loading(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.perf_counter
+    waited = 0.0
+
+    class Slow(io.BytesIO):
+        def read(self, *arguments: Any) -> bytes:
+            nonlocal waited
+            waited = 10_000.0
+            return super().read(*arguments)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + waited)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Slow(PROMPT.encode())))
+    assert run(str(SHIPPED), "--prompt", "-", "--max-new-tokens=2", "--stats") == 0
+    found = re.match(r"loaded in ([\d.]+) s; ", capsys.readouterr().err)
+    assert found is not None
+    assert float(found[1]) < 5_000
 
 
 def test_text_appears_as_it_is_made(

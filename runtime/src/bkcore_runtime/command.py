@@ -58,8 +58,8 @@ def continue_text(options: argparse.Namespace) -> None:
         BKCoreError: if the prompt, an option or the checkpoint is refused.
         OSError: if a file or standard input cannot be read.
     """
-    started = time.perf_counter()
     prompt = _prompt(options.prompt)
+    started = time.perf_counter()
     from bkcore_runtime.loading import load  # numpy and tokenizers take a tenth of a second
     from bkcore_runtime.tokenizer import check_text
 
