@@ -141,7 +141,8 @@ def leave(exit_code: int) -> NoReturn:
     A thread of PyTorch's gloo may still be letting go of a tensor when all results are there. It
     needs the interpreter's lock for that, and asking an interpreter that is ending for its lock
     aborts the process (https://github.com/pytorch/pytorch/issues/190489). So in a group the
-    interpreter does not end: output is flushed, and what `atexit` registered is not called.
+    interpreter does not end: output is flushed as far as it can be, and what `atexit` registered is
+    not called.
 
     Args:
         exit_code: 0 to 255.
@@ -151,8 +152,8 @@ def leave(exit_code: int) -> NoReturn:
         sys.exit(exit_code)
     try:
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:  # as it is if it was closed before the start
-                with suppress(OSError, ValueError):  # nobody reads it, or the program closed it
+            if stream is not None:  # None was closed before the start
+                with suppress(OSError, ValueError):  # nobody reads it, or it is closed
                     stream.flush()
     finally:
         os._exit(exit_code)

@@ -81,6 +81,38 @@ def test_filters_of_the_checkpoint_are_followed(
     assert continue_text(lively, PROMPT, 30, 1.0, 0) == by_pytorch(lively, 1.0)
 
 
+@pytest.mark.parametrize("fields", [{"top_k": "5"}, {"top_k": True}, {"top_k": 2.5}, {"top_p": []}])
+def test_filters_that_cannot_be_are_the_fault_of_the_checkpoint(
+    lively: Path, fields: dict[str, Any]
+) -> None:
+    edit(lively, "generation_config.json", **fields)
+    (name,) = fields
+    for run_it in (continue_text, generate.continue_with_pytorch):
+        with pytest.raises(
+            CheckpointError, match=rf"{name} in .*generation_config\.json cannot be"
+        ):
+            run_it(lively, PROMPT, 5, 1.0, 0)
+
+
+def test_the_environment_says_how_many_threads_a_large_model_gets(
+    lively: Path, no_pytorch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bkcore_runtime import engine
+
+    threads: list[int] = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(engine, "_SMALL", 0)
+    made = engine.Engine.generate
+
+    def watched(self: engine.Engine, *arguments: Any, **options: Any) -> Any:
+        threads.append(self.threads)
+        return made(self, *arguments, **options)
+
+    monkeypatch.setattr(engine.Engine, "generate", watched)
+    continue_text(lively, PROMPT, 5, 0.0, 0)
+    assert threads == [3]
+
+
 def test_a_text_ends_where_the_checkpoint_says(lively: Path, no_pytorch: None) -> None:
     whole = by_pytorch(lively)
     engine, tokenizer = load(lively)

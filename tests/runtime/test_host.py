@@ -34,6 +34,24 @@ def test_a_core_that_is_busy_is_not_free(
     assert host.free_cores() == free
 
 
+@pytest.mark.parametrize(
+    ("value", "threads"),
+    [
+        (None, None),
+        *(("3", 3), (" 12 ", 12), ("4,2", 4), ("5000", 1024)),
+        *((each, None) for each in ("", "0", "-1", "many", "1.5", "9" * 5000, ",4")),
+    ],
+)
+def test_the_environment_may_ask_for_threads(
+    monkeypatch: Any, value: str | None, threads: int | None
+) -> None:
+    if value is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert host.asked_threads() == threads
+
+
 def test_all_cores_are_free_where_the_system_does_not_say(monkeypatch: Any) -> None:
     monkeypatch.setattr(host, "_STATISTICS", Path("nowhere"))
     assert host.free_cores() == host.usable_cores()

@@ -11,14 +11,17 @@ import typer
 from bkcore.commands.options import SHIPPED
 from bkcore.commands.running import start_work, use_free_cores
 from bkcore.display.console import Console, say
-from bkcore.errors import UnsupportedError
+from bkcore.errors import CheckpointError, UnsupportedError
 from bkcore_runtime import manifest
-from bkcore_runtime.reading import foreign, parse_json
+from bkcore_runtime.reading import foreign, parse_json, shown
 
 _TOP_K = 50
 """Likeliest tokens that transformers draws from, unless a checkpoint says otherwise."""
 
-_HONOURED = ("top_k", "top_p", "min_p", "repetition_penalty")
+_HONOURED: dict[str, tuple[type, ...]] = {
+    "top_k": (int,),
+    **dict.fromkeys(("top_p", "min_p", "repetition_penalty"), (int, float)),
+}
 _WITHOUT_EFFECT = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "temperature", "do_sample", "use_cache"),
     *("max_length", "max_new_tokens", "transformers_version", "_from_model_config"),
@@ -97,6 +100,7 @@ def _filters(checkpoint: Path) -> dict[str, Any]:
     """How transformers would filter the tokens to draw from.
 
     Raises:
+        CheckpointError: if a field of the file is no number.
         UnsupportedError: if it would do more than the engine can.
     """
     digests = manifest.read(checkpoint)
@@ -105,12 +109,17 @@ def _filters(checkpoint: Path) -> dict[str, Any]:
         content = manifest.contents(checkpoint, manifest.GENERATION, digests)
         with foreign(str(checkpoint / manifest.GENERATION)):
             fields = {name: x for name, x in parse_json(content).items() if x is not None}
-    more = sorted(fields.keys() - _WITHOUT_EFFECT - set(_HONOURED))
+    honoured = {name: fields[name] for name in _HONOURED if name in fields}
+    for name, value in honoured.items():
+        if type(value) not in _HONOURED[name]:
+            place = checkpoint / manifest.GENERATION
+            raise CheckpointError(f"{name} in {place} cannot be {shown(value)}")
+    more = sorted(fields.keys() - _WITHOUT_EFFECT - _HONOURED.keys())
     if more:
         raise UnsupportedError(
             f"the engine does not follow {', '.join(more)} in {checkpoint / manifest.GENERATION}"
         )
-    return {"top_k": _TOP_K} | {name: fields[name] for name in _HONOURED if name in fields}
+    return {"top_k": _TOP_K} | honoured
 
 
 def sample(
