@@ -231,7 +231,7 @@ def _digests(staged: Path) -> Digests:
 
 
 def _drop_from_memory(path: Path) -> None:
-    """Have the next reader read a file from the disk; `sha256` of the runtime says why."""
+    """Have the next reader, `sha256`, read a file from the disk, and so in huge pages."""
     with open_regular(path) as file:
         os.fsync(file.fileno())
         with suppress(AttributeError):  # only Linux has it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,26 @@ def test_a_library_that_ends_its_process_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(llama_cpp_engine, "describe", lambda: {"system": "AMX_INT8 = 1 |"})
     with pytest.raises(InputError, match="again with CFLAGS=-mno-amx-int8 CXXFLAGS=-mno"):
         check_llama_cpp()
+
+
+def test_an_interrupted_look_at_the_loop_leaves_llama_cpp_in_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(self: LlamaCpp, first: int, steps: int) -> None:
+        assert self._decode(None, None) == 0
+        raise KeyboardInterrupt
+
+    engine = LlamaCpp.__new__(LlamaCpp)
+    engine.position = 7
+    engine._library = SimpleNamespace(llama_decode=object())
+    forgotten: list[int] = []
+    monkeypatch.setattr(LlamaCpp, "read", lambda self, tokens: None)
+    monkeypatch.setattr(LlamaCpp, "greedy", interrupted)
+    monkeypatch.setattr(LlamaCpp, "forget", lambda self, position: forgotten.append(position))
+    with pytest.raises(KeyboardInterrupt):
+        engine.loop_seconds()
+    assert engine._decode is engine._library.llama_decode
+    assert forgotten == [7]
 
 
 @needs_llama_cpp

@@ -146,7 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--min-p", type=float, default=0.0, metavar="P", help="least share of the likeliest's")
     add("--repetition-penalty", type=float, default=1.0, metavar="F", help="1 is none")
     add("--seed", type=int, default=0, metavar="N", help="seed of the sampling")
-    add("--threads", type=int, metavar="N", help="by default 1 for small models, or idle cores")
+    threads = "by default 1 for small models, or OMP_NUM_THREADS, or idle cores"
+    add("--threads", type=int, metavar="N", help=threads)
     add("--stats", action="store_true", help="say on standard error how fast it was")
     add("--version", action="version", version=f"bkcore-run {__version__}")
     return parser

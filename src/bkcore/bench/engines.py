@@ -1,7 +1,8 @@
 """The cases of `bkcore bench engines`: bkcore and llama.cpp, on models with as many parameters.
 
-Both run the same loop, and each token's argmax is part of it. Before a model is timed, its logits
-are compared: ours with those of a whole text, llama.cpp's with those of transformers.
+Both are called token by token, and each token's argmax belongs to its time: for one sequence of
+ours it is taken in C++, for llama.cpp by numpy. Before a model is timed, its logits are compared:
+ours with those of a whole text, llama.cpp's with those of transformers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """llama.cpp as the rival in `bkcore bench engines`: dense Llamas of any size, as files and running.
 
-It is called through the C functions that `llama_cpp` binds, so no sampler and no object of Python
-stands between two tokens: only a loop with the call, and the argmax of its logits.
+It is called through the C functions that `llama_cpp` binds with ctypes, without a sampler. Between
+two tokens are a loop in Python, and numpy's argmax of the logits; `LlamaCpp.loop_seconds` says how
+long both take.
 """
 
 from __future__ import annotations
@@ -237,12 +238,13 @@ class LlamaCpp:
         position = self.position
         self.read(np.zeros(1, np.int64))  # logits to look at
         self._decode = lambda context, batch: 0
-        start = perf_counter()
-        self.greedy(0, steps)
-        seconds = (perf_counter() - start) / steps
-        self._decode = self._library.llama_decode
-        self.forget(position)
-        return seconds
+        try:
+            start = perf_counter()
+            self.greedy(0, steps)
+            return (perf_counter() - start) / steps
+        finally:
+            self._decode = self._library.llama_decode
+            self.forget(position)
 
     def _run(self, count: int) -> None:
         if self._decode(self._context, self._batch):
