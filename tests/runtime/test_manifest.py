@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
 import pytest
 
 from bkcore.model import LanguageModel
+from bkcore_runtime import manifest
 from bkcore_runtime.manifest import is_same, sha256
 
 HUGE_PAGE = 2**21
@@ -26,6 +27,29 @@ def test_the_digest_is_that_of_the_content(tmp_path: Path, size: int) -> None:
     (tmp_path / "file").write_bytes(content)
     with open(tmp_path / "file", "rb") as file:
         assert sha256(file) == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="/proc is of Linux")
+def test_files_that_do_not_say_their_size_are_empty() -> None:
+    """Some of them, such as /proc/kmsg, have no end."""
+    with open("/proc/version", "rb") as file:
+        assert sha256(file) == hashlib.sha256().hexdigest()
+
+
+def test_a_file_that_changes_while_it_is_checked_is_another(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = manifest.sha256
+
+    def slow(file: BinaryIO) -> str:
+        digest = whole(file)
+        with open(large / "model.safetensors", "ab") as same:
+            same.write(b"more")
+        return digest
+
+    monkeypatch.setattr(manifest, "sha256", slow)
+    path, status = manifest.check(large, "model.safetensors", manifest.read(large))
+    assert not is_same(path, status)
 
 
 def test_a_long_file_may_be_interrupted(tmp_path: Path) -> None:

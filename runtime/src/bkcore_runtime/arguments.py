@@ -91,8 +91,10 @@ def array_of(values: object, name: str) -> npt.NDArray[Any]:
 def _holds_bools(values: object) -> bool:
     """Whether there are truth values, which numpy takes for integers if others are."""
     if isinstance(values, list | tuple):
-        kinds = set(map(type, values))  # long lists are of integers alone
-        return kinds != {int} and any(map(_holds_bools, values))
+        kinds = set(map(type, values))
+        if all(issubclass(each, Integral) and not issubclass(each, bool) for each in kinds):
+            return False  # long lists are such
+        return any(map(_holds_bools, values))
     return isinstance(values, bool) or "bool" in str(getattr(values, "dtype", ""))
 
 

@@ -205,7 +205,7 @@ class Engine:
             ShapeError: if they are not those of a state of this model.
             DTypeError: if `layers` is no sequence, a part is not float32, or `seen` not of
                 integers.
-            InputError: if a number of tokens is above 2^62.
+            InputError: if there are more than 2^20 sequences, or a number of tokens is above 2^62.
         """
         np = numpy_for("resume")
         if not isinstance(layers, Sequence):
@@ -261,6 +261,7 @@ class Engine:
             ShapeError: if the shape is not that, or the state is one of another model.
             DTypeError: if tokens are not integers, or the state is none of an engine.
             InputError: if a token is none of the vocabulary.
+            EngineError: if the system starts no more threads.
         """
         self._check_state(state)
         np = numpy_for("read")
@@ -319,7 +320,8 @@ class Engine:
                 another model.
             DTypeError: if ids are not integers, or the state is none of an engine.
             InputError: if another argument is out of its range.
-            EngineError: while it runs, if the model gives logits that are NaN or infinite.
+            EngineError: while it runs, if the model gives logits that are NaN or infinite, or the
+                system starts no more threads.
         """
         ids = row_of_integers(prompt_ids, "prompt_ids")
         if min(ids) < 0 or max(ids) >= self.vocabulary:

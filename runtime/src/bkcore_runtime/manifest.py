@@ -113,7 +113,8 @@ def check(folder: Path, name: str, digests: Digests) -> tuple[Path, os.stat_resu
     with _reading(folder, name):
         path = _place(folder, name)
         with open_regular(path) as file:
-            found, status = sha256(file), os.fstat(file.fileno())
+            status = os.fstat(file.fileno())  # before, to notice what changes meanwhile
+            found = sha256(file)
     _compare(folder, name, digests, found)
     return path, status
 
@@ -190,20 +191,21 @@ def _compare(folder: Path, name: str, digests: Digests, found: str) -> None:
 
 def sha256(file: BinaryIO) -> str:
     """The SHA-256 of a file, in hexadecimal; piece by piece, so that it can be interrupted."""
-    _fill_huge_pages(file)
+    left = os.fstat(file.fileno()).st_size  # a file in /proc may go on without end
+    _fill_huge_pages(file, left)
     digest = hashlib.sha256()
-    while piece := file.read(_HUGE_PAGE):
+    while piece := file.read(min(_HUGE_PAGE, left)):
         digest.update(piece)
+        left -= len(piece)
     return digest.hexdigest()
 
 
-def _fill_huge_pages(file: BinaryIO) -> None:
+def _fill_huge_pages(file: BinaryIO, size: int) -> None:
     """Have a file of some size read into memory in huge pages, if the system has them.
 
     Memory keeps a file in pages of the size that it was first read in. The engine, which maps the
     file, takes less time to find its weights in huge ones.
     """
-    size = os.fstat(file.fileno()).st_size
     if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return
     # Advice, which may be refused. Unlike a look at a page, it survives if the file is shortened.
