@@ -9,6 +9,8 @@ namespace bkcore {
 namespace {
 
 using Word = std::uint32_t;
+// A code in memory that is also read as words.
+using Int16 = std::int16_t __attribute__((may_alias));
 
 // The first n bytes from p on; the others are 0.
 template <class Bytes>
@@ -29,7 +31,6 @@ struct Dot {
   using V = __m512i;
   using Bytes = __m512i;
   using Activation = std::int8_t;
-  using Weight = std::uint8_t;
   static constexpr int lanes = 16, depth = 4, offset = 128, vectors = 4, rows = 6, outputs = 16;
   static BKCORE_INLINE V load(const Word *p) { return _mm512_loadu_si512(p); }
   static BKCORE_INLINE void store(void *p, V x) { _mm512_storeu_si512(p, x); }
@@ -81,8 +82,7 @@ struct Dot {
 struct Dot {
   using V = __m256i;
   using Bytes = __m128i;
-  using Activation = std::int16_t;
-  using Weight = std::int16_t;
+  using Activation = Int16;
   static constexpr int lanes = 8, depth = 2, offset = 0, vectors = 2, rows = 4, outputs = 8;
   static BKCORE_INLINE V load(const Word *p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
@@ -131,7 +131,6 @@ struct Dot {
   using V = int32x4_t;
   using Bytes = uint8x16_t;
   using Activation = std::int8_t;
-  using Weight = std::int8_t;
   static constexpr int lanes = 4, depth = 4, offset = 0, vectors = 4, rows = 4, outputs = 8;
   static BKCORE_INLINE V load(const Word *p) {
     V x;
@@ -185,8 +184,7 @@ struct Dot {
   struct Bytes {
     std::uint8_t of[8];
   };
-  using Activation = std::int16_t;
-  using Weight = std::int16_t;
+  using Activation = Int16;
   static constexpr int lanes = 4, depth = 2, offset = 0, vectors = 2, rows = 2, outputs = 4;
   static BKCORE_INLINE V load(const Word *p) {
     V x;

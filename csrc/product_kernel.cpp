@@ -250,6 +250,13 @@ BKCORE_INLINE void multiply_rest(const Product &p, const EncodedRows &rows, cons
   }
 }
 
+// Fetches what lies so many bytes behind a place. That may be behind the end of an array, where no
+// pointer may point.
+BKCORE_INLINE void prefetch(const void *place, Index ahead) {
+  __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<std::uintptr_t>(place) +
+                                                    static_cast<std::uintptr_t>(ahead)));
+}
+
 using Weights = const std::uint8_t * [Dot::outputs];
 
 // Adds the products of one vector of every weight and the codes of the same inputs. `part` is how
@@ -262,14 +269,14 @@ BKCORE_INLINE void add_inputs(V *sum, const Weights &weight, Index k, Index ahea
   if constexpr (bits == 8) {
 #pragma GCC unroll 16
     for (int i = 0; i < Dot::outputs; ++i) {
-      __builtin_prefetch(weight[i] + k + ahead);
+      prefetch(weight[i], k + ahead);
       sum[i] = Dot::add(sum[i], Dot::codes(Dot::bytes(weight[i] + k, part...)), first);
     }
   } else {
     const V second = Dot::load(x + Dot::lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < Dot::outputs; ++i) {
-      __builtin_prefetch(weight[i] + k + ahead);
+      prefetch(weight[i], k + ahead);
       const auto packed = Dot::bytes(weight[i] + k, part...);
       sum[i] = Dot::add(sum[i], Dot::even(packed), first);
       sum[i] = Dot::add(sum[i], Dot::odd(packed), second);
@@ -338,7 +345,8 @@ void multiply_inputs(const Product &p, const EncodedRows &rows, const Panel &pan
 // weights between two panels' scales are more than the hardware looks ahead.
 void widen_scales(const std::uint16_t *from, Index outputs, Index groups, float *to) {
   constexpr Index line = 64 / sizeof *from;
-  for (Index k = 0; k < kPanel * groups; k += line) __builtin_prefetch(from + kPanel * groups + k);
+  for (Index k = 0; k < kPanel * groups; k += line)
+    prefetch(from, (kPanel * groups + k) * sizeof *from);
   if (groups == 1) {  // the usual case, which compilers turn into vectors
     for (Index o = 0; o < outputs; ++o) to[o] = from_bfloat16(from[o]);
     return;
