@@ -130,6 +130,24 @@ def widths() -> str:
     )
 
 
+def loops() -> str:
+    """Microseconds a token, by the runtime alone and by each loop of the model."""
+    kinds = ("stream", "generate")
+    found: dict[str, dict[str, float]] = {}
+    for row in inference("model.", 1):
+        loop, mode = row["name"].split()
+        each = 1e6 / row["shape"][1]
+        cells = found.setdefault(mode, {"runtime": each * row["baseline_seconds"]})
+        cells[loop.removeprefix("model.")] = each * row["seconds"]
+    return markdown(
+        ("format", "`bkcore_runtime`", *(f"`model.{kind}`" for kind in kinds)),
+        [
+            [mode, *(f"{cells[name]:,.0f}" for name in ("runtime", *kinds))]
+            for mode, cells in found.items()
+        ],
+    )
+
+
 def serving() -> str:
     rows = inference("serving", THREADS)
     modes = ("float32", "INT8", "INT4")
@@ -419,6 +437,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "language": language,
     "synthetic": synthetic,
     "widths": widths,
+    "loops": loops,
     "serving": serving,
     "rivals": rivals,
     "engines-decode": lambda: engine_speeds(data("engines"), "decode"),

@@ -15,6 +15,7 @@ from bkcore.bench import inference, rival_models, settings
 from bkcore.bench.result import report
 from bkcore.errors import BenchmarkError, InputError
 from bkcore.kernels.backends import cpu, selection
+from bkcore.model import ResNetBKForCausalLM
 
 QUIET = Console(quiet=True)
 
@@ -36,6 +37,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "_DECODE_WIDTH", 32)
     monkeypatch.setattr(inference, "_SERVING_WIDTH", 32)
     monkeypatch.setattr(inference, "_RIVAL_WIDTH", 32)
+    monkeypatch.setattr(inference, "_LOOP_WIDTH", 32)
+    monkeypatch.setattr(inference, "_LOOP", 5)
     monkeypatch.setattr(inference, "_VOCABULARY", 64)
     monkeypatch.setattr(inference, "_LAYERS", 1)
     monkeypatch.setattr(inference, "_WINDOW", 32)
@@ -58,6 +61,11 @@ def test_every_case_and_its_target() -> None:
         assert rows["decode 32 INT4", count].target == 2.0
     single = [row for row in results if row.name == "layer INT4" and row.threads == 1]
     assert [row.shape for row in single] == [(1, 8, 16), (5, 8, 16), (1, 7, 33), (5, 7, 33)]
+    assert {(row.name, row.shape, row.baseline) for row in results if "model." in row.name} == {
+        (f"model.{loop} {mode}", (1, 5), "bkcore_runtime")
+        for loop in ("stream", "generate")
+        for mode in ("float32", "INT8", "INT4")
+    }
     served = [row for row in results if row.name.startswith("serving")]
     assert {row.shape[0] for row in served} == {1, 3}
     assert all("tokens a second" in row.note for row in served)
@@ -79,6 +87,17 @@ def test_a_slow_prefill_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "prefill at 8 INT8" in names
     assert "prefill at 16 INT8" not in names
     assert "decode at 16 INT8" in names
+
+
+def test_another_text_in_another_loop_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = ResNetBKForCausalLM.generate
+
+    def other(self, *arguments, **options):
+        return true(self, *arguments, **options) + 1
+
+    monkeypatch.setattr(ResNetBKForCausalLM, "generate", other)
+    with pytest.raises(BenchmarkError, match="INT8: the loops write different texts"):
+        list(inference.loops(1))
 
 
 def test_wrong_products_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +143,7 @@ def test_dynamic_int8_reaches_the_layers_of_gpt2() -> None:
 
 
 def test_an_unknown_case_is_refused() -> None:
-    with pytest.raises(InputError, match="the cases are layers, width 32, serving, rivals"):
+    with pytest.raises(InputError, match="the cases are layers, width 32, loops, serving, rivals"):
         inference.run_inference(QUIET, "nonsense")
 
 

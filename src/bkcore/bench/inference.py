@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from bkcore.model import ResNetBKForCausalLM, StreamState
 from bkcore.quantization.linear import QuantizedLinear
 from bkcore.quantization.weights import PackedWeight, pack_weight
 from bkcore.training.onednn import onednn_products
+from bkcore_runtime import Engine
 
 LAYERS = ((16, 16), (32, 32), (64, 32), (64, 64), (128, 128), (256, 256), (512, 512))
 ROWS = (1, 64, 1024)
@@ -44,7 +47,9 @@ _PREFILL_WIDTH, _DECODE_WIDTH = 256, 512
 _VOCABULARY = 4096
 _LAYERS = 4
 _BATCH, _WINDOW = 8, 512
-_RIVAL_WIDTH, _SERVING_WIDTH = 256, 512
+_RIVAL_WIDTH, _SERVING_WIDTH, _LOOP_WIDTH = 256, 512, 256
+_LOOP = 256  # tokens that a loop writes
+_RUNTIME = "bkcore_runtime"
 _CALIBRATION = (4, 128)
 _MOST_SECONDS = 10.0  # of a rival's prefill
 
@@ -75,6 +80,7 @@ def run_inference(console: Console, only: str = "") -> list[Result]:
     cases: dict[str, Callable[[], Iterator[Result]]] = {
         "layers": partial(_each, single_layers, LAYERS, counts),
         **{f"width {width}": partial(_each, at_width, width, counts) for width in WIDTHS},
+        "loops": partial(loops, counts[0]),
         "serving": partial(_each, serving, SEQUENCES, counts),
         "rivals": partial(_each, against_rivals, CONTEXTS, counts[-1:]),
     }
@@ -177,6 +183,52 @@ def at_width(width: int, threads: int) -> Iterator[Result]:
         f"decode {width}", (1, 1), threads, _decoders(models, batch, [_WINDOW])
     ):
         yield _with_target(row, _DECODE_TARGETS[name] if width >= _DECODE_WIDTH else 1.0)
+
+
+def loops(threads: int) -> Iterator[Result]:
+    """Tokens of one text, by the loops that a user can write it with, against the runtime's own.
+
+    Raises:
+        BenchmarkError: if a quantized model writes another text in another loop.
+    """
+    first = _tokens(1, 1)
+    with torch_threads(threads):
+        for name, model in build(_LOOP_WIDTH).items():
+            with TemporaryDirectory() as folder:
+                model.save_pretrained(folder)
+                engine = Engine(folder, threads=threads)
+            calls = _loops(model, engine, first)
+            texts = [call() for call in calls.values()]
+            if name != "float32" and any(text != texts[0] for text in texts):
+                raise BenchmarkError(f"{name}: the loops write different texts")
+            times = dict(zip(calls, interleaved(*calls.values()), strict=True))
+            baseline = times.pop(_RUNTIME)
+            for loop, seconds in times.items():
+                note = f"{1e6 * seconds / _LOOP:,.0f} us a token, of {1e6 * baseline / _LOOP:,.0f}"
+                yield Result(
+                    f"{loop} {name}", (1, _LOOP), threads, seconds, baseline, _RUNTIME, note=note
+                )
+
+
+def _loops(
+    model: ResNetBKForCausalLM, engine: Engine, first: Tensor
+) -> dict[str, Callable[[], list[int]]]:
+    """Calls that write `_LOOP` tokens after the first (1, 1)."""
+    (ids,) = first.tolist()
+
+    def by_stream() -> list[int]:
+        tokens = model.stream(first, temperature=0.0)
+        return [int(token) for token, _ in islice(tokens, _LOOP)]
+
+    def by_generate() -> list[int]:
+        text = model.generate(first, max_new_tokens=_LOOP, do_sample=False, eos_token_id=None)
+        return text[0, 1:].tolist()
+
+    return {
+        _RUNTIME: lambda: list(engine.generate(ids, _LOOP, stop=())),
+        "model.stream": by_stream,
+        "model.generate": by_generate,
+    }
 
 
 def serving(counts: Sequence[int], threads: int) -> Iterator[Result]:

@@ -34,4 +34,4 @@ WIDTHS = (32, 64, 128, 256, 512, 1024)
 
 def inference_cases(widths: tuple[int, ...] = WIDTHS) -> list[str]:
     """The names of the cases of `bkcore bench inference`, in order."""
-    return ["layers", *(f"width {width}" for width in widths), "serving", "rivals"]
+    return ["layers", *(f"width {width}" for width in widths), "loops", "serving", "rivals"]
