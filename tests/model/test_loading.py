@@ -297,3 +297,17 @@ def test_layers_that_a_deleted_adapter_left_wrapped(build: Any, tmp_path: Path) 
     state["layers.0.mixer.in_proj.base_layer.weight"] = state.pop(name)
     with pytest.raises(CheckpointError, match=r"lacks.*in_proj.*merge_and_unload\(\)"):
         model.save_pretrained(tmp_path, state_dict=state)
+
+
+@pytest.mark.parametrize(("dtype", "warned"), [(None, True), (torch.float16, False)])
+def test_a_model_in_float16_is_slow_on_a_cpu(
+    build: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: Any, warned: bool
+) -> None:
+    build().half().save_pretrained(tmp_path)
+    model = ResNetBKForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert model.dtype == torch.float16
+    expected = f"{tmp_path} is loaded in float16, as it is stored; on a CPU, dtype=torch.float32"
+    assert (expected in caplog.text) is warned
+    caplog.clear()
+    assert ResNetBKForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+    assert not caplog.text

@@ -8,6 +8,7 @@ never run, followed or taken for weights.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,6 +32,8 @@ from bkcore.quantization import receipt_file
 from bkcore.quantization.storage import StoredDtypes
 from bkcore.reading import foreign, parse_json, shown
 
+_logger = logging.getLogger(__name__)
+
 _LAYER = re.compile(r"layers\.(\d{1,9})\.")
 _EXPERT = re.compile(r"layers\.\d{1,9}\.experts\.experts\.(\d{1,9})\.")
 
@@ -40,6 +43,8 @@ _DTYPES = {
     **{"U8": torch.uint8, "BOOL": torch.bool},
 }
 """The dtypes a model can have, by their names in safetensors."""
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def load(
@@ -75,6 +80,12 @@ def load(
     wrong = {name: keys for name, keys in info.items() if keys}
     if wrong:
         raise CheckpointError(f"the checkpoint {path} does not fit its configuration: {wrong}")
+    if request.dtype is None and model.dtype in _HALVES and model.device.type == "cpu":
+        _logger.warning(
+            "%s is loaded in %s, as it is stored; on a CPU, dtype=torch.float32 is much faster",
+            request.folder,
+            str(model.dtype).removeprefix("torch."),
+        )
     model.name_or_path = model.config.name_or_path = str(request.folder)
     model.receipt = source.receipt
     generation = request.generation or source.generation
