@@ -90,7 +90,7 @@ def test_a_slow_prefill_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_text_in_another_loop_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = ResNetBKForCausalLM.generate
+    true: Any = ResNetBKForCausalLM.generate
 
     def other(self, *arguments, **options):
         return true(self, *arguments, **options) + 1

@@ -210,9 +210,7 @@ def loops(threads: int) -> Iterator[Result]:
                 )
 
 
-def _loops(
-    model: ResNetBKForCausalLM, engine: Engine, first: Tensor
-) -> dict[str, Callable[[], list[int]]]:
+def _loops(model: Any, engine: Engine, first: Tensor) -> dict[str, Callable[[], list[int]]]:
     """Calls that write `_LOOP` tokens after the first (1, 1)."""
     (ids,) = first.tolist()
 
@@ -222,7 +220,7 @@ def _loops(
 
     def by_generate() -> list[int]:
         text = model.generate(first, max_new_tokens=_LOOP, do_sample=False, eos_token_id=None)
-        return text[0, 1:].tolist()
+        return list(map(int, text[0, 1:]))
 
     return {
         _RUNTIME: lambda: list(engine.generate(ids, _LOOP, stop=())),
