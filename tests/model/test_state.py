@@ -72,6 +72,7 @@ def test_a_state_is_not_changed_by_reading_on(build, tokens):
         {"seen": None},
         {"seen": torch.zeros(2)},
         {"seen": torch.tensor([-1, 0])},
+        {"seen": torch.tensor([0, 2**62 + 1])},
         {"seen": torch.zeros(3, dtype=torch.int64)},
         {"0.g": None},
         {"0.g": torch.zeros(2, 4)},

@@ -16,6 +16,9 @@ from torch import Tensor
 from bkcore.errors import CheckpointError, InputError, ShapeError
 from bkcore.reading import open_regular
 
+_MOST = 2**62
+"""Tokens that a saved state may have read; there is room above for those that follow."""
+
 
 @dataclass(frozen=True)
 class LayerState:
@@ -137,15 +140,15 @@ class StreamState:
         layers = tuple(LayerState(*(tensors[name] for name in row)) for row in names)
         if not _is_whole(layers, seen):
             raise CheckpointError(
-                f"{path} is not a saved state, or damaged: its shapes or dtypes are not those of "
-                "one"
+                f"{path} is not a saved state, or damaged: its shapes, dtypes or counts are not "
+                "those of one"
             )
         return StreamState(layers, seen)
 
 
 def _is_whole(layers: Sequence[LayerState], seen: Tensor) -> bool:
-    """Whether tensors have the shapes and dtypes of `LayerState` and `StreamState`."""
-    if seen.dtype != torch.int64 or seen.dim() != 1 or bool((seen < 0).any()):
+    """Whether tensors have the shapes, dtypes and counts of `LayerState` and `StreamState`."""
+    if seen.dtype != torch.int64 or seen.dim() != 1 or bool(((seen < 0) | (seen > _MOST)).any()):
         return False
     for layer in layers:
         taps, g, psi = layer.taps, layer.g, layer.psi
